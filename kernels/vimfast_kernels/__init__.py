@@ -1,0 +1,20 @@
+"""Ops of Vision Mamba, channels last, one signature for every backend. Never imports vimfast.
+
+Source of the mathematics: :mod:`vimfast_kernels.reference`; of the switch: :mod:`vimfast_kernels.backends`.
+"""
+
+from vimfast_kernels.backends import BACKENDS, check_backend
+from vimfast_kernels.conv import bidirectional_conv1d_silu, causal_conv1d_silu
+from vimfast_kernels.reference import add_layer_norm, add_rms_norm
+from vimfast_kernels.scan import bidirectional_scan, selective_scan
+
+__all__ = [
+    "BACKENDS",
+    "add_layer_norm",
+    "add_rms_norm",
+    "bidirectional_conv1d_silu",
+    "bidirectional_scan",
+    "causal_conv1d_silu",
+    "check_backend",
+    "selective_scan",
+]

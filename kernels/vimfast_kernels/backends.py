@@ -1,0 +1,105 @@
+"""Which implementation runs an op: ``auto``, ``reference`` or ``mamba_ssm``.
+
+``auto`` takes the fastest that works for the tensors at hand and never fails: mamba_ssm's CUDA kernels where the tensors
+are on a GPU and the packages are installed, the reference everywhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "mamba_ssm")
+
+
+class _Mamba(NamedTuple):
+    scan: Callable[..., Tensor]  # selective_scan_fn(u [b, d, L], ...)
+    conv: Callable[..., Tensor]  # causal_conv1d_fn(x [b, d, L], weight [d, W], ...)
+
+
+@functools.cache
+def _load_mamba() -> _Mamba | str:
+    """The public functions of mamba_ssm and causal_conv1d, or why they cannot be had."""
+    try:
+        from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except Exception as error:  # built for another torch, they fail in many ways
+        return f"{type(error).__name__}: {error}"
+    return _Mamba(selective_scan_fn, causal_conv1d_fn)
+
+
+@torch.compiler.assume_constant_result
+def _mamba_loads() -> bool:
+    return isinstance(_load_mamba(), _Mamba)
+
+
+def check_backend(backend: str) -> str:
+    """``backend`` itself if this machine can run it; a ValueError with the cure if not."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown scan backend {backend!r}; the known ones are {', '.join(BACKENDS)}")
+    if backend == "mamba_ssm":
+        if isinstance(found := _load_mamba(), str):
+            raise ValueError(
+                "scan backend 'mamba_ssm' needs the packages mamba-ssm and causal-conv1d, which do not import"
+                f" ({found}); install vimfast[mamba] or use 'auto'"
+            )
+        if not torch.cuda.is_available():
+            raise ValueError("scan backend 'mamba_ssm' needs a CUDA GPU and there is none here; use 'auto'")
+    return backend
+
+
+def resolve(backend: str, x: Tensor) -> str:
+    """The backend, ``reference`` or ``mamba_ssm``, that will work on ``x``."""
+    if backend == "reference":
+        return backend
+    if backend == "auto":
+        return "mamba_ssm" if x.is_cuda and x.dtype != torch.float64 and _mamba_loads() else "reference"
+    check_backend(backend)
+    if not x.is_cuda:
+        raise ValueError(f"scan backend 'mamba_ssm' works on CUDA tensors and this one is on {x.device}; use 'auto'")
+    return backend
+
+
+def mamba_scan(
+    u: Tensor,  # [b, L, d]
+    delta: Tensor,  # [b, L, d]
+    A: Tensor,  # [d, N]
+    B: Tensor,  # [b, L, N]
+    C: Tensor,  # [b, L, N]
+    D: Tensor | None,  # [d]
+    z: Tensor | None,  # [b, L, d]
+    delta_bias: Tensor | None,  # [d]
+    reverse: bool,
+) -> Tensor:  # [b, L, d]
+    """The reference's scan of one direction through mamba_ssm, whose sequences are [b, d, L] of one dtype."""
+
+    def there(x: Tensor | None) -> Any:
+        if x is None:
+            return None
+        x = x.to(u.dtype).transpose(1, 2)
+        return x.flip(2) if reverse else x
+
+    def plain(x: Tensor | None) -> Any:
+        return None if x is None else x.float()
+
+    mamba = _load_mamba()
+    assert isinstance(mamba, _Mamba)
+    y = mamba.scan(
+        there(u), there(delta), plain(A), there(B), there(C), plain(D), there(z), plain(delta_bias), delta_softplus=True
+    )
+    return (y.flip(2) if reverse else y).transpose(1, 2)
+
+
+def mamba_conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """The reference's convolution and SiLU of one direction, x [b, L, d] and weight [d, W], through causal_conv1d."""
+    mamba = _load_mamba()
+    assert isinstance(mamba, _Mamba)
+    x = (x.flip(1) if reverse else x).transpose(1, 2)
+    if x.stride(0) % 8 or x.stride(2) % 8:  # its channels-last kernel reads 8 channels at a time
+        x = x.contiguous()
+    y = mamba.conv(x, weight, bias, activation="silu").transpose(1, 2)
+    return y.flip(1) if reverse else y

@@ -1,0 +1,608 @@
+"""Every kind of damage is found, by the file's name; healthy data pass; and the sheet shows what the loader gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_picture
+from PIL import Image
+
+from vimfast import check_data
+from vimfast.checks.findings import ClassCheck, Finding, Options, imagenet_wnids
+from vimfast.checks.sample_grid import class_captions, to_pictures
+from vimfast.data.index import INDEX_DTYPE, MANIFEST
+from vimfast.data.loader import Loader
+from vimfast.data.sampler import Order
+from vimfast.data.source import open_source
+from vimfast.errors import UserError
+
+Check = Callable[..., tuple[int, dict[str, Any]]]
+PICTURE = "n01/n01_3.JPEG"
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+    """The command: words -> (exit status, the JSON object)."""
+
+    def run(*words: str | Path) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["check_data", *map(str, words), "--json"])
+        status = check_data.main()
+        return status, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def root(tree: Path, tmp_path: Path) -> Path:
+    """A tree to damage."""
+    return shutil.copytree(tree, tmp_path / "tree")
+
+
+@pytest.fixture(scope="module")
+def healthy_shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("check") / "shards"
+    command = [sys.executable, "-m", "vimfast.prepare", str(tree), "--out", str(out), "--shard-samples", "12"]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def shards(healthy_shards: Path, tmp_path: Path) -> Path:
+    """Shards to damage: three of 12 training pictures, two of validation's 15."""
+    return shutil.copytree(healthy_shards, tmp_path / "shards")
+
+
+def only(report: dict[str, Any], severity: str = "error") -> dict[str, str]:
+    """The one finding there is."""
+    (finding,) = report["findings"]
+    assert finding["severity"] == severity
+    assert finding["cure"]
+    return finding
+
+
+def overwrite(path: Path, at: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+# A folder tree
+
+
+def test_a_healthy_tree_is_fit(check: Check, tree: Path) -> None:
+    status, report = check(tree, "--decode")
+    assert (status, report["fit"], report["findings"]) == (0, True, [])
+    files = [path for path in (tree / "train").rglob("*.JPEG")]
+    assert report["splits"][0] == {
+        **{"split": "train", "classes": 3, "pictures": 36, "least": 12, "most": 12},
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+    assert report["splits"][1]["pictures"] == 15
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_text(path: Path) -> None:
+    path.write_text("<html>404</html>")
+
+
+def damage_cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_png_cut(path: Path) -> None:
+    write_picture(path.with_suffix(".png"), 5)
+    path.with_suffix(".png").rename(path)
+    damage_cut(path)
+
+
+def damage_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("decode", [[], ["--decode"]])
+@pytest.mark.parametrize("damage", [damage_empty, damage_text, damage_cut, damage_png_cut, damage_link])
+def test_an_unreadable_picture_is_an_error(
+    check: Check, root: Path, damage: Callable[[Path], None], decode: list[str]
+) -> None:
+    damage(root / "train" / PICTURE)
+    status, report = check(root, *decode)
+    assert status == 1
+    errors = [finding for finding in report["findings"] if finding["severity"] == "error"]
+    assert [(error["file"], error["split"]) for error in errors] == [(str(root / "train" / PICTURE), "train")]
+
+
+def test_only_decoding_finds_damage_inside(check: Check, root: Path) -> None:
+    path = root / "val" / PICTURE
+    with Image.open(path) as image:
+        image.save(path.with_suffix(".png"))
+    data = path.with_suffix(".png").read_bytes()
+    path.unlink()
+    at = data.index(b"IDAT") + 10
+    path.with_suffix(".png").write_bytes(data[:at] + bytes(20) + data[at + 20 :])
+    assert check(root)[0] == 0
+    status, report = check(root, "--decode")
+    assert status == 1
+    assert only(report)["file"] == str(path.with_suffix(".png"))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("CMYK", "JPEG"), ("RGB", "GIF")])
+def test_what_prepare_converts_is_a_warning(check: Check, root: Path, mode: str, kind: str) -> None:
+    path = root / "train" / PICTURE
+    with Image.open(path) as image:
+        image.convert(mode).save(path, format=kind)
+    status, report = check(root)
+    assert status == 0
+    assert only(report, "warning")["file"] == str(path)
+    assert "vimfast-prepare" in only(report, "warning")["cure"]
+
+
+def test_a_missing_split(check: Check, root: Path) -> None:
+    (root / "val").rename(root / "validation")
+    status, report = check(root)
+    assert status == 1
+    assert only(report)["file"] == str(root / "val")
+    assert "rename" in only(report)["cure"]
+    assert check(root, "--splits", "train")[0] == 0
+    (root / "validation").rename(root / "test")
+    (root / "ILSVRC2012_img_val.tar").write_bytes(b"")
+    assert "unpack" in only(check(root)[1])["cure"]
+
+
+def test_a_flat_validation_folder(check: Check, root: Path) -> None:
+    for i, path in enumerate(sorted((root / "val").rglob("*.JPEG")), 1):
+        path.rename(root / "val" / f"ILSVRC2012_val_{i:08d}.JPEG")
+    for folder in (root / "val").glob("n0*"):
+        folder.rmdir()
+    status, report = check(root)
+    assert status == 1
+    assert only(report)["file"] == str(root / "val")
+    assert "15" in only(report)["what"]
+    assert "valprep" in only(report)["cure"]
+
+
+def test_a_doubled_level(check: Check, root: Path) -> None:
+    (root / "train").rename(root / "inner")
+    (root / "train").mkdir()
+    (root / "inner").rename(root / "train" / "train")
+    status, report = check(root)
+    assert status == 1
+    assert only(report)["file"] == str(root / "train" / "train")
+
+
+def test_a_level_too_many_by_another_name(check: Check, root: Path) -> None:
+    (root / "train").rename(root / "inner")
+    (root / "train").mkdir()
+    (root / "inner").rename(root / "train" / "images")
+    status, report = check(root, "--splits", "train")
+    assert status == 1
+    assert only(report)["file"] == str(root / "train" / "images")
+
+
+def test_a_class_inside_another(check: Check, root: Path) -> None:
+    shutil.copytree(root / "train" / "n02", root / "train" / "n01" / "n02")
+    assert only(check(root)[1])["file"] == str(root / "train" / "n01" / "n02")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_missing_in_one_split(check: Check, root: Path, split: str) -> None:
+    shutil.rmtree(root / split / "n02")
+    status, report = check(root)
+    assert status == 1
+    assert only(report)["file"] == str(root / split / "n02")
+    assert only(report)["split"] == split
+
+
+def test_archives_that_are_not_unpacked(check: Check, root: Path) -> None:
+    shutil.rmtree(root / "train" / "n02")
+    (root / "train" / "n02.tar").write_bytes(b"")
+    (root / "val" / "n01" / "n01.tar").write_bytes(b"")
+    (root / "val" / "n03" / "n03.tar").write_bytes(b"")
+    for path in (root / "val" / "n03").glob("*.JPEG"):
+        path.unlink()
+    found = {(f["severity"], f["file"]) for f in check(root)[1]["findings"]}
+    assert found == {
+        ("error", str(root / "train" / "n02.tar")),
+        ("error", str(root / "train" / "n02")),
+        ("warning", str(root / "val" / "n01" / "n01.tar")),
+        ("error", str(root / "val" / "n03" / "n03.tar")),
+        ("error", str(root / "val" / "n03")),
+    }
+
+
+@pytest.mark.parametrize("name", ["n01/notes.txt", "n01/._n01_1.JPEG", ".DS_Store", "labels.csv", "n01/x.heic"])
+def test_files_that_nobody_reads(check: Check, root: Path, name: str) -> None:
+    (root / "train" / name).write_bytes(b"x")
+    status, report = check(root)
+    assert status == 0
+    assert only(report, "warning")["file"] == str(root / "train" / name)
+
+
+def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    for path in (root / "train" / "n03").iterdir():
+        path.unlink()
+    status, report = check(root)
+    assert status == 1
+    assert {f["file"] for f in report["findings"]} == {str(root / "val"), str(root / "train" / "n03")}
+
+
+def test_the_number_of_classes(check: Check, tree: Path) -> None:
+    assert check(tree, "--classes", "3")[0] == 0
+    status, report = check(tree, "--classes", "4")
+    assert status == 1
+    assert [f["file"] for f in report["findings"]] == [str(tree / "train"), str(tree / "val")]
+
+
+def test_a_picture_of_another_class(check: Check, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("n01440764", "n01443537"):
+            write_picture(tmp_path / split / name / f"{name}_1.JPEG", 1)
+    moved = tmp_path / "train" / "n01440764" / "n01443537_2.JPEG"
+    write_picture(moved, 2)
+    status, report = check(tmp_path, "--classes", "2")
+    assert status == 1
+    assert only(report)["file"] == str(moved)
+
+
+def test_numbers_as_class_names(check: Check, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("0", "1", "2", "10"):
+            write_picture(tmp_path / split / name / "a.jpg", 1)
+    assert "'10' is class 2" not in only(check(tmp_path)[1], "warning")["what"]
+    assert check(tmp_path)[0] == 0
+    for split in ("train", "val"):
+        (tmp_path / split / "10").rename(tmp_path / split / "3")
+    assert check(tmp_path)[1]["findings"] == []
+
+
+@pytest.mark.parametrize("word", ["nowhere", "file", "tree/train", "."])
+def test_a_wrong_path_is_one_finding_with_exit_status_1(
+    check: Check, root: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.chdir(root.parent)
+    Path("file").write_text("")
+    status, report = check(word, "--splits", "train")
+    assert status == 1
+    assert only(report)["cure"]
+
+
+def test_many_files_are_shared_out_among_processes(check: Check, tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.jpg", 1, (8, 8))
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(600):
+                (tmp_path / split / name / f"{i:04d}.jpg").hardlink_to(tmp_path / "a.jpg")
+    bad = [tmp_path / "train" / name for name in ("a/0007.jpg", "a/0599.jpg", "b/0300.jpg")]
+    for path in bad:
+        path.unlink()
+        path.write_bytes(b"")
+    status, report = check(tmp_path, "--workers", "2")
+    assert status == 1
+    assert [f["file"] for f in report["findings"]] == [str(path) for path in bad]
+    assert report["splits"][0]["bytes"] == (1200 - 3) * (tmp_path / "a.jpg").stat().st_size
+
+
+# ImageNet
+
+
+@pytest.fixture(scope="module")
+def wnids() -> list[str]:
+    return sorted(imagenet_wnids(["n01440764"]))
+
+
+def imagenet_counts(wnids: list[str]) -> dict[str, dict[str, int]]:
+    """Numbers of pictures that add up to ImageNet-1k's."""
+    train = {name: 1281 + (i < 167) for i, name in enumerate(wnids)}
+    return {"train": train, "val": dict.fromkeys(wnids, 50)}
+
+
+def judge(counts: dict[str, dict[str, int]], wanted: int | None = None) -> list[Finding]:
+    return list(ClassCheck(counts, wanted, lambda split, name: f"{split}/{name}", "unpack it").run())
+
+
+def test_imagenet_itself_is_fit(wnids: list[str]) -> None:
+    assert len(wnids) == 1000
+    assert (wnids[0], wnids[-1]) == ("n01440764", "n15075141")
+    assert judge(imagenet_counts(wnids)) == []
+    assert judge(imagenet_counts(wnids), 1000) == []
+
+
+def test_imagenet_short_of_a_few_pictures(wnids: list[str]) -> None:
+    counts = imagenet_counts(wnids)
+    counts["train"][wnids[3]] = 731
+    counts["val"][wnids[4]] = 49
+    places = [f"train/{wnids[3]}", "train/", f"val/{wnids[4]}", "val/"]
+    assert [(f.severity, f.file) for f in judge(counts)] == [("error", place) for place in places]
+    assert [(f.severity, f.file) for f in judge(counts, 1000)] == [("warning", place) for place in places]
+
+
+def test_imagenet_with_a_renamed_class(wnids: list[str]) -> None:
+    counts = imagenet_counts(wnids)
+    for held in counts.values():
+        held["tench"] = held.pop("n01440764")
+    found = {(f.severity, f.file) for f in judge(counts)}
+    assert found == {("error", f"{split}/{name}") for split in counts for name in ("tench", "n01440764")}
+
+
+def test_a_part_of_imagenet_must_be_asked_for(wnids: list[str]) -> None:
+    counts = {split: dict.fromkeys(wnids[:100], 7) for split in ("train", "val")}
+    missing = {f.file for f in judge(counts) if "missing" in f.what}
+    assert missing == {f"{split}/{name}" for split in counts for name in wnids[100:]}
+    assert any("--classes 100" in f.cure for f in judge(counts))
+    assert judge(counts, 100) == []
+
+
+def test_other_wordnet_classes_are_not_held_to_imagenet_1k() -> None:
+    counts = {split: {f"n{i:08d}": 5 for i in range(20)} for split in ("train", "val")}
+    assert judge(counts) == []
+
+
+# Shards
+
+
+def test_healthy_shards_are_fit(check: Check, healthy_shards: Path, tree: Path) -> None:
+    status, report = check(healthy_shards, "--decode")
+    assert (status, report["fit"], report["findings"]) == (0, True, [])
+    assert report["splits"] == check(tree)[1]["splits"]
+
+
+def test_a_flipped_byte_in_a_picture(check: Check, shards: Path) -> None:
+    row = np.load(shards / "train.index.npy")[13]
+    overwrite(shards / "train-000001.tar", int(row["offset"] + row["size"]) - 9, b"\x00\x01\x02")
+    status, report = check(shards)
+    assert status == 1
+    assert only(report)["file"] == open_source(shards, "train").name(13)
+    assert "checksum" in only(report)["what"]
+
+
+def test_a_damaged_tar_header(check: Check, shards: Path) -> None:
+    offset = int(np.load(shards / "train.index.npy")[13]["offset"])
+    overwrite(shards / "train-000001.tar", offset - 500, b"\xff")
+    finding = only(check(shards)[1])
+    assert finding["file"].startswith(str(shards / "train-000001.tar"))
+    assert str(offset) in finding["file"]
+
+
+def test_a_label_that_differs(check: Check, shards: Path) -> None:
+    row = np.load(shards / "val.index.npy")[2]
+    end = int(row["offset"] + row["size"])
+    overwrite(shards / "val-000000.tar", end + -end % 512 + 512, b"7")
+    finding = only(check(shards)[1])
+    assert finding["file"] == open_source(shards, "val").name(2)
+    assert "label 7" in finding["what"]
+
+
+def test_a_truncated_tar(check: Check, shards: Path) -> None:
+    path = shards / "train-000002.tar"
+    lost = np.load(shards / "train.index.npy")[-2:]
+    with open(path, "r+b") as file:
+        file.truncate(int(lost[0]["offset"]) + 5)
+    status, report = check(shards)
+    assert status == 1
+    assert report["errors"] == len(report["findings"]) == 3
+    assert all(f["file"].startswith(str(path)) for f in report["findings"])
+    assert "the manifest says" in report["findings"][0]["what"]
+    assert str(lost[1]["offset"]) in report["findings"][2]["file"]
+
+
+@pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.idx", "train.index.npy", MANIFEST])
+def test_a_file_that_is_gone(check: Check, shards: Path, name: str) -> None:
+    (shards / name).unlink()
+    status, report = check(shards)
+    assert status == 1
+    finding = only(report)
+    assert name in finding["file"] + finding["what"]
+    assert "vimfast-prepare" in finding["cure"]
+
+
+def test_dalis_index_of_another_shard(check: Check, shards: Path) -> None:
+    shutil.copy(shards / "train-000001.idx", shards / "train-000002.idx")
+    assert only(check(shards)[1])["file"] == str(shards / "train-000002.idx")
+    (shards / "train-000002.idx").write_text("v1.2 3\n")
+    assert only(check(shards)[1])["file"] == str(shards / "train-000002.idx")
+    (shards / "train-000002.idx").write_text("")
+    assert only(check(shards)[1])["file"] == str(shards / "train-000002.idx")
+
+
+@pytest.mark.parametrize(("column", "value"), [("label", 9), ("crc32", 1), ("height", 1), ("shard", 2), ("offset", 0)])
+def test_an_edited_index(check: Check, shards: Path, column: str, value: int) -> None:
+    rows = np.load(shards / "train.index.npy")
+    rows[column][4] = value
+    assert rows.dtype == INDEX_DTYPE
+    np.save(shards / "train.index.npy", rows)
+    status, report = check(shards)
+    assert status == 1
+    first, *others = report["findings"]
+    assert first["file"] == str(shards / "train.index.npy")
+    assert "checksum" in first["what"]
+    assert others  # what the column itself contradicts
+    assert all("train" in f["file"] for f in others)
+
+
+def test_an_index_cut_short(check: Check, shards: Path) -> None:
+    path = shards / "val.index.npy"
+    path.write_bytes(path.read_bytes()[:-40])
+    assert only(check(shards)[1])["file"] == str(path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda manifest: manifest.update(format="other"),
+        lambda manifest: manifest.update(version=99),
+        lambda manifest: manifest.pop("splits"),
+        lambda manifest: manifest.update(classes=["a", "a", "b"]),
+        lambda manifest: manifest["splits"]["train"].update(samples=35),
+        lambda manifest: manifest["splits"]["train"].pop("shards"),
+        lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="../x.tar"),
+        lambda manifest: manifest["splits"]["train"].update(bytes="many"),
+    ],
+)
+def test_an_edited_manifest(check: Check, shards: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((shards / MANIFEST).read_text())
+    edit(manifest)
+    (shards / MANIFEST).write_text(json.dumps(manifest))
+    status, report = check(shards)
+    assert status == 1
+    assert only(report)["file"] == str(shards / MANIFEST)
+
+
+def test_a_manifest_that_promises_other_bytes(check: Check, shards: Path) -> None:
+    manifest = json.loads((shards / MANIFEST).read_text())
+    manifest["splits"]["val"]["shards"][1]["bytes"] += 512
+    (shards / MANIFEST).write_text(json.dumps(manifest))
+    assert only(check(shards)[1])["file"] == str(shards / "val-000001.tar")
+
+
+def test_shards_with_a_class_too_few(check: Check, shards: Path) -> None:
+    manifest = json.loads((shards / MANIFEST).read_text())
+    manifest["classes"] = manifest["classes"][:2]
+    (shards / MANIFEST).write_text(json.dumps(manifest))
+    status, report = check(shards)
+    assert status == 1
+    assert {f["what"] for f in report["findings"]} == {"has label 2, the manifest 2 classes"}
+    assert len(report["findings"]) == 12 + 5
+
+
+def test_leftovers_and_pictures_left_out_are_warnings(check: Check, root: Path, tmp_path: Path) -> None:
+    (root / "train" / PICTURE).write_bytes(b"")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vimfast.prepare", str(root), "--out", str(out), "--skip-bad"]
+    subprocess.run(command, check=True, capture_output=True)
+    (out / "train-000000.tar.tmp").write_bytes(b"")
+    (out / "train-000099.tar").write_bytes(b"")
+    status, report = check(out)
+    assert status == 0
+    assert [f["severity"] for f in report["findings"]] == ["warning"] * 3
+    named = {f"train/{PICTURE}", str(out / "train-000000.tar.tmp"), str(out / "train-000099.tar")}
+    assert {f["file"] for f in report["findings"]} == named
+
+
+def test_shards_without_validation(check: Check, tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "train", tmp_path / "tree" / "train")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vimfast.prepare", str(tmp_path / "tree"), "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert check(out)[0] == 1
+    assert check(out, "--splits", "train")[0] == 0
+
+
+# The screen and the sheet
+
+
+def test_the_table_caps_long_lists(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (root / "train" / "n01").iterdir():
+        path.write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["check_data", str(root)])
+    assert check_data.main() == 1
+    text = capsys.readouterr().out
+    assert text.count(": empty (0 bytes)") == 5
+    assert "and 7 more such" in text
+    assert "get the file anew" in text
+    assert "not fit to train on: 12 error(s), 0 warning(s)" in text
+
+
+def test_from_the_command_line(root: Path) -> None:
+    command = [sys.executable, "-m", "vimfast.check_data", str(root)]
+    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fit to train on" in done.stdout
+    done = subprocess.run([*command, "--clases", "3"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "did you mean '--classes'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_name_that_is_no_utf8(check: Check, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = bytes(root / "train" / "n01" / "a") + b"\xff.JPEG"
+    with open(path, "wb"):
+        pass
+    assert check(root)[0] == 1
+    sys.argv.remove("--json")
+    assert check_data.main() == 1
+    assert "a\\udcff.JPEG: empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["tree", "healthy_shards"])
+def test_the_sheet_shows_what_the_training_loader_gives(
+    check: Check, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path, out = request.getfixturevalue(kind), tmp_path / "sheet.png"
+    assert check(path, "--sample-grid", out, "--input-size", "192", "--seed", "3")[0] == 0
+    source = open_source(path, "train")
+    loader = Loader(source, Order(len(source), 32, seed=3), device="cpu", training=True, size=192)
+    images, _ = next(loader.epoch(0))
+    loader.close()
+    with Image.open(out) as sheet:
+        assert (sheet.format, sheet.mode) == ("PNG", "RGB")
+        pixels = np.asarray(sheet)
+    expected = to_pictures(images)
+    for place, corner in ((0, (28, 28)), (9, (28 + 192 + 16 + 30, 28 + 192 + 16))):
+        top, left = corner
+        np.testing.assert_array_equal(pixels[top : top + 192, left : left + 192], expected[place])
+
+
+def test_the_sheet_undoes_the_normalization(tree: Path) -> None:
+    source = open_source(tree, "val")
+    order = Order(len(source), 1, shuffle=False)
+    loader = Loader(source, order, device="cpu", training=False, size=48, crop_ratio=48 / 50)
+    images, _ = next(loader.epoch(0))
+    loader.close()
+    with Image.open(source.name(0)) as image:
+        corner = np.rint((np.array(image.size) - 48) / 2).astype(int)
+        expected = np.asarray(image, int)[corner[1] : corner[1] + 48, corner[0] : corner[0] + 48]
+    assert image.size[1] == 50  # so that it was not resized
+    assert np.abs(to_pictures(images)[0] - expected).max() <= 3
+
+
+def test_the_sheet_of_few_pictures_and_unreadable_ones(check: Check, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_picture(tmp_path / split / "only" / "one.jpg", 1)
+    assert check(tmp_path, "--sample-grid", tmp_path / "one.png")[0] == 0
+    with Image.open(tmp_path / "one.png") as sheet:
+        assert sheet.width == 192 + 2 * 28
+    damage_cut(tmp_path / "train" / "only" / "one.jpg")
+    status, report = check(tmp_path, "--sample-grid", tmp_path / "two.png")
+    assert status == 1
+    assert not (tmp_path / "two.png").exists()
+    assert any(str(tmp_path / "train" / "only" / "one.jpg") in f["what"] for f in report["findings"])
+    status, report = check(tmp_path, "--splits", "val", "--sample-grid", tmp_path / "no" / "two.png")
+    assert only(report)["file"] == str(tmp_path / "no" / "two.png")
+
+
+def test_captions_are_english_for_imagenet_only() -> None:
+    assert class_captions(["n01440764", "n15075141"]) == [
+        ("tench", "n01440764"),
+        ("toilet tissue", "n15075141"),
+    ]
+    assert class_captions(["cat", "dog"]) == [("cat", ""), ("dog", "")]
+
+
+def test_a_killed_worker_is_one_sentence(tree: Path, monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
+    def killed(*_: object) -> None:
+        raise UserError("a checking process was killed; lower --workers")
+
+    monkeypatch.setattr(check_data, "check_folder", killed)
+    status, report = check(tree)
+    assert status == 1
+    assert only(report)["cure"] == "lower --workers"
+
+
+def test_options_default_to_both_splits() -> None:
+    assert Options().splits == ("train", "val")

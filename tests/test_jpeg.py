@@ -1,0 +1,191 @@
+"""Headers are read right, garbage is told as such, and conversion keeps the picture."""
+
+from __future__ import annotations
+
+import random
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image, JpegImagePlugin
+
+from vimfast.data import jpeg
+
+
+def picture(size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
+    out = BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def decode(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(data)).convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "components", "plain"),
+    [
+        ("RGB", {}, 3, True),
+        ("RGB", {"progressive": True, "quality": 30}, 3, True),
+        ("L", {}, 1, True),
+        ("CMYK", {}, 4, False),
+    ],
+)
+def test_jpeg_header(mode: str, options: dict[str, object], components: int, plain: bool) -> None:
+    data = encode(picture((61, 47)).convert(mode), **options)
+    info = jpeg.inspect(data)
+    assert info == ("jpeg", 47, 61, components, True)
+    assert jpeg.is_plain(info) is plain
+    assert jpeg.inspect(memoryview(data)) == info
+    assert jpeg.inspect(np.frombuffer(data, np.uint8)) == info
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+def test_other_formats(format: str) -> None:
+    data = encode(picture((61, 47)), format)
+    info = jpeg.inspect(data)
+    assert (info.format, info.height, info.width) == (format.lower(), 47, 61)
+    assert not jpeg.is_plain(info)
+    converted, size = jpeg.to_rgb_jpeg(data)
+    assert size == (47, 61)
+    assert jpeg.is_plain(jpeg.inspect(converted))
+    assert np.abs(decode(converted) - decode(data)).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("marker", "bits", "format"),
+    [
+        (0xC9, 8, "jpeg-arithmetic"),
+        (0xC3, 8, "jpeg-lossless"),
+        (0xC5, 8, "jpeg-hierarchical"),
+        (0xC1, 12, "jpeg-12bit"),
+    ],
+)
+def test_jpegs_that_few_decoders_read_are_not_plain(marker: int, bits: int, format: str) -> None:
+    data = bytearray(encode(picture()))
+    at = data.index(b"\xff\xc0")
+    data[at + 1], data[at + 4] = marker, bits
+    info = jpeg.inspect(bytes(data))
+    assert (info.format, info.height, info.width) == (format, 48, 64)
+    assert not jpeg.is_plain(info)
+
+
+def test_the_frames_size_whatever_exif_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to show"
+    data = encode(picture((60, 40)), exif=exif)
+    assert jpeg.inspect(data)[1:3] == (40, 60)
+    converted, size = jpeg.to_rgb_jpeg(data)
+    assert size == (40, 60)
+    assert not Image.open(BytesIO(converted)).getexif()
+    assert np.abs(decode(converted) - decode(data)).mean() < 2
+
+
+def test_a_cut_is_seen_and_a_tail_is_not_one() -> None:
+    thumbnail = encode(picture((32, 32)))  # has an end marker of its own, inside the header
+    data = encode(picture(), exif=b"Exif\0\0" + thumbnail)
+    assert jpeg.inspect(data).complete
+    assert jpeg.inspect(data + b"\0" * 100).complete
+    for cut in (1, 2, 50, 300):
+        assert not jpeg.inspect(data[:-cut]).complete
+        assert not jpeg.inspect(data[:-cut] + bytes(cut)).complete
+        with pytest.raises(ValueError, match="truncated"):
+            jpeg.to_rgb_jpeg(data[:-cut])
+
+
+def test_junk_between_markers_is_left_to_the_decoder() -> None:
+    data = encode(picture())
+    at = data.index(b"\xff\xdb")
+    info = jpeg.inspect(data[:at] + b"junk" + data[at:])
+    assert info == ("jpeg", 48, 64, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "empty"),
+        (b"\xff\xd8", "cut off"),
+        (b"\xff\xd8\xff\xd9" + bytes(10), "without a frame"),
+        (b"<html>not found</html>", "not a picture"),
+        (bytes(1000), "not a picture"),
+    ],
+)
+def test_no_picture(data: bytes, why: str) -> None:
+    for form in (data, np.frombuffer(data, np.uint8)):
+        with pytest.raises(ValueError, match=why):
+            jpeg.inspect(form)
+        with pytest.raises(ValueError, match=r"."):
+            jpeg.to_rgb_jpeg(form)
+
+
+def test_garbage_raises_value_errors_only() -> None:
+    rng = random.Random(0)
+    outcomes = set()
+    for format, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {})):
+        data = encode(picture((40, 30)), format, **options)
+        forms = [data[:length] for length in range(len(data))]
+        for _ in range(1500):
+            flipped = bytearray(data)
+            for _ in range(rng.randint(1, 4)):
+                # half of the flips hit the header, where the parser looks
+                flipped[rng.randrange(len(data) if rng.random() < 0.5 else 200)] = rng.choice(
+                    [0, 0xFF, rng.randrange(256)]
+                )
+            forms.append(bytes(flipped))
+        for i, form in enumerate(forms):
+            try:
+                jpeg.inspect(form)
+                outcomes.add("read")
+            except ValueError:
+                outcomes.add("refused")
+            if i % 10 == 0:
+                try:
+                    jpeg.to_rgb_jpeg(form)
+                    outcomes.add("decoded")
+                except ValueError:
+                    outcomes.add("not decoded")
+    assert outcomes == {"read", "refused", "decoded", "not decoded"}
+
+
+def test_conversion_keeps_colours() -> None:
+    image = picture((200, 100))
+    cmyk = encode(image.convert("CMYK"))
+    assert np.abs(decode(jpeg.to_rgb_jpeg(cmyk)[0]) - decode(cmyk)).mean() < 2
+    palette = encode(image.convert("P"), "PNG")
+    assert np.abs(decode(jpeg.to_rgb_jpeg(palette)[0]) - decode(palette)).mean() < 4
+    converted = Image.open(BytesIO(jpeg.to_rgb_jpeg(encode(image, "PNG"))[0]))
+    assert JpegImagePlugin.get_sampling(converted) == 0  # 4:4:4
+
+
+def test_sixteen_bit_grey_keeps_its_shades() -> None:
+    shades = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    data = encode(Image.fromarray(shades), "PNG")
+    assert np.abs(decode(jpeg.to_rgb_jpeg(data)[0])[..., 0] - (shades >> 8)).max() <= 4
+
+
+def test_resize_shrinks_the_short_side_only() -> None:
+    for size, expected in (
+        ((200, 100), (50, 100)),
+        ((100, 200), (100, 50)),
+        ((40, 90), (90, 40)),
+        ((50, 50), (50, 50)),
+    ):
+        data, told = jpeg.to_rgb_jpeg(encode(picture(size)), resize=50, quality=90)
+        assert told == expected == jpeg.inspect(data)[1:3]
+
+
+def test_a_shrunk_picture_is_antialiased() -> None:
+    """Against the box average over a detailed large picture, which the decoder may shrink on its own first."""
+    noise = np.random.default_rng(0).integers(0, 256, (512, 1024, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), quality=95)
+    small = decode(jpeg.to_rgb_jpeg(data, resize=64, quality=95)[0])
+    assert small.shape == (64, 128, 3)
+    assert np.abs(small - 127.5).mean() < 20  # noise averages out; picked pixels would deviate by 64
+    smooth = picture((1024, 512))
+    direct = np.asarray(smooth.resize((128, 64), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(decode(jpeg.to_rgb_jpeg(encode(smooth, quality=95), resize=64, quality=95)[0]) - direct).mean() < 3

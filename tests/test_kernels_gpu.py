@@ -1,0 +1,215 @@
+"""The GPU kernels against float64, gradients included: error at most twice that of plain torch in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from vimfast_kernels import reference
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+from vimfast_kernels.conv_triton import causal_conv_silu
+from vimfast_kernels.norm_triton import add_norm
+from vimfast_kernels.scan_gluon import selective_scan
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Below these a difference is that of the order of a sum, not of precision.
+NOISE = {BF16: 2e-4, FP16: 5e-5, FP32: 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Every torch.empty is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def relative(x: Tensor, exact: Tensor) -> float:
+    """NaN stays NaN, and a NaN passes no bound."""
+    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+def run(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Outputs, then the gradients of the inputs that are there."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    wanted = [x for x in leaves if x is not None]
+    back = torch.autograd.grad(outs, wanted, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)])
+    return [o.detach() for o in outs] + list(back)
+
+
+def check(
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    plain: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    dtype: torch.dtype,
+    slack: dict[int, float] | None = None,
+) -> None:
+    exact = run(plain, [None if x is None else x.double() for x in inputs], [g.double() for g in grads])
+    same = run(plain, inputs, grads)
+    ours = run(kernel, inputs, grads)
+    again = run(kernel, inputs, grads)
+    for i, (a, b, c, d) in enumerate(zip(ours, exact, same, again, strict=True)):
+        assert a.dtype == c.dtype
+        bound = 2 * relative(c, b) + NOISE[dtype] + (slack or {}).get(i, 0.0)
+        assert relative(a, b) <= bound, f"output {i}: {relative(a, b):.2e} > {bound:.2e}"
+        assert torch.equal(a, d), f"output {i} differs from run to run"
+
+
+def scan_inputs(
+    k: int, b: int, length: int, d: int, n: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[list[Tensor | None], Tensor]:
+    """Sizes as in a trained model; z and B, C are views of wider projections."""
+    torch.manual_seed(seed)
+    on = {"device": "cuda", "dtype": dtype}
+    u = torch.randn(k, b, length, d, **on)
+    delta = torch.randn(k, b, length, d, **on) * 0.5
+    A = -torch.exp(torch.rand(k, d, n, device="cuda") * 2.5)
+    x_dbl = torch.randn(k, b, length, 12 + 2 * n, **on)
+    D = torch.randn(k, d, device="cuda")
+    z = torch.randn(b, length, 2 * d, **on)[..., d:]
+    bias = torch.randn(k, d, device="cuda") - 3
+    return [u, delta, A, x_dbl[..., 12 : 12 + n], x_dbl[..., 12 + n :], D, z, bias], torch.randn(b, length, d, **on)
+
+
+def check_scan(
+    k: int, b: int, length: int, d: int, n: int, dtype: torch.dtype, reverse: Sequence[bool], drop: Sequence[int] = ()
+) -> None:
+    inputs, grad = scan_inputs(k, b, length, d, n, dtype)
+    inputs = [None if i in drop else x for i, x in enumerate(inputs)]
+    plain = lambda *x: reference.scan(*x, list(reverse), 0.5)[0]  # noqa: E731
+    kernel = lambda *x: selective_scan(*x, reverse=reverse, scale=0.5)  # noqa: E731
+    # The states kept for backward are bf16, so the fp32 gradients of A, D and the bias carry bf16's rounding.
+    slack = dict.fromkeys(range(9), 2e-3) if dtype == BF16 else None
+    if slack:
+        slack = {i: v for i, v in slack.items() if ours_is_fp32(inputs, i)}
+    check(kernel, plain, inputs, [grad], dtype, slack)
+
+
+def ours_is_fp32(inputs: Sequence[Tensor | None], output: int) -> bool:
+    """Whether result number `output` of `run` is the gradient of an fp32 input."""
+    there = [x for x in inputs if x is not None]
+    return output > 0 and output <= len(there) and there[output - 1].dtype == FP32
+
+
+@pytest.mark.parametrize("length", [1, 3, 17, 63, 197, 1000])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_scan_lengths(length: int, dtype: torch.dtype) -> None:
+    check_scan(2, 2, length, 64, 16, dtype, [False, True])
+
+
+@pytest.mark.parametrize("d", [16, 33, 40, 80, 384])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_scan_channels(d: int, dtype: torch.dtype) -> None:
+    check_scan(2, 1, 21, d, 16, dtype, [False, True])
+
+
+@pytest.mark.parametrize("n", [8, 32, 64])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_scan_states(n: int, dtype: torch.dtype) -> None:
+    check_scan(2, 3, 37, 48, n, dtype, [False, True])
+
+
+@pytest.mark.parametrize("reverse", [[False], [True], [True, False], [False, False]])
+def test_scan_directions(reverse: list[bool]) -> None:
+    check_scan(len(reverse), 2, 30, 96, 16, BF16, reverse)
+
+
+@pytest.mark.parametrize("drop", [(5,), (6,), (7,), (5, 6, 7)])
+def test_scan_without_options(drop: tuple[int, ...]) -> None:
+    check_scan(2, 2, 29, 64, 16, BF16, [False, True], drop)
+    check_scan(1, 2, 29, 64, 16, FP32, [True], drop)
+
+
+def test_scan_reads_any_strides() -> None:
+    (u, delta, A, B, C, D, z, bias), grad = scan_inputs(2, 2, 19, 64, 16, BF16)
+    strange = [
+        u.transpose(2, 3).contiguous().transpose(2, 3), delta.transpose(1, 2).contiguous().transpose(1, 2),
+        A.transpose(1, 2).contiguous().transpose(1, 2), B.transpose(2, 3).contiguous().transpose(2, 3),
+        C.expand(2, 2, 19, 16), D, z.transpose(1, 2).contiguous().transpose(1, 2), bias,
+    ]  # fmt: skip
+    plain = [u, delta, A, B, C, D, z, bias]
+    scan = lambda *x: selective_scan(*x, scale=0.5)  # noqa: E731
+    for a, b in zip(run(scan, strange, [grad]), run(scan, plain, [grad]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_scan_without_gradients_is_the_same() -> None:
+    inputs, _ = scan_inputs(2, 2, 45, 64, 16, BF16)
+    with torch.no_grad():
+        quiet = selective_scan(*inputs)
+    leaves = [x.requires_grad_() for x in inputs]
+    assert torch.equal(quiet, selective_scan(*leaves))
+
+
+def test_scan_is_one_node_for_the_compiler() -> None:
+    inputs, grad = scan_inputs(2, 1, 11, 32, 16, FP32)
+    scan = torch.compile(lambda *x: selective_scan(*x, scale=0.5), fullgraph=True, backend="aot_eager")
+    plain = lambda *x: selective_scan(*x, scale=0.5)  # noqa: E731
+    for a, b in zip(run(scan, inputs, [grad]), run(plain, inputs, [grad]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 64), (1, 3, 33), (2, 17, 40), (2, 197, 384), (1, 1000, 70)])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("reverse", [[False, True], [True]])
+def test_conv(shape: tuple[int, int, int], dtype: torch.dtype, reverse: list[bool]) -> None:
+    torch.manual_seed(0)
+    b, length, d = shape
+    k = len(reverse)
+    x = torch.randn(b, length, 2 * d, device="cuda", dtype=dtype)[..., :d]
+    weight, bias = torch.randn(k, d, 4, device="cuda"), torch.randn(k, d, device="cuda")
+    grad = torch.randn(k, b, length, d, device="cuda", dtype=dtype)
+    plain = lambda *v: reference.conv_silu(*v, list(reverse))  # noqa: E731
+    kernel = lambda *v: causal_conv_silu(*v, reverse=reverse)  # noqa: E731
+    check(kernel, plain, [x, weight, bias], [grad], dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 192), (1, 3, 33), (3, 197, 384), (2, 50, 1000)])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("rms", [True, False])
+def test_norm(shape: tuple[int, int, int], dtype: torch.dtype, rms: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda", dtype=dtype)
+    residual = torch.randn(shape, device="cuda")
+    weight, bias = torch.randn(shape[-1], device="cuda"), torch.randn(shape[-1], device="cuda")
+    grads = [torch.randn(shape, device="cuda", dtype=dtype), torch.randn(shape, device="cuda")]
+    if rms:
+        check(lambda *v: add_norm(*v), reference.add_rms_norm, [x, residual, weight], grads, dtype)
+        check(
+            lambda x, w: add_norm(x, None, w),
+            lambda x, w: reference.add_rms_norm(x, None, w),
+            [x, weight],
+            grads,
+            dtype,
+        )
+    else:
+        check(
+            lambda *v: add_norm(*v, rms=False), reference.add_layer_norm, [x, residual, weight, bias], grads, dtype
+        )
+
+
+def test_norm_drops_paths() -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(4, 9, 96, device="cuda", dtype=BF16), torch.randn(4, 9, 96, device="cuda")
+    weight, keep = torch.randn(96, device="cuda"), torch.tensor([0.0, 2.0, 2.0, 0.0], device="cuda")
+    grads = [torch.randn_like(x), torch.randn_like(residual)]
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y, r = reference.add_rms_norm(reference.wide(x) * keep[:, None, None], residual, weight)
+        return y.to(x.dtype), r
+
+    check(lambda *v: add_norm(*v, keep=keep), plain, [x, residual, weight], grads, BF16)

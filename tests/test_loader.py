@@ -1,0 +1,349 @@
+"""Batches against Pillow and torchvision, and against each other: any place, any number of ranks, any second pass."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_picture
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tvf
+
+from vimfast.data import augment
+from vimfast.data.loader import Batch, Loader, default_threads
+from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
+from vimfast.data.sampler import Order
+from vimfast.data.source import Pictures, Source, open_source
+from vimfast.errors import UserError
+
+SIZE = 48
+
+
+def training_loader(
+    source: Source, batch_size: int = 4, *, world: int = 1, rank: int = 0, **settings: object
+) -> Loader:
+    order = Order(len(source), batch_size, world=world, rank=rank, seed=3)
+    return Loader(source, order, **{"device": "cpu", "training": True, "size": SIZE, "threads": 2, **settings})  # type: ignore[arg-type]
+
+
+def evaluation_loader(
+    source: Source, batch_size: int = 4, *, world: int = 1, rank: int = 0, **settings: object
+) -> Loader:
+    order = Order(len(source), batch_size, world=world, rank=rank, shuffle=False, drop_last=False)
+    return Loader(source, order, **{"device": "cpu", "training": False, "size": SIZE, "threads": 2, **settings})  # type: ignore[arg-type]
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def levels(images: Tensor) -> Tensor:
+    """Undo the normalization: pixel values 0 to 255."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images * std + mean) * 255
+
+
+@pytest.fixture(scope="module")
+def train(tree: Path) -> Source:
+    return open_source(tree, "train")
+
+
+@pytest.fixture(scope="module")
+def val(tree: Path) -> Source:
+    return open_source(tree, "val")
+
+
+@pytest.fixture(scope="module")
+def textured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with detail at every scale, of many shapes and kinds of JPEG."""
+    root = tmp_path_factory.mktemp("textured")
+    rng = np.random.default_rng(0)
+    kinds: list[dict[str, object]] = [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"quality": 60}]
+    for i, (width, height) in enumerate([(500, 375), (333, 500), (61, 47), (257, 255), (640, 90), (40, 200), (96, 96)]):
+        detail = np.zeros((height, width, 3))
+        for cells in (3, 12, 40, 150):
+            noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+            detail += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), float) / 4
+        picture = Image.fromarray(detail.astype(np.uint8)).convert("L" if i == 3 else "RGB")
+        path = root / "train" / "a" / f"{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # "rotate me": nobody may
+        picture.save(path, "JPEG", exif=exif, **kinds[i % len(kinds)])
+    return root
+
+
+def assert_close_to_pillow(images: Tensor, expected: list[Tensor]) -> None:
+    """Measured: a mean difference of at most 0.22 levels in any picture, at most 0.8 % of values off by more than 2.
+
+    Both decode with libjpeg-turbo. Pillow rounds to 8 bits between the two directions of a resize, DALI does not; and
+    at the edge of a box that is decoded alone, chroma is interpolated without what lies outside.
+    """
+    for image, reference in zip(levels(images), expected, strict=True):
+        difference = (image - reference.float()).abs()
+        assert difference.mean() < 0.35
+        assert (difference > 2).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop_ratio", [0.875, 1.0])
+def test_evaluation_pixels_are_torchvisions(textured: Path, interpolation: str, crop_ratio: float) -> None:
+    source = open_source(textured, "train")
+    loader = evaluation_loader(source, 16, interpolation=interpolation, crop_ratio=crop_ratio)
+    (batch,) = loader.epoch(0)
+    transform = transforms.Compose(
+        [
+            transforms.Resize(int(SIZE / crop_ratio), InterpolationMode(interpolation)),
+            transforms.CenterCrop(SIZE),
+            transforms.PILToTensor(),
+        ]
+    )
+    expected = [transform(Image.open(source.name(i)).convert("RGB")) for i in range(len(source))]
+    assert batch.images.shape == (len(source), 3, SIZE, SIZE)
+    assert_close_to_pillow(batch.images, expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_training_pixels_are_torchvisions_for_the_same_box(textured: Path, interpolation: str) -> None:
+    source = open_source(textured, "train")
+    loader = training_loader(source, 7, interpolation=interpolation)
+    mirrored = 0
+    for epoch in range(2):
+        (batch,) = loader.epoch(epoch)
+        positions, ids = loader.order.step(epoch, 0)
+        u = augment.uniforms(3, epoch, positions)
+        boxes, flips = augment.random_resized_crop(u, source.read(ids).sizes), augment.flips(u)
+        mirrored += flips.sum()
+        expected = []
+        for i, box, flip in zip(ids.tolist(), boxes.tolist(), flips, strict=True):
+            picture = Image.open(source.name(i)).convert("RGB")
+            crop = tvf.resized_crop(picture, *box, [SIZE, SIZE], InterpolationMode(interpolation))
+            expected.append(tvf.pil_to_tensor(tvf.hflip(crop) if flip else crop))
+        assert_close_to_pillow(batch.images, expected)
+    assert 0 < mirrored < 14  # both kinds were compared
+
+
+def test_labels_come_with_their_pictures(train: Source) -> None:
+    loader = training_loader(train)
+    for step, batch in enumerate(loader.epoch(1)):
+        assert batch.labels.dtype == torch.int64
+        assert batch.labels.tolist() == train.labels[loader.order.step(1, step)[1]].tolist()
+
+
+def test_held_batches_are_never_overwritten(train: Source) -> None:
+    loader = training_loader(train)
+    held = list(loader.epoch(0))
+    copies = [Batch(images.clone(), labels.clone()) for images, labels in held]
+    for _ in loader.epoch(1):
+        pass
+    loader.close()
+    assert_same(held, copies)
+    again = list(loader.epoch(0))  # closed, then used again
+    assert_same(held, again)
+
+
+def test_any_place_gives_what_an_uninterrupted_run_gives(train: Source) -> None:
+    loader = training_loader(train)
+    through = [list(loader.epoch(epoch)) for epoch in range(3)]
+    assert not torch.equal(through[0][0].images, through[1][0].images)
+    assert_same(list(training_loader(train).epoch(1)), through[1])
+    assert_same(list(training_loader(train).epoch(2, start=5)), through[2][5:])
+    stopped = training_loader(train)
+    for _, first in zip(range(4), stopped.epoch(0), strict=False):
+        assert len(first.labels) == 4
+    assert_same(list(stopped.epoch(0, start=4)), through[0][4:])  # goes on
+    assert_same(list(stopped.epoch(0, start=1)), through[0][1:])  # goes back
+    assert_same(list(stopped.epoch(1)), through[1])
+
+
+def test_ranks_share_the_batches_of_one(train: Source) -> None:
+    alone = list(training_loader(train, 6).epoch(0))
+    ranks = [list(training_loader(train, 2, world=3, rank=rank).epoch(0)) for rank in range(3)]
+    for step, whole in enumerate(alone):
+        for rank in range(3):
+            assert torch.equal(ranks[rank][step].images, whole.images[rank::3])
+            assert torch.equal(ranks[rank][step].labels, whole.labels[rank::3])
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (4, 5), (8, 2)])
+def test_evaluation_sees_every_picture_once(val: Source, world: int, batch_size: int) -> None:
+    (expected,) = evaluation_loader(val, len(val)).epoch(0)
+    seen = torch.zeros(len(val), dtype=torch.int64)
+    for rank in range(world):
+        loader = evaluation_loader(val, batch_size, world=world, rank=rank)
+        first, second = list(loader.epoch(0)), list(loader.epoch(0))
+        for step, (batch, repeated) in enumerate(zip(first, second, strict=True)):
+            ids = loader.order.step(0, step)[1]
+            seen[ids] += 1
+            assert torch.equal(batch.images, expected.images[ids])
+            assert torch.equal(batch.labels, expected.labels[ids])
+            assert torch.equal(batch.images, repeated.images)
+    assert (seen == 1).all()
+
+
+def test_a_rank_without_pictures_has_no_batches(val: Source) -> None:
+    assert list(evaluation_loader(val, 4, world=16, rank=15).epoch(0)) == []
+
+
+def test_evaluation_broken_off_starts_over(val: Source) -> None:
+    loader = evaluation_loader(val)
+    whole = list(loader.epoch(0))
+    next(loader.epoch(0))
+    assert_same(list(loader.epoch(0)), whole)
+
+
+def test_an_older_iterator_does_not_take_the_batches_of_a_newer(train: Source) -> None:
+    loader = training_loader(train)
+    older = loader.epoch(0)
+    next(older)
+    newer = loader.epoch(1)
+    next(newer)
+    with pytest.raises(RuntimeError, match="another epoch"):
+        next(older)
+
+
+def test_encoded_pictures_are_let_go(train: Source) -> None:
+    """Only the batches in work are held: read ahead, handed to DALI, and the one being made."""
+    read: list[weakref.ref[np.ndarray]] = []
+
+    class Watched:
+        classes, labels = train.classes, train.labels
+
+        def __len__(self) -> int:
+            return len(train)
+
+        def read(self, ids: np.ndarray) -> Pictures:
+            pictures = train.read(ids)
+            read.extend(weakref.ref(data) for data in pictures.encoded)
+            return pictures
+
+        def name(self, i: int) -> str:
+            return train.name(i)
+
+    loader = training_loader(Watched(), 2)
+    for _ in range(3):
+        for _ in loader.epoch(0):
+            pass
+    alive = sum(data() is not None for data in read)
+    assert len(read) > 100
+    assert alive <= 2 * (2 + 2 + 2)
+
+
+def test_half_precision_images(train: Source) -> None:
+    (single, half) = (next(training_loader(train, dtype=d).epoch(0)).images for d in (torch.float32, torch.float16))
+    assert half.dtype == torch.float16
+    assert torch.allclose(half.float(), single, atol=2e-3)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Twelve pictures; the header of 5.JPEG is fine, so only its decoder can tell that its Huffman table is not."""
+    for i in range(12):
+        write_picture(tmp_path / "train" / "a" / f"{i}.JPEG", i)
+    path = tmp_path / "train" / "a" / "5.JPEG"
+    data = bytearray(path.read_bytes())
+    table = data.index(b"\xff\xc4")
+    data[table + 5 : table + 21] = b"\xff" * 16
+    path.write_bytes(data)
+    return tmp_path
+
+
+@pytest.mark.parametrize("make", [training_loader, evaluation_loader])
+def test_a_picture_that_does_not_decode_is_named(damaged: Path, make: object) -> None:
+    loader: Loader = make(open_source(damaged, "train"))  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"cannot decode .*/a/5\.JPEG \(broken data .*check_data DATA --decode") as told:
+        list(loader.epoch(0))
+    assert "6.JPEG" not in str(told.value)
+    with pytest.raises(UserError, match=r"a/5\.JPEG"):  # and again, rather than going on without it
+        list(loader.epoch(0))
+
+
+def test_a_vanished_picture_is_named(tmp_path: Path) -> None:
+    for i in range(8):
+        write_picture(tmp_path / "train" / "a" / f"{i}.JPEG", i)
+    loader = training_loader(open_source(tmp_path, "train"))
+    picture = tmp_path / "train" / "a" / "3.JPEG"
+    content = picture.read_bytes()
+    picture.unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"a/3\.JPEG cannot be read \(No such file"):
+            list(loader.epoch(0))
+    picture.write_bytes(content)
+    assert len(list(loader.epoch(0))) == 2
+
+
+@pytest.mark.parametrize(("world", "cure"), [(2, "lower --batch-size to at most 18"), (64, "use at most 36 processes")])
+def test_too_few_pictures_for_one_step(train: Source, world: int, cure: str) -> None:
+    with pytest.raises(UserError, match=f"36 training pictures do not fill one step of {world} x 64; {cure}"):
+        training_loader(train, 64, world=world)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"interpolation": "bicubik"}, "'bicubik'; did you mean 'bicubic'"),
+        ({"crop_ratio": 1.5}, "crop ratio is 1.5, want more than 0 and at most 1"),
+        ({"scale": (0.5, 0.1)}, "want MIN <= MAX"),
+    ],
+)
+def test_settings_out_of_range(train: Source, setting: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        training_loader(train, **setting)
+
+
+def test_dali_missing(train: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match=r"pip install 'vimfast\[cuda13\]'"):
+        training_loader(train).epoch(0)
+
+
+def test_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert default_threads() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert default_threads() == 1
+
+
+@pytest.fixture
+def cuda_loader(textured: Path) -> Iterator[Loader]:
+    loader = training_loader(open_source(textured, "train"), 7, device="cuda")
+    yield loader
+    loader.close()
+
+
+@pytest.mark.gpu
+def test_gpu_batches_are_the_cpus(textured: Path, cuda_loader: Loader) -> None:
+    """The GPU's decoder upsamples chroma more simply in training, which is most of the difference."""
+    source = open_source(textured, "train")
+    (on_gpu,) = cuda_loader.epoch(0)
+    (on_cpu,) = training_loader(source, 7).epoch(0)
+    assert on_gpu.images.device == on_gpu.labels.device == cuda_loader.device
+    assert torch.equal(on_gpu.labels.cpu(), on_cpu.labels)
+    assert (levels(on_gpu.images).cpu() - levels(on_cpu.images)).abs().mean() < 4
+    (on_gpu,), (on_cpu,) = (evaluation_loader(source, 7, device=device).epoch(0) for device in ("cuda", "cpu"))
+    assert (levels(on_gpu.images).cpu() - levels(on_cpu.images)).abs().mean() < 1
+
+
+@pytest.mark.gpu
+def test_gpu_batches_are_never_overwritten_and_wait_for_their_stream(cuda_loader: Loader) -> None:
+    """Held over many epochs, read on another stream than the default one."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        held = [batch for epoch in range(20) for batch in cuda_loader.epoch(epoch)]
+        copies = [Batch(images.clone(), labels.clone()) for images, labels in held]
+    torch.cuda.synchronize()
+    for _ in (batch for epoch in range(20, 40) for batch in cuda_loader.epoch(epoch)):
+        pass
+    assert_same(held, copies)
+    assert_same(copies[5:6], list(cuda_loader.epoch(5)))

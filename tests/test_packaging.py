@@ -1,0 +1,58 @@
+"""The wheel holds the whole tree and works away from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # a copy, so that building leaves nothing in the checkout
+    source.mkdir()
+    names = ("pyproject.toml", "README.md", "LICENSE", "vimfast", "kernels")
+    subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(source)], check=True)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_holds_every_module(wheel: Path) -> None:
+    tree = {str(p.relative_to(ROOT)) for p in (ROOT / "vimfast").rglob("*.py")}
+    tree |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    assert packed == tree
+
+
+def test_installed_elsewhere_it_runs(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+        return done.stdout
+
+    code = "import vimfast, vimfast_kernels; print(vimfast.__file__, vimfast_kernels.__file__)"
+    assert [p.startswith(str(site)) for p in run(sys.executable, "-c", code).split()] == [True, True]
+    assert "--resize" in run(str(site / "bin" / "vimfast-prepare"), "--help")
+    assert "--data-path" in run(sys.executable, "-m", "vimfast.train", "--help")

@@ -1,0 +1,484 @@
+"""vimfast-prepare, run as people run it: what shards hold, who reads them, and what is left after a failure."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_picture
+from PIL import Image
+
+from vimfast import prepare
+from vimfast.data import index, jpeg, shards
+from vimfast.data.shards import Options, Plan
+from vimfast.data.tree import scan_split
+from vimfast.errors import UserError
+
+COMMAND = [sys.executable, "-m", "vimfast.prepare"]
+
+
+def run(*words: object, status: int = 0, **options: object) -> str:
+    """Run vimfast-prepare, expect this exit status, return all that it said."""
+    command = [*COMMAND, *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    assert done.returncode == status, done.stdout
+    assert "Traceback" not in done.stdout
+    return done.stdout
+
+
+def visible(out: Path) -> dict[str, bytes]:
+    """The folder's files by name, without the line of the manifest that tells the time."""
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    if manifest := files.get(index.MANIFEST):
+        files[index.MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
+    return files
+
+
+def members(tar: Path) -> dict[str, bytes]:
+    with tarfile.open(tar) as archive:
+        return {m.name: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def out(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared tree as shards of at most 10 samples. Do not write into it."""
+    folder = tmp_path_factory.mktemp("shards")
+    run(tree, "--out", folder, "--shard-samples", 10, "--workers", 2)
+    return folder
+
+
+def test_shards_hold_the_tree_byte_for_byte(tree: Path, out: Path) -> None:
+    manifest = index.read_manifest(out)
+    assert manifest["classes"] == ["n01", "n02", "n03"]
+    for split, count in (("train", 36), ("val", 15)):
+        described = manifest["splits"][split]
+        assert (described["samples"], described["changed"], described["skipped"]) == (count, [], [])
+        rows = index.read_index(out, split, count)
+        assert zlib.crc32((out / index.index_name(split)).read_bytes()) == described["index_crc32"]
+        assert described["bytes"] == rows["size"].sum()
+        tars = [out / shard["name"] for shard in described["shards"]]
+        found = {}
+        for tar, shard in zip(tars, described["shards"], strict=True):
+            assert tar.stat().st_size == shard["bytes"]
+            content = members(tar)
+            assert len(content) == 2 * shard["samples"]
+            found |= content
+        sources = {str(p.relative_to(tree / split).with_suffix("")): p for p in (tree / split).glob("*/*")}
+        assert {name[:-4]: data for name, data in found.items() if name.endswith(".jpg")} == {
+            key: path.read_bytes() for key, path in sources.items()
+        }
+        for key, path in sources.items():
+            assert found[key + ".cls"] == str(manifest["classes"].index(path.parent.name)).encode()
+        for row in rows:
+            data = tars[row["shard"]].read_bytes()[row["offset"] : row["offset"] + row["size"]]
+            assert row["crc32"] == zlib.crc32(data)
+            assert (row["height"], row["width"]) == jpeg.inspect(data)[1:3]
+        assert sorted(rows["label"].tolist()) == sorted([0, 1, 2] * (count // 3))
+
+
+def test_training_order_is_shuffled_and_validation_sorted(out: Path) -> None:
+    train, val = np.load(out / "train.index.npy")["label"], np.load(out / "val.index.npy")["label"]
+    assert sorted(val) == val.tolist()
+    assert all(len(set(part)) == 3 for part in np.array_split(train, 4))
+
+
+def test_extracted_it_is_the_tree_again(tree: Path, out: Path, tmp_path: Path) -> None:
+    for tar in out.glob("val-*.tar"):
+        subprocess.run(["tar", "xf", str(tar), "-C", str(tmp_path)], check=True)
+    for path in (tree / "val").glob("*/*"):
+        copy = tmp_path / path.relative_to(tree / "val").with_suffix(".jpg")
+        assert copy.read_bytes() == path.read_bytes()
+
+
+def test_webdataset_reads_them(out: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    tars = sorted(map(str, out.glob("train-*.tar")))
+    samples = list(wds.WebDataset(tars, shardshuffle=False).decode("pil").to_tuple("jpg", "cls"))
+    rows = np.load(out / "train.index.npy")
+    assert [label for _, label in samples] == rows["label"].tolist()
+    assert [image.size for image, _ in samples] == list(zip(rows["width"], rows["height"], strict=True))
+
+
+def test_dali_reads_them(out: Path) -> None:
+    dali = pytest.importorskip("nvidia.dali")
+    paths = sorted(map(str, out.glob("train-*.tar")))
+
+    @dali.pipeline_def(batch_size=36, num_threads=1, device_id=None)
+    def pipeline() -> tuple[object, object]:
+        return tuple(
+            dali.fn.readers.webdataset(
+                paths=paths, index_paths=[path[:-3] + "idx" for path in paths], ext=["jpg", "cls"], name="reader"
+            )
+        )
+
+    reader = pipeline()
+    reader.build()
+    assert reader.epoch_size("reader") == 36
+    pictures, labels = reader.run()
+    rows = np.load(out / "train.index.npy")
+    assert [int(np.array(labels[i]).tobytes()) for i in range(36)] == rows["label"].tolist()
+    assert [zlib.crc32(np.array(pictures[i])) for i in range(36)] == rows["crc32"].tolist()
+
+
+def test_dali_index_is_what_its_own_tool_writes(out: Path, tmp_path: Path) -> None:
+    wds2idx = pytest.importorskip("wds2idx")
+    for tar in out.glob("*.tar"):
+        with wds2idx.IndexCreator(str(tar), str(tmp_path / "x.idx"), verbose=False) as creator:
+            creator.create_index()
+        assert (tmp_path / "x.idx").read_text() == tar.with_suffix(".idx").read_text()
+
+
+def test_the_plan_alone_decides_the_bytes(tree: Path, out: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tree, moved)
+    run(moved, "--out", tmp_path / "same", "--shard-samples", 10, "--workers", 1)
+    assert visible(tmp_path / "same") == visible(out)
+    run(tree, "--out", tmp_path / "other", "--shard-samples", 10, "--seed", 1)
+    assert (tmp_path / "other/val-000000.tar").read_bytes() == (out / "val-000000.tar").read_bytes()
+    assert (tmp_path / "other/train-000000.tar").read_bytes() != (out / "train-000000.tar").read_bytes()
+
+
+@pytest.mark.parametrize(("samples", "most"), [(1, 4096), (10, 3), (511, 4096), (10_000, 4096), (100_000, 1000)])
+def test_every_sample_is_in_one_part(samples: int, most: int) -> None:
+    from vimfast.data.tree import FileList
+
+    offsets = np.arange(0, 10 * (samples + 1), 10, dtype=np.int64)
+    names = np.frombuffer("".join(f"{i:06d}.jpg" for i in range(samples)).encode(), np.uint8)
+    files = FileList(Path("train"), ["a", "b"], np.sort(np.arange(samples, dtype=np.int32) % 2), names, offsets)
+    plan = Plan("train", files, Options(shard_samples=most))
+    parts = [plan.part(number) for number in range(plan.shards)]
+    lengths = [len(part.names) for part in parts]
+    assert max(lengths) <= most
+    assert max(lengths) - min(lengths) <= 1
+    keys = Counter(key for part in parts for key in part.keys)
+    assert len(keys) == samples == sum(keys.values())
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A tree with one of each file that cannot be stored as it is, among good ones."""
+    root = tmp_path / "odd"
+    for i in range(4):
+        write_picture(root / f"train/n1/good_{i}.JPEG", i)
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(root / "train/n1/is_png.JPEG", format="PNG")
+    write_picture(root / "train/n1/is_cmyk.JPEG", 7, mode="CMYK")
+    write_picture(root / "train/n1/is_grey.JPEG", 8, mode="L")
+    return root
+
+
+def test_odd_files_become_rgb_jpegs(odd: Path, tmp_path: Path) -> None:
+    said = run(odd, "--out", tmp_path / "out")
+    assert "has no val/" in said
+    described = index.read_manifest(tmp_path / "out")["splits"]["train"]
+    assert [note["file"] for note in described["changed"]] == ["n1/is_cmyk.JPEG", "n1/is_png.JPEG"]
+    assert ["4 components" in described["changed"][0]["why"], "png" in described["changed"][1]["why"]] == [True, True]
+    content = members(tmp_path / "out/train-000000.tar")
+    for name in ("is_png", "is_cmyk"):
+        source = (odd / f"train/n1/{name}.JPEG").read_bytes()
+        assert content[f"n1/{name}.jpg"] == jpeg.to_rgb_jpeg(source)[0]
+    assert content["n1/is_grey.jpg"] == (odd / "train/n1/is_grey.JPEG").read_bytes()
+
+
+def spoil(root: Path) -> list[str]:
+    """Add one of each unreadable file; returns their paths."""
+    good = (root / "train/n1/good_0.JPEG").read_bytes()
+    bad = {"empty": b"", "cut": good[: len(good) // 2], "page": b"<html>404</html>", "zeros": good[:200] + bytes(900)}
+    for name, data in bad.items():
+        (root / f"train/n1/{name}.JPEG").write_bytes(data)
+    (root / "train/n1/dead.JPEG").symlink_to("nowhere")
+    return [str(root / f"train/n1/{name}.JPEG") for name in (*bad, "dead")]
+
+
+def test_all_unreadable_pictures_are_listed_and_nothing_looks_complete(odd: Path, tmp_path: Path) -> None:
+    bad, out = spoil(odd), tmp_path / "out"
+    said = run(odd, "--out", out, "--shard-samples", 3, status=2)
+    for path in bad:
+        assert f"{path}: " in said
+    assert "good" not in said.split("error:")[0]
+    assert "5 of 12 pictures" in said.splitlines()[-1]
+    assert "--skip-bad" in said.splitlines()[-1]
+    assert not (out / index.MANIFEST).exists()
+    assert not list(out.glob("*.tmp"))
+    with pytest.raises(UserError, match="did not finish"):
+        index.read_manifest(out)
+
+    run(odd, "--out", out, "--shard-samples", 3, "--skip-bad")
+    described = index.read_manifest(out)["splits"]["train"]
+    assert sorted(str(odd / "train" / note["file"]) for note in described["skipped"]) == sorted(bad)
+    assert described["samples"] == 7 == len(index.read_index(out, "train", 7))
+    run(odd, "--out", tmp_path / "at_once", "--shard-samples", 3, "--skip-bad")
+    assert visible(out) == visible(tmp_path / "at_once")
+
+
+def test_a_mended_picture_is_taken_on_the_next_run(odd: Path, tmp_path: Path) -> None:
+    spoil(odd)
+    run(odd, "--out", tmp_path / "out", status=2)
+    for path in (odd / "train/n1").iterdir():
+        if path.name.split(".")[0] in ("empty", "cut", "page", "zeros", "dead"):
+            path.unlink()
+            write_picture(path, 9)
+    run(odd, "--out", tmp_path / "out")
+    assert index.read_manifest(tmp_path / "out")["splits"]["train"]["samples"] == 12
+
+
+def test_a_shard_of_nothing_but_unreadable_pictures_is_told(odd: Path, tmp_path: Path) -> None:
+    spoil(odd)
+    said = run(odd, "--out", tmp_path / "out", "--shard-samples", 1, "--skip-bad", status=2)
+    assert "no empty shard" in said.splitlines()[-1]
+    assert not (tmp_path / "out" / index.MANIFEST).exists()
+
+
+def test_resize(odd: Path, tmp_path: Path) -> None:
+    write_picture(odd / "train/n2/large.JPEG", 1, (400, 200))
+    write_picture(odd / "train/n2/small.JPEG", 1, (30, 90))
+    out = tmp_path / "out"
+    run(odd, "--out", out, "--resize", 40, "--quality", 80)
+    manifest = index.read_manifest(out)
+    assert (manifest["resize"], manifest["quality"]) == (40, 80)
+    assert [note["file"] for note in manifest["splits"]["train"]["changed"]] == ["n1/is_cmyk.JPEG", "n1/is_png.JPEG"]
+    content = members(out / "train-000000.tar")
+    assert jpeg.inspect(content["n2/large.jpg"])[1:3] == (40, 80)
+    assert content["n2/small.jpg"] == (odd / "train/n2/small.JPEG").read_bytes()
+    rows = np.load(out / "train.index.npy")
+    assert np.minimum(rows["height"], rows["width"]).max() == 40
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 pictures that take a while to resize."""
+    root = tmp_path_factory.mktemp("many")
+    for i in range(6):
+        write_picture(root / f"train/n{i % 3}/{i}.JPEG", i, (700, 600))
+    for i in range(6, 300):
+        os.link(root / f"train/n{i % 3}/{i % 6}.JPEG", root / f"train/n{i % 3}/{i}.JPEG")
+    return root
+
+
+def test_killed_it_resumes_to_the_same_bytes(many: Path, tmp_path: Path) -> None:
+    words = [str(many), "--resize", "64", "--shard-samples", "10", "--workers", "2"]
+    out = tmp_path / "out"
+    with subprocess.Popen([*COMMAND, *words, "--out", str(out)], stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(out.glob(".prepare/*.npz"))) < 3:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it was through before it could be killed"
+    assert not (out / index.MANIFEST).exists()
+    time.sleep(0.3)  # its workers see that it is gone
+    finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
+    recorded = [out / path.with_suffix(".tar").name for path in out.glob(".prepare/*.npz")]
+    assert 3 <= len(recorded) < 30
+    run(*words, "--out", out)
+    assert all((path.stat().st_ino, path) == (finished[path], path) for path in recorded), "finished shards stay"
+    run(*words, "--out", tmp_path / "at_once")
+    assert visible(out) == visible(tmp_path / "at_once")
+
+
+def test_interrupted_it_stops_at_once(many: Path, tmp_path: Path) -> None:
+    words = [*COMMAND, str(many), "--out", str(tmp_path / "out"), "--resize", "64", "--shard-samples", "100"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("out/*.tar.tmp")):
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("out/*.tmp"))
+
+
+def test_a_finished_folder_is_left_alone(tree: Path, out: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
+    said = run(tree, "--out", out, "--shard-samples", 10)
+    assert "is complete already: 36 train pictures" in said
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
+
+
+@pytest.mark.parametrize("damage", ["tar gone", "tar cut", "idx gone", "index gone", "manifest cut"])
+def test_a_damaged_folder_is_mended(tree: Path, out: Path, tmp_path: Path, damage: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    what, how = damage.split()
+    path = copy / {"tar": "train-000001.tar", "idx": "train-000001.idx", "index": "val.index.npy"}.get(
+        what, index.MANIFEST
+    )
+    if how == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+    other = (copy / "train-000000.tar").stat().st_ino
+    run(tree, "--out", copy, "--shard-samples", 10)
+    assert visible(copy) == visible(out)
+    assert (copy / "train-000000.tar").stat().st_ino == other
+
+
+def test_a_replaced_picture_is_noticed_when_resuming(tree: Path, out: Path, tmp_path: Path) -> None:
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    shutil.copytree(tree, root)
+    run(root, "--out", copy, "--shard-samples", 10)
+    (copy / index.MANIFEST).unlink()
+    picture = root / "train/n02/n02_3.JPEG"
+    write_picture(picture, 99)
+    run(root, "--out", copy, "--shard-samples", 10)
+    found = {name: data for tar in copy.glob("train-*.tar") for name, data in members(tar).items()}
+    assert found["n02/n02_3.jpg"] == picture.read_bytes()
+
+
+def test_another_plan_is_refused_and_overwrite_is_the_cure(tree: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(tree / "val", root / "val")
+    run(root, "--out", out)
+    before = visible(out)
+    said = run(root, "--out", out, "--resize", 32, status=2)
+    assert "--resize 32 --quality 90" in said
+    assert "--overwrite" in said
+    (root / "val/n01/n01_0.JPEG").rename(root / "val/n01/new.JPEG")
+    assert "from other files in val/" in run(root, "--out", out, status=2)
+    assert visible(out) == before
+    (out / "notes.txt").write_text("mine")
+    (out / "val-000007.tar").write_bytes(b"left over")
+    run(root, "--out", out, "--resize", 32, "--overwrite")
+    assert index.read_manifest(out)["resize"] == 32
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "val-000007.tar").exists()
+
+
+def test_a_split_may_come_later(tree: Path, out: Path, tmp_path: Path) -> None:
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    root.mkdir()
+    (root / "train").symlink_to(tree / "train")
+    run(root, "--out", copy, "--shard-samples", 10)
+    first = (copy / "train-000000.tar").stat().st_ino
+    (root / "val").symlink_to(tree / "val")
+    run(root, "--out", copy, "--shard-samples", 10)
+    assert (copy / "train-000000.tar").stat().st_ino == first
+    assert visible(copy) == visible(out)
+
+
+def test_names_that_confuse_readers_get_other_keys(tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    root = tmp_path / "root"
+    names = [
+        "v1.0 final.jpg",
+        "same.jpg",
+        "same.png",
+        "sa me.jpg",
+        "sa_me.jpg",
+        "file-1.jpg",
+        "x" * 120 + ".jpg",
+        "狗.jpg",
+    ]
+    for i, name in enumerate(names):
+        write_picture(root / "val/Egyptian cat" / name, i, (20 + i, 20))
+        write_picture(root / "val/Egyptian_cat" / name, i, (40 + i, 20))
+    write_picture(root / "val" / ("long " * 20) / "sub" / "a.jpg", 0, (60, 20))
+    run(root, "--out", tmp_path / "out")
+    tar, rows = tmp_path / "out/val-000000.tar", np.load(tmp_path / "out/val.index.npy")
+    found = list(wds.WebDataset(str(tar), shardshuffle=False).decode("pil"))
+    assert len({sample["__key__"] for sample in found}) == len(found) == 2 * len(names) + 1
+    assert [sample["jpg"].size for sample in found] == list(zip(rows["width"], rows["height"], strict=True))
+    assert sorted(width for width, _ in (sample["jpg"].size for sample in found)) == sorted(
+        [20 + i for i in range(8)] + [40 + i for i in range(8)] + [60]
+    )
+    lines = tar.with_suffix(".idx").read_text().splitlines()[1:]
+    assert [len(line.split()) for line in lines] == [8] * len(found)
+    with tarfile.open(tar) as archive:
+        assert all(not member.pax_headers and len(os.fsencode(member.name)) <= 100 for member in archive)
+    assert "Egyptian_cat/v1_0_final" in {sample["__key__"] for sample in found}
+
+
+def test_too_little_space_is_told_before_it_starts(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=10_000))
+    for extra in ([], ["--resize", "32"]):
+        monkeypatch.setattr(sys, "argv", ["vimfast-prepare", str(tree), "--out", str(tmp_path / "out"), *extra])
+        with pytest.raises(UserError, match=r"needs about 0\.\d MB more, 0\.0 MB are free"):
+            prepare.run()
+    assert visible(tmp_path / "out") == {}
+
+
+def test_the_estimate_is_near(tree: Path, out: Path) -> None:
+    estimate = shards.estimate_bytes(Plan("train", scan_split(tree, "train"), Options(shard_samples=10)))
+    written = sum(path.stat().st_size for path in out.glob("train*"))
+    assert 0.8 < estimate / written < 1.25
+
+
+def test_a_full_disk_is_told_and_resumed_from(tree: Path, out: Path, tmp_path: Path) -> None:
+    words = [tree, "--out", tmp_path / "out", "--shard-samples", 10]
+    limit = (out / "train-000000.tar").stat().st_size // 2
+    said = run(*words, status=2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert "cannot be written (File too large)" in said.splitlines()[-1]
+    assert not (tmp_path / "out" / index.MANIFEST).exists()
+    assert not list(tmp_path.glob("out/*.tmp"))
+    run(*words)
+    assert visible(tmp_path / "out") == visible(out)
+
+
+def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(tree, root)
+    part = Plan("train", scan_split(root, "train"), Options()).part(0)
+    shutil.rmtree(root)
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot be read .*resumes"):
+        shards.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
+    assert visible(tmp_path / "out") == {}
+
+
+def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
+    with prepare._lock(tmp_path):
+        assert "another vimfast-prepare" in run(tree, "--out", tmp_path, status=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{tree}", "--uot", "x"], "unknown flag --uot; did you mean '--out'?"),
+        (["{tree}", "--out", "x", "--resise=256"], "unknown flag --resise; did you mean '--resize'?"),
+        (["{tree}", "extra", "--out", "x"], "unrecognized arguments: extra"),
+        (["{tree}"], "--out"),
+        (["{tree}", "--out", "x", "--resize", "big"], "'big' is no whole number"),
+        (["{tree}", "--out", "x", "--resize", "0"], "0 is not 1 or more"),
+        (["{tree}", "--out", "x", "--quality", "90"], "--quality needs --resize"),
+        (["{tree}", "--out", "x", "--resize", "64", "--quality", "101"], "101 is not 1 to 100"),
+        (["nowhere", "--out", "x"], "nowhere does not exist"),
+        (["{tree}", "--out", "{tree}/train/shards"], "lies among the pictures"),
+        (["{tree}", "--out", "{tree}"], "lies among the pictures"),
+        (["{tree}", "--out", "{tree}/train/n01/n01_0.JPEG"], "lies among the pictures"),
+        (["{tree}", "--out", "/dev/null"], "is a file"),
+        (["{tree}", "--out", "/proc/x"], "cannot be written to"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["vimfast-prepare", *(word.format(tree=tree) for word in words)])
+    with pytest.raises(UserError) as caught:
+        prepare.run()
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_tars_are_not_touched(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "train-000000.tar").write_bytes(b"somebody's")
+    said = run(tree, "--out", tmp_path, status=2)
+    assert "unknown origin" in said
+    assert (tmp_path / "train-000000.tar").read_bytes() == b"somebody's"
+
+
+def test_help_and_the_checkouts_script() -> None:
+    script = Path(__file__).parent.parent / "tools" / "make_shards.py"
+    said = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(flag in said for flag in ("--out", "--resize", "--quality", "--skip-bad", "--overwrite"))

@@ -1,0 +1,237 @@
+"""Pictures from shards and from a folder: the same bytes, sizes, labels and batches; and what is wrong told by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_picture
+from PIL import Image
+
+from vimfast.data.index import INDEX_DTYPE
+from vimfast.data.loader import Loader
+from vimfast.data.sampler import Order
+from vimfast.data.source import FolderSource, ShardSource, Source, open_source
+from vimfast.errors import UserError
+
+
+def prepare(root: Path, out: Path, *flags: str) -> Path:
+    command = [sys.executable, "-m", "vimfast.prepare", str(root), "--out", str(out), "--workers", "1", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def odd_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, of which validation has two, with every kind of odd file among the plain ones."""
+    root = tmp_path_factory.mktemp("odd")
+    for label, name in enumerate(("a", "b", "c")):
+        for i in range(8):
+            write_picture(root / "train" / name / f"{name}{i}.JPEG", 10 * label + i, (70 + 3 * i, 64 + label))
+            if name != "b":
+                write_picture(root / "val" / name / f"{name}{i}.JPEG", 500 + 10 * label + i)
+    for split in ("train", "val"):
+        write_picture(root / split / "a" / "a1.JPEG", 1, (80, 60), "CMYK")
+        write_picture(root / split / "a" / "a2.JPEG", 2, (80, 60), "L")
+        write_picture(root / split / "c" / "c3.png", 3, (50, 90))
+        (root / split / "c" / "c3.png").rename(root / split / "c" / "c3.JPEG")
+        picture = root / split / "c" / "c4.JPEG"
+        with Image.open(picture) as image:
+            image.save(picture, "JPEG", progressive=True)
+        with open(root / split / "c" / "c5.JPEG", "ab") as file:
+            file.write(b"a tail that some cameras leave")
+    return root
+
+
+@pytest.fixture(scope="module")
+def odd_shards(odd_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(odd_tree, tmp_path_factory.mktemp("shards") / "out", "--shard-samples", "7")
+
+
+def stem(name: str) -> str:
+    """``a/a1`` from ``.../train/a/a1.JPEG`` or ``.../train-000000.tar: a/a1.jpg``."""
+    return "/".join(Path(name.split(": ")[-1]).with_suffix("").parts[-2:])
+
+
+def folder_ids(folder: Source, shards: Source) -> np.ndarray:
+    """For each picture of the shards, its id in the folder, by name."""
+    ids = {stem(folder.name(i)): i for i in range(len(folder))}
+    return np.array([ids[stem(shards.name(i))] for i in range(len(shards))])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_hold_what_the_folder_source_reads(odd_tree: Path, odd_shards: Path, split: str) -> None:
+    folder, shards = open_source(odd_tree, split), open_source(odd_shards, split)
+    assert isinstance(folder, FolderSource)
+    assert isinstance(shards, ShardSource)
+    ids = folder_ids(folder, shards)
+    np.testing.assert_array_equal(np.sort(ids), np.arange(len(folder)))
+    ours, theirs = shards.read(np.arange(len(shards))), folder.read(ids)
+    for one, other in zip(ours.encoded, theirs.encoded, strict=True):
+        assert one.tobytes() == other.tobytes()
+    np.testing.assert_array_equal(ours.sizes, theirs.sizes)
+    np.testing.assert_array_equal(ours.labels, theirs.labels)
+    np.testing.assert_array_equal(shards.labels, folder.labels[ids])
+    assert list(shards.classes) == list(folder.classes) == ["a", "b", "c"]
+    assert ours.sizes.dtype == np.int32
+    assert ours.labels.dtype == np.int64
+
+
+def evaluate(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
+    order = Order(len(source), len(source), shuffle=False, drop_last=False)
+    (batch,) = Loader(source, order, device="cpu", training=False, size=32).epoch(0)
+    return batch.images, batch.labels
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_batches_from_shards_and_folder_are_the_same(odd_tree: Path, odd_shards: Path, split: str) -> None:
+    folder, shards = open_source(odd_tree, split), open_source(odd_shards, split)
+    ids = folder_ids(folder, shards)
+    images, labels = evaluate(folder)
+    assert torch.equal(evaluate(shards)[0], images[ids])
+    assert torch.equal(evaluate(shards)[1], labels[ids])
+
+
+def test_odd_files_look_as_pillow_shows_them(odd_tree: Path) -> None:
+    source = open_source(odd_tree, "train")
+    by_stem = {stem(source.name(i)): i for i in range(len(source))}
+    for name in ("a/a1", "a/a2", "c/c3", "c/c4", "c/c5"):
+        i = by_stem[name]
+        encoded, sizes, _ = source.read(np.array([i]))
+        with Image.open(source.name(i)) as original:
+            expected = np.asarray(original.convert("RGB"), int)
+        path = odd_tree / "decoded"
+        path.write_bytes(encoded[0].tobytes())
+        with Image.open(path) as image:
+            assert image.format == "JPEG"
+            decoded = np.asarray(image.convert("RGB"), int)
+        assert tuple(sizes[0]) == decoded.shape[:2] == expected.shape[:2]
+        assert np.abs(decoded - expected).mean() < 1.5, name
+
+
+def test_validation_labels_are_places_among_the_training_classes(odd_tree: Path, tree: Path) -> None:
+    assert set(open_source(odd_tree, "val").labels.tolist()) == {0, 2}
+    assert set(open_source(tree, "val").labels.tolist()) == {0, 1, 2}
+
+
+def test_validation_alone_counts_its_own_classes(odd_tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(odd_tree / "val", tmp_path / "val")
+    source = open_source(tmp_path, "val")
+    assert list(source.classes) == ["a", "c"]
+    assert set(source.labels.tolist()) == {0, 1}
+
+
+def test_shards_are_read_without_copies(odd_shards: Path) -> None:
+    source = open_source(odd_shards, "train")
+    first, second = source.read(np.array([3])).encoded[0], source.read(np.array([3])).encoded[0]
+    assert np.shares_memory(first, second)
+    assert not first.flags.writeable
+
+
+@pytest.mark.parametrize("kind", ["odd_tree", "odd_shards"])
+def test_threads_may_read_at_once(kind: str, request: pytest.FixtureRequest) -> None:
+    source = open_source(request.getfixturevalue(kind), "train")
+    expected = [
+        data.tobytes() for data in open_source(request.getfixturevalue(kind), "train").read(np.arange(24)).encoded
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        for pictures in pool.map(source.read, [np.arange(24)[::-1]] * 32):
+            assert [data.tobytes() for data in pictures.encoded] == expected[::-1]
+
+
+def test_nothing_read_is_fine(odd_tree: Path, odd_shards: Path) -> None:
+    for root in (odd_tree, odd_shards):
+        encoded, sizes, labels = open_source(root, "train").read(np.array([], np.int64))
+        assert (encoded, sizes.shape, labels.shape) == ([], (0, 2), (0,))
+
+
+def test_names_lead_to_the_picture(odd_tree: Path, odd_shards: Path) -> None:
+    folder, shards = open_source(odd_tree, "train"), open_source(odd_shards, "train")
+    assert Path(folder.name(0)) == odd_tree / "train" / "a" / "a0.JPEG"
+    name = shards.name(len(shards) - 1)
+    assert name.startswith(f"{odd_shards}/train-000003.tar: ")
+    assert name.endswith(".jpg")
+
+
+def test_more_shards_than_files_may_be_open(tree: Path, tmp_path: Path) -> None:
+    out = prepare(tree, tmp_path / "out", "--shard-samples", "1")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    tight = len(os.listdir("/proc/self/fd")) + 12
+    resource.setrlimit(resource.RLIMIT_NOFILE, (tight, before[1]))
+    try:
+        assert len(open_source(out, "train").read(np.arange(36)).encoded) == 36
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.fixture
+def shards_copy(odd_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(odd_shards, tmp_path / "copy"))
+
+
+def test_missing_shard(shards_copy: Path) -> None:
+    (shards_copy / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000001\.tar is missing; copy it again or run vimfast-prepare again"):
+        open_source(shards_copy, "train")
+
+
+def test_shard_cut_off(shards_copy: Path) -> None:
+    os.truncate(shards_copy / "train-000002.tar", 5000)
+    with pytest.raises(UserError, match=r"train-000002\.tar has 5000 bytes, the manifest says \d+"):
+        open_source(shards_copy, "train")
+
+
+def test_index_that_points_behind_its_shard(shards_copy: Path) -> None:
+    path = shards_copy / "train.index.npy"
+    rows = np.load(path)
+    assert rows.dtype == INDEX_DTYPE
+    rows["offset"][4] = 10**9
+    np.save(path, rows)
+    source = open_source(shards_copy, "train")
+    source.read(np.arange(4))
+    with pytest.raises(UserError, match="ends before a picture that the index holds; run vimfast-prepare again"):
+        source.read(np.arange(8))
+
+
+def test_shards_without_the_split(shards_copy: Path) -> None:
+    manifest = json.loads((shards_copy / "manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (shards_copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError, match=r"holds no 'val' split, only train; run vimfast-prepare on a folder that has val/"
+    ):
+        open_source(shards_copy, "val")
+
+
+def test_unfinished_shards(shards_copy: Path) -> None:
+    (shards_copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match="did not finish; run vimfast-prepare again"):
+        open_source(shards_copy, "train")
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        open_source(tmp_path / "nowhere", "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b"", "the file is empty"), (b"hello, world", "not a picture"), (None, "truncated")],
+)
+def test_unreadable_file_is_named(tmp_path: Path, content: bytes | None, why: str) -> None:
+    for i in range(3):
+        write_picture(tmp_path / "train" / "a" / f"{i}.JPEG", i)
+    path = tmp_path / "train" / "a" / "1.JPEG"
+    path.write_bytes(path.read_bytes()[:-50] if content is None else content)
+    with pytest.raises(UserError, match=rf"a/1\.JPEG is no readable picture \(.*{why}.*vimfast-prepare --skip-bad"):
+        open_source(tmp_path, "train").read(np.arange(3))

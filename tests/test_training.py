@@ -1,0 +1,248 @@
+"""The main job on real files: train, stop, go on, evaluate, alone and under torchrun; and what bad input says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vimfast.checkpoint import load_checkpoint
+from vimfast.config import load_config
+from vimfast.dist import World
+from vimfast.errors import UserError
+from vimfast.trainer import Trainer
+
+RECIPE = {
+    "model": {
+        "model": "vim_tiny_patch16_224",
+        "input_size": 32,
+        "drop_path": 0.2,
+        "model_kwargs": {"patch_size": 8, "stride": 8, "depth": 2, "embed_dim": 32},
+    },
+    "data": {"batch_size": 4, "num_workers": 1},
+    "schedule": {"epochs": 2, "warmup_epochs": 0, "sched_on_updates": True},
+    "ema": {"model_ema_decay": 0.9},
+    "run": {"device": "cpu", "log_every": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    call("vimfast.prepare", str(tree), "--out", str(out))
+    return out
+
+
+def call(module: str, *flags: str, processes: int = 0, ok: bool = True) -> subprocess.CompletedProcess:
+    """Run a module as a user would, under torchrun with `processes`."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
+    command = [sys.executable, *launcher, "-m", module, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def train(*flags: str, kind: type[Trainer] = Trainer) -> Trainer:
+    """A run inside this process."""
+    trainer = kind(load_config(list(flags)), World())
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    return trainer
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = call("vimfast.train", "--config", recipe, "--data-path", str(shards), "--output_dir", str(run))
+    assert {"checkpoint.pth", "best_checkpoint.pth", "log.txt", "train.log", "config.yaml"} <= set(os.listdir(run))
+    assert list((run / "tensorboard").iterdir())
+    records = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [0, 1]
+    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "n_parameters"} <= records[0].keys()
+    assert "waiting for data" in done.stdout
+    assert "img/s" in (run / "train.log").read_text()
+
+    flags = ("--config", recipe, "--data-path", str(shards), "--eval", "--resume")
+    told = call("vimfast.train", *flags, str(run / "best_checkpoint.pth")).stdout
+    best = max(records, key=lambda r: r["test_acc1"])
+    assert f"* Acc@1 {best['test_acc1']:.3f} Acc@5 {best['test_acc5']:.3f} loss {best['test_loss']:.3f}" in told
+    assert f"Accuracy of the network on the 15 test images: {best['test_acc1']:.1f}%" in told
+    assert "Accuracy of the ema network on the 15 test images" in told
+
+
+class Stops(Trainer):
+    """Told to stop behind step 1 of epoch 1, as a signal would tell it."""
+
+    def _should_stop(self) -> bool:
+        return (self.epoch, self.step) == (1, 1)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir")
+    whole = train(*flags, str(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(*flags, str(tmp_path / "parts"), kind=Stops)
+    torch.manual_seed(123)  # whatever happens in between
+    parts = train(*flags, str(tmp_path / "parts"), "--resume", "auto")
+    assert parts.steps > 1
+    assert same(whole.model.state_dict(), parts.model.state_dict())
+    assert same(whole.ema.module.state_dict(), parts.ema.module.state_dict())
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_killed_before_its_evaluation_makes_up_for_it(recipe: str, shards: Path, tmp_path: Path) -> None:
+    class Dies(Trainer):
+        def _finish_epoch(self, parameters: int) -> None:
+            raise RuntimeError("power cut")
+
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path / "run"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(*flags, kind=Dies)
+    train(*flags, "--resume", "auto")
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [0, 1]
+
+
+def test_a_signal_saves_the_place(recipe: str, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(run), "--epochs", "5000")
+    command = [sys.executable, "-m", "vimfast.train", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (run / "log.txt").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    place = re.search(r"stopped at epoch (\d+), step (\d+)", out)
+    state = load_checkpoint(run / "checkpoint.pth")
+    assert place is not None
+    assert (state["epoch"], state["step"]) == tuple(map(int, place.groups()))
+
+
+def test_two_processes_train_what_one_does(recipe: str, shards: Path, tree: Path, tmp_path: Path) -> None:
+    """Same global batch, same order, same crops: only drop path and mixup draw by process, so they are off."""
+    still = ("--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--epochs", "1", "--config", recipe)
+    flags = (*still, "--data-path", str(shards), "--output_dir")
+    call("vimfast.train", *flags, str(tmp_path / "two"), "--batch-size", "2", processes=2)
+    call("vimfast.train", *flags, str(tmp_path / "one"))
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=2e-3, atol=2e-5, msg=name)
+    records = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("one", "two")]
+    assert records[0]["train_loss"] == pytest.approx(records[1]["train_loss"], rel=1e-4)
+    # 15 pictures over 2 processes in batches of 2: each is counted once.
+    told = call("vimfast.train", *flags, "", "--eval", "--resume", str(tmp_path / "two/checkpoint.pth"), processes=2)
+    assert f"Accuracy of the network on the 15 test images: {records[1]['test_acc1']:.1f}%" in told.stdout
+    # The folder tree trains too, to the same loss: its order differs from that of the shuffled shards.
+    call("vimfast.train", *still, "--data-path", str(tree), "--output_dir", str(tmp_path / "tree"))
+    assert json.loads((tmp_path / "tree" / "log.txt").read_text())["test_loss"] < 2.0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--opt", "sgd", "--clip-grad", "1", "--bce-loss"),
+        ("--use-checkpoint", "--no-repeated-aug", "--no-model-ema", "--mixup-mode", "elem"),
+        ("--train-interpolation", "bilinear", "--model-ema-force-cpu", "--smoothing", "0", "--sched", "step"),
+    ],
+)
+def test_options_of_the_recipe_run(recipe: str, shards: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    trainer = train("--config", recipe, "--data-path", str(shards), "--epochs", "1", *flags)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--scale", "0.6", "1", "--no-repeated-aug")
+    rate = ("--lr", "3e-3", "--unscale-lr", "--epochs", "12", "--output_dir", str(tmp_path / "run"))
+    train("--config", recipe, "--data-path", str(shards), *flags, *rate)
+    losses = [json.loads(line)["train_loss"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def refused(*flags: str) -> str:
+    with pytest.raises(UserError) as error:
+        train(*flags)
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
+    start = ("--config", recipe, "--data-path")
+    assert "nowhere" in refused(*start, str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(*start, str(tmp_path / "empty"))
+    assert "did you mean" in refused(*start, str(shards), "--model", "vim_tiny_patch16_225")
+    assert "CHECKPOINT" in refused(*start, str(shards), "--eval")
+    assert "--batch-size" in refused(*start, str(shards), "--batch-size", "1000")
+    assert "3 classes" in refused(*start, str(shards), "--num-classes", "10")
+
+
+def test_an_earlier_run_is_not_overwritten(recipe: str, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pth").write_bytes(b"precious")
+    sentence = refused("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path))
+    assert "--resume auto" in sentence
+    assert (tmp_path / "checkpoint.pth").read_bytes() == b"precious"
+
+
+def test_a_checkpoint_of_another_shape(recipe: str, shards: Path, tmp_path: Path) -> None:
+    start = ("--config", recipe, "--data-path", str(shards))
+    train(*start, "--epochs", "1", "--output_dir", str(tmp_path))
+    path = str(tmp_path / "checkpoint.pth")
+    assert "there and" in refused(*start, "--eval", "--resume", path, "--input-size", "48")
+    state = torch.load(path, weights_only=True)
+    state["model"]["head.weight"] = torch.zeros(10, 32)
+    torch.save(state, path)
+    assert "10 classes" in refused(*start, "--eval", "--resume", path)
+
+
+def test_shards_of_a_newer_format(recipe: str, shards: Path, tmp_path: Path) -> None:
+    newer = tmp_path / "newer"
+    shutil.copytree(shards, newer)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    (newer / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    assert "99" in refused("--config", recipe, "--data-path", str(newer))
+
+
+def test_a_corrupt_picture_is_named_and_nothing_is_lost(recipe: str, tree: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(tree, bad)
+    picture = bad / "train" / "n02" / "n02_3.JPEG"
+    picture.write_bytes(picture.read_bytes()[:200])
+    run = tmp_path / "run"
+    flags = ("--config", recipe, "--data-path", str(bad), "--output_dir", str(run), "--no-repeated-aug")
+    done = call("vimfast.train", *flags, ok=False)
+    assert done.returncode == 2
+    assert "n02_3.JPEG" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_misspelt_flag_on_the_command_line() -> None:
+    done = call("vimfast.train", "--data-pth", "x", ok=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown flag --data-pth; did you mean '--data-path'?")
+    assert len(done.stderr.splitlines()) == 1

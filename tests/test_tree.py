@@ -1,0 +1,107 @@
+"""A folder tree is listed in one order, and what is wrong with it is told in one sentence."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vimfast.data.tree import scan_split
+from vimfast.errors import UserError
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def test_sorted_by_class_and_name(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"train/{name}" for name in ("n2/b.JPEG", "n2/a.jpg", "n10/z.png", "n1/deep/er/c.jpeg")))
+    files = scan_split(tmp_path, "train")
+    assert files.classes == ["n1", "n10", "n2"]
+    assert [files.name(i) for i in range(len(files))] == ["n1/deep/er/c.jpeg", "n10/z.png", "n2/a.jpg", "n2/b.JPEG"]
+    assert files.labels.tolist() == [0, 1, 2, 2]
+    assert files.labels.dtype == np.int32
+    assert all(files.path(i).is_file() for i in range(len(files)))
+
+
+def test_only_pictures_count(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "train/n1/a.JPEG", "train/n1/._a.JPEG", "train/n1/list.txt", "train/.cache/b.jpg", "train/readme.jpg"
+    )
+    touch(tmp_path, "train/n1/.hidden/c.jpg")
+    files = scan_split(tmp_path, "train")
+    assert [files.name(i) for i in range(len(files))] == ["n1/a.JPEG"]
+
+
+def test_a_class_without_pictures_keeps_its_index(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/c/1.jpg")
+    (tmp_path / "train/b").mkdir()
+    files = scan_split(tmp_path, "train")
+    assert files.classes == ["a", "b", "c"]
+    assert files.labels.tolist() == [0, 2]
+
+
+def test_validation_has_the_training_classes(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/b/2.jpg")
+    files = scan_split(tmp_path, "val", ["a", "b"])
+    assert files.labels.tolist() == [1]
+    assert files.name(0) == "b/2.jpg"
+    touch(tmp_path, "val/z/2.jpg")
+    with pytest.raises(UserError, match=r"val/z is no class of the training set"):
+        scan_split(tmp_path, "val", ["a", "b"])
+
+
+def test_names_of_any_bytes_and_links(tmp_path: Path) -> None:
+    touch(tmp_path, "elsewhere/x.jpg", "train/狗/图片 1.jpg")
+    odd = os.fsdecode(b"\xff\xfe.jpg")
+    touch(tmp_path, f"train/狗/{odd}")
+    (tmp_path / "train/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train/linked/dead.jpg").symlink_to(tmp_path / "nowhere")
+    files = scan_split(tmp_path, "train")
+    assert [files.name(i) for i in range(len(files))] == [
+        "linked/dead.jpg",
+        "linked/x.jpg",
+        "狗/图片 1.jpg",
+        f"狗/{odd}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["val/n1/a.jpg"], "has no train/"),
+        (["train/a.jpg", "train/b.jpg"], r"holds 2 pictures and no class folders.*n01440764"),
+        (["train/list.txt"], r"train is empty"),
+        (["train/train/n1/a.jpg"], r"holds another train/ .*move it up"),
+        (["train/train/n1/a.jpg", "train/val/n1/a.jpg"], r"holds another train/"),
+        (["train/n1/a.tar", "train/n2/b.txt"], r"no pictures in the 2 class folders .*unpack"),
+        (["inner/train/n1/a.jpg"], r"did you mean .*inner\?"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, names: list[str], said: str) -> None:
+    touch(tmp_path, *names)
+    with pytest.raises(UserError, match=said):
+        scan_split(tmp_path, "train")
+
+
+def test_a_root_that_is_none(tmp_path: Path) -> None:
+    touch(tmp_path, "train/n1/a.jpg", "data.tar")
+    for root, said in (
+        ("nowhere", "does not exist"),
+        ("data.tar", "is a file"),
+        ("train", rf"did you mean {tmp_path}\?"),
+    ):
+        with pytest.raises(UserError, match=said):
+            scan_split(tmp_path / root, "train")
+
+
+def test_a_loop_of_links_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "train/n1/a.jpg")
+    (tmp_path / "train/n1/loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop cannot be read"):
+        scan_split(tmp_path, "train")

@@ -1,0 +1,181 @@
+"""Is this folder tree, or this set of shards, fit to train on?
+
+    python -m vimfast.check_data imagenet_data/
+    python -m vimfast.check_data shards/ --decode --json
+
+Exit status 0: it is; warnings leave it so. 1: it is not, or there is nothing to check. (2: a misspelt flag.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vimfast.checks.findings import Finding, Options, Report
+from vimfast.checks.folder import check_folder
+from vimfast.checks.shards import check_shards
+from vimfast.data.index import SPLITS, is_shards_folder
+from vimfast.errors import UserError, did_you_mean, run_main
+
+_LINES_A_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
+
+
+def check(path: Path, options: Options) -> Report:
+    """Look at all of a folder tree or a shards folder.
+
+    Raises:
+        UserError: nothing is there, or a worker process was killed.
+        OSError: the folder cannot be read.
+    """
+    return check_shards(path, options) if is_shards_folder(path) else check_folder(path, options)
+
+
+def main() -> int:
+    """Check as the command line says; returns the exit status."""
+    args = _parse(sys.argv[1:])
+    options = Options(args.classes, tuple(args.splits), args.decode, args.workers)
+    try:
+        report = check(args.path, options)
+    except UserError as error:
+        report = Report(str(args.path), "nothing", findings=[Finding.of(error, "", args.path)])
+    except OSError as error:
+        cure = "mend its permissions, or the disk, and check again"
+        finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", cure)
+        report = Report(str(args.path), "nothing", findings=[finding])
+    if args.sample_grid is not None and report.kind != "nothing":
+        _draw_samples(report, args)
+    if args.json:
+        print(json.dumps(to_json(report), indent=1))
+    else:
+        _print(report, Console(highlight=False, soft_wrap=True))
+    return 0 if report.fit else 1
+
+
+def _draw_samples(report: Report, args: argparse.Namespace) -> None:
+    """Draw the sheet; data that the trainer's loader refuses are not fit."""
+    from vimfast.checks.sample_grid import draw_sample_grid  # here, for it brings torch and DALI
+
+    try:
+        draw_sample_grid(args.path, args.splits[0], args.sample_grid, size=args.input_size, seed=args.seed)
+    except UserError as error:
+        report.findings.append(Finding.of(error, args.splits[0], args.path))
+    except OSError as error:
+        cure = "give --sample-grid a file name ending in .png in a folder that is there"
+        report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", cure))
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report in plain values, every finding included."""
+    severities = [finding.severity for finding in report.findings]
+    return {
+        "path": report.path,
+        "kind": report.kind,
+        "fit": report.fit,
+        "errors": severities.count("error"),
+        "warnings": severities.count("warning"),
+        "splits": [split._asdict() for split in report.splits],
+        "findings": [asdict(finding) for finding in report.findings],
+    }
+
+
+def _print(report: Report, console: Console) -> None:
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text.encode("utf-8", "backslashreplace").decode(), style))
+
+    if report.splits:
+        table = Table(title=f"{report.path} ({report.kind})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("split")
+        for title in ("classes", "pictures", "fewest a class", "most a class", "size"):
+            table.add_column(title, justify="right")
+        for name, *numbers, size in report.splits:
+            table.add_row(name, *(f"{number:,}" for number in numbers), _size(size))
+        console.print(table)
+    groups = _group(report.findings)
+    for (severity, split, cure), findings in groups[:_GROUPS]:
+        say(f"{severity}{split and f' in {split}'}", "bold red" if severity == "error" else "bold yellow")
+        for finding in findings[:_LINES_A_GROUP]:
+            say(f"  {finding.file}: {finding.what}")
+        if len(findings) > _LINES_A_GROUP:
+            say(f"  and {len(findings) - _LINES_A_GROUP:,} more such; --json lists all")
+        say(f"  -> {cure}\n", "cyan")
+    if len(groups) > _GROUPS:
+        say(f"and {len(groups) - _GROUPS:,} more kinds of findings; --json lists all\n")
+    errors = sum(finding.severity == "error" for finding in report.findings)
+    counts = f"{errors:,} error(s), {len(report.findings) - errors:,} warning(s)"
+    say(f"{'fit to train on' if report.fit else 'not fit to train on'}: {counts}", "green" if report.fit else "red")
+
+
+def _group(findings: Sequence[Finding]) -> list[tuple[tuple[str, str, str], list[Finding]]]:
+    """Findings of the same severity, split and cure together, errors first."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.split, finding.cure), []).append(finding)
+    return sorted(groups.items(), key=lambda group: group[0][0])
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count} B"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if (number := _natural(text)) == 0:
+        raise argparse.ArgumentTypeError("0 is too small")
+    return number
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m vimfast.check_data",
+        description="Check a folder tree in the ImageNet layout, or shards from vimfast-prepare. "
+        "Exit status 0: fit to train on; 1: not.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("path", metavar="PATH", type=Path, help="folder with train/ and val/, or with shards")
+    text = "number of classes; default: 1,000 where names are ImageNet's, else train and val need only agree"
+    add("--classes", metavar="N", type=_positive, help=text)
+    text = "splits that must be there and are checked [train val]"
+    add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help=text)
+    add("--decode", action="store_true", help="decode every picture: slow, finds what no header tells")
+    add("--json", action="store_true", help="print a JSON object, with all findings, instead of a table")
+    add("--workers", metavar="W", type=_positive, default=len(os.sched_getaffinity(0)), help="processes [one a core]")
+    text = "draw labelled samples as the trainer will see them"
+    add("--sample-grid", metavar="PNG", type=Path, help=text)
+    add(
+        "--input-size", metavar="S", type=_positive, default=224, help="side of those samples in training, pixels [224]"
+    )
+    add("--seed", type=_natural, default=0, help="of those samples [0]")
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        parser.error(f"unknown flag {unknown[0]}{did_you_mean(unknown[0].split('=')[0], known)}")
+    return args
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,305 @@
+"""What a check finds, and the checks that folder trees and shards share: of one picture, and of the set of classes."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vimfast.data import jpeg
+from vimfast.errors import UserError
+
+IMAGENET_CLASSES = 1000
+IMAGENET_PICTURES = {"train": 1_281_167, "val": 50_000}
+IMAGENET_PER_CLASS = {"train": (732, 1300), "val": (50, 50)}
+WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
+
+# What a format's files are called.
+_EXTENSIONS = {
+    "jpeg": {".jpg", ".jpeg"},
+    "png": {".png"},
+    "webp": {".webp"},
+    "bmp": {".bmp"},
+    "tiff": {".tif", ".tiff"},
+    "ppm": {".ppm", ".pgm"},
+}
+_FEW = 1000  # pictures that are looked at before other processes have started
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong: an error makes the data unfit to train on, a warning does not.
+
+    `split` is empty where it concerns the whole; `file` is a path, for a picture in a shard ``<tar>: <member>``.
+    """
+
+    severity: Severity
+    split: str
+    file: str
+    what: str
+    cure: str
+
+    @classmethod
+    def of(cls, error: UserError, split: str, path: Path) -> Finding:
+        """The same in a finding; our sentences begin with the path (or its folder's) and end with ``; <cure>``."""
+        what, _, cure = str(error).rpartition("; ")
+        file = next((f for f in (str(path), str(path.parent)) if what.startswith(f"{f} ")), str(path))
+        return cls("error", split, file, what.removeprefix(f"{file} ").removeprefix("is "), cure)
+
+
+class SplitSummary(NamedTuple):
+    """What a split holds; `least` and `most` are pictures a class, `bytes` those of the pictures."""
+
+    split: str
+    classes: int
+    pictures: int
+    least: int
+    most: int
+    bytes: int
+
+
+@dataclass
+class Report:
+    """All that is to be told of a folder. `kind` is ``"folder tree"``, ``"shards"`` or, of neither, ``"nothing"``."""
+
+    path: str
+    kind: str
+    splits: list[SplitSummary] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def fit(self) -> bool:
+        return not any(finding.severity == "error" for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for: `classes` is their number (None: judge by the names), `splits` those that must be there."""
+
+    classes: int | None = None
+    splits: tuple[str, ...] = ("train", "val")
+    decode: bool = False
+    workers: int = 1
+
+
+class Flaw(NamedTuple):
+    """What is wrong with a picture's bytes."""
+
+    severity: Severity
+    what: str
+    cure: str
+
+
+_GET_ANEW = "get the file anew, or delete it"
+_CONVERTED = "nothing to do: vimfast-prepare stores it as an RGB JPEG, and training from the folder converts it too"
+_ODD = "look at the picture; if it is damaged, get the file anew"
+
+
+def check_picture(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg.PictureInfo | None, list[Flaw]]:
+    """Look at a picture's header and end; decode it if asked to or if it looks damaged.
+
+    Args:
+        extension: with its dot, in small letters; None where the name does not matter.
+
+    Returns:
+        What the header says, None where these bytes are no picture, and what is wrong.
+    """
+    if not data:
+        return None, [Flaw("error", "empty (0 bytes)", _GET_ANEW)]
+    try:
+        info = jpeg.inspect(data)
+    except ValueError as error:
+        return None, [Flaw("error", f"no picture: {error}", _GET_ANEW)]
+    flaws = []
+    if extension is not None and extension not in _EXTENSIONS.get(info.format.partition("-")[0], ()):
+        flaws.append(Flaw("warning", f"a {info.format.upper()} by its content", _CONVERTED))
+    if info.format == "jpeg" and info.components not in (1, 3):
+        flaws.append(Flaw("warning", f"a JPEG of {info.components} components (CMYK)", _CONVERTED))
+    elif info.format.startswith("jpeg-"):
+        flaws.append(Flaw("warning", f"an uncommon kind of JPEG ({info.format})", _CONVERTED))
+    complete = b"IEND" in data[-64:] if info.format == "png" else info.complete
+    uncommon = info.format not in _EXTENSIONS  # no telling whether it decodes
+    if (decode or uncommon or not complete) and (why := _why_undecodable(data)):
+        what = "does not decode" if complete else "cut off or damaged"
+        flaws.append(Flaw("error", f"{what}: {why}", _GET_ANEW))
+    elif not complete:
+        flaws.append(Flaw("warning", "looks damaged (junk, or no end marker) but decodes", _ODD))
+    return info, flaws
+
+
+def _why_undecodable(data: bytes) -> str | None:
+    try:
+        with Image.open(BytesIO(data)) as image:
+            image.load()
+    except Exception as error:  # Pillow's parsers raise nearly anything on garbage
+        return str(error) or type(error).__name__
+    return None
+
+
+@dataclass(frozen=True)
+class ClassCheck:
+    """Whether the classes are those wanted, each with its pictures.
+
+    They are judged as ImageNet-1k where most of the names are its, unless another number of classes is wanted; asking
+    for 1,000 in so many words lets the numbers of pictures differ.
+
+    Attributes:
+        counts: split -> class name -> pictures.
+        wanted: the number of classes; None: 1,000 for ImageNet, else only the splits must agree.
+        place: where a class (``""``: a split) lies, for a person to find it.
+        mend: the cure where classes or pictures are missing.
+    """
+
+    counts: Mapping[str, Mapping[str, int]]
+    wanted: int | None
+    place: Callable[[str, str], str]
+    mend: str
+
+    def run(self) -> Iterator[Finding]:
+        names = sorted(set().union(*self.counts.values()))
+        wnids = imagenet_wnids(names) if self.wanted in (None, IMAGENET_CLASSES) else frozenset()
+        for split, held in self.counts.items():
+            yield from self._check_number(split, bool(wnids))
+            yield from self._check_missing(split, wnids)
+            for name in (name for name, pictures in held.items() if not pictures):
+                yield self._error(split, name, "holds no pictures", self.mend)
+            if wnids:
+                yield from self._check_imagenet(split, wnids)
+        if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+            last = len(names) - 1
+            what = f"class names are numbers, sorted as text: {names[1]!r} is class 1, {names[last]!r} class {last}"
+            cure = "pad the numbers with zeros if the model's outputs are to follow them"
+            yield Finding("warning", "", self.place(next(iter(self.counts)), ""), what, cure)
+
+    def _error(self, split: str, name: str, what: str, cure: str) -> Finding:
+        return Finding("error", split, self.place(split, name), what, cure)
+
+    def _check_number(self, split: str, is_imagenet: bool) -> Iterator[Finding]:
+        found, wanted = len(self.counts[split]), IMAGENET_CLASSES if is_imagenet else self.wanted
+        if wanted is None or found == wanted:
+            return
+        what = f"has {found:,} classes, {'ImageNet-1k has' if is_imagenet else '--classes says'} {wanted:,}"
+        cure = self.mend if found < wanted else "move away the folders that are no classes"
+        yield self._error(split, "", what, f"{cure}, or pass --classes {found} if that is what you have")
+
+    def _check_missing(self, split: str, wnids: frozenset[str]) -> Iterator[Finding]:
+        held = self.counts[split]
+        for name in sorted(wnids.union(*self.counts.values()) - set(held)):
+            others = [other for other in self.counts if name in self.counts[other]]
+            yield self._error(split, name, f"missing, a class of {(*others, 'ImageNet-1k')[0]}", self.mend)
+
+    def _check_imagenet(self, split: str, wnids: frozenset[str]) -> Iterator[Finding]:
+        """Names and numbers of pictures against ImageNet-1k's."""
+        held = self.counts[split]
+        for name in sorted(set(held) - wnids):
+            cure = f"move it away or rename it, or pass --classes {len(held)} if these are not ImageNet-1k's classes"
+            yield self._error(split, name, "no class of ImageNet-1k", cure)
+        severity: Severity = "error" if self.wanted is None else "warning"
+        cure = f"{self.mend}, or pass --classes {IMAGENET_CLASSES} if other numbers of pictures are meant"
+        least, most = IMAGENET_PER_CLASS[split]
+        usual = f"{least:,} to {most:,}" if least < most else f"exactly {least}"
+        for name, pictures in held.items():
+            if pictures and name in wnids and not least <= pictures <= most:
+                what = f"holds {pictures:,} picture(s), ImageNet-1k's classes {usual}"
+                yield Finding(severity, split, self.place(split, name), what, cure)
+        total = sum(held.values())
+        if total != IMAGENET_PICTURES[split] and wnids <= set(held):
+            what = f"holds {total:,} pictures, ImageNet-1k has {IMAGENET_PICTURES[split]:,}"
+            yield Finding(severity, split, self.place(split, ""), what, cure)
+
+
+def imagenet_wnids(names: list[str]) -> frozenset[str]:
+    """ImageNet-1k's 1,000 class names, if most of `names` are among them; else nothing."""
+    if 2 * sum(WNID.fullmatch(name) is not None for name in names) <= len(names):
+        return frozenset()
+    from timm.data import ImageNetInfo  # here, for it takes seconds
+
+    wnids = frozenset(ImageNetInfo().label_names())
+    return wnids if 2 * len(wnids.intersection(names)) > len(names) else frozenset()
+
+
+class Tally(NamedTuple):
+    """What came of a few pictures."""
+
+    pictures: int
+    bytes: int
+    findings: list[Finding]
+
+
+def run_tasks(
+    function: Callable[..., Tally], tasks: Iterable[tuple[Any, ...]], title: str, total: int, workers: int
+) -> Iterator[Tally]:
+    """``function(*task)`` for every task, in order, by `workers` processes, with a bar on a terminal.
+
+    Tasks are taken from their iterator as the workers get to them.
+
+    Args:
+        total: pictures in all tasks.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(title, total=total, rate="")
+        alone = total <= _FEW or workers == 1
+        for tally in itertools.starmap(function, tasks) if alone else _spread(function, tasks, workers):
+            speed = progress.tasks[0].speed
+            progress.update(bar, advance=tally.pictures, rate=f"{speed:,.0f} pictures/s" if speed else "")
+            yield tally
+
+
+def _spread(function: Callable[..., Tally], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Tally]:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
+    waiting: deque[Future[Tally]] = deque()
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, *task))
+                if len(waiting) >= 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a checking process was killed, perhaps for want of memory; lower --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    warnings.simplefilter("ignore")  # Pillow's, on odd metadata of pictures that decode
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

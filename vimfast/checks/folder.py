@@ -1,0 +1,214 @@
+"""Is a folder in the ImageNet layout fit to train on? Tells all that is wrong, where ``tree.scan_split`` stops at the
+first problem.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from vimfast.checks.findings import (
+    WNID,
+    ClassCheck,
+    Finding,
+    Options,
+    Report,
+    Severity,
+    SplitSummary,
+    Tally,
+    check_picture,
+    run_tasks,
+)
+from vimfast.data.index import SPLITS
+from vimfast.data.tree import is_image_name, scan_split
+from vimfast.errors import UserError
+
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip", ".rar", ".7z")
+_MEND = "put the class's pictures there: unpack its archive again"
+_SORT_IN = (
+    "move each picture into a folder named after its class; for ImageNet's validation pictures "
+    "valprep.sh of github.com/soumith/imagenetloader.torch does that"
+)
+_CHUNK = 256  # pictures a task
+
+
+class _ClassFolder(NamedTuple):
+    """The pictures of a class; `paths` are those inside the folder, each ended by a zero byte: as a million Python
+    strings they would take five times the room."""
+
+    name: str
+    pictures: int
+    paths: bytes
+
+
+def check_folder(root: Path, options: Options) -> Report:
+    """Look at every file of a folder tree.
+
+    Raises:
+        UserError: no such folder, or a worker process was killed.
+    """
+    report = Report(str(root), "folder tree")
+    folders: dict[str, list[_ClassFolder]] = {}
+    for split in options.splits:
+        if (root / split).is_dir():
+            folders[split] = _Lister(root / split, split, report.findings).list_classes()
+        else:
+            report.findings.append(_missing_split(root, split))
+    counts = {split: {folder.name: folder.pictures for folder in held} for split, held in folders.items() if held}
+    if counts:
+        check = ClassCheck(counts, options.classes, lambda split, name: str(root / split / name), _MEND)
+        report.findings += check.run()
+    for split, held in folders.items():
+        total = sum(folder.pictures for folder in held)
+        tasks = _tasks(root / split, split, held, options.decode)
+        size = 0
+        for tally in run_tasks(_check_files, tasks, split, total, options.workers):
+            size += tally.bytes
+            report.findings += tally.findings
+        pictures = [folder.pictures for folder in held] or [0]
+        report.splits.append(SplitSummary(split, len(held), total, min(pictures), max(pictures), size))
+    return report
+
+
+def _missing_split(root: Path, split: str) -> Finding:
+    """What is wrong where a split's folder is not there, with a guess at what was meant.
+
+    Raises:
+        UserError: there is no root folder either.
+    """
+    path = root / split
+    names = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
+    close = [name for name in names if split in name.lower()]
+    if folders := [name for name in close if (root / name).is_dir()]:
+        return Finding("error", split, str(path), "missing", f"rename {root / folders[0]}/ to {path}/")
+    if archives := [name for name in close if name.lower().endswith(_ARCHIVES)]:
+        return Finding("error", split, str(path), "missing", f"unpack {root / archives[0]} into {path}/")
+    try:
+        scan_split(root, split)
+    except UserError as error:
+        if not root.is_dir():
+            raise
+        return Finding.of(error, split, path)
+    return Finding("error", split, str(path), "has appeared since the check began", "check again")
+
+
+class _Lister:
+    """Lists the class folders of a split, and notes what else lies there."""
+
+    def __init__(self, folder: Path, split: str, findings: list[Finding]) -> None:
+        self.folder, self.split, self.findings = folder, split, findings
+
+    def _note(self, severity: Severity, path: Path, what: str, cure: str) -> None:
+        self.findings.append(Finding(severity, self.split, str(path), what, cure))
+
+    def list_classes(self) -> list[_ClassFolder]:
+        folders, loose = [], []
+        for entry in self._entries(self.folder):
+            if entry.name.startswith("."):
+                self._hidden(self.folder / entry.name)
+            elif entry.is_dir():
+                folders.append(entry.name)
+            elif is_image_name(entry.name):
+                loose.append(entry.name)
+            else:
+                self._stray(self.folder / entry.name, unpacked=False)
+        if loose:
+            what = f"holds {len(loose):,} picture(s) outside of class folders, the first {loose[0]}"
+            self._note("error", self.folder, what, _SORT_IN)
+        for name in [name for name in folders if name in SPLITS]:
+            cure = f"move what is in it up into {self.folder}/ and delete it, then check again"
+            self._note("error", self.folder / name, "doubles a level: class folders belong there", cure)
+            folders.remove(name)
+        if not folders and not self.findings:
+            self._note("error", self.folder, "empty", "put one folder of pictures a class there")
+        classes = [self._list_class(name, set(folders)) for name in folders]
+        if len(classes) == 1:
+            self._check_sole(classes[0])
+        return classes
+
+    def _list_class(self, name: str, classes: set[str]) -> _ClassFolder:
+        folder = self.folder / name
+        paths: list[str] = []
+        others: list[str] = []
+        for path in self._walk(folder, ""):
+            (paths if is_image_name(os.path.basename(path)) else others).append(path)
+        for path in others:
+            self._stray(folder / path, unpacked=bool(paths))
+        inner = {path.partition("/")[0] for path in paths if "/" in path}
+        for other in sorted(inner & (classes - {name})):
+            cure = f"move its pictures to {self.folder / other}/"
+            self._note("error", folder / other, f"lies inside another class, its pictures count as {name}", cure)
+        return _ClassFolder(name, len(paths), b"".join(os.fsencode(path) + b"\0" for path in paths))
+
+    def _check_sole(self, only: _ClassFolder) -> None:
+        inner = {path.partition(b"/")[0] for path in only.paths.split(b"\0") if b"/" in path}
+        if len(inner) > 1:
+            what = f"the only class folder and holds {len(inner):,} folders: a level too many?"
+            self._note("error", self.folder / only.name, what, f"move its folders up into {self.folder}/")
+
+    def _walk(self, folder: Path, inside: str) -> Iterator[str]:
+        """Paths below `folder` of all files that are not hidden."""
+        for entry in self._entries(folder / inside):
+            if entry.name.startswith("."):
+                self._hidden(folder / inside / entry.name)
+            elif entry.is_dir():
+                yield from self._walk(folder, f"{inside}{entry.name}/")
+            else:
+                yield inside + entry.name
+
+    def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            self._note("error", folder, f"cannot be listed: {error.strerror}", "mend its permissions, or the disk")
+            return []
+
+    def _hidden(self, path: Path) -> None:
+        self._note("warning", path, "hidden, so not read", "delete it, or rename it if it is a picture")
+
+    def _stray(self, path: Path, unpacked: bool) -> None:
+        if path.name.lower().endswith(_ARCHIVES):
+            if unpacked:
+                self._note("warning", path, "an archive beside pictures", "delete it once it is unpacked")
+            else:
+                cure = "unpack it into a class folder of its own name, and delete it"
+                self._note("error", path, "an archive that is not unpacked", cure)
+        else:
+            cure = "delete it, or rename it if it is a picture"
+            self._note("warning", path, "has no picture's extension, so is not read", cure)
+
+
+def _tasks(folder: Path, split: str, classes: list[_ClassFolder], decode: bool) -> Iterator[tuple[object, ...]]:
+    """Arguments for :func:`_check_files`."""
+    for held in classes:
+        paths = held.paths.split(b"\0")[:-1]
+        for start in range(0, len(paths), _CHUNK):
+            yield str(folder), split, held.name, paths[start : start + _CHUNK], decode
+
+
+def _check_files(folder: str, split: str, name: str, paths: list[bytes], decode: bool) -> Tally:
+    """Look at some pictures of a class, in a worker process."""
+    size = 0
+    findings: list[Finding] = []
+    is_wnid = WNID.fullmatch(name) is not None
+    for encoded in paths:
+        path = os.fsdecode(encoded)
+        file = f"{folder}/{name}/{path}"
+        base = os.path.basename(path)
+        if is_wnid and (others := set(WNID.findall(base)) - {name}):
+            what = f"bears the name of class {others.pop()}"
+            findings.append(Finding("error", split, file, what, "move it to the folder of its class"))
+        try:
+            with open(file, "rb") as stream:
+                data = stream.read()
+        except OSError as error:
+            cure = "mend the link, the permissions or the disk, or delete it"
+            findings.append(Finding("error", split, file, f"cannot be read: {error.strerror}", cure))
+            continue
+        size += len(data)
+        flaws = check_picture(data, os.path.splitext(base)[1].lower(), decode)[1]
+        findings += [Finding(flaw.severity, split, file, flaw.what, flaw.cure) for flaw in flaws]
+    return Tally(len(paths), size, findings)

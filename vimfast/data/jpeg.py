@@ -1,0 +1,161 @@
+"""What a picture's bytes are, told without decoding them, and the one way odd pictures become JPEGs.
+
+``vimfast-prepare`` converts with these functions when it writes shards, and the folder source converts with them
+in memory, so training from either sees the same bytes.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+Buffer: TypeAlias = "bytes | memoryview | np.ndarray"
+
+# What is tried on bytes that are no JPEG. Pillow's whole list holds formats that run other programs or only stubs.
+_OTHER_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+_STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # markers that no length follows: TEM, RST0-7
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+# Start-of-frame markers. 0xC4, 0xC8 and 0xCC lie in their range and are none.
+_FRAMES = {
+    **dict.fromkeys((0xC0, 0xC1, 0xC2), "jpeg"),  # baseline, extended, progressive
+    **dict.fromkeys((0xC3, 0xC7, 0xCB, 0xCF), "jpeg-lossless"),
+    **dict.fromkeys((0xC5, 0xC6, 0xCD, 0xCE), "jpeg-hierarchical"),
+    **dict.fromkeys((0xC9, 0xCA), "jpeg-arithmetic"),
+}
+
+
+class PictureInfo(NamedTuple):
+    """What the header says.
+
+    `format` is ``"jpeg"`` for the 8-bit Huffman-coded JPEGs that every decoder reads, ``"jpeg-12bit"``,
+    ``"jpeg-lossless"``, ``"jpeg-arithmetic"`` or ``"jpeg-hierarchical"`` for the others, else Pillow's name in small
+    letters. `height` and `width` are the stored frame's, in pixels, whatever EXIF says about rotation. `complete` is
+    False for a JPEG that looks damaged, by junk between markers or a missing end: only a decoder can tell then.
+    """
+
+    format: str
+    height: int
+    width: int
+    components: int
+    complete: bool
+
+
+def inspect(data: Buffer) -> PictureInfo:
+    """Read the header of an encoded picture; about 10 microseconds for a JPEG.
+
+    Raises:
+        ValueError: these bytes are no picture; the message says why.
+    """
+    view = _view(data)
+    if view[:2] != b"\xff\xd8":
+        return _inspect_other(view)
+    clean, at, end = True, 2, len(view)
+    while at + 4 <= end:
+        code = view[at + 1]
+        if view[at] != 0xFF or code == 0x00:  # junk: decoders skip to the next 0xFF, with a warning
+            clean, view = False, bytes(view)
+            at = view.find(b"\xff", at + 1)
+            if at < 0:
+                break
+        elif code == 0xFF:  # fill byte
+            at += 1
+        elif code in _STANDALONE:
+            at += 2
+        elif code in _FRAMES:
+            return _read_frame(view, at, clean)
+        elif code in (_END_OF_IMAGE, _START_OF_SCAN):
+            raise ValueError("a JPEG without a frame header")
+        else:
+            at += 2 + max(2, view[at + 2] << 8 | view[at + 3])
+    raise ValueError("a JPEG cut off before its frame header")
+
+
+def _view(data: Buffer) -> bytes | memoryview:
+    """The bytes, not copied, as something that indexes to ints and slices to its kind."""
+    if len(data) == 0:
+        raise ValueError("the file is empty")
+    return data if isinstance(data, bytes) else memoryview(data).cast("B")  # type: ignore[arg-type]
+
+
+def _read_frame(view: bytes | memoryview, at: int, clean: bool) -> PictureInfo:
+    """The start-of-frame segment whose marker lies at byte `at`."""
+    if at + 10 > len(view):
+        raise ValueError("a JPEG cut off in its frame header")
+    bits, components = view[at + 4], view[at + 9]
+    height, width = view[at + 5] << 8 | view[at + 6], view[at + 7] << 8 | view[at + 8]
+    if not height or not width or not components:
+        raise ValueError(f"a JPEG of {width} x {height} pixels and {components} components")
+    kind = _FRAMES[view[at + 1]]
+    if kind == "jpeg" and bits != 8:
+        kind = f"jpeg-{bits}bit"
+    # Entropy-coded data never holds FF D9, so one anywhere after the header is the end (some files carry a tail).
+    ended = view[-2:] == b"\xff\xd9" or bytes(view[at:]).rfind(b"\xff\xd9") >= 0
+    return PictureInfo(kind, height, width, components, clean and ended)
+
+
+def _inspect_other(view: bytes | memoryview) -> PictureInfo:
+    try:
+        with Image.open(BytesIO(view), formats=_OTHER_FORMATS) as image:
+            width, height = image.size
+            return PictureInfo((image.format or "unknown").lower(), height, width, len(image.getbands()), True)
+    except Exception as error:  # Pillow's parsers raise nearly anything on garbage
+        raise ValueError(_why(error)) from None
+
+
+def is_plain(info: PictureInfo) -> bool:
+    """Whether the picture is stored and decoded as it is: an 8-bit JPEG, grey or of three components."""
+    return info.format == "jpeg" and info.components in (1, 3)
+
+
+def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 95) -> tuple[bytes, tuple[int, int]]:
+    """Decode with Pillow, convert to RGB, optionally shrink, and encode as JPEG.
+
+    Args:
+        resize: shrink so that the short side is this many pixels; smaller pictures stay as they are.
+        quality: of the JPEG, 1 to 100. Chroma is kept at full resolution (4:4:4) unless the picture is to be resized,
+            where 4:2:0 is what people who ask for small shards expect.
+
+    Returns:
+        The JPEG's bytes and the picture's (height, width). EXIF rotation is not applied, and no metadata is kept.
+
+    Raises:
+        ValueError: the picture does not decode; the message says why.
+    """
+    view = _view(data)
+    try:
+        with Image.open(BytesIO(view), formats=("JPEG", *_OTHER_FORMATS)) as image:
+            if resize is not None:
+                # The decoder may halve in the DCT as long as twice the wanted size is left for the filter below:
+                # what aliasing the halving brings is then filtered out (Pillow's own thumbnail() keeps this gap).
+                image.draft(None, (2 * resize, 2 * resize))
+            image.load()
+            rgb = _to_rgb(image)
+        if resize is not None and min(rgb.size) > resize:
+            scale = resize / min(rgb.size)
+            width, height = (max(1, round(side * scale)) for side in rgb.size)
+            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        rgb.info.clear()
+        out = BytesIO()
+        rgb.save(out, "JPEG", quality=quality, subsampling="4:4:4" if resize is None else "4:2:0")
+    except Exception as error:  # as above
+        raise ValueError(_why(error)) from None
+    return out.getvalue(), (rgb.height, rgb.width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey, of which Pillow's convert() clips all above 255 to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _why(error: Exception) -> str:
+    """Pillow's reason without its object addresses."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture in any known format"
+    return str(error) or type(error).__name__

@@ -1,0 +1,125 @@
+"""Mixup and cutmix on the device, drawn as timm draws them: pictures and labels in, pictures and soft targets out.
+
+Mixup (Zhang et al., 2018): x = lam x1 + (1 - lam) x2, lam ~ Beta(alpha, alpha). Cutmix (Yun et al., 2019): a box of
+area 1 - lam comes from x2. The partner of a picture is its mirror in the batch, x2 = flip(x1, dim 0). Draws are a
+function of (seed, step, rank), so a resumed run repeats them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vimfast.config import MixConfig
+
+_STREAM = 0x6D69  # keeps these draws apart from those of the order and of the augmentation
+
+
+class Mixup:
+    """Draws how to mix a batch, and mixes it.
+
+    Args:
+        cfg: alphas, probabilities, mode (one draw for each batch, pair or element) and label smoothing.
+        num_classes: columns of the targets.
+        seed: with the step and the rank, fixes the draws.
+        rank: this process.
+    """
+
+    def __init__(self, cfg: MixConfig, num_classes: int, seed: int, rank: int) -> None:
+        self.cfg, self.num_classes, self.seed, self.rank = cfg, num_classes, seed, rank
+
+    @property
+    def enabled(self) -> bool:
+        return self.cfg.mixup > 0 or self.cfg.cutmix > 0 or self.cfg.cutmix_minmax is not None
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Mix one batch.
+
+        Args:
+            images: [B, C, H, W], any float dtype; not changed.
+            labels: [B] int64.
+            step: steps done since the start of the run.
+
+        Returns:
+            images [B, C, H, W] and targets [B, num_classes], float32, each row summing to 1 (but for BCE, whose
+            targets are 0 or 1). With mixup and cutmix both off, the targets are the smoothed labels.
+        """
+        targets = self._targets(labels)
+        if not self.enabled:
+            return images, targets
+        rng = np.random.default_rng((self.seed, _STREAM, step, self.rank))
+        lam, boxes = self.draw(rng, len(images), images.shape[2], images.shape[3])
+        if (lam < 1).any():
+            images = self._mix(images, lam, boxes)
+        weight = torch.from_numpy(lam).to(images.device, torch.float32, non_blocking=True)[:, None]
+        targets = targets * weight + targets.flip(0) * (1 - weight)
+        return images, (targets > 0).float() if self.cfg.bce_loss else targets
+
+    def draw(self, rng: np.random.Generator, batch: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """How to mix: ``lam`` [B] float64, the weight of each picture's own label (1: not mixed), and ``boxes``
+        [B, 4] int64 (top, bottom, left, right), pasted from the partner where they hold a pixel; where they
+        don't, pictures are blended by ``lam``.
+        """
+        cfg = self.cfg
+        draws = {"batch": 1, "pair": (batch + 1) // 2, "elem": batch}[cfg.mixup_mode]
+        has_cutmix = cfg.cutmix > 0 or cfg.cutmix_minmax is not None
+        cut = np.full(draws, has_cutmix)
+        if has_cutmix and cfg.mixup > 0:
+            cut = rng.random(draws) < cfg.mixup_switch_prob
+        alpha = np.where(cut, cfg.cutmix if cfg.cutmix > 0 else 1.0, cfg.mixup if cfg.mixup > 0 else 1.0)
+        lam = rng.beta(alpha, alpha)
+        mixed = rng.random(draws) < cfg.mixup_prob
+        boxes = self._boxes(rng, lam, height, width) * (cut & mixed)[:, None]
+        area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+        lam = np.where(mixed, np.where(cut, 1 - area / (height * width), lam), 1.0)
+        if cfg.mixup_mode == "pair":  # picture i and its partner B-1-i share a draw
+            share = np.minimum(np.arange(batch), batch - 1 - np.arange(batch))
+        else:
+            share = np.arange(batch) % draws
+        return lam[share], boxes[share]
+
+    def _boxes(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> np.ndarray:
+        if self.cfg.cutmix_minmax is not None:
+            least, most = self.cfg.cutmix_minmax
+            rows = rng.integers(int(height * least), max(int(height * most), int(height * least) + 1), len(lam))
+            columns = rng.integers(int(width * least), max(int(width * most), int(width * least) + 1), len(lam))
+            top, left = rng.integers(0, height - rows + 1), rng.integers(0, width - columns + 1)
+            return np.stack([top, top + rows, left, left + columns], 1)
+        side = np.sqrt(1 - lam)
+        rows, columns = (height * side).astype(np.int64) // 2, (width * side).astype(np.int64) // 2
+        y, x = rng.integers(0, height, len(lam)), rng.integers(0, width, len(lam))
+        limits = (height, height, width, width)
+        return np.stack(
+            [np.clip(v, 0, m) for v, m in zip((y - rows, y + rows, x - columns, x + columns), limits, strict=True)],
+            1,
+        )
+
+    def _mix(self, images: Tensor, lam: np.ndarray, boxes: np.ndarray) -> Tensor:
+        partners = images.flip(0)
+        pasted = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])
+        if self.cfg.mixup_mode == "batch":
+            if not pasted[0]:
+                return images * float(lam[0]) + partners * float(1 - lam[0])
+            top, bottom, left, right = boxes[0].tolist()
+            mixed = images.clone()
+            mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
+            return mixed
+        weight = np.where(pasted, 1.0, lam)
+        w = torch.from_numpy(weight).to(images.device, images.dtype, non_blocking=True)[:, None, None, None]
+        box = torch.from_numpy(boxes).to(images.device, non_blocking=True)[:, :, None]
+        y, x = (
+            torch.arange(images.shape[2], device=images.device),
+            torch.arange(images.shape[3], device=images.device),
+        )
+        inside_y = (y >= box[:, 0]) & (y < box[:, 1])  # [B, H]
+        inside_x = (x >= box[:, 2]) & (x < box[:, 3])  # [B, W]
+        inside = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]  # [B, 1, H, W]
+        return torch.where(inside, partners, images * w + partners * (1 - w))
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        # A smoothed target is above 0 everywhere, which would make every class a target of BCE.
+        smoothing = 0.0 if self.cfg.bce_loss else self.cfg.smoothing
+        off = smoothing / self.num_classes
+        targets = torch.full((len(labels), self.num_classes), off, device=labels.device)
+        return targets.scatter_(1, labels[:, None], 1 - smoothing + off)

@@ -1,0 +1,90 @@
+"""Which picture comes when: a pure function of (seed, epoch, step, world size, rank, repeats).
+
+One global sequence of positions 0, 1, 2, ... runs through an epoch. Step s of a world of W ranks with B samples each
+takes the positions [s * W * B, (s + 1) * W * B), and rank r of them every W-th, starting at r. So a run gives the
+same global batches on any number of ranks as long as W * B stays the same, and any step is found without those before.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=2)  # reading ahead crosses from one epoch to the next
+def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """The order of the training pictures in one epoch: all of them, each once; int32 or int64 [samples], read-only.
+
+    Equal to ``np.random.default_rng((seed, epoch)).permutation(samples)``, in half the memory where int32 will do.
+    """
+    dtype = np.int32 if samples <= np.iinfo(np.int32).max else np.int64
+    ids = np.random.default_rng((seed, epoch)).permutation(np.arange(samples, dtype=dtype))
+    ids.flags.writeable = False
+    return ids
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which one rank sees `samples` pictures.
+
+    Args:
+        samples: pictures in the split.
+        batch_size: per rank.
+        seed: of the shuffle; not negative.
+        repeats: how many adjacent positions show the same picture (repeated augmentation: 3). An epoch keeps its
+            usual length, so it then shows one in `repeats` of the pictures.
+        shuffle: draw a new permutation each epoch; else picture i stands at position i.
+        drop_last: leave out the pictures that do not fill a global batch (training); else the last batches are
+            short or empty (evaluation: every picture exactly once over all ranks).
+        limit: end an epoch after this many steps.
+    """
+
+    samples: int
+    batch_size: int
+    world: int = 1
+    rank: int = 0
+    seed: int = 0
+    repeats: int = 1
+    shuffle: bool = True
+    drop_last: bool = True
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.seed) < 0 or min(self.batch_size, self.world, self.repeats) < 1:
+            raise ValueError(f"sizes and repeats must be positive and the seed not negative: {self}")
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} is not one of {self.world}")
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in one step of all ranks."""
+        return self.world * self.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch, the same on every rank."""
+        whole, rest = divmod(self.samples, self.global_batch)
+        steps = whole + (rest > 0 and not self.drop_last)
+        return steps if self.limit is None else min(steps, self.limit)
+
+    def step(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """What this rank sees at one step.
+
+        Returns:
+            positions: int64 [b], the places in the epoch's global sequence (what random draws are keyed by).
+            ids: int64 [b], the pictures there. b is `batch_size`, or less at the end when nothing is dropped.
+
+        Raises:
+            IndexError: the epoch has no such step.
+        """
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of an epoch of {self.steps} steps")
+        first = step * self.global_batch
+        last = min(first + self.global_batch, self.samples)
+        positions = np.arange(first + self.rank, last, self.world, dtype=np.int64)
+        drawn = positions // self.repeats
+        if self.shuffle:
+            drawn = permutation(self.seed, epoch, self.samples)[drawn].astype(np.int64)
+        return positions, drawn

@@ -1,0 +1,98 @@
+"""The processes of a run: who am I, which device is mine, and the few reductions that a trainer needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vimfast.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run: ``rank`` of ``size``, on its host ``local_rank`` of ``local_size``."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str) -> World:
+    """Join the processes that torchrun started (or be the only one) and take a device.
+
+    Args:
+        device: ``auto`` (a GPU if there is one), ``cuda``, ``cuda:N`` or ``cpu``.
+
+    Raises:
+        UserError: a GPU is asked for where there is none, or there are more processes than GPUs.
+    """
+    rank, local_rank, size, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+    )
+    where = _device(device, local_rank, local_size)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if size > 1:
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo", device_id=where if where.type == "cuda" else None
+        )
+    return World(rank, local_rank, size, local_size, where)
+
+
+def _device(device: str, local_rank: int, local_size: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        where = torch.device("meta")
+    if where.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {device!r}, want auto, cuda, cuda:N or cpu")
+    if where.type == "cpu":
+        return where
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = local_rank if where.index is None else where.index
+    if count == 0:
+        raise UserError(f"--device is {device!r} and no GPU can be seen here; check nvidia-smi, or use --device cpu")
+    if index >= count or (local_size > 1 and local_size > count):
+        wanted = f"{local_size} processes" if local_size > count else f"GPU {index}"
+        raise UserError(f"{wanted} asked for and this machine shows {count} GPUs; lower --nproc_per_node or --device")
+    return torch.device("cuda", index)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's value, by rank, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

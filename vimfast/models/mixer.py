@@ -1,0 +1,178 @@
+"""What a block is made of: the Mamba mixer and the norms with a residual. The only caller of vimfast_kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vimfast_kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    bidirectional_conv1d_silu,
+    bidirectional_scan,
+    causal_conv1d_silu,
+    check_backend,
+    selective_scan,
+)
+
+from vimfast.errors import UserError
+
+BIMAMBA_TYPES = ("none", "v1", "v2")
+
+
+class MambaMixer(nn.Module):
+    """Input projection, causal convolution, selective scan with a gate, output projection: [B, L, C] -> [B, L, C].
+
+    ``bimamba_type``: ``none`` scans forward; ``v1`` scans forward and backward with all but A shared; ``v2`` gives each
+    direction its own convolution, projections, A and D. The directions are summed and, for v2 with ``if_divide_out``,
+    halved. Source: Zhu et al., "Vision Mamba", 2024, algorithm 1.
+
+    The scan's state, A, D and time-step bias are fp32 under autocast too.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dt_init: Literal["random", "constant"] = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        bimamba_type: str = "v2",
+        if_divide_out: bool = True,
+        init_layer_scale: float | None = None,
+        scan_backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if bimamba_type not in BIMAMBA_TYPES:
+            raise UserError(f"bimamba_type is {bimamba_type!r}; it must be one of {', '.join(BIMAMBA_TYPES)}")
+        if dt_init not in ("random", "constant"):
+            raise UserError(f"dt_init is {dt_init!r}; it must be 'random' or 'constant'")
+        try:
+            self.scan_backend = check_backend(scan_backend)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.bimamba_type = bimamba_type
+        self.scale = 0.5 if bimamba_type == "v2" and if_divide_out else 1.0
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        inner = expand * dim
+
+        def linear(fan_in: int, fan_out: int, bias: bool) -> nn.Linear:
+            return nn.Linear(fan_in, fan_out, bias=bias, device=device, dtype=dtype)
+
+        def conv() -> nn.Conv1d:
+            return nn.Conv1d(inner, inner, d_conv, groups=inner, bias=conv_bias, device=device, dtype=dtype)
+
+        def fp32(x: Tensor) -> nn.Parameter:
+            return nn.Parameter(x.to(device=device, dtype=torch.float32, copy=True))
+
+        # The order of these lines is that of the original: optimizer states in its checkpoints go by it.
+        self.gamma: nn.Parameter | None = None
+        if init_layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((dim,), init_layer_scale, device=device, dtype=dtype))
+        rates = torch.arange(1, d_state + 1).log().repeat(inner, 1)  # A = -1 .. -N in every channel
+        self.in_proj = linear(dim, 2 * inner, bias)
+        self.conv1d = conv()
+        self.x_proj = linear(inner, self.dt_rank + 2 * d_state, False)
+        self.dt_proj = linear(self.dt_rank, inner, True)
+        self.A_log = fp32(rates)
+        self.D = fp32(torch.ones(inner))
+        if bimamba_type != "none":
+            self.A_b_log = fp32(rates)
+        if bimamba_type == "v2":
+            self.conv1d_b = conv()
+            self.x_proj_b = linear(inner, self.dt_rank + 2 * d_state, False)
+            self.dt_proj_b = linear(self.dt_rank, inner, True)
+            self.D_b = fp32(torch.ones(inner))
+            nn.init.zeros_(self.dt_proj_b.bias)  # the original's, unlike dt_proj's: its steps start at softplus(0)
+        self.out_proj = linear(inner, dim, bias)
+
+        bound = dt_scale * self.dt_rank**-0.5
+        if dt_init == "random":
+            nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        else:
+            nn.init.constant_(self.dt_proj.weight, bound)
+        dt = torch.empty(inner).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_init_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        if bias:
+            nn.init.zeros_(self.in_proj.bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, C] -> [B, L, C]
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # 2 x [B, L, E]
+        y = self._own_directions(x, z) if self.bimamba_type == "v2" else self._shared(x, z)  # [B, L, E]
+        out = self.out_proj(y)  # [B, L, C]
+        return out if self.gamma is None else out * self.gamma
+
+    def _shared(self, x: Tensor, z: Tensor) -> Tensor:
+        """``none`` and ``v1``: one convolution and one set of projections."""
+        u = causal_conv1d_silu(x, self.conv1d.weight[:, 0], self.conv1d.bias, backend=self.scan_backend)
+        dt, B, C = self._split(self.x_proj(u))  # [B, L, R], 2 x [B, L, N]
+        delta = F.linear(dt, self.dt_proj.weight)  # [B, L, E]
+        tensors = u, delta, _rates(self.A_log), B, C, self.D
+        if self.bimamba_type == "none":
+            return selective_scan(*tensors, z, self.dt_proj.bias, backend=self.scan_backend)
+        A = torch.stack([_rates(self.A_log), _rates(self.A_b_log)])  # [2, E, N]
+        u, delta, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, delta, B, C, self.D, self.dt_proj.bias))
+        return bidirectional_scan(u, delta, A, B, C, D, z, bias, backend=self.scan_backend)
+
+    def _own_directions(self, x: Tensor, z: Tensor) -> Tensor:
+        """``v2``: the weights of both directions stacked, so that each step is one call."""
+        taps = torch.stack([self.conv1d.weight, self.conv1d_b.weight])[:, :, 0]  # [2, E, W]
+        conv_bias = None
+        if self.conv1d.bias is not None and self.conv1d_b.bias is not None:
+            conv_bias = torch.stack([self.conv1d.bias, self.conv1d_b.bias])  # [2, E]
+        u = bidirectional_conv1d_silu(x, taps, conv_bias, backend=self.scan_backend)  # [2, B, L, E]
+        x_proj = torch.stack([self.x_proj.weight, self.x_proj_b.weight])  # [2, R + 2 N, E]
+        dt, B, C = self._split(torch.einsum("kble,kre->kblr", u, x_proj))  # [2, B, L, R], 2 x [2, B, L, N]
+        dt_proj = torch.stack([self.dt_proj.weight, self.dt_proj_b.weight])  # [2, E, R]
+        delta = torch.einsum("kblr,ker->kble", dt, dt_proj)  # [2, B, L, E]
+        A = torch.stack([_rates(self.A_log), _rates(self.A_b_log)])  # [2, E, N]
+        D = torch.stack([self.D, self.D_b])  # [2, E]
+        bias = torch.stack([self.dt_proj.bias, self.dt_proj_b.bias])  # [2, E]
+        return bidirectional_scan(u, delta, A, B, C, D, z, bias, scale=self.scale, backend=self.scan_backend)
+
+    def _split(self, x_dbl: Tensor) -> list[Tensor]:
+        return list(x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1))
+
+
+def _rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), at least in fp32."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
+class AddRMSNorm(nn.Module):
+    """(x, residual) -> (rms_norm(residual + x) in x's dtype, residual + x in fp32)."""
+
+    def __init__(self, dim: int, eps: float, **to: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, **to))
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, self.weight, eps=self.eps)
+
+
+class AddLayerNorm(AddRMSNorm):
+    """The same with LayerNorm."""
+
+    def __init__(self, dim: int, eps: float, **to: Any) -> None:
+        super().__init__(dim, eps, **to)
+        self.bias = nn.Parameter(torch.zeros(dim, **to))
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)

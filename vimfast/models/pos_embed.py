@@ -1,0 +1,74 @@
+"""Position embeddings: of another resolution, and rotary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimfast.errors import UserError
+
+
+def resample_pos_embed(
+    pos_embed: Tensor,  # [1, M, C], any float dtype
+    grid: tuple[int, int],
+    class_places: Callable[[int], tuple[int, ...]],
+) -> Tensor:  # [1, grid[0] * grid[1] + T, C], same dtype
+    """The position embedding of a square grid of patches, resampled (bicubic) to ``grid`` = (rows, columns).
+
+    ``class_places(patches)`` says where the T class tokens stand in a sequence of so many patches. Their entries move
+    to the new places as they are; only the patches' are resampled. An embedding that fits comes back itself. A
+    UserError tells of one whose patches form no square.
+    """
+    patches = pos_embed.shape[1] - len(class_places(0))
+    if patches == grid[0] * grid[1]:
+        return pos_embed
+    side = math.isqrt(max(0, patches))
+    if side == 0 or side * side != patches:
+        raise UserError(
+            f"the position embedding has {pos_embed.shape[1]} entries, which is no square grid of patches and"
+            f" {len(class_places(0))} class tokens; load it into a model with the same class token options"
+        )
+    old = list(class_places(patches))
+    tokens = pos_embed[:, old]  # [1, T, C]
+    is_patch = torch.ones(pos_embed.shape[1], dtype=torch.bool)
+    is_patch[old] = False
+    image = pos_embed[:, is_patch].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, C, side, side]
+    image = F.interpolate(image.float(), size=grid, mode="bicubic", align_corners=False)  # [1, C, rows, columns]
+    resampled = image.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # [1, rows * columns, C]
+    return insert_tokens(resampled, tokens, class_places(grid[0] * grid[1]))
+
+
+def insert_tokens(patches: Tensor, tokens: Tensor, places: tuple[int, ...]) -> Tensor:
+    """Patches [B, P, C] with tokens [B, T, C] at ``places`` (ascending) of the result [B, P + T, C]."""
+    pieces, taken = [], 0
+    for i, place in enumerate(places):
+        pieces += [patches[:, taken : place - i], tokens[:, i : i + 1]]
+        taken = place - i
+    return torch.cat([*pieces, patches[:, taken:]], dim=1)
+
+
+def rotary_tables(grid: tuple[int, int], channels: int, pretraining_side: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [rows * columns, channels] of EVA-02's two-dimensional rotary embedding, theta 10000.
+
+    The first half of the channels turns with the row, the second with the column, in neighbouring pairs. Positions are
+    scaled so that any grid spans ``pretraining_side``.
+    """
+    half = channels // 2
+    speeds = 10000.0 ** -(torch.arange(0, half, 2) / half)  # [half / 2]
+    rows, columns = (torch.outer(torch.arange(n) / n * pretraining_side, speeds) for n in grid)
+    rows, columns = (angles.repeat_interleave(2, dim=1) for angles in (rows, columns))  # [n, half]
+    angles = torch.cat(
+        [rows[:, None].expand(*grid, half), columns[None].expand(*grid, half)], dim=-1
+    )  # [rows, columns, channels]
+    angles = angles.flatten(0, 1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, M, C] with each neighbouring pair of channels turned by the angles of cos, sin [M, C]."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin

@@ -1,0 +1,117 @@
+"""The named models, registered with timm: one table, no factory twice."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from torch import nn
+
+from vimfast.errors import UserError, did_you_mean
+from vimfast.models.mixer import MambaMixer
+from vimfast.models.vision_mamba import VisionMamba
+
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+GRIDS = {"patch16_224": (224, 16), "patch16_stride8_224": (224, 8), "patch16_384": (384, 16)}  # img_size, stride
+
+
+def _table() -> dict[str, tuple[int, int, int]]:
+    """(embed_dim, img_size, stride) of every name, the short ones and those of hustvl/Vim."""
+    table = {}
+    for size, width in WIDTHS.items():
+        token = "middle_cls_token" if size == "base" else "midclstok"
+        for grid, layout in GRIDS.items():
+            for tail in ("", f"_bimambav2_final_pool_mean_abs_pos_embed_with_{token}_div2"):
+                table[f"vim_{size}_{grid}{tail}"] = (width, *layout)
+    return table
+
+
+MODELS = _table()
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "input_size": (3, img_size, img_size),
+            "fixed_input_size": True,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "num_classes": 1000,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for name, (_, img_size, _) in MODELS.items()
+    }
+)
+
+
+def _vision_mamba(in_chans: int = 3, **kwargs: Any) -> VisionMamba:
+    """VisionMamba under timm's name for its channels."""
+    return VisionMamba(channels=in_chans, **kwargs)
+
+
+def _register(name: str, embed_dim: int, stride: int) -> None:
+    def build(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+        if kwargs.pop("features_only", False):
+            raise UserError(f"{name} gives no feature maps (features_only); use forward_features for its tokens")
+        if "channels" in kwargs:
+            kwargs["in_chans"] = kwargs.pop("channels")
+        return build_model_with_cfg(
+            _vision_mamba,
+            name,
+            pretrained,
+            pretrained_filter_fn=lambda state, model: model.fit_pos_embed(state),
+            **{"embed_dim": embed_dim, "stride": stride, "final_pool_type": "mean", **kwargs},
+        )
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = __name__
+    globals()[name] = register_model(build)  # timm lists the name in __all__
+
+
+for _name, (_embed_dim, _, _stride) in MODELS.items():
+    _register(_name, _embed_dim, _stride)
+
+
+def create_model(name: str, *, img_size: int | None = None, scan_backend: str = "auto", **kwargs: Any) -> nn.Module:
+    """A model of timm's registry, those of this package included, freshly initialized.
+
+    Args:
+        name: ``vim_tiny_patch16_224`` and so on, or any timm model.
+        img_size: side of the pictures in pixels; None for the named one. Handed to a model built for one size only.
+        scan_backend: of a Vision Mamba's scan, see :mod:`vimfast_kernels.backends`; other models have none.
+        kwargs: constructor options, those of :class:`~vimfast.models.VisionMamba` for a Vision Mamba.
+
+    Raises:
+        UserError: the name or an option does not exist (with the closest ones), or a value cannot be.
+    """
+    ours = name in MODELS
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=3)
+        cure = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
+        raise UserError(f"there is no model named {name!r}; {cure}")
+    if ours:
+        kwargs["scan_backend"] = scan_backend
+    elif scan_backend != "auto":
+        raise UserError(f"{name} has no selective scan for the scan backend {scan_backend!r}; leave that option out")
+    if ours or get_pretrained_cfg(name).fixed_input_size:
+        kwargs["img_size"] = img_size
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not unknown:
+            raise
+        options = [p for c in (VisionMamba, MambaMixer) for p in inspect.signature(c).parameters] if ours else []
+        word = unknown[1]
+        raise UserError(f"{name} has no option {word!r}{did_you_mean(word, options)}") from None
+    except RuntimeError as error:
+        if "No pretrained weights" not in str(error):
+            raise
+        raise UserError(f"there are no published weights of {name} to download; give a checkpoint instead") from None

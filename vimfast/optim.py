@@ -1,0 +1,107 @@
+"""Optimizer, learning rate and weight average: timm's, wired as the original recipe wires them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from vimfast.config import EmaConfig, OptimConfig, ScheduleConfig
+from vimfast.errors import UserError, did_you_mean
+
+
+def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
+    """The learning rate after warm-up: lr x global batch / 512 (Goyal et al., 2017, as DeiT scales it)."""
+    return cfg.lr if cfg.unscale_lr else cfg.lr * global_batch / 512
+
+
+def build_optimizer(cfg: OptimConfig, model: nn.Module, lr: float) -> Optimizer:
+    """An optimizer of timm's factory over two groups: weights that decay, and those that must not.
+
+    Raises:
+        UserError: timm knows no optimizer of that name, or it does not take these options.
+    """
+    exempt = set(getattr(model, "no_weight_decay", set)())
+    if not cfg.decay_a_log:
+        exempt |= {name for name, _ in model.named_parameters() if name.endswith(("A_log", "A_b_log"))}
+    groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=exempt)
+    options: dict = {} if cfg.opt_eps is None else {"eps": cfg.opt_eps}
+    if cfg.opt_betas is not None:
+        options["betas"] = cfg.opt_betas
+    if cfg.opt == "adamw":
+        options["fused"] = True
+    try:
+        return create_optimizer_v2(groups, cfg.opt, lr, 0.0, cfg.momentum, **options)
+    except (ValueError, AssertionError, TypeError) as error:
+        known = [str(name) for name in list_optimizers()]
+        if cfg.opt in known:
+            raise UserError(
+                f"--opt {cfg.opt} does not take these options ({error}); change --opt-eps or --opt-betas"
+            ) from None
+        raise UserError(f"--opt {cfg.opt!r} is no optimizer of timm's{did_you_mean(cfg.opt, known)}") from None
+
+
+class LearningRate:
+    """The learning rate as a function of the place in the run: timm's schedule, entered as the original enters it.
+
+    By default the rate moves once an epoch, and one epoch late: epochs 0 and 1 both run at the schedule's start, as
+    in DeiT and Vim, where the scheduler steps behind the epoch with that epoch's number. With ``sched_on_updates``
+    it moves every step and nothing is late.
+    """
+
+    def __init__(self, cfg: ScheduleConfig, optimizer: Optimizer, steps_per_epoch: int) -> None:
+        self.on_updates, self.steps_per_epoch, self.optimizer = (
+            cfg.sched_on_updates,
+            steps_per_epoch,
+            optimizer,
+        )
+        if cfg.sched == "plateau":
+            raise UserError("--sched plateau follows past accuracies, which a resumed run has not; try cosine or step")
+        noise: Any = None if cfg.lr_noise is None else [share * cfg.epochs for share in cfg.lr_noise]
+        try:
+            self.scheduler: Scheduler = create_scheduler_v2(
+                optimizer,
+                cfg.sched,
+                num_epochs=cfg.epochs,
+                decay_epochs=cfg.decay_epochs,
+                cooldown_epochs=cfg.cooldown_epochs,
+                decay_rate=cfg.decay_rate,
+                min_lr=cfg.min_lr,
+                warmup_lr=cfg.warmup_lr,
+                warmup_epochs=min(cfg.warmup_epochs, cfg.epochs - 1),
+                noise=noise[0] if noise is not None and len(noise) == 1 else noise,
+                noise_pct=cfg.lr_noise_pct,
+                noise_std=cfg.lr_noise_std,
+                step_on_epochs=not self.on_updates,
+                updates_per_epoch=steps_per_epoch,
+            )[0]
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--sched {cfg.sched!r} cannot be had from timm ({error or 'unknown name'}); try cosine"
+            ) from None
+
+    def set(self, epoch: int, step: int) -> None:
+        """Set the optimizer's rate for `step` of `epoch`."""
+        if self.scheduler is None:
+            return
+        if self.on_updates:
+            self.scheduler.step_update(epoch * self.steps_per_epoch + step)
+        else:
+            self.scheduler.step(max(epoch - 1, 0))
+
+    @property
+    def value(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+
+def build_ema(cfg: EmaConfig, model: nn.Module) -> ModelEmaV3 | None:
+    """An average of the whole state dict, float32, updated after every step; made before DDP wraps the model."""
+    if not cfg.model_ema:
+        return None
+    return ModelEmaV3(model, decay=cfg.model_ema_decay, device=torch.device("cpu") if cfg.model_ema_force_cpu else None)

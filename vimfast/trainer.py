@@ -1,0 +1,450 @@
+"""The trainer: builds the parts of a run from its settings and orders the events, nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vimfast import dist
+from vimfast.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from vimfast.config import Config
+from vimfast.data.loader import Batch, Loader
+from vimfast.data.mixup import Mixup
+from vimfast.data.sampler import Order
+from vimfast.data.source import Source, open_source
+from vimfast.dist import World
+from vimfast.errors import UserError
+from vimfast.evaluate import Scores, evaluate
+from vimfast.metrics import Pace, Reporter, Sums, duration, memory_gib
+from vimfast.models import create_model
+from vimfast.optim import LearningRate, build_ema, build_optimizer, peak_lr
+
+CHECKPOINT, BEST, RESOLVED_CONFIG = "checkpoint.pth", "best_checkpoint.pth", "config.yaml"
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it did so behind a whole step."""
+
+
+class Trainer:
+    """One run of training, or of evaluation alone.
+
+    The place in the run is (``epoch``, ``step``): the epoch in progress and the steps done in it. With the seed it
+    fixes the pictures, their crops and their mixing, so a checkpoint needs no more than it, the weights, the
+    optimizer and torch's random states to go on exactly where it stopped.
+    """
+
+    def __init__(self, cfg: Config, world: World) -> None:
+        self.cfg, self.world = cfg, world
+        self.folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
+        resume = self._resume_path()
+        self.report = Reporter(None if cfg.run.eval else self._make_folder(), world.is_main)
+        state = load_checkpoint(resume) if resume else None
+
+        self._loaders: list[Loader] = []
+        self.val_source = open_source(cfg.data.data_path, "val")
+        self.classes = self.val_source.classes
+        num_classes = self._check_classes(len(self.classes), state, resume)
+        self.val_loader = self._loader(self.val_source, training=False)
+        torch.manual_seed(cfg.run.seed)
+        self.model: nn.Module = _build_model(cfg, num_classes).to(world.device)
+        self.ema = build_ema(cfg.ema, self.model)
+        self.amp = self._autocast()
+        self.epoch, self.step, self.best_acc1 = 0, 0, 0.0
+        if state is not None:
+            self._load_models(state, str(resume))
+        if not cfg.run.eval:
+            self._prepare_training(num_classes, state)
+
+    # Building
+
+    def _prepare_training(self, num_classes: int, state: dict[str, Any] | None) -> None:
+        cfg, world = self.cfg, self.world
+        source = open_source(cfg.data.data_path, "train")
+        if list(source.classes) != list(self.classes):
+            raise UserError(
+                f"train has {len(source.classes)} classes and val {len(self.classes)}, or named otherwise; "
+                f"check them with python -m vimfast.check_data {cfg.data.data_path}"
+            )
+        self.train_loader = self._loader(source, training=True)
+        self.steps = self.train_loader.steps
+        self.global_batch = cfg.data.batch_size * world.size
+        self.mixup = Mixup(cfg.mix, num_classes, cfg.run.seed, world.rank)
+        self.optimizer = build_optimizer(cfg.optim, self.model, peak_lr(cfg.optim, self.global_batch))
+        self.rate = LearningRate(cfg.schedule, self.optimizer, self.steps)
+        self.sums = Sums(("loss", "steps"), world.device)
+        torch.manual_seed(cfg.run.seed + world.rank)
+        if state is not None:
+            self._load_place(state)
+        if cfg.run.start_epoch is not None:
+            self.epoch, self.step = cfg.run.start_epoch, 0
+        self.net = self._wrap(self.model)
+        self.stop_signal: int | None = None
+
+    def _loader(self, source: Source, training: bool) -> Loader:
+        data, world = self.cfg.data, self.world
+        order = Order(
+            samples=len(source),
+            batch_size=data.batch_size if training else data.eval_batch_size or data.batch_size,
+            world=world.size,
+            rank=world.rank,
+            seed=self.cfg.run.seed,
+            repeats=3 if training and data.repeated_aug else 1,
+            shuffle=training,
+            drop_last=training,
+            limit=self.cfg.run.steps_per_epoch if training else None,
+        )
+        loader = Loader(
+            source,
+            order,
+            size=self.cfg.model.input_size,
+            device=world.device,
+            training=training,
+            scale=data.scale,
+            ratio=data.ratio,
+            hflip=data.hflip,
+            interpolation=data.train_interpolation if training else "bicubic",
+            crop_ratio=data.eval_crop_ratio,
+            threads=data.num_workers,
+            prefetch=data.prefetch,
+        )
+        self._loaders.append(loader)
+        return loader
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        """The model as it is trained: under DDP with several processes, compiled if asked for."""
+        if self.world.size > 1:
+            ids = [self.world.device] if self.world.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        if self.cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
+            model.compile()
+        return model
+
+    def _autocast(self) -> torch.autocast:
+        on_gpu = self.world.device.type == "cuda"
+        enabled = self.cfg.run.amp and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        if on_gpu:
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch leaves this one on
+            if self.cfg.run.amp and not enabled:
+                self.report.warn("this GPU has no bf16, so the run is in fp32; --no_amp says so without this line")
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _make_folder(self) -> Path | None:
+        if self.folder is not None and self.world.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output_dir {self.folder} cannot be made ({error.strerror})") from None
+            self.cfg.save(self.folder / RESOLVED_CONFIG)
+        return self.folder
+
+    # Resuming
+
+    def _resume_path(self) -> Path | None:
+        run = self.cfg.run
+        own = self.folder / CHECKPOINT if self.folder else None
+        if run.resume == "auto":
+            if own is None:
+                raise UserError("--resume auto looks in --output_dir, which is not given; add it")
+            return own if own.exists() else None
+        path = Path(run.resume) if run.resume else None
+        if run.eval:
+            if path is None:
+                raise UserError("--eval has nothing to evaluate; add --resume CHECKPOINT")
+            return path
+        if own is not None and own.exists() and (path is None or path.resolve() != own.resolve()):
+            raise UserError(
+                f"{own} holds an earlier run, which would be overwritten; go on with it by --resume auto, "
+                "or choose another --output_dir"
+            )
+        return path
+
+    def _check_classes(self, data_classes: int, state: dict[str, Any] | None, resume: Path | None) -> int:
+        wanted = self.cfg.model.num_classes
+        if wanted is not None and wanted != data_classes:
+            raise UserError(f"--num-classes is {wanted} and the data has {data_classes} classes; drop the flag")
+        head = state["model"].get("head.weight") if state is not None else None
+        if head is not None and len(head) != data_classes:
+            raise UserError(
+                f"{resume} was trained on {len(head)} classes and {self.cfg.data.data_path} has {data_classes}; "
+                "point --data-path at the data it belongs to"
+            )
+        return data_classes
+
+    def _load_models(self, state: dict[str, Any], origin: str) -> None:
+        load_weights(self.model, state["model"], origin)
+        if self.ema is None:
+            return
+        if isinstance(state.get("model_ema"), dict):
+            load_weights(self.ema.module, state["model_ema"], f"the average in {origin}")
+        elif self.cfg.run.eval:
+            self.ema = None
+        else:
+            self.ema.module.load_state_dict(self.model.state_dict())
+            self.report.warn(f"{origin} holds no averaged weights; the average starts anew from its raw ones")
+
+    def _load_place(self, state: dict[str, Any]) -> None:
+        """Optimizer, place in the data, sums and random states; a file with weights alone starts a new run."""
+        if "optimizer" not in state or "epoch" not in state:
+            return
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.cfg.run.resume} was trained with another optimizer ({error}); give its --opt"
+            ) from None
+        self.best_acc1 = float(state.get("best_acc1", 0.0))
+        self.epoch, self.step = int(state["epoch"]), int(state.get("step", self.steps))
+        if state.get("evaluated", True) and self.step >= state.get("steps", self.steps):
+            self.epoch, self.step = self.epoch + 1, 0
+        if self.step and (state["steps"], state["global_batch"]) != (self.steps, self.global_batch):
+            raise UserError(
+                f"the checkpoint stands inside an epoch of {state['steps']} steps of {state['global_batch']} pictures, "
+                f"this run has {self.steps} of {self.global_batch}; keep processes x batch size as it was"
+            )
+        processes = state.get("processes", [])
+        if len(processes) != self.world.size:  # sums are the run's, random states a process's own
+            totals = [sum(values) for values in zip(*(p["sums"] for p in processes), strict=True)]
+            if self.world.is_main and totals and self.step:
+                self.sums.values.copy_(torch.tensor(totals))
+            return
+        own = processes[self.world.rank]
+        if self.step:
+            self.sums.values.copy_(torch.tensor(own["sums"]))
+        torch.set_rng_state(own["torch"])
+        version, words, gauss = own["python"]
+        random.setstate((version, tuple(words), gauss))
+        if own["cuda"] is not None and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda"], self.world.device)
+
+    def save(self, *names: str, evaluated: bool = False) -> None:
+        """Write the state of the run under each of `names` in the run folder; every process must call it."""
+        if self.folder is None:
+            return
+        cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
+        own = {
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "cuda": cuda,
+            "sums": self.sums.values.tolist(),
+        }
+        processes = dist.gather_objects(own)
+        if self.world.is_main:
+            state = {
+                "model": self.model.state_dict(),
+                "model_ema": self.ema.module.state_dict() if self.ema else None,
+                "optimizer": self.optimizer.state_dict(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "steps": self.steps,
+                "global_batch": self.global_batch,
+                "evaluated": evaluated,
+                "best_acc1": self.best_acc1,
+                "processes": processes,
+                "classes": list(self.classes),
+                "config": self.cfg.to_dict(),
+            }
+            for name in names:
+                save_checkpoint(self.folder / name, state)
+        dist.barrier()
+
+    # Running
+
+    def run(self) -> None:
+        """Train to the last epoch (or evaluate, if that is all that was asked for)."""
+        if self.cfg.run.eval:
+            self._evaluate_only()
+            return
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._train()
+        except Interrupted:
+            self.save(CHECKPOINT)
+            place = f"epoch {self.epoch}, step {self.step} of {self.steps}"
+            kept = f"; {self.folder / CHECKPOINT} holds it, go on with --resume auto" if self.folder else ""
+            self.report.say(f"stopped at {place}{kept}")
+            raise KeyboardInterrupt from None
+        except torch.OutOfMemoryError:
+            batch = self.cfg.data.batch_size
+            raise UserError(
+                f"{self.world.device} has too little memory for {batch} pictures a step; "
+                f"try --batch-size {max(batch // 2, 1)}, or --use-checkpoint"
+            ) from None
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+            self.report.close()
+
+    def _train(self) -> None:
+        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self._introduce(parameters)
+        begin = time.perf_counter()
+        while self.epoch < self.cfg.schedule.epochs:
+            self._train_epoch()
+            self.save(CHECKPOINT)
+            self._finish_epoch(parameters)
+            self.epoch, self.step = self.epoch + 1, 0
+            self.sums.values.zero_()
+        self.report.say(f"Training time {duration(time.perf_counter() - begin)}")
+
+    def _introduce(self, parameters: int) -> None:
+        cfg, world = self.cfg, self.world
+        precision = "bf16 autocast" if self.amp._enabled else "fp32"
+        self.report.say(
+            f"{cfg.model.model}: {parameters:,} parameters, {precision} on {world.size} x {world.device.type}; "
+            f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes, "
+            f"{len(self.val_source):,} to validate; {self.steps} steps an epoch of {self.global_batch} pictures, "
+            f"learning rate {peak_lr(cfg.optim, self.global_batch):.3g}"
+        )
+        if self.epoch or self.step:
+            self.report.say(f"resuming at epoch {self.epoch}, step {self.step} of {self.steps}")
+
+    def _train_epoch(self) -> None:
+        self.model.train()
+        run, pace = self.cfg.run, Pace(self.world.size)
+        batches = self.train_loader.epoch(self.epoch, self.step)
+        pace.start()
+        before = self.sums.read() if self.step else {"loss": 0.0, "steps": 0.0}
+        with self.report.steps(f"epoch {self.epoch}", self.steps, self.step):
+            while (batch := self._next(pace, batches)) is not None:
+                self.rate.set(self.epoch, self.step)
+                loss = self.train_step(batch)
+                self.sums.add(loss, 1.0)
+                self.step += 1
+                pace.count(len(batch.labels))
+                self.report.advance()
+                if self.step % run.log_every == 0 or self.step == self.steps:
+                    before = self._tell(pace, before)
+                if self._should_stop():
+                    raise Interrupted
+                if run.save_every and self.step % run.save_every == 0 and self.step < self.steps:
+                    self.save(CHECKPOINT)
+
+    def _next(self, pace: Pace, batches: Iterator[Batch]) -> Batch | None:
+        try:
+            return pace.wait_for(batches)
+        except UserError:  # a picture that cannot be read; the weights are sound, so keep them
+            if self.world.size == 1:
+                self.save(CHECKPOINT)
+            raise
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """Forward, backward, update, average. Returns the loss, a scalar on the device; the host does not wait."""
+        images, targets = self.mixup(batch.images, batch.labels, self.epoch * self.steps + self.step)
+        with self.amp:
+            logits = self.net(images)
+        logits = logits.float()
+        bce = self.cfg.mix.bce_loss
+        loss = F.binary_cross_entropy_with_logits(logits, targets) if bce else F.cross_entropy(logits, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.cfg.optim.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip_grad)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return loss.detach()
+
+    def _tell(self, pace: Pace, before: dict[str, float]) -> dict[str, float]:
+        """Report the steps since `before`; on all processes alike, stop a run whose loss is no number any more."""
+        now = self.sums.read()
+        loss = (now["loss"] - before["loss"]) / max(now["steps"] - before["steps"], 1)
+        if not torch.isfinite(torch.tensor(loss)):
+            kept = (
+                f"; {self.folder / CHECKPOINT} is from before"
+                if self.folder and (self.folder / CHECKPOINT).exists()
+                else ""
+            )
+            raise UserError(
+                f"the loss is {loss} at epoch {self.epoch}, step {self.step}, learning rate {self.rate.value:.3g}; "
+                f"try a lower --lr, --clip-grad 1 or --no_amp{kept}"
+            )
+        speed = pace.report()
+        left = (self.cfg.schedule.epochs - self.epoch) * self.steps - self.step
+        memory = memory_gib(self.world.device)
+        self.report.news(
+            f"epoch {self.epoch} [{self.step}/{self.steps}] loss {loss:.4f} lr {self.rate.value:.3g} "
+            f"{speed['img_s']:,.0f} img/s, waiting for data {speed['data_share']:.0%}, {memory:.1f} GiB, "
+            f"{duration(left * speed['step_s'])} left"
+        )
+        scalars = {"train/loss": loss, "train/lr": self.rate.value, "train/img_s": speed["img_s"]}
+        scalars |= {"train/data_share": speed["data_share"], "train/memory_gib": memory}
+        self.report.scalars(scalars, self.epoch * self.steps + self.step)
+        pace.start()
+        return now
+
+    def _finish_epoch(self, parameters: int) -> None:
+        trained = self.sums.read()
+        scores = self._evaluate(self.model, "network")
+        best = scores.acc1 > self.best_acc1
+        self.best_acc1 = max(self.best_acc1, scores.acc1)
+        record: dict[str, Any] = {
+            "train_lr": self.rate.value,
+            "train_loss": trained["loss"] / trained["steps"],
+            **{f"test_{name}": value for name, value in scores._asdict().items() if name != "pictures"},
+        }
+        if self.ema is not None:
+            averaged = self._evaluate(self.ema.module, "ema network")
+            record |= {f"ema_test_{name}": value for name, value in averaged._asdict().items() if name != "pictures"}
+        self.report.say(f"Max accuracy: {self.best_acc1:.2f}%")
+        self.report.record({**record, "epoch": self.epoch, "n_parameters": parameters})
+        self.report.scalars({f"epoch/{k}": v for k, v in record.items()}, self.epoch)
+        self.save(*([BEST, CHECKPOINT] if best else [CHECKPOINT]), evaluated=True)
+
+    def _evaluate(self, model: nn.Module, name: str) -> Scores:
+        scores = evaluate(model, self.val_loader, self.amp, self.report, f"evaluate {name}")
+        self.report.say(str(scores))
+        self.report.say(f"Accuracy of the {name} on the {scores.pictures} test images: {scores.acc1:.1f}%")
+        return scores
+
+    def _evaluate_only(self) -> None:
+        self._evaluate(self.model, "network")
+        if self.ema is not None:
+            self._evaluate(self.ema.module, "ema network")
+
+    # Stopping
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stop_signal is not None:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def _should_stop(self) -> bool:
+        """Whether any process was told to stop. On GPUs asked at reports only: the answer waits for the device."""
+        if self.world.size == 1:
+            return self.stop_signal is not None
+        if self.world.device.type == "cuda" and self.step % self.cfg.run.log_every:
+            return False
+        told = torch.tensor(float(self.stop_signal is not None), device=self.world.device)
+        return bool(dist.all_sum(told) > 0)
+
+    def close(self) -> None:
+        for loader in self._loaders:
+            loader.close()
+
+
+def _build_model(cfg: Config, num_classes: int) -> nn.Module:
+    m = cfg.model
+    model = create_model(
+        m.model,
+        num_classes=num_classes,
+        img_size=m.input_size,
+        drop_rate=m.drop,
+        drop_path_rate=m.drop_path,
+        scan_backend=m.scan_backend,
+        **m.model_kwargs,
+    )
+    if m.use_checkpoint:
+        model.set_grad_checkpointing()
+    return model
