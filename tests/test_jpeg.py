@@ -123,6 +123,15 @@ def test_no_picture(data: bytes, why: str) -> None:
             jpeg.to_rgb_jpeg(form)
 
 
+def test_an_absurd_size_is_refused_before_it_takes_memory() -> None:
+    data = bytearray(encode(picture()))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    assert jpeg.inspect(bytes(data))[1:3] == (65535, 65535)
+    with pytest.raises(ValueError, match="exceeds limit"):
+        jpeg.to_rgb_jpeg(bytes(data))
+
+
 def test_garbage_raises_value_errors_only() -> None:
     rng = random.Random(0)
     outcomes = set()

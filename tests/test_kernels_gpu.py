@@ -15,9 +15,10 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from vimfast_kernels.conv_triton import causal_conv_silu
-from vimfast_kernels.norm_triton import add_norm
-from vimfast_kernels.scan_gluon import selective_scan
+from vimfast_kernels.conv_triton import causal_conv_silu  # noqa: E402
+from vimfast_kernels.mixer_gluon import bidirectional_mixer  # noqa: E402
+from vimfast_kernels.norm_triton import add_norm  # noqa: E402
+from vimfast_kernels.scan_gluon import selective_scan  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Below these a difference is that of the order of a sum, not of precision.
@@ -213,3 +214,32 @@ def test_norm_drops_paths() -> None:
         return y.to(x.dtype), r
 
     check(lambda *v: add_norm(*v, keep=keep), plain, [x, residual, weight], grads, BF16)
+
+
+def plain_mixer(
+    xz: Tensor, conv_w: Tensor, conv_b: Tensor, x_w: Tensor, dt_w: Tensor, dt_b: Tensor, A: Tensor, D: Tensor
+) -> Tensor:
+    d, n = A.shape[1:]
+    u = reference.conv_silu(xz[..., :d], conv_w, conv_b, [False, True])
+    x_dbl = torch.einsum("kbld,krd->kblr", u, x_w.to(u.dtype))
+    delta = torch.einsum("kblr,kdr->kbld", x_dbl[..., : dt_w.shape[2]], dt_w.to(u.dtype))
+    B, C = x_dbl[..., -2 * n : -n], x_dbl[..., -n:]
+    return reference.scan(u, delta, A, B, C, D, xz[..., d:], dt_b, [False, True], 0.5)[0]
+
+
+@pytest.mark.parametrize("length", [1, 3, 17, 197])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_mixer(length: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    d, n, rank = 96, 16, 5
+    on = {"device": "cuda"}
+    xz, grad = torch.randn(2, length, 2 * d, dtype=dtype, **on), torch.randn(2, length, d, dtype=dtype, **on)
+    inputs = [
+        xz, torch.randn(2, d, 4, **on) / 2, torch.randn(2, d, **on) / 2, torch.randn(2, rank + 2 * n, d, **on) / 8,
+        torch.randn(2, d, rank, **on), torch.randn(2, d, **on) - 3, -torch.exp(torch.rand(2, d, n, **on) * 2.5),
+        torch.randn(2, d, **on),
+    ]  # fmt: skip
+    kernel = lambda *v: bidirectional_mixer(*v, scale=0.5)  # noqa: E731
+    # Kept states and weight gradients are bf16 where the input is.
+    slack = dict.fromkeys(range(2, 10), 2e-3) if dtype == BF16 else dict.fromkeys(range(1, 10), 2e-6)
+    check(kernel, plain_mixer, inputs, [grad], dtype, slack)

@@ -155,9 +155,7 @@ def test_strides_do_not_matter(reverse: bool) -> None:
 
 
 @pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
 def test_arithmetic_is_fp32_in_any_dtype(dtype: torch.dtype, tolerance: float) -> None:
     """bf16 and fp16 cost the rounding of inputs and outputs (2^-9, 2^-12 of them), no more."""
     inputs = make(2, 197, 5, 16, ways=2)
@@ -173,7 +171,8 @@ def test_long_steps_and_steep_decay_stay_finite() -> None:
     inputs = {name: x.float() for name, x in make(2, 63, 5, 16).items()}
     inputs["delta"] = inputs["delta"] * 50  # softplus up to 100 and down to 0
     inputs["A"] = inputs["A"] * 50
-    agree(results(selective_scan, inputs), results(step_by_step(False), {k: v.double() for k, v in inputs.items()}), 1e-5)
+    exact = {name: x.double() for name, x in inputs.items()}
+    agree(results(selective_scan, inputs), results(step_by_step(False), exact), 1e-5)
 
 
 def test_autocast_changes_nothing() -> None:
@@ -214,7 +213,7 @@ def test_wrong_u_is_named() -> None:
     with pytest.raises(ValueError, match=r"\[batch, length, channels\]"):
         selective_scan(**{**inputs, "u": inputs["u"][0]})
     with pytest.raises(ValueError, match=r"\[2, batch, length, channels\]"):
-        bidirectional_scan(**{**make(2, 9, 3, 4, ways=3)})
+        bidirectional_scan(**make(2, 9, 3, 4, ways=3))
 
 
 def test_saved_states_are_few() -> None:
@@ -236,13 +235,13 @@ def test_backend_switch() -> None:
 def fake_mamba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules with the public functions of mamba_ssm and causal_conv1d, in their [b, d, L] layout."""
 
-    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):  # noqa: ANN001, ANN202
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
         assert delta_softplus
         sequences = [None if x is None else x.transpose(1, 2) for x in (u, delta, B, C, z)]
         u, delta, B, C, z = sequences
         return vim_float64.scan(u, delta, A, B, C, D, z, delta_bias).transpose(1, 2)
 
-    def causal_conv1d_fn(x, weight, bias=None, activation=None):  # noqa: ANN001, ANN202
+    def causal_conv1d_fn(x, weight, bias=None, activation=None):
         assert activation == "silu"
         return vim_float64.conv_silu(x.transpose(1, 2), weight, bias).transpose(1, 2)
 

@@ -1,6 +1,7 @@
 """Vision Mamba computed a second time, step by step and literally from its description; shares no code with vimfast.
 
-Meant for float64 and small sizes. The backward direction is what the description says: the same on the reversed sequence.
+Meant for float64 and small sizes. The backward direction is what the description says: the same on the reversed
+sequence.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ def draw_curve(log: Path, out: Path) -> None:
 def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     """Validation pictures with what the trained model sees in them; mistakes in red."""
     from vimfast.data.loader import Loader
+    from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 
     from vimfast.checkpoint import load_checkpoint, load_weights
     from vimfast.config import load_config
@@ -89,16 +90,19 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     images, labels = next(loader.epoch(0))
     with torch.no_grad():
         probability, predicted = model(images).softmax(1).max(1)
-    chosen = np.linspace(0, len(labels) - 1, 40).astype(int)
-    pictures = ((images - images.amin()) / (images.amax() - images.amin())).permute(0, 2, 3, 1)
+    mistakes = (predicted != labels).nonzero()[:8, 0].tolist()
+    chosen = sorted({*np.linspace(0, len(labels) - 1, 40).astype(int).tolist()[len(mistakes) :], *mistakes})
+    mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     figure, axes = plt.subplots(4, 10, figsize=(10, 5), layout="constrained")
-    for axis, i in zip(axes.flat, chosen, strict=True):
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, i in zip(axes.flat, chosen, strict=False):
         right = predicted[i] == labels[i]
         text = f"{source.classes[predicted[i]]} ({probability[i]:.0%})"
         text += "" if right else f"\nis {source.classes[labels[i]]}"
         axis.imshow(pictures[i])
         axis.set_title(text, fontsize=9, color="black" if right else "tab:red")
-        axis.axis("off")
     figure.savefig(out, dpi=120)
     plt.close(figure)
     loader.close()

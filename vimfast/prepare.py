@@ -288,7 +288,6 @@ _shared: _Shared | None = None  # in a worker
 def _start_worker(shared: _Shared) -> None:
     global _shared
     _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the run tells its workers
     warnings.simplefilter("ignore")  # Pillow's, on odd metadata of pictures that decode
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -299,6 +298,17 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block. It reaches a whole group of processes, and those started in the block
+    never see it: the run tells its workers to stop."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _work(part: Part, out: Path, skip_bad: bool) -> tuple[Record, bool]:
@@ -325,19 +335,20 @@ def _write_shards(plans: list[Plan], out: Path, workers: int, skip_bad: bool) ->
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
     shared = _Shared(context.Value("q", 0), context.Event())
     bad: list[tuple[Path, str]] = []
-    running: dict[Future[tuple[Record, bool]], tuple[Plan, int]] = {}
+    running: dict[Future[tuple[Record, bool]], Plan] = {}
     workers = min(workers, sum(plan.shards for plan in plans))
     with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool, _progress(pace) as show:
         try:
             while True:
                 # A few parts ahead of the workers and no more: parts are lists of names.
-                while len(running) < 2 * workers and (following := next(todo, None)):
-                    plan, number = following
-                    running[pool.submit(_work, plan.part(number), out, skip_bad)] = following
+                with _interrupts_held():
+                    while len(running) < 2 * workers and (following := next(todo, None)):
+                        plan, number = following
+                        running[pool.submit(_work, plan.part(number), out, skip_bad)] = plan
                 if not running:
                     break
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    plan, _ = running.pop(future)
+                    plan = running.pop(future)
                     record, found = future.result()
                     pace.found += record.samples + len(record.skipped) if found else 0
                     bad += [(plan.files.folder / note.file, note.why) for note in record.skipped]
@@ -397,8 +408,9 @@ def _finish(plans: list[Plan], out: Path, described: dict[str, Any]) -> dict[str
         "splits": splits,
         "plan": described,
     }
-    for path in out.glob(f"*{shards.TEMPORARY}"):  # of a run that was killed
-        path.unlink()
+    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*")]:
+        if path.suffix == shards.TEMPORARY:  # of a run that was killed
+            path.unlink()
     shards.sync_folder(out)
     _write_json(out / index.MANIFEST, manifest)
     shards.sync_folder(out)

@@ -1,7 +1,7 @@
 """Which implementation runs an op: ``auto``, ``reference`` or ``mamba_ssm``.
 
-``auto`` takes the fastest that works for the tensors at hand and never fails: mamba_ssm's CUDA kernels where the tensors
-are on a GPU and the packages are installed, the reference everywhere else.
+``auto`` takes the fastest that works for the tensors at hand and never fails: mamba_ssm's CUDA kernels where the
+tensors are on a GPU and the packages are installed, the reference everywhere else.
 """
 
 from __future__ import annotations

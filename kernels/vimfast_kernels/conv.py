@@ -47,8 +47,8 @@ def bidirectional_conv1d_silu(
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, ways: int) -> None:
     if x.dim() != 3 or weight.dim() != 3 or weight.shape[:2] != (ways, x.shape[2]) or not x.is_floating_point():
         raise ValueError(
-            f"causal convolution: x is {x.dtype} {tuple(x.shape)} and weight {tuple(weight.shape[2 - ways :])}; expected"
-            f" a float [batch, length, channels] and [{'2, ' * (ways == 2)}channels, taps]"
+            f"causal convolution: x is {x.dtype} {tuple(x.shape)} and weight {tuple(weight.shape[2 - ways :])};"
+            f" expected a float [batch, length, channels] and [{'2, ' * (ways == 2)}channels, taps]"
         )
     if bias is not None and bias.shape != weight.shape[:2]:
         raise ValueError(f"causal convolution: bias is {tuple(bias.shape)}, expected {tuple(weight.shape[:2])}")

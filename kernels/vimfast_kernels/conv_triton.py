@@ -1,5 +1,8 @@
 """Causal depthwise convolution and SiLU for every direction of a sequence, in Triton."""
 
+# Device functions are written in Triton's own dialect: no annotations beyond constexpr, no starred tuples.
+# ruff: noqa: RUF005
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,14 +14,10 @@ from torch import Tensor
 
 
 @triton.jit
-def _silu(v):
-    return v / (1.0 + tl.exp(-v))
-
-
-@triton.jit
-def _silu_slope(v):
-    s = 1.0 / (1.0 + tl.exp(-v))
-    return s * (1.0 + v * (1.0 - s))
+def _sigmoid(v):
+    """1 / (1 + exp(-v)) as a squared reciprocal root: two special-function instructions and no division."""
+    root = tl.math.rsqrt(1.0 + tl.exp(-v))
+    return root * root
 
 
 @triton.jit
@@ -76,22 +75,31 @@ def _conv_forward(
             bias = tl.load(bias_ptr + k * D + d, mask=mask, other=0.0).to(tl.float32)
         out = out_ptr + k * out_dir + (batch * length + start) * D + d
         for i in tl.static_range(STEPS):
-            v = _silu(_preactivation(rows, i + HALO, taps[k], bias, WIDTH, (BACK >> k) & 1))
+            v = _preactivation(rows, i + HALO, taps[k], bias, WIDTH, (BACK >> k) & 1)
+            v *= _sigmoid(v)
             tl.store(out + i * D, v.to(out_ptr.dtype.element_ty), mask=_inside(start + i, length, mask))
 
 
 @triton.jit
-def _direction_backward(
-    rows, dx, sums, taps, bias, dout, start, length, stride, mask,
-    WIDTH: tl.constexpr, BACK: tl.constexpr, STEPS: tl.constexpr,
+def _gradients(
+    rows, at: tl.constexpr, count: tl.constexpr, taps, bias, dout, time, length, stride, mask,
+    WIDTH: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """(dx [STEPS], sums [WIDTH + 1]) with one direction's share added; rows start 2 (WIDTH - 1) before `start`."""
+    """Gradients before the activation at `count` times from `time` on, which are rows[at], rows[at + 1], ..."""
+    out = ()
+    for i in tl.static_range(count):
+        v = _preactivation(rows, at + i, taps, bias, WIDTH, BACK)
+        s = _sigmoid(v)
+        out = out + (_load_row(dout, time + i, length, stride, mask) * (s * (1.0 + v * (1.0 - s))),)
+    return out
+
+
+@triton.jit
+def _add_direction(rows, pre, dx, sums, taps, WIDTH: tl.constexpr, BACK: tl.constexpr, STEPS: tl.constexpr):
+    """(dx [STEPS], sums [WIDTH + 1]) with one direction's share added. rows start WIDTH - 1 before the block; so do
+    the gradients `pre` where BACK, else they end WIDTH - 1 after it."""
     HALO: tl.constexpr = WIDTH - 1
-    OWN: tl.constexpr = HALO if BACK else 0  # where this block's own times stand in `pre`
-    pre = ()  # gradient before the activation at the STEPS + HALO times that read this block
-    for i in tl.static_range(STEPS + HALO):
-        v = _preactivation(rows, i + 2 * HALO - OWN, taps, bias, WIDTH, BACK)
-        pre = pre + (_load_row(dout, start + i - OWN, length, stride, mask) * _silu_slope(v),)
+    OWN: tl.constexpr = HALO if BACK else 0  # where the block's own times stand in `pre`
     new_dx = ()
     for i in tl.static_range(STEPS):
         total = dx[i]
@@ -102,7 +110,7 @@ def _direction_backward(
     for j in tl.static_range(WIDTH):
         total = sums[j]
         for i in tl.static_range(STEPS):
-            total += pre[i + OWN] * rows[i + 2 * HALO + (HALO - j if BACK else j - HALO)]
+            total += pre[i + OWN] * rows[i + HALO + (HALO - j if BACK else j - HALO)]
         new_sums = new_sums + (total,)
     total = sums[WIDTH]
     for i in tl.static_range(STEPS):
@@ -117,43 +125,63 @@ def _conv_backward(
     D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BACK: tl.constexpr, BIAS: tl.constexpr,
     STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    # One program owns `segment` times of one sequence and CHANNELS channels, and keeps their weights' gradients.
+    # One program walks `segment` times of one sequence for CHANNELS channels, keeps their weights' gradients, and
+    # hands the rows that two blocks of STEPS times share from one to the next in registers.
     HALO: tl.constexpr = WIDTH - 1
     batch = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     mask = d < D
     taps = _load_taps(weight_ptr, d, mask, K, WIDTH, D)
     zero = tl.zeros((CHANNELS,), tl.float32)
-    biases = ()
+    x_base = x_ptr + batch * x_batch + d
+    dout_base = dout_ptr + batch * dout_batch + d
+    begin = tl.program_id(0) * segment
+    window = ()
+    for i in tl.static_range(2 * HALO):
+        window = window + (_load_row(x_base, begin + i - HALO, length, x_time, mask),)
     zeros = ()
+    for _ in tl.static_range(WIDTH + 1):
+        zeros = zeros + (zero,)
+    biases = ()
+    sums = ()
+    shared = ()
     for k in tl.static_range(K):
         if BIAS:
             biases = biases + (tl.load(bias_ptr + k * D + d, mask=mask, other=0.0).to(tl.float32),)
         else:
             biases = biases + (zero,)
-    for _ in tl.static_range(WIDTH + 1):
-        zeros = zeros + (zero,)
-    sums = ()
-    for _ in tl.static_range(K):
         sums = sums + (zeros,)
-    x_base = x_ptr + batch * x_batch + d
-    dout_base = dout_ptr + batch * dout_batch + d
-    begin = tl.program_id(0) * segment
+        shared = shared + (
+            _gradients(
+                window, 0 if (BACK >> k) & 1 else HALO, HALO, taps[k], biases[k], dout_base + k * dout_dir,
+                begin - HALO * ((BACK >> k) & 1), length, dout_time, mask, WIDTH, (BACK >> k) & 1,
+            ),
+        )  # fmt: skip
     for start in range(begin, tl.minimum(begin + segment, length), STEPS):
-        rows = ()
-        for i in tl.static_range(STEPS + 4 * HALO):  # a row that no direction needs is dead code
-            rows = rows + (_load_row(x_base, start + i - 2 * HALO, length, x_time, mask),)
+        rows = window
+        for i in tl.static_range(STEPS):
+            rows = rows + (_load_row(x_base, start + HALO + i, length, x_time, mask),)
         dx = ()
         for _ in tl.static_range(STEPS):
             dx = dx + (zero,)
         new_sums = ()
+        new_shared = ()
         for k in tl.static_range(K):
-            dx, own = _direction_backward(
-                rows, dx, sums[k], taps[k], biases[k], dout_base + k * dout_dir, start, length, dout_time, mask,
-                WIDTH, (BACK >> k) & 1, STEPS,
+            pre = shared[k] + _gradients(
+                rows, HALO if (BACK >> k) & 1 else 2 * HALO, STEPS, taps[k], biases[k], dout_base + k * dout_dir,
+                start + HALO - HALO * ((BACK >> k) & 1), length, dout_time, mask, WIDTH, (BACK >> k) & 1,
             )  # fmt: skip
+            dx, own = _add_direction(rows, pre, dx, sums[k], taps[k], WIDTH, (BACK >> k) & 1, STEPS)
             new_sums = new_sums + (own,)
+            last = ()
+            for i in tl.static_range(HALO):
+                last = last + (pre[STEPS + i],)
+            new_shared = new_shared + (last,)
         sums = new_sums
+        shared = new_shared
+        window = ()
+        for i in tl.static_range(2 * HALO):
+            window = window + (rows[STEPS + i],)
         for i in tl.static_range(STEPS):
             at = dx_ptr + batch * dx_batch + (start + i) * dx_time + d
             tl.store(at, dx[i].to(dx_ptr.dtype.element_ty), mask=_inside(start + i, length, mask))
@@ -175,24 +203,29 @@ def _sum_rows(in_ptr, out_ptr, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, C
     tl.store(out_ptr + column, tl.sum(total, 0), mask=column < WIDTH)
 
 
-STEPS = 8  # outputs a program makes from one window of rows held in registers
-CHANNELS = 64
+FORWARD_STEPS, BACKWARD_STEPS = 16, 8  # outputs made from one window of rows held in registers
+CHANNELS = 64  # of a program of one warp
+SEGMENTS = 2  # programs that share a sequence in backward
 
 
 def sum_rows(partial: Tensor) -> Tensor:
     """Sum over the first dimension in fp32, in a fixed order."""
     count, width = partial.shape[0], partial[0].numel()
     out = partial.new_empty(partial.shape[1:])
-    columns = 32
-    _sum_rows[(triton.cdiv(width, columns),)](partial, out, count, WIDTH=width, ROWS=64, COLUMNS=columns)
+    columns = 16
+    _sum_rows[(triton.cdiv(width, columns),)](
+        partial, out, count, WIDTH=width, ROWS=256, COLUMNS=columns, num_warps=8
+    )
     return out
 
 
-def _meta(d: int, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool]) -> dict[str, object]:
+def _meta(
+    d: int, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], steps: int
+) -> dict[str, object]:
     back = sum(1 << k for k, flag in enumerate(reverse) if flag)
     return {
         "D": d, "K": weight.shape[0], "WIDTH": weight.shape[2], "BACK": back, "BIAS": bias is not None,
-        "STEPS": STEPS, "CHANNELS": CHANNELS, "num_warps": 1,
+        "STEPS": steps, "CHANNELS": CHANNELS, "num_warps": 1,
     }  # fmt: skip
 
 
@@ -204,10 +237,10 @@ def launch_forward(
 ) -> Tensor:  # [k, b, L, d]
     b, length, d = x.shape
     out = x.new_empty(weight.shape[0], b, length, d)
-    grid = (triton.cdiv(length, STEPS), b, triton.cdiv(d, CHANNELS))
+    grid = (triton.cdiv(length, FORWARD_STEPS), b, triton.cdiv(d, CHANNELS))
     _conv_forward[grid](
         x, weight, x if bias is None else bias, out, length, x.stride(0), x.stride(1), out.stride(0),
-        **_meta(d, weight, bias, reverse),
+        **_meta(d, weight, bias, reverse, FORWARD_STEPS),
     )  # fmt: skip
     return out
 
@@ -223,13 +256,14 @@ def launch_backward(
     """(dweight [k, d, w], dbias [k, d]), fp32."""
     b, length, d = x.shape
     k, _, width = weight.shape
-    segments = max(1, min(triton.cdiv(length, 4 * STEPS), 4))
-    segment = triton.cdiv(triton.cdiv(length, segments), STEPS) * STEPS
+    steps = BACKWARD_STEPS
+    segments = min(triton.cdiv(length, 4 * steps), SEGMENTS)
+    segment = triton.cdiv(triton.cdiv(length, segments), steps) * steps
     partial = x.new_empty(b * segments, k, width + 1, d, dtype=torch.float32)
     _conv_backward[(segments, b, triton.cdiv(d, CHANNELS))](
         x, weight, x if bias is None else bias, dout, dx, partial, length, segment,
         x.stride(0), x.stride(1), *dout.stride()[:3], dx.stride(0), dx.stride(1),
-        **_meta(d, weight, bias, reverse),
+        **_meta(d, weight, bias, reverse, steps),
     )  # fmt: skip
     total = sum_rows(partial)
     return total[:, :width].transpose(1, 2), total[:, width]
@@ -241,7 +275,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool
 
 
 @_conv.register_fake
-def _(x, weight, bias, reverse):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, reverse):
     return x.new_empty(weight.shape[0], *x.shape)
 
 
@@ -257,7 +291,7 @@ def _conv_grad(
 
 
 @_conv_grad.register_fake
-def _(dout, x, weight, bias, reverse):  # type: ignore[no-untyped-def]
+def _(dout, x, weight, bias, reverse):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
 
 
@@ -265,12 +299,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     *tensors, ctx.reverse = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, dout):  # type: ignore[no-untyped-def]
+def _backward(ctx, dout):
     x, weight, bias = ctx.saved_tensors
     dx, dweight, dbias = _conv_grad(dout, x, weight, bias, ctx.reverse)
     return dx, dweight, None if bias is None else dbias, None

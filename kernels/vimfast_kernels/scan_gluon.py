@@ -1,5 +1,9 @@
 """Bidirectional selective scan on NVIDIA GPUs in Gluon, forward and backward, without a compiler on the machine."""
 
+# Device functions are written in Triton's and Gluon's own dialects, which know neither annotations beyond
+# constexpr nor starred tuples; an `if` on a constexpr needs its `else`.
+# ruff: noqa: RET505, RUF005, SIM102, SIM108
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -133,7 +137,7 @@ def _scan_forward(
     b_next = _load_rows(b_base, bc_row, bc_dir + FLIP, length, b_time)
     c_next = _load_rows(c_base, bc_row, bc_dir + FLIP, length, c_time)
     h = gl.zeros([DIRS, BD, N], gl.float32, STATE)
-    for c in range(0, chunks):
+    for c in range(chunks):
         s_b3.store(b_next.to(gl.float32))
         s_c3.store(c_next.to(gl.float32))
         async_copy.wait_group(0)
@@ -352,7 +356,7 @@ def _scan_backward(
     da = gl.zeros([BD, N], gl.float32, STATE)
     dskip = gl.zeros([BD], gl.float32, CHANNEL)
     dbias = gl.zeros([BD], gl.float32, CHANNEL)
-    for back in range(0, chunks):
+    for back in range(chunks):
         c = chunks - 1 - back
         s_b2.store(b_next.to(gl.float32))
         s_c2.store(c_next.to(gl.float32))
@@ -379,11 +383,12 @@ def _scan_backward(
         block_barrier()
 
         if c > 0:  # the next chunk is on its way while this one is worked on
-            _copy_chunk(copies, bases, strides, c - 1, (c - 1) * CHUNK + copy_row, walk, length, gate_steps, copy_mask, GATE)
+            before = (c - 1) * CHUNK
+            _copy_chunk(copies, bases, strides, c - 1, before + copy_row, walk, length, gate_steps, copy_mask, GATE)
 
         # The states of the chunk again, from its checkpoint; dC on the way
         h = h_kept.to(gl.float32)
-        for u0 in range(0, CHUNK // UNROLL):
+        for u0 in range(CHUNK // UNROLL):
             for u1 in gl.static_range(UNROLL):
                 u = u0 * UNROLL + u1
                 s_h[u1].index(u0).store(h_kept)
@@ -410,7 +415,7 @@ def _scan_backward(
             kept = gl.load(state_at + (c - 1) * (D * N), mask=state_mask, other=0.0)
 
         # The adjoint, backwards in steps: g is the gradient of the state before the step, from later steps
-        for u0 in range(0, CHUNK // UNROLL):
+        for u0 in range(CHUNK // UNROLL):
             for u1 in gl.static_range(UNROLL):
                 u = CHUNK - 1 - u0 * UNROLL - u1
                 s = c * CHUNK + u
@@ -447,28 +452,26 @@ def _scan_backward(
 
 @triton.jit
 def _sum_blocks(
-    program, dbc_ptr, db_ptr, dc_ptr, length, batches, rows, partials,
-    db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time, N: tl.constexpr, ROWS: tl.constexpr,
+    program, dbc_ptr, db_ptr, dc_ptr, length, batches, rows,
+    db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time,
+    N: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dB and dC of ROWS times: sums over the blocks of channels."""
     row = program * ROWS + tl.arange(0, ROWS)
-    n = tl.arange(0, N)[None, :]
-    mask = (row < rows)[:, None] & (n < N)
+    n = tl.arange(0, 2 * N)[None, :]
+    inside = (row < rows)[:, None]
     at = dbc_ptr + row.to(tl.int64)[:, None] * (2 * N) + n
-    db = tl.zeros((ROWS, N), tl.float32)
-    dc = tl.zeros((ROWS, N), tl.float32)
-    for _ in range(partials):
-        db += tl.load(at, mask=mask, other=0.0)
-        dc += tl.load(at + N, mask=mask, other=0.0)
-        at += rows.to(tl.int64) * (2 * N)
+    total = tl.zeros((ROWS, 2 * N), tl.float32)
+    for i in tl.static_range(PARTIALS):
+        total += tl.load(at + i * rows.to(tl.int64) * (2 * N), mask=inside & (n < 2 * N), other=0.0)
     line = row // length
     direction = (line // batches).to(tl.int64)
     batch = (line % batches).to(tl.int64)
     time = (row % length).to(tl.int64)
     db_off = direction * db_dir + batch * db_batch + time * db_time
     dc_off = direction * dc_dir + batch * dc_batch + time * dc_time
-    tl.store(db_ptr + db_off[:, None] + n, db.to(db_ptr.dtype.element_ty), mask=mask)
-    tl.store(dc_ptr + dc_off[:, None] + n, dc.to(dc_ptr.dtype.element_ty), mask=mask)
+    tl.store(db_ptr + db_off[:, None] + n, total.to(db_ptr.dtype.element_ty), mask=inside & (n < N))
+    tl.store(dc_ptr + dc_off[:, None] + n - N, total.to(dc_ptr.dtype.element_ty), mask=inside & (n >= N))
 
 
 @triton.jit
@@ -495,12 +498,13 @@ def _sum_batch(
     tl.store(dbias_ptr + direction * D + bias, total, mask=(bias >= 0) & (bias < D))
 
 
-@triton.jit(do_not_specialize=["length", "batches", "directions", "partials"])
+@triton.jit(do_not_specialize=["length", "batches", "directions"])
 def _sum_partials(
     dbc_ptr, dparam_ptr, db_ptr, dc_ptr, da_ptr, dskip_ptr, dbias_ptr,
-    length, batches, directions, partials,
+    length, batches, directions,
     db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time,
-    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCHES: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BATCHES: tl.constexpr,
 ):  # fmt: skip
     """What the programs of the backward pass left in parts, in one launch."""
     rows = directions * batches * length
@@ -508,8 +512,8 @@ def _sum_partials(
     program = tl.program_id(0)
     if program < row_programs:
         _sum_blocks(
-            program, dbc_ptr, db_ptr, dc_ptr, length, batches, rows, partials,
-            db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time, N, ROWS,
+            program, dbc_ptr, db_ptr, dc_ptr, length, batches, rows,
+            db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time, N, PARTIALS, ROWS,
         )  # fmt: skip
     else:
         _sum_batch(
@@ -529,7 +533,7 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True))
 
 
-def _copyable(x: Tensor) -> Tensor:
+def copyable(x: Tensor) -> Tensor:
     """x, or a copy whose rows can be fetched 16 bytes at a time."""
     rows_aligned = all(s % 16 == 0 for s in _strides(x))
     good = x.stride(-1) == 1 and rows_aligned and x.data_ptr() % 16 == 0
@@ -545,6 +549,25 @@ def _meta(u: Tensor, N: int, reverse: Sequence[bool], gate: bool) -> dict[str, o
         "D": u.shape[-1], "N": N, "BD": BLOCK_CHANNELS[N], "CHUNK": CHUNK, "FLIP": int(reverse[0]), "GATE": gate,
         "PRECISE": u.dtype != torch.bfloat16,
     }  # fmt: skip
+
+
+def check(dtype: torch.dtype, states: int, length: int) -> None:
+    """A ValueError for what no kernel takes."""
+    if dtype not in DTYPES:
+        raise ValueError(f"u is {dtype}; this scan takes bfloat16, float16 or float32")
+    if states not in BLOCK_CHANNELS:
+        raise ValueError(f"state size {states} has no kernel; take one of {sorted(BLOCK_CHANNELS)}")
+    if length == 0:
+        raise ValueError("the sequence is empty; L must be at least 1")
+
+
+def empty_saved(
+    like: Tensor, k: int, b: int, length: int, d: int, n: int, save: bool, gate: bool
+) -> tuple[Tensor, Tensor]:
+    """(sum before the gate, states every CHUNK steps) for backward, empty where there is nothing to keep."""
+    keep = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
+    y = like.new_empty((b, length, d) if save and gate else (0,))
+    return y, like.new_empty((k, b, (length + CHUNK - 1) // CHUNK, d, n) if save else (0,), dtype=keep)
 
 
 def launch_forward(
@@ -565,9 +588,7 @@ def launch_forward(
     k, b, length, d = u.shape
     N = A.shape[-1]
     out = u.new_empty(b, length, d)
-    y = u.new_empty(b, length, d) if save and z is not None else out.new_empty(0)
-    keep = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
-    states = u.new_empty((k, b, -(-length // CHUNK), d, N) if save else (0,), dtype=keep)
+    y, states = empty_saved(u, k, b, length, d, N, save, z is not None)
     meta = _meta(u, N, reverse, z is not None)
     _scan_forward[(triton.cdiv(d, BLOCK_CHANNELS[N]), b)](
         u, delta, B, C, u if z is None else z, A, D, delta_bias, out, y if y.numel() else out, states,
@@ -608,15 +629,15 @@ def launch_backward(
     _scan_backward[(blocks, b, k)](
         u, delta, B, C, z if gate else u, A, D, delta_bias, y, states, dout,
         du, ddelta, dz if gate else du, partial_bc, partial_params, length, scale,
-        *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *(_strides(z) if gate else (0, 0)),
-        *_strides(dout), *(_strides(dz) if gate else (0, 0)),
+        *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *(_strides(z) if z is not None else (0, 0)),
+        *_strides(dout), *(_strides(dz) if dz is not None else (0, 0)),
         DIRS=k, num_warps=1, **BACKWARD, **_meta(u, N, reverse, gate),
     )  # fmt: skip
     rows, columns = 64, 128
     grid = triton.cdiv(k * b * length, rows) + k * triton.cdiv(d * (N + 2), columns)
     _sum_partials[(grid,)](
-        partial_bc, partial_params, dB, dC, dA, dD, dbias, length, b, k, blocks, *_strides(dB), *_strides(dC),
-        D=d, N=N, ROWS=rows, COLUMNS=columns, BATCHES=16,
+        partial_bc, partial_params, dB, dC, dA, dD, dbias, length, b, k, *_strides(dB), *_strides(dC),
+        D=d, N=N, PARTIALS=blocks, ROWS=rows, COLUMNS=columns, BATCHES=32,
     )  # fmt: skip
     return du, ddelta, dA, dD, dbias
 
@@ -636,17 +657,15 @@ def _scan(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return launch_forward(
-        _copyable(u), _copyable(delta), A.contiguous(), _rows(B), _rows(C), D.contiguous(),
-        None if z is None else _copyable(z), delta_bias.contiguous(), reverse, scale, save,
+        copyable(u), copyable(delta), A.contiguous(), _rows(B), _rows(C), D.contiguous(),
+        None if z is None else copyable(z), delta_bias.contiguous(), reverse, scale, save,
     )  # fmt: skip
 
 
 @_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, reverse, scale, save):  # type: ignore[no-untyped-def]
+def _(u, delta, A, B, C, D, z, delta_bias, reverse, scale, save):
     k, b, length, d = u.shape
-    keep = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
-    y = u.new_empty((b, length, d) if save and z is not None else (0,))
-    states = u.new_empty((k, b, -(-length // CHUNK), d, A.shape[-1]) if save else (0,), dtype=keep)
+    y, states = empty_saved(u, k, b, length, d, A.shape[-1], save, z is not None)
     return u.new_empty(b, length, d), y, states
 
 
@@ -667,19 +686,17 @@ def _scan_grad(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (u, delta, A, B, C, D, z, delta_bias); z's is empty where there is no z."""
-    dB, dC = torch.empty_like(B, memory_format=torch.contiguous_format), torch.empty_like(
-        C, memory_format=torch.contiguous_format
-    )
+    dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
     dz = None if z is None else u.new_empty(z.shape)
     du, ddelta, dA, dD, dbias = launch_backward(
-        _copyable(dout), _copyable(u), _copyable(delta), A.contiguous(), _rows(B), _rows(C), D.contiguous(),
-        None if z is None else _copyable(z), delta_bias.contiguous(), y, states, reverse, scale, dB, dC, dz,
+        copyable(dout), copyable(u), copyable(delta), A.contiguous(), _rows(B), _rows(C), D.contiguous(),
+        None if z is None else copyable(z), delta_bias.contiguous(), y, states, reverse, scale, dB, dC, dz,
     )  # fmt: skip
     return du, ddelta, dA, dB, dC, dD, u.new_empty(0) if dz is None else dz, dbias
 
 
 @_scan_grad.register_fake
-def _(dout, u, delta, A, B, C, D, z, delta_bias, y, states, reverse, scale):  # type: ignore[no-untyped-def]
+def _(dout, u, delta, A, B, C, D, z, delta_bias, y, states, reverse, scale):
     dz = u.new_empty(0 if z is None else z.shape)
     return (
         u.new_empty(u.shape), u.new_empty(u.shape), A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape),
@@ -687,13 +704,16 @@ def _(dout, u, delta, A, B, C, D, z, delta_bias, y, states, reverse, scale):  # 
     )  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     *tensors, ctx.reverse, ctx.scale, _ = inputs
     _, y, states = output
     ctx.save_for_backward(*tensors, y, states)
+    ctx.set_materialize_grads(False)  # else zeros are written for y and states
 
 
-def _backward(ctx, dout, _dy, _dstates):  # type: ignore[no-untyped-def]
+def _backward(ctx, dout, _dy, _dstates):
+    if dout is None:
+        return (None,) * 11
     *tensors, y, states = ctx.saved_tensors
     du, ddelta, dA, dB, dC, dD, dz, dbias = _scan_grad(dout, *tensors, y, states, ctx.reverse, ctx.scale)
     dz = None if tensors[6] is None else dz
@@ -723,13 +743,8 @@ def selective_scan(
     and time running down where ``reverse[k]``. bf16, fp16 or fp32 in and out, fp32 inside; in bf16 the states kept
     for backward (every 8th) are bf16. Deterministic. Raises ValueError for a shape or dtype that no kernel takes.
     """
-    if u.dtype not in DTYPES:
-        raise ValueError(f"u is {u.dtype}; this scan takes bfloat16, float16 or float32")
-    if A.shape[-1] not in BLOCK_CHANNELS:
-        raise ValueError(f"state size {A.shape[-1]} has no kernel; take one of {sorted(BLOCK_CHANNELS)}")
     k, _, length, d = u.shape
-    if length == 0:
-        raise ValueError("the sequence is empty; L must be at least 1")
+    check(u.dtype, A.shape[-1], length)
     if len(reverse) != k:
         raise ValueError(f"reverse has {len(reverse)} entries for {k} directions; give one for each")
     if k > 2 or (k == 2 and tuple(reverse) != (False, True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import multiprocessing
 import os
@@ -158,8 +159,8 @@ def _why_undecodable(data: bytes) -> str | None:
 class ClassCheck:
     """Whether the classes are those wanted, each with its pictures.
 
-    They are judged as ImageNet-1k where most of the names are its, unless another number of classes is wanted; asking
-    for 1,000 in so many words lets the numbers of pictures differ.
+    They are judged as ImageNet-1k where most of the names are its, unless another number of classes is wanted. Asking
+    for 1,000 in so many words turns other names and numbers of pictures than its into warnings.
 
     Attributes:
         counts: split -> class name -> pictures.
@@ -183,11 +184,16 @@ class ClassCheck:
                 yield self._error(split, name, "holds no pictures", self.mend)
             if wnids:
                 yield from self._check_imagenet(split, wnids)
-        if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
-            last = len(names) - 1
-            what = f"class names are numbers, sorted as text: {names[1]!r} is class 1, {names[last]!r} class {last}"
+        if all(name.isdecimal() for name in names) and names != (by_value := sorted(names, key=int)):
+            place = next(i for i, name in enumerate(names) if name != by_value[i])
+            what = f"class names are numbers but sorted as text, so that {names[place]!r} is class {place}"
             cure = "pad the numbers with zeros if the model's outputs are to follow them"
             yield Finding("warning", "", self.place(next(iter(self.counts)), ""), what, cure)
+
+    @property
+    def _strict(self) -> Severity:
+        """How bad it is not to be ImageNet-1k as published."""
+        return "error" if self.wanted is None else "warning"
 
     def _error(self, split: str, name: str, what: str, cure: str) -> Finding:
         return Finding("error", split, self.place(split, name), what, cure)
@@ -204,36 +210,45 @@ class ClassCheck:
         held = self.counts[split]
         for name in sorted(wnids.union(*self.counts.values()) - set(held)):
             others = [other for other in self.counts if name in self.counts[other]]
-            yield self._error(split, name, f"missing, a class of {(*others, 'ImageNet-1k')[0]}", self.mend)
+            severity = "error" if others else self._strict
+            what = f"missing, a class of {(*others, 'ImageNet-1k')[0]}"
+            yield Finding(severity, split, self.place(split, name), what, self.mend)
 
     def _check_imagenet(self, split: str, wnids: frozenset[str]) -> Iterator[Finding]:
         """Names and numbers of pictures against ImageNet-1k's."""
         held = self.counts[split]
         for name in sorted(set(held) - wnids):
             cure = f"move it away or rename it, or pass --classes {len(held)} if these are not ImageNet-1k's classes"
-            yield self._error(split, name, "no class of ImageNet-1k", cure)
-        severity: Severity = "error" if self.wanted is None else "warning"
+            yield Finding(self._strict, split, self.place(split, name), "no class of ImageNet-1k", cure)
         cure = f"{self.mend}, or pass --classes {IMAGENET_CLASSES} if other numbers of pictures are meant"
         least, most = IMAGENET_PER_CLASS[split]
         usual = f"{least:,} to {most:,}" if least < most else f"exactly {least}"
         for name, pictures in held.items():
             if pictures and name in wnids and not least <= pictures <= most:
                 what = f"holds {pictures:,} picture(s), ImageNet-1k's classes {usual}"
-                yield Finding(severity, split, self.place(split, name), what, cure)
+                yield Finding(self._strict, split, self.place(split, name), what, cure)
         total = sum(held.values())
         if total != IMAGENET_PICTURES[split] and wnids <= set(held):
             what = f"holds {total:,} pictures, ImageNet-1k has {IMAGENET_PICTURES[split]:,}"
-            yield Finding(severity, split, self.place(split, ""), what, cure)
+            yield Finding(self._strict, split, self.place(split, ""), what, cure)
 
 
-def imagenet_wnids(names: list[str]) -> frozenset[str]:
+def imagenet_wnids(names: Iterable[str]) -> frozenset[str]:
     """ImageNet-1k's 1,000 class names, if most of `names` are among them; else nothing."""
-    if 2 * sum(WNID.fullmatch(name) is not None for name in names) <= len(names):
-        return frozenset()
-    from timm.data import ImageNetInfo  # here, for it takes seconds
+    names = set(names)
+    wnids = frozenset(_timm_wnids())
+    return wnids if 2 * len(wnids & names) > len(names) else frozenset()
 
-    wnids = frozenset(ImageNetInfo().label_names())
-    return wnids if 2 * len(wnids.intersection(names)) > len(names) else frozenset()
+
+def _timm_wnids() -> list[str]:
+    """From timm's own list, which stands in a file: importing timm brings torch and takes seconds."""
+    spec = importlib.util.find_spec("timm")
+    for folder in (spec and spec.submodule_search_locations) or []:
+        if (file := Path(folder, "data", "_info", "imagenet_synsets.txt")).is_file():
+            return file.read_text().split()
+    from timm.data import ImageNetInfo  # of a timm that keeps it elsewhere
+
+    return list(ImageNetInfo().label_names())
 
 
 class Tally(NamedTuple):

@@ -59,7 +59,7 @@ def to_pictures(images: Tensor) -> np.ndarray:
 
 def class_captions(classes: Sequence[str]) -> list[tuple[str, str]]:
     """Two lines a class: for ImageNet an English name and the wnid, else the class name alone."""
-    wnids = imagenet_wnids(list(classes))
+    wnids = imagenet_wnids(classes)
     if not wnids:
         return [(name, "") for name in classes]
     from timm.data import ImageNetInfo

@@ -229,18 +229,21 @@ def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode:
             end = os.fstat(file.fileno()).st_size
             for row in rows:
                 offset, length = int(row["offset"]), _padded(int(row["size"])) + 3 * _BLOCK
-                name, flaws = (
-                    f"the sample at byte {offset}",
-                    [_damaged(tar, f"lies outside of the tar's {end:,} bytes")],
-                )
                 if _BLOCK <= offset <= end + _BLOCK - length:
                     file.seek(offset - _BLOCK)
                     name, flaws = _check_sample(tar, file.read(length), row, classes, decode)
+                else:
+                    name = f"the sample at byte {offset}"
+                    flaws = [_damaged(tar, f"lies outside of the tar's {end:,} bytes")]
                 findings += [Finding(flaw.severity, split, f"{tar}: {name}", flaw.what, flaw.cure) for flaw in flaws]
     except OSError as error:
         flaw = _damaged(tar, f"cannot be read: {error.strerror}")
         findings.append(Finding(flaw.severity, split, tar, flaw.what, flaw.cure))
     return Tally(len(rows), int(rows["size"].sum(dtype=np.int64)), findings)
+
+
+def _header(block: bytes) -> tarfile.TarInfo:
+    return tarfile.TarInfo.frombuf(block[:_BLOCK], "utf-8", "surrogateescape")
 
 
 def _damaged(tar: str, what: str) -> Flaw:
@@ -251,15 +254,15 @@ def _check_sample(tar: str, block: bytes, row: np.void, classes: int, decode: bo
     """The name and flaws of a sample whose bytes in the tar, two headers and their contents, are `block`."""
     size, label = int(row["size"]), int(row["label"])
     picture, second = block[_BLOCK : _BLOCK + size], block[_BLOCK + _padded(size) :]
+    name = f"the sample at byte {row['offset']}"
     try:
-        header, label_header = (
-            tarfile.TarInfo.frombuf(raw, "utf-8", "surrogateescape") for raw in (block[:_BLOCK], second[:_BLOCK])
-        )
+        header = _header(block)
+        name = header.name
+        if header.size != size:
+            return name, [_damaged(tar, f"has {header.size:,} bytes by the tar, {size:,} by the index")]
+        label_header = _header(second)
     except tarfile.HeaderError as error:
-        return f"the sample at byte {row['offset']}", [_damaged(tar, f"has a damaged tar header ({error})")]
-    name = header.name
-    if header.size != size:
-        return name, [_damaged(tar, f"has {header.size:,} bytes by the tar, {size:,} by the index")]
+        return name, [_damaged(tar, f"has a damaged tar header ({error})")]
     if zlib.crc32(picture) != row["crc32"]:
         return name, [_damaged(tar, "differs from its checksum in the index")]
     stem, extension = os.path.splitext(name)

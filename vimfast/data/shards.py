@@ -213,7 +213,7 @@ def estimate_bytes(plan: Plan) -> int:
         with suppress(OSError, ValueError):  # told when its turn comes
             total += len(stored(path.read_bytes(), plan.options)[0]) if resized else path.stat().st_size
     each = total / count + 3.5 * tarfile.BLOCKSIZE + 2 * INDEX_DTYPE.itemsize + 100  # two headers, padding, indexes
-    return round(len(plan) * each) + plan.shards * tarfile.RECORDSIZE
+    return round(len(plan) * each) + plan.shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE // 2)
 
 
 def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None]) -> tuple[Record, bool]:

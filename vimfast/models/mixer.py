@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vimfast.errors import UserError
 from vimfast_kernels import (
     add_layer_norm,
     add_rms_norm,
@@ -17,8 +19,6 @@ from vimfast_kernels import (
     check_backend,
     selective_scan,
 )
-
-from vimfast.errors import UserError
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
 

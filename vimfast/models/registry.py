@@ -93,14 +93,15 @@ def create_model(name: str, *, img_size: int | None = None, scan_backend: str = 
     """
     ours = name in MODELS
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=3)
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         cure = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
         raise UserError(f"there is no model named {name!r}; {cure}")
     if ours:
         kwargs["scan_backend"] = scan_backend
     elif scan_backend != "auto":
         raise UserError(f"{name} has no selective scan for the scan backend {scan_backend!r}; leave that option out")
-    if ours or get_pretrained_cfg(name).fixed_input_size:
+    cfg = get_pretrained_cfg(name)
+    if cfg is not None and cfg.fixed_input_size:
         kwargs["img_size"] = img_size
     try:
         return timm.create_model(name, **kwargs)

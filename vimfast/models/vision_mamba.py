@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,9 +31,10 @@ class PatchEmbed(nn.Module):
                 f" {img_size[0]} x {img_size[1]}; give a larger img_size or a smaller patch_size"
             )
         self.img_size, self.channels = img_size, channels
-        self.grid_size = tuple((side - patch_size) // stride + 1 for side in img_size)
-        self.num_patches = math.prod(self.grid_size)
+        self.grid_size = (img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(channels, dim, patch_size, stride, **to)
+        assert self.proj.bias is not None
         lecun_normal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
         if tuple(x.shape[1:]) != (self.channels, *self.img_size):
             raise UserError(
                 f"pictures are {' x '.join(map(str, x.shape[1:]))} (channels, height, width), the model was built for"
-                f" {self.channels} x {self.img_size[0]} x {self.img_size[1]}; build it with that img_size (--input-size)"
+                f" {self.channels} x {self.img_size[0]} x {self.img_size[1]}; build it with that size (--input-size)"
             )
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
 
@@ -74,7 +74,7 @@ class VisionMamba(nn.Module):
         num_classes: of the head; 0 for features.
         ssm_cfg: further options of :class:`~vimfast.models.mixer.MambaMixer`.
         drop_rate: dropout after the position embedding, and only with one.
-        drop_path_rate: stochastic depth: block i drops the output of the one before at rate linspace(0, rate)[i - 1], the
+        drop_path_rate: stochastic depth: block i drops the output of the one before at linspace(0, rate)[i - 1], the
             last norm that of the last block at the full rate.
         norm_epsilon, rms_norm: of the norms; LayerNorm if not rms_norm.
         initializer_cfg: ``rescale_prenorm_residual``, ``n_residuals_per_layer`` of ``out_proj``'s initialization.
@@ -82,8 +82,8 @@ class VisionMamba(nn.Module):
             always one op, the residual is always fp32, and the grid follows from the sizes.
         pt_hw_seq_len: patches a side for which rotary positions are counted.
         if_bidirectional: even blocks read the sequence forward, odd ones backward, and each pair is summed.
-        final_pool_type: what the head reads without a class token: ``none`` the last token, ``mean`` their mean, ``max``
-            the largest logit over all, ``all`` each of them (logits [B, M, K]).
+        final_pool_type: what the head reads without a class token: ``none`` the last token, ``mean`` their mean,
+            ``max`` the largest logit over all, ``all`` each of them (logits [B, M, K]).
         if_abs_pos_embed: learned position embedding, class tokens included.
         if_rope, if_rope_residual: rotary position before each block, on the residual too; class tokens do not turn.
         flip_img_sequences_ratio: how often the whole sequence is reversed, in evaluation too.
@@ -318,12 +318,10 @@ class VisionMamba(nn.Module):
         return {"pos_embed", *self._class_token_names()}
 
     def fit_pos_embed(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of a model for pictures of another size or stride, its position embedding resampled to this."""
+        """The state dict of a model of another picture size or stride, its position embedding resampled to fit."""
         state = dict(state_dict)
         if "pos_embed" in state:
-            state["pos_embed"] = resample_pos_embed(
-                state["pos_embed"], self.patch_embed.grid_size, self.class_places
-            )
+            state["pos_embed"] = resample_pos_embed(state["pos_embed"], self.patch_embed.grid_size, self.class_places)
         return state
 
 
