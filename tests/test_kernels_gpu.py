@@ -198,9 +198,7 @@ def test_norm(shape: tuple[int, int, int], dtype: torch.dtype, rms: bool) -> Non
             dtype,
         )
     else:
-        check(
-            lambda *v: add_norm(*v, rms=False), reference.add_layer_norm, [x, residual, weight, bias], grads, dtype
-        )
+        check(lambda *v: add_norm(*v, rms=False), reference.add_layer_norm, [x, residual, weight, bias], grads, dtype)
 
 
 def test_norm_drops_paths() -> None:
@@ -243,3 +241,17 @@ def test_mixer(length: int, dtype: torch.dtype) -> None:
     # Kept states and weight gradients are bf16 where the input is.
     slack = dict.fromkeys(range(2, 10), 2e-3) if dtype == BF16 else dict.fromkeys(range(1, 10), 2e-6)
     check(kernel, plain_mixer, inputs, [grad], dtype, slack)
+
+
+def test_mixer_is_one_node_for_the_compiler() -> None:
+    torch.manual_seed(0)
+    on = {"device": "cuda"}
+    inputs = [
+        torch.randn(2, 9, 64, **on), torch.randn(2, 32, 4, **on), torch.randn(2, 32, **on),
+        torch.randn(2, 34, 32, **on) / 8, torch.randn(2, 32, 2, **on), torch.randn(2, 32, **on) - 3,
+        -torch.rand(2, 32, 16, **on), torch.randn(2, 32, **on),
+    ]  # fmt: skip
+    grad = torch.randn(2, 9, 32, **on)
+    compiled = torch.compile(lambda *x: bidirectional_mixer(*x), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, inputs, [grad]), run(bidirectional_mixer, inputs, [grad]), strict=True):
+        assert torch.equal(a, b)

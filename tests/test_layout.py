@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("vimfast_kernels", "vimfast.errors"),
+    ("vimfast.cli",),
     ("vimfast.config", "vimfast.data.index", "vimfast.data.jpeg", "vimfast.data.tree"),
     (
         *(

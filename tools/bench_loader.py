@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from vimfast.cli import run_main
 from vimfast.data.loader import Loader, default_threads
 from vimfast.data.sampler import Order
 from vimfast.data.source import Source, open_source
-from vimfast.errors import UserError, run_main
+from vimfast.errors import UserError
 
 WARM_UP_BATCHES = 4
 

@@ -25,8 +25,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from vimfast.cli import run_main
 from vimfast.data.tree import scan_split
-from vimfast.errors import UserError, run_main
+from vimfast.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimfast.errors import run_main
+from vimfast.cli import run_main
 from vimfast_kernels import selective_scan
 from vimfast_kernels.reference import piece
 

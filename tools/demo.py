@@ -72,11 +72,10 @@ def draw_curve(log: Path, out: Path) -> None:
 
 def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     """Validation pictures with what the trained model sees in them; mistakes in red."""
-    from vimfast.data.loader import Loader
-    from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-
     from vimfast.checkpoint import load_checkpoint, load_weights
     from vimfast.config import load_config
+    from vimfast.data.loader import Loader
+    from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
     from vimfast.data.sampler import Order
     from vimfast.data.source import open_source
     from vimfast.models import create_model
@@ -89,18 +88,19 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     loader = Loader(source, order, size=cfg.input_size, device=torch.device("cpu"), training=False)
     images, labels = next(loader.epoch(0))
     with torch.no_grad():
-        probability, predicted = model(images).softmax(1).max(1)
-    mistakes = (predicted != labels).nonzero()[:8, 0].tolist()
-    chosen = sorted({*np.linspace(0, len(labels) - 1, 40).astype(int).tolist()[len(mistakes) :], *mistakes})
+        probability, predicted = (column.tolist() for column in model(images).softmax(1).max(1))
+    truth = labels.tolist()
+    mistakes = [i for i, label in enumerate(truth) if predicted[i] != label][:8]
+    chosen = sorted({*np.linspace(0, len(truth) - 1, 40 - len(mistakes)).astype(int).tolist(), *mistakes})
     mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
     pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     figure, axes = plt.subplots(4, 10, figsize=(10, 5), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, chosen, strict=False):
-        right = predicted[i] == labels[i]
+        right = predicted[i] == truth[i]
         text = f"{source.classes[predicted[i]]} ({probability[i]:.0%})"
-        text += "" if right else f"\nis {source.classes[labels[i]]}"
+        text += "" if right else f"\nis {source.classes[truth[i]]}"
         axis.imshow(pictures[i])
         axis.set_title(text, fontsize=9, color="black" if right else "tab:red")
     figure.savefig(out, dpi=120)

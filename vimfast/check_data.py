@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -25,8 +25,9 @@ from rich.text import Text
 from vimfast.checks.findings import Finding, Options, Report
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
+from vimfast.cli import Parser, run_main, whole
 from vimfast.data.index import SPLITS, is_shards_folder
-from vimfast.errors import UserError, did_you_mean, run_main
+from vimfast.errors import UserError
 
 _LINES_A_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
 
@@ -131,50 +132,28 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all flags")
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if (number := _natural(text)) == 0:
-        raise argparse.ArgumentTypeError("0 is too small")
-    return number
-
-
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m vimfast.check_data",
-        description="Check a folder tree in the ImageNet layout, or shards from vimfast-prepare. "
+    parser = Parser(
+        "python -m vimfast.check_data",
+        "Check a folder tree in the ImageNet layout, or shards from vimfast-prepare. "
         "Exit status 0: fit to train on; 1: not.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="folder with train/ and val/, or with shards")
     text = "number of classes; default: 1,000 where names are ImageNet's, else train and val need only agree"
-    add("--classes", metavar="N", type=_positive, help=text)
+    add("--classes", metavar="N", type=whole(1), help=text)
     text = "splits that must be there and are checked [train val]"
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help=text)
     add("--decode", action="store_true", help="decode every picture: slow, finds what no header tells")
     add("--json", action="store_true", help="print a JSON object, with all findings, instead of a table")
-    add("--workers", metavar="W", type=_positive, default=len(os.sched_getaffinity(0)), help="processes [one a core]")
+    add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
     text = "draw labelled samples as the trainer will see them"
     add("--sample-grid", metavar="PNG", type=Path, help=text)
     add(
-        "--input-size", metavar="S", type=_positive, default=224, help="side of those samples in training, pixels [224]"
+        "--input-size", metavar="S", type=whole(1), default=224, help="side of those samples in training, pixels [224]"
     )
-    add("--seed", type=_natural, default=0, help="of those samples [0]")
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        parser.error(f"unknown flag {unknown[0]}{did_you_mean(unknown[0].split('=')[0], known)}")
-    return args
+    add("--seed", type=whole(0), default=0, help="of those samples [0]")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

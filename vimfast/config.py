@@ -13,10 +13,11 @@ import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from vimfast.cli import Parser
 from vimfast.errors import UserError, did_you_mean
 
 
@@ -238,16 +239,6 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         raise UserError(f"{where} is {value!r}, want a value {name}") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            word = unknown.split()[0]
-            raise UserError(f"unknown flag {word}{did_you_mean(word.split('=')[0], flags)}; --help lists all")
-        raise UserError(f"{message}; --help tells more")
-
-
 class _KeyValue(argparse.Action):
     """Collects ``name=value`` words into a dict, each value read as YAML."""
 
@@ -261,12 +252,11 @@ class _KeyValue(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m vimfast.train",
-        description="Train or evaluate a Vision Mamba. Settings: defaults < --config YAML < these flags.",
+def _parser() -> Parser:
+    parser = Parser(
+        "python -m vimfast.train",
+        "Train or evaluate a Vision Mamba. Settings: defaults < --config YAML < these flags.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="YAML", help="recipe to start from; configs/ holds some")
     for section in fields(Config):

@@ -26,70 +26,40 @@ from datetime import datetime, timedelta, timezone
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vimfast import __version__
+from vimfast.cli import Parser, end_with_parent, run_main, whole
 from vimfast.data import index, shards
 from vimfast.data.shards import STATE_FOLDER, Note, Options, Part, Plan, Record
 from vimfast.data.tree import scan_split
-from vimfast.errors import UserError, did_you_mean, run_main
+from vimfast.errors import UserError
 
 _PLAN = "plan.json"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists all flags")
-
-
-def _whole(least: int, most: int | None = None) -> Any:
-    """An argparse type: a whole number of this range."""
-
-    def parse(text: str) -> int:
-        limits = f"{least} or more" if most is None else f"{least} to {most}"
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number ({limits})") from None
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{value} is not {limits}")
-        return value
-
-    return parse
-
-
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="vimfast-prepare",
-        allow_abbrev=False,
-        description="Turn a folder in the ImageNet layout into WebDataset shards with an index for random access. "
+    parser = Parser(
+        "vimfast-prepare",
+        "Turn a folder in the ImageNet layout into WebDataset shards with an index for random access. "
         "Pictures are stored byte for byte unless --resize is given. If it is interrupted, run it again: it resumes.",
         epilog="example: vimfast-prepare imagenet_data/ --out shards/",
     )
-    known = ["-h", "--help", "--version"]
-
-    def add(name: str, **details: Any) -> None:
-        known.append(name)
-        parser.add_argument(name, **details)
-
+    add = parser.add_argument
     add("root", metavar="IMAGENET_ROOT", type=Path, help="folder that holds train/ and val/ (or one of them)")
     add("--out", metavar="FOLDER", type=Path, required=True, help="folder to write the shards into")
-    add("--resize", metavar="N", type=_whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")
-    add("--quality", metavar="Q", type=_whole(1, 100), help="JPEG quality of resized pictures, 1 to 100 [90]")
-    add("--seed", type=_whole(0), default=0, help="of the training set's shuffle [0]")
-    add("--workers", metavar="W", type=_whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
-    add("--shard-samples", metavar="S", type=_whole(1), default=4096, help="most pictures in a shard [4096]")
+    add("--resize", metavar="N", type=whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")
+    add("--quality", metavar="Q", type=whole(1, 100), help="JPEG quality of resized pictures, 1 to 100 [90]")
+    add("--seed", type=whole(0), default=0, help="of the training set's shuffle [0]")
+    add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
+    add("--shard-samples", metavar="S", type=whole(1), default=4096, help="most pictures in a shard [4096]")
     add("--skip-bad", action="store_true", help="leave unreadable pictures out and record them in the manifest")
     add("--overwrite", action="store_true", help="delete the shards that lie in --out first")
-    parser.add_argument("--version", action="version", version=f"vimfast {__version__}")
-    for word in words:  # before argparse, which would rather miss the right flag than see the wrong one
-        flag = word.split("=")[0]
-        if flag.startswith("--") and flag not in known:
-            parser.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
+    add("--version", action="version", version=f"vimfast {__version__}")
     args = parser.parse_args(words)
     if args.quality is not None and args.resize is None:
         parser.error("--quality needs --resize: without it pictures keep their bytes")
@@ -289,15 +259,7 @@ def _start_worker(shared: _Shared) -> None:
     global _shared
     _shared = shared
     warnings.simplefilter("ignore")  # Pillow's, on odd metadata of pictures that decode
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed run must not leave workers that write beside its successor's."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import sys
 import time
 
 from vimfast import dist
+from vimfast.cli import run_main
 from vimfast.config import load_config
-from vimfast.errors import UserError, run_main
+from vimfast.errors import UserError
 
 
 def main() -> None:

@@ -446,5 +446,8 @@ def _build_model(cfg: Config, num_classes: int) -> nn.Module:
         **m.model_kwargs,
     )
     if m.use_checkpoint:
-        model.set_grad_checkpointing()
+        switch = getattr(model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise UserError(f"{m.model} cannot recompute its activations; drop --use-checkpoint")
+        switch()
     return model

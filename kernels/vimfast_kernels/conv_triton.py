@@ -213,19 +213,15 @@ def sum_rows(partial: Tensor) -> Tensor:
     count, width = partial.shape[0], partial[0].numel()
     out = partial.new_empty(partial.shape[1:])
     columns = 16
-    _sum_rows[(triton.cdiv(width, columns),)](
-        partial, out, count, WIDTH=width, ROWS=256, COLUMNS=columns, num_warps=8
-    )
+    _sum_rows[(triton.cdiv(width, columns),)](partial, out, count, WIDTH=width, ROWS=256, COLUMNS=columns, num_warps=8)
     return out
 
 
-def _meta(
-    d: int, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], steps: int
-) -> dict[str, object]:
+def _meta(d: int, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], steps: int) -> dict[str, object]:
     back = sum(1 << k for k, flag in enumerate(reverse) if flag)
     return {
         "D": d, "K": weight.shape[0], "WIDTH": weight.shape[2], "BACK": back, "BIAS": bias is not None,
-        "STEPS": steps, "CHANNELS": CHANNELS, "num_warps": 1,
+        "STEPS": steps, "CHANNELS": CHANNELS, "num_warps": 1, "enable_fp_fusion": True,
     }  # fmt: skip
 
 

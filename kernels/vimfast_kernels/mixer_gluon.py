@@ -46,19 +46,20 @@ def _mixer(
     D: Tensor,
     scale: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out [b, L, d], and for backward: x_dbl, the sum before the gate, states; the latter two empty unless save)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out [b, L, d], and for backward: the padded weights, x_dbl, the sum before the gate, states; the last two
+    empty unless save)."""
     b, length, _ = xz.shape
     d, n = A.shape[1:]
     x, z = xz[..., :d], xz[..., d:]
     u = conv_triton.launch_forward(x, conv_weight, conv_bias, REVERSE)
-    x_weight, dt_weight = _padded_weights(x_weight, dt_weight, xz.dtype)
-    flat = torch.bmm(u.view(2, b * length, d), x_weight.transpose(1, 2))
-    delta = torch.bmm(flat[..., : dt_weight.shape[2]], dt_weight.transpose(1, 2)).view_as(u)
+    x_wide, dt_wide = _padded_weights(x_weight, dt_weight, xz.dtype)
+    flat = torch.bmm(u.view(2, b * length, d), x_wide.transpose(1, 2))
+    delta = torch.bmm(flat[..., : dt_wide.shape[2]], dt_wide.transpose(1, 2)).view_as(u)
     x_dbl = flat.view(2, b, length, -1)
     B, C = x_dbl[..., -2 * n : -n], x_dbl[..., -n:]
     out, y, states = scan_gluon.launch_forward(u, delta, A, B, C, D, z, dt_bias, REVERSE, scale, save)
-    return out, x_dbl, y, states
+    return out, x_wide, dt_wide, x_dbl, y, states
 
 
 @_mixer.register_fake
@@ -66,8 +67,10 @@ def _(xz, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D, scale, sav
     b, length, _ = xz.shape
     d, n = A.shape[1:]
     y, states = scan_gluon.empty_saved(xz, 2, b, length, d, n, save, gate=True)
-    columns = x_weight.shape[1] + -dt_weight.shape[2] % 8
-    return xz.new_empty(b, length, d), xz.new_empty(2, b, length, columns), y, states
+    pad = -dt_weight.shape[2] % 8
+    x_wide = xz.new_empty(2, x_weight.shape[1] + pad, d)
+    dt_wide = xz.new_empty(2, d, dt_weight.shape[2] + pad)
+    return xz.new_empty(b, length, d), x_wide, dt_wide, xz.new_empty(2, b, length, x_wide.shape[1]), y, states
 
 
 @torch.library.custom_op("vimfast::mixer_gluon_backward", mutates_args=(), device_types="cuda")
@@ -81,6 +84,8 @@ def _mixer_grad(
     dt_bias: Tensor,
     A: Tensor,
     D: Tensor,
+    x_wide: Tensor,
+    dt_wide: Tensor,
     x_dbl: Tensor,
     y: Tensor,
     states: Tensor,
@@ -89,10 +94,8 @@ def _mixer_grad(
     """Gradients of (xz, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D)."""
     b, length, _ = xz.shape
     d, n = A.shape[1:]
-    rank, rows = dt_weight.shape[2], b * length
+    rank, pad, rows = dt_weight.shape[2], dt_wide.shape[2], b * length
     x, z = xz[..., :d], xz[..., d:]
-    x_wide, dt_wide = _padded_weights(x_weight, dt_weight, xz.dtype)
-    pad = dt_wide.shape[2]
     # Two products and a convolution again cost less than keeping 4 [b, L, d] arrays a layer.
     u = conv_triton.launch_forward(x, conv_weight, conv_bias, REVERSE)
     flat = x_dbl.view(2, rows, -1)
@@ -111,7 +114,7 @@ def _mixer_grad(
     torch.baddbmm(du, dflat, x_wide, out=du)
     dconv, dconv_bias = conv_triton.launch_backward(du.view_as(u), x, conv_weight, conv_bias, REVERSE, dxz[..., :d])
     return (
-        dxz, _as(conv_weight, dconv), _as(conv_weight, dconv_bias), _as(x_weight, dx_weight),
+        dxz, _as(conv_weight, dconv), _as(conv_weight, dconv_bias), dx_weight.to(x_weight.dtype),
         _as(dt_weight, ddt_weight), ddt_bias, dA, dD,
     )  # fmt: skip
 
@@ -122,7 +125,7 @@ def _as(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 @_mixer_grad.register_fake
-def _(dout, xz, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D, x_dbl, y, states, scale):
+def _(dout, xz, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D, *_):
     like = (xz, conv_weight, D, x_weight, dt_weight, dt_bias, A, D)
     out = [v.new_empty(v.shape) for v in like]
     out[2] = conv_weight.new_empty(D.shape)

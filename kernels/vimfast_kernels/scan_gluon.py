@@ -65,17 +65,13 @@ def _scan_forward(
     PER_THREAD: gl.constexpr = min(N, 32)
     N_LANES: gl.constexpr = N // PER_THREAD
     CPT: gl.constexpr = BD * N_LANES // 32  # channels a thread
-    STATE: gl.constexpr = gl.BlockedLayout(
-        [1, CPT, PER_THREAD], [1, 32 // N_LANES, N_LANES], [DIRS, 1, 1], [2, 1, 0]
-    )
+    STATE: gl.constexpr = gl.BlockedLayout([1, CPT, PER_THREAD], [1, 32 // N_LANES, N_LANES], [DIRS, 1, 1], [2, 1, 0])
     CHANNEL: gl.constexpr = gl.SliceLayout(2, STATE)
     BC_ROW: gl.constexpr = gl.SliceLayout(1, STATE)
     # Elementwise work on a chunk: 4 neighbouring channels a thread.
     TILE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [128 // BD, 1, BD // 4], [1, DIRS, 1], [2, 1, 0])
     VEC: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # 16 bytes
-    COPY: gl.constexpr = gl.BlockedLayout(
-        [1, 1, VEC], [32 * VEC // BD, 1, BD // VEC], [1, DIRS, 1], [2, 1, 0]
-    )
+    COPY: gl.constexpr = gl.BlockedLayout([1, 1, VEC], [32 * VEC // BD, 1, BD // VEC], [1, DIRS, 1], [2, 1, 0])
     BC_TILE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [128 // N, 1, N // 4], [1, DIRS, 1], [2, 1, 0])
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
@@ -516,15 +512,15 @@ def _sum_partials(
             db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time, N, PARTIALS, ROWS,
         )  # fmt: skip
     else:
-        _sum_batch(
-            program - row_programs, dparam_ptr, da_ptr, dskip_ptr, dbias_ptr, batches, D, N, COLUMNS, BATCHES
-        )
+        _sum_batch(program - row_programs, dparam_ptr, da_ptr, dskip_ptr, dbias_ptr, batches, D, N, COLUMNS, BATCHES)
 
 
 CHUNK = 8  # steps between saved states, and steps worked on at a time
 BLOCK_CHANNELS = {8: 64, 16: 64, 32: 32, 64: 16}  # channels a warp, by state size: 32 states a thread
-FORWARD: dict[str, int] = {"UNROLL": 4, "maxnreg": 168}
-BACKWARD: dict[str, int] = {"UNROLL": 2}
+# 168 registers let 12 warps reside on a multiprocessor of an H200, which then does batch 128 in one wave. Newer
+# Tritons no longer fuse multiply and add unless told to.
+FORWARD = {"UNROLL": 4, "maxnreg": 168, "enable_fp_fusion": True}
+BACKWARD = {"UNROLL": 2, "enable_fp_fusion": True}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

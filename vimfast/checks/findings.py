@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import multiprocessing
-import os
 import re
 import signal
 import threading
@@ -23,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vimfast.cli import end_with_parent
 from vimfast.data import jpeg
 from vimfast.errors import UserError
 
@@ -310,11 +310,4 @@ def _spread(function: Callable[..., Tally], tasks: Iterable[tuple[Any, ...]], wo
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     warnings.simplefilter("ignore")  # Pillow's, on odd metadata of pictures that decode
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -36,6 +36,7 @@ TEMPORARY = ".tmp"
 
 _KEY_BYTES = 96  # with its extension, what the name field of a plain tar header holds
 _FOLDER_BYTES = 64
+_FLUSH_BYTES = 8 << 20
 _MANY_SHARDS, _FEW_SAMPLES = 64, 512
 
 # What opening a file answers when the fault is the file's own. Other errors (a network file system that went away)
@@ -264,7 +265,7 @@ def _write_samples(
 ) -> tuple[Record, np.ndarray, list[str]]:
     """The tar's content; returns the shard's record, its rows of the index, and the lines of DALI's index."""
     rows = np.zeros(len(part.names), INDEX_DTYPE)
-    samples = picture_bytes = end = 0
+    samples = picture_bytes = end = flushed = 0
     changed: list[Note] = []
     skipped: list[Note] = []
     lines: list[str] = []
@@ -297,6 +298,12 @@ def _write_samples(
         lines.append(f"jpg {at} {len(picture)} {key}.jpg cls {label_at} {len(digits)} {key}.cls\n")
         samples += 1
         picture_bytes += len(picture)
+        if end - flushed >= _FLUSH_BYTES:
+            # The disk starts on these pages while we go on, so little is left for fsync to wait for; and a data set
+            # larger than memory does not push everybody else's pages out.
+            tar.flush()
+            os.posix_fadvise(tar.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            flushed = end
     end_of_archive = 2 * tarfile.BLOCKSIZE
     tar.write(bytes(end_of_archive + -(end + end_of_archive) % tarfile.RECORDSIZE))
     record = Record(samples, tar.tell(), picture_bytes, sources, changed, skipped)

@@ -1,0 +1,56 @@
+"""The Gluon scan compiles, without a GPU, for every architecture we name; what it computes is tested on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from vimfast_kernels import scan_gluon  # noqa: E402
+
+FP32 = {"a_ptr", "skip_ptr", "bias_ptr", "dbc_ptr", "dparam_ptr"}
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one program may have
+
+
+def compiled(kernel: Any, arch: int, element: str, num_warps: int, **constants: Any) -> Any:
+    state = "bf16" if element == "bf16" else "fp32"
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name.endswith("_ptr"):
+            signature[name] = "*" + ("fp32" if name in FP32 else state if name == "state_ptr" else element)
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if name not in ("length", "scale"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, places, attributes)
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@pytest.mark.parametrize(
+    ("arch", "element", "n", "directions"),
+    [(90, "bf16", 16, 2), (90, "fp32", 64, 1), (80, "bf16", 16, 2), (89, "bf16", 16, 2), (100, "bf16", 16, 2)],
+)
+def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None:
+    constants = {
+        "D": 384, "N": n, "DIRS": directions, "BD": scan_gluon.BLOCK_CHANNELS[n], "CHUNK": scan_gluon.CHUNK,
+        "FLIP": 0, "GATE": True, "PRECISE": element != "bf16",
+    }  # fmt: skip
+    forward = compiled(scan_gluon._scan_forward, arch, element, directions, SAVE=True, UNROLL=4, **constants)
+    backward = compiled(scan_gluon._scan_backward, arch, element, 1, UNROLL=2, **constants)
+    assert 0 < forward.metadata.shared <= SHARED_MEMORY[arch] * 1024
+    assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
+    # A loop that lost its body compiles too, and is fast: the exponentials of all states must be there.
+    states_a_thread = 2 * 16 if n == 16 else 32
+    assert forward.asm["ptx"].count("ex2.approx") >= 4 * states_a_thread
+    assert backward.asm["ptx"].count("ex2.approx") >= 2 * 2 * states_a_thread
