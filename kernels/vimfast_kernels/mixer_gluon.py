@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import conv_triton, scan_gluon
+from vimfast_kernels import conv_triton, scan_gluon
 
 REVERSE = [False, True]
 

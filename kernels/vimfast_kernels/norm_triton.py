@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_triton import sum_rows
+from vimfast_kernels.conv_triton import sum_rows
 
 
 @triton.jit

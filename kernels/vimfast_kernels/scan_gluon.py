@@ -16,7 +16,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ._gluon import LN2, LOG2E, block_barrier, copy_async, one_minus_exp_neg, sigmoid, softplus, view_shared
+from vimfast_kernels._gluon import (
+    LN2,
+    LOG2E,
+    block_barrier,
+    copy_async,
+    one_minus_exp_neg,
+    sigmoid,
+    softplus,
+    view_shared,
+)
 
 
 @gluon.jit
