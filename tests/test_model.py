@@ -370,3 +370,33 @@ def test_position_embedding_of_its_own_size_is_untouched() -> None:
     assert "pos_embed" not in model.fit_pos_embed({})
     with pytest.raises(UserError, match="no square grid"):
         resample_pos_embed(torch.zeros(1, 16, 4), (2, 2), model.class_places)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["v2", "v1", "none"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_fast_kernels_give_the_reference(kind: str, amp: bool) -> None:
+    """Logits and every gradient of a small model, as far from float64 as the reference is, up to twice."""
+    torch.manual_seed(0)
+    options = {"img_size": 48, "patch_size": 8, "stride": 8, "depth": 3, "embed_dim": 64, "bimamba_type": kind}
+    images = torch.randn(3, 3, 48, 48, device="cuda")
+    models = [
+        VisionMamba(**options, num_classes=7, drop_path_rate=0.0, scan_backend=backend).cuda()
+        for backend in ("reference", "reference", "gluon")
+    ]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    models[0].double()
+
+    def run(model: VisionMamba, x: torch.Tensor, amp: bool) -> list[torch.Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            logits = model(x)
+        (logits.double() ** 2).sum().backward()
+        return [logits, *(p.grad for p in model.parameters())]
+
+    exact = run(models[0], images.double(), False)
+    plain, fast = (run(model, images, amp) for model in models[1:])
+    floor = 4e-3 if amp else 1e-6
+    for e, p, f in zip(exact, plain, fast, strict=True):
+        error = [(g.double() - e).norm() / e.norm() for g in (p, f)]
+        assert error[1] <= 2 * error[0] + floor

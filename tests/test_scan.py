@@ -227,7 +227,9 @@ def test_saved_states_are_few() -> None:
 def test_backend_switch() -> None:
     inputs = make(1, 5, 3, 2)
     assert torch.equal(selective_scan(**inputs, backend="auto"), selective_scan(**inputs, backend="reference"))
-    with pytest.raises(ValueError, match="unknown scan backend 'fast'; the known ones are auto, reference, mamba_ssm"):
+    with pytest.raises(
+        ValueError, match="unknown scan backend 'fast'; the known ones are auto, gluon, mamba_ssm, reference"
+    ):
         selective_scan(**inputs, backend="fast")
 
 

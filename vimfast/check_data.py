@@ -149,9 +149,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
     text = "draw labelled samples as the trainer will see them"
     add("--sample-grid", metavar="PNG", type=Path, help=text)
-    add(
-        "--input-size", metavar="S", type=whole(1), default=224, help="side of those samples in training, pixels [224]"
-    )
+    add("--input-size", metavar="S", type=whole(1), default=224, help="side of those samples in training, pixels [224]")
     add("--seed", type=whole(0), default=0, help="of those samples [0]")
     return parser.parse_args(words)
 

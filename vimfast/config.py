@@ -44,7 +44,7 @@ class ModelConfig:
     input_size: int = option(224, "side of the square input, pixels", least=1)
     drop: float = option(0.0, "dropout rate after the position embedding", least=0)
     drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0)
-    scan_backend: str = option("auto", "selective scan: auto, reference, mamba_ssm")
+    scan_backend: str = option("auto", "kernels of the model: auto, gluon, mamba_ssm, reference")
     use_checkpoint: bool = option(False, "recompute activations in backward to save memory")
     torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same")
 

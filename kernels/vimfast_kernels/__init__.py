@@ -5,7 +5,8 @@ Source of the mathematics: :mod:`vimfast_kernels.reference`; of the switch: :mod
 
 from vimfast_kernels.backends import BACKENDS, check_backend
 from vimfast_kernels.conv import bidirectional_conv1d_silu, causal_conv1d_silu
-from vimfast_kernels.reference import add_layer_norm, add_rms_norm
+from vimfast_kernels.mixer import bidirectional_mixer
+from vimfast_kernels.norm import add_layer_norm, add_rms_norm
 from vimfast_kernels.scan import bidirectional_scan, selective_scan
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "bidirectional_conv1d_silu",
+    "bidirectional_mixer",
     "bidirectional_scan",
     "causal_conv1d_silu",
     "check_backend",

@@ -1,19 +1,22 @@
-"""Which implementation runs an op: ``auto``, ``reference`` or ``mamba_ssm``.
+"""Which implementation runs an op: ``auto``, ``gluon``, ``mamba_ssm`` or ``reference``.
 
-``auto`` takes the fastest that works for the tensors at hand and never fails: mamba_ssm's CUDA kernels where the
-tensors are on a GPU and the packages are installed, the reference everywhere else.
+``auto`` takes the fastest that works for the tensors at hand and never fails. On a GPU that is ``gluon``, our kernels
+in Gluon and Triton, which are built and tried once for each dtype; if they fail, a warning tells why, and mamba_ssm's
+CUDA kernels serve where they are installed. Everywhere else it is the reference in plain torch.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "mamba_ssm")
+BACKENDS = ("auto", "gluon", "mamba_ssm", "reference")
+OLDEST_GPU = (8, 0)  # compute capability of the first GPUs with cp.async, which the Gluon kernels use
 
 
 class _Mamba(NamedTuple):
@@ -32,6 +35,40 @@ def _load_mamba() -> _Mamba | str:
     return _Mamba(selective_scan_fn, causal_conv1d_fn)
 
 
+@functools.cache
+def _gluon_trouble(device: int, dtype: torch.dtype, states: int) -> str | None:
+    """Why the Gluon kernels do not serve on this GPU, or None: they are built and run on a short sequence."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    try:
+        from vimfast_kernels import scan_gluon
+
+        scan_gluon.check(dtype, states, length=1)
+        with torch.enable_grad(), torch.cuda.device(device):
+            u, delta = torch.ones(2, 2, 1, 9, 64, dtype=dtype, device="cuda").unbind()
+            A, D = -torch.ones(2, 64, states, device="cuda"), torch.ones(2, 64, device="cuda")
+            B, C = torch.ones(2, 2, 1, 9, states, dtype=dtype, device="cuda").unbind()
+            u = u.detach().requires_grad_()
+            out = scan_gluon.selective_scan(u, delta, A, B, C, D, delta[0], D)
+            (grad,) = torch.autograd.grad(out.sum(), u)
+            finite = bool(out.isfinite().all() & grad.isfinite().all())
+    except Exception as error:  # no triton, one with other names, a driver too old: they fail in many ways
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return None if finite else "a trial run gave no finite numbers"
+
+
+@torch.compiler.assume_constant_result
+def _gluon_serves(device: int, dtype: torch.dtype, states: int) -> bool:
+    if dtype == torch.float64:
+        return False
+    trouble = _gluon_trouble(device, dtype, states)
+    if trouble is not None:  # shown once: Python's filter drops a warning that it has seen
+        rest = "mamba_ssm" if _mamba_loads() else "reference"
+        warnings.warn(f"the fast kernels do not run on this GPU ({trouble}); using {rest!r}", stacklevel=2)
+    return trouble is None
+
+
 @torch.compiler.assume_constant_result
 def _mamba_loads() -> bool:
     return isinstance(_load_mamba(), _Mamba)
@@ -41,6 +78,8 @@ def check_backend(backend: str) -> str:
     """``backend`` itself if this machine can run it; a ValueError with the cure if not."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown scan backend {backend!r}; the known ones are {', '.join(BACKENDS)}")
+    if backend == "gluon" and not torch.cuda.is_available():
+        raise ValueError("scan backend 'gluon' needs a CUDA GPU and there is none here; use 'auto'")
     if backend == "mamba_ssm":
         if isinstance(found := _load_mamba(), str):
             raise ValueError(
@@ -52,15 +91,19 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def resolve(backend: str, x: Tensor) -> str:
-    """The backend, ``reference`` or ``mamba_ssm``, that will work on ``x``."""
+def resolve(backend: str, x: Tensor, states: int = 16) -> str:
+    """The backend, ``gluon``, ``mamba_ssm`` or ``reference``, that will work on ``x`` with this state size."""
     if backend == "reference":
         return backend
     if backend == "auto":
+        if x.is_cuda and _gluon_serves(x.device.index, x.dtype, states):
+            return "gluon"
         return "mamba_ssm" if x.is_cuda and x.dtype != torch.float64 and _mamba_loads() else "reference"
     check_backend(backend)
     if not x.is_cuda:
-        raise ValueError(f"scan backend 'mamba_ssm' works on CUDA tensors and this one is on {x.device}; use 'auto'")
+        raise ValueError(f"scan backend {backend!r} works on CUDA tensors and this one is on {x.device}; use 'auto'")
+    if backend == "gluon" and (trouble := _gluon_trouble(x.device.index, x.dtype, states)):
+        raise ValueError(f"scan backend 'gluon' does not run on this GPU ({trouble}); use 'auto'")
     return backend
 
 

@@ -23,8 +23,14 @@ def causal_conv1d_silu(
     shapes that do not fit and of a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
     """
     _check(x, weight[None], None if bias is None else bias[None], 1)
-    if resolve(backend, x) == "mamba_ssm":
+    chosen = resolve(backend, x)
+    if chosen == "mamba_ssm":
         return mamba_conv(x, weight, bias, reverse)
+    if chosen == "gluon":
+        from vimfast_kernels import conv_triton
+
+        one_bias = None if bias is None else bias[None]
+        return conv_triton.causal_conv_silu(x, weight[None], one_bias, reverse=[reverse])[0]
     return reference.conv_silu(x, weight[None], None if bias is None else bias[None], [reverse])[0]
 
 
@@ -37,7 +43,12 @@ def bidirectional_conv1d_silu(
 ) -> Tensor:  # [2, b, L, d] in x's dtype
     """:func:`causal_conv1d_silu` of one x in both directions, each with its own weight: looking back, looking ahead."""
     _check(x, weight, bias, 2)
-    if resolve(backend, x) == "mamba_ssm":
+    chosen = resolve(backend, x)
+    if chosen == "gluon":
+        from vimfast_kernels import conv_triton
+
+        return conv_triton.causal_conv_silu(x, weight, bias, reverse=[False, True])
+    if chosen == "mamba_ssm":
         return torch.stack(
             [mamba_conv(x, weight[k], None if bias is None else bias[k], reverse=k == 1) for k in (0, 1)]
         )

@@ -29,8 +29,15 @@ def selective_scan(
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.
     """
     _check(u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias), 1)
-    if resolve(backend, u) == "mamba_ssm":
+    chosen = resolve(backend, u, A.shape[1])
+    if chosen == "mamba_ssm":
         return mamba_scan(u, delta, A, B, C, D, z, delta_bias, reverse)
+    if chosen == "gluon":
+        from vimfast_kernels import scan_gluon
+
+        return scan_gluon.selective_scan(
+            u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias), reverse=[reverse]
+        )
     return reference.scan(
         u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias), [reverse], 1.0
     )[0]
@@ -54,7 +61,12 @@ def bidirectional_scan(
     The second direction runs from the last position to the first; nothing is flipped in memory.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, 2)
-    if resolve(backend, u) == "mamba_ssm":
+    chosen = resolve(backend, u, A.shape[2])
+    if chosen == "gluon":
+        from vimfast_kernels import scan_gluon
+
+        return scan_gluon.selective_scan(u, delta, A, B, C, D, z, delta_bias, scale=scale)
+    if chosen == "mamba_ssm":
         ways = [
             mamba_scan(u[k], delta[k], A[k], B[k], C[k], _pick(D, k), z, _pick(delta_bias, k), reverse=k == 1)
             for k in (0, 1)

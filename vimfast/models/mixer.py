@@ -13,7 +13,7 @@ from vimfast.errors import UserError
 from vimfast_kernels import (
     add_layer_norm,
     add_rms_norm,
-    bidirectional_conv1d_silu,
+    bidirectional_mixer,
     bidirectional_scan,
     causal_conv1d_silu,
     check_backend,
@@ -113,15 +113,15 @@ class MambaMixer(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, C] -> [B, L, C]
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # 2 x [B, L, E]
-        y = self._own_directions(x, z) if self.bimamba_type == "v2" else self._shared(x, z)  # [B, L, E]
+        xz = self.in_proj(x)  # [B, L, 2 E]
+        y = self._own_directions(xz) if self.bimamba_type == "v2" else self._shared(*xz.chunk(2, dim=-1))  # [B, L, E]
         out = self.out_proj(y)  # [B, L, C]
         return out if self.gamma is None else out * self.gamma
 
     def _shared(self, x: Tensor, z: Tensor) -> Tensor:
         """``none`` and ``v1``: one convolution and one set of projections."""
         u = causal_conv1d_silu(x, self.conv1d.weight[:, 0], self.conv1d.bias, backend=self.scan_backend)
-        dt, B, C = self._split(self.x_proj(u))  # [B, L, R], 2 x [B, L, N]
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # [B, L, R], 2 x [B, L, N]
         delta = F.linear(dt, self.dt_proj.weight)  # [B, L, E]
         tensors = u, delta, _rates(self.A_log), B, C, self.D
         if self.bimamba_type == "none":
@@ -130,24 +130,23 @@ class MambaMixer(nn.Module):
         u, delta, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, delta, B, C, self.D, self.dt_proj.bias))
         return bidirectional_scan(u, delta, A, B, C, D, z, bias, backend=self.scan_backend)
 
-    def _own_directions(self, x: Tensor, z: Tensor) -> Tensor:
+    def _own_directions(self, xz: Tensor) -> Tensor:
         """``v2``: the weights of both directions stacked, so that each step is one call."""
-        taps = torch.stack([self.conv1d.weight, self.conv1d_b.weight])[:, :, 0]  # [2, E, W]
         conv_bias = None
         if self.conv1d.bias is not None and self.conv1d_b.bias is not None:
             conv_bias = torch.stack([self.conv1d.bias, self.conv1d_b.bias])  # [2, E]
-        u = bidirectional_conv1d_silu(x, taps, conv_bias, backend=self.scan_backend)  # [2, B, L, E]
-        x_proj = torch.stack([self.x_proj.weight, self.x_proj_b.weight])  # [2, R + 2 N, E]
-        dt, B, C = self._split(torch.einsum("kble,kre->kblr", u, x_proj))  # [2, B, L, R], 2 x [2, B, L, N]
-        dt_proj = torch.stack([self.dt_proj.weight, self.dt_proj_b.weight])  # [2, E, R]
-        delta = torch.einsum("kblr,ker->kble", dt, dt_proj)  # [2, B, L, E]
-        A = torch.stack([_rates(self.A_log), _rates(self.A_b_log)])  # [2, E, N]
-        D = torch.stack([self.D, self.D_b])  # [2, E]
-        bias = torch.stack([self.dt_proj.bias, self.dt_proj_b.bias])  # [2, E]
-        return bidirectional_scan(u, delta, A, B, C, D, z, bias, scale=self.scale, backend=self.scan_backend)
-
-    def _split(self, x_dbl: Tensor) -> list[Tensor]:
-        return list(x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1))
+        return bidirectional_mixer(
+            xz,
+            torch.stack([self.conv1d.weight, self.conv1d_b.weight])[:, :, 0],  # [2, E, W]
+            conv_bias,
+            torch.stack([self.x_proj.weight, self.x_proj_b.weight]),  # [2, R + 2 N, E]
+            torch.stack([self.dt_proj.weight, self.dt_proj_b.weight]),  # [2, E, R]
+            torch.stack([self.dt_proj.bias, self.dt_proj_b.bias]),  # [2, E]
+            torch.stack([_rates(self.A_log), _rates(self.A_b_log)]),  # [2, E, N]
+            torch.stack([self.D, self.D_b]),  # [2, E]
+            scale=self.scale,
+            backend=self.scan_backend,
+        )
 
 
 def _rates(A_log: Tensor) -> Tensor:
@@ -158,21 +157,21 @@ def _rates(A_log: Tensor) -> Tensor:
 class AddRMSNorm(nn.Module):
     """(x, residual) -> (rms_norm(residual + x) in x's dtype, residual + x in fp32)."""
 
-    def __init__(self, dim: int, eps: float, **to: Any) -> None:
+    def __init__(self, dim: int, eps: float, backend: str, **to: Any) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.ones(dim, **to))
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, eps=self.eps)
+        return add_rms_norm(x, residual, self.weight, eps=self.eps, backend=self.backend)
 
 
 class AddLayerNorm(AddRMSNorm):
     """The same with LayerNorm."""
 
-    def __init__(self, dim: int, eps: float, **to: Any) -> None:
-        super().__init__(dim, eps, **to)
+    def __init__(self, dim: int, eps: float, backend: str, **to: Any) -> None:
+        super().__init__(dim, eps, backend, **to)
         self.bias = nn.Parameter(torch.zeros(dim, **to))
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)
+        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps, backend=self.backend)

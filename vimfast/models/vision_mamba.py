@@ -96,7 +96,7 @@ class VisionMamba(nn.Module):
         if_random_cls_token_position: in training, insert the class token anywhere (a new place each step); needs
             ``use_middle_cls_token=False``.
         if_random_token_rank: in training, shuffle the sequence each step.
-        scan_backend: ``auto``, ``reference`` or ``mamba_ssm``, see :mod:`vimfast_kernels.backends`.
+        scan_backend: ``auto``, ``gluon``, ``mamba_ssm`` or ``reference``, see :mod:`vimfast_kernels.backends`.
         device, dtype: of the parameters; A_log and D stay fp32.
 
     Raises:
@@ -189,13 +189,13 @@ class VisionMamba(nn.Module):
                     **(ssm_cfg or {}),
                     **to,
                 ),
-                norm(embed_dim, norm_epsilon, **to),
+                norm(embed_dim, norm_epsilon, scan_backend, **to),
                 rates[i],
             )
             for i in range(depth)
         )
         self.drop_path = DropPath(drop_path_rate)
-        self.norm_f = norm(embed_dim, norm_epsilon, **to)
+        self.norm_f = norm(embed_dim, norm_epsilon, scan_backend, **to)
         self._init_out_projections(**(initializer_cfg or {}))
 
     def _init_out_projections(
