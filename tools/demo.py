@@ -91,18 +91,19 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
         probability, predicted = (column.tolist() for column in model(images).softmax(1).max(1))
     truth = labels.tolist()
     mistakes = [i for i, label in enumerate(truth) if predicted[i] != label][:8]
-    chosen = sorted({*np.linspace(0, len(truth) - 1, 40 - len(mistakes)).astype(int).tolist(), *mistakes})
+    right = [i for i, label in enumerate(truth) if predicted[i] == label]
+    spread = np.linspace(0, len(right) - 1, 40 - len(mistakes)).astype(int)
+    chosen = sorted([*mistakes, *(right[i] for i in spread)])
     mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
     pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     figure, axes = plt.subplots(4, 10, figsize=(10, 5), layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, i in zip(axes.flat, chosen, strict=False):
-        right = predicted[i] == truth[i]
+    for axis, i in zip(axes.flat, chosen, strict=True):
+        is_right = predicted[i] == truth[i]
         text = f"{source.classes[predicted[i]]} ({probability[i]:.0%})"
-        text += "" if right else f"\nis {source.classes[truth[i]]}"
+        text += "" if is_right else f"\nis {source.classes[truth[i]]}"
         axis.imshow(pictures[i])
-        axis.set_title(text, fontsize=9, color="black" if right else "tab:red")
+        axis.set_title(text, fontsize=9, color="black" if is_right else "tab:red")
+        axis.axis("off")
     figure.savefig(out, dpi=120)
     plt.close(figure)
     loader.close()
