@@ -141,13 +141,13 @@ class Reporter:
         if self._bar is not None:
             self._bar[0].advance(self._bar[1])
 
-    def news(self, text: str) -> None:
-        """The latest figures: beside the bar, or as a line where there is no bar."""
+    def news(self, place: str, figures: str) -> None:
+        """The latest figures: beside the bar, which shows the place, or as a line where there is no bar."""
         if self._bar is not None:
-            self._bar[0].update(self._bar[1], news=text)
-            self._log(text)
+            self._bar[0].update(self._bar[1], news=figures)
+            self._log(f"{place} {figures}")
         else:
-            self.say(text)
+            self.say(f"{place} {figures}")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self._board is not None:

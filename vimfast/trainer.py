@@ -374,9 +374,10 @@ class Trainer:
         left = (self.cfg.schedule.epochs - self.epoch) * self.steps - self.step
         memory = memory_gib(self.world.device)
         self.report.news(
-            f"epoch {self.epoch} [{self.step}/{self.steps}] loss {loss:.4f} lr {self.rate.value:.3g} "
+            f"epoch {self.epoch} [{self.step}/{self.steps}]",
+            f"loss {loss:.4f} lr {self.rate.value:.3g} "
             f"{speed['img_s']:,.0f} img/s, waiting for data {speed['data_share']:.0%}, {memory:.1f} GiB, "
-            f"{duration(left * speed['step_s'])} left"
+            f"{duration(left * speed['step_s'])} left",
         )
         scalars = {"train/loss": loss, "train/lr": self.rate.value, "train/img_s": speed["img_s"]}
         scalars |= {"train/data_share": speed["data_share"], "train/memory_gib": memory}
