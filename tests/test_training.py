@@ -168,6 +168,7 @@ def test_two_processes_train_what_one_does(recipe: str, shards: Path, tree: Path
         ("--opt", "sgd", "--clip-grad", "1", "--bce-loss"),
         ("--use-checkpoint", "--no-repeated-aug", "--no-model-ema", "--mixup-mode", "elem"),
         ("--train-interpolation", "bilinear", "--model-ema-force-cpu", "--smoothing", "0", "--sched", "step"),
+        ("--steps-per-epoch", "3", "--eval-steps", "2", "--save-every", "2", "--lr-noise", "0.5", "--opt", "lamb"),
     ],
 )
 def test_options_of_the_recipe_run(recipe: str, shards: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:

@@ -126,6 +126,9 @@ class RunConfig:
     seed: int = option(0, "seed of the weights, the order, the augmentation and the mixing", least=0)
     amp: bool = option(True, "bf16 autocast on a GPU that has it; --no_amp for fp32", aliases=("if-amp",))
     steps_per_epoch: int | None = option(None, "end each epoch after this many steps; default: the whole data", least=1)
+    eval_steps: int | None = option(
+        None, "evaluate on this many steps' pictures only; default: every picture, once", least=1
+    )
     log_every: int = option(50, "steps between two reports", least=1)
     save_every: int | None = option(
         None, "steps between two checkpoints inside an epoch; default: epoch ends only", least=1

@@ -102,7 +102,7 @@ class Trainer:
             repeats=3 if training and data.repeated_aug else 1,
             shuffle=training,
             drop_last=training,
-            limit=self.cfg.run.steps_per_epoch if training else None,
+            limit=self.cfg.run.steps_per_epoch if training else self.cfg.run.eval_steps,
         )
         loader = Loader(
             source,
