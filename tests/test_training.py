@@ -18,6 +18,7 @@ import yaml
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
+from vimfast.data.loader import Batch
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.trainer import Trainer
@@ -182,6 +183,20 @@ def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
     train("--config", recipe, "--data-path", str(shards), *flags, *rate)
     losses = [json.loads(line)["train_loss"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_checkpoint(
+    recipe: str, shards: Path, tmp_path: Path
+) -> None:
+    class Diverges(Trainer):
+        def train_step(self, batch: Batch) -> torch.Tensor:
+            loss = super().train_step(batch)
+            return loss * float("nan") if (self.epoch, self.step) == (1, 0) else loss
+
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path), "--save-every", "1")
+    with pytest.raises(UserError, match=r"the loss is nan by epoch 1.*--lr.*checkpoint.pth is from before"):
+        train(*flags, "--log-every", "1000", kind=Diverges)
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
 
 
 def refused(*flags: str) -> str:

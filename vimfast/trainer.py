@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -138,6 +138,7 @@ class Trainer:
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch leaves this one on
             if self.cfg.run.amp and not enabled:
                 self.report.warn("this GPU has no bf16, so the run is in fp32; --no_amp says so without this line")
+        self.precision = "bf16 autocast" if enabled else "fp32"
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _make_folder(self) -> Path | None:
@@ -223,22 +224,20 @@ class Trainer:
         if self.step:
             self.sums.values.copy_(torch.tensor(own["sums"]))
         torch.set_rng_state(own["torch"])
-        version, words, gauss = own["python"]
-        random.setstate((version, tuple(words), gauss))
         if own["cuda"] is not None and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], self.world.device)
 
     def save(self, *names: str, evaluated: bool = False) -> None:
-        """Write the state of the run under each of `names` in the run folder; every process must call it."""
+        """Write the state of the run under each of `names` in the run folder; every process must call it.
+
+        Raises:
+            UserError: the loss is no number any more, so the weights are of no use: what is on disk stays.
+        """
         if self.folder is None:
             return
+        self._check_finite(self.sums.read()["loss"])
         cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
-        own = {
-            "torch": torch.get_rng_state(),
-            "python": random.getstate(),
-            "cuda": cuda,
-            "sums": self.sums.values.tolist(),
-        }
+        own = {"torch": torch.get_rng_state(), "cuda": cuda, "sums": self.sums.values.tolist()}
         processes = dist.gather_objects(own)
         if self.world.is_main:
             state = {
@@ -263,9 +262,28 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last epoch (or evaluate, if that is all that was asked for)."""
-        if self.cfg.run.eval:
-            self._evaluate_only()
-            return
+        try:
+            if self.cfg.run.eval:
+                self._evaluate_only()
+            else:
+                self._train_until_stopped()
+        except torch.OutOfMemoryError:
+            raise UserError(self._out_of_memory()) from None
+        finally:
+            self.report.close()
+
+    def _out_of_memory(self) -> str:
+        data = self.cfg.data
+        training = self.model.training and not self.cfg.run.eval
+        flag, batch = ("--batch-size", data.batch_size) if training else ("--eval-batch-size", data.eval_batch_size)
+        batch = batch or data.batch_size
+        more = ", or --use-checkpoint" if training else ""
+        return (
+            f"{self.world.device} has too little memory for {batch} pictures a step; "
+            f"try {flag} {max(batch // 2, 1)}{more}"
+        )
+
+    def _train_until_stopped(self) -> None:
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._train()
@@ -275,16 +293,9 @@ class Trainer:
             kept = f"; {self.folder / CHECKPOINT} holds it, go on with --resume auto" if self.folder else ""
             self.report.say(f"stopped at {place}{kept}")
             raise KeyboardInterrupt from None
-        except torch.OutOfMemoryError:
-            batch = self.cfg.data.batch_size
-            raise UserError(
-                f"{self.world.device} has too little memory for {batch} pictures a step; "
-                f"try --batch-size {max(batch // 2, 1)}, or --use-checkpoint"
-            ) from None
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
-            self.report.close()
 
     def _train(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -300,9 +311,8 @@ class Trainer:
 
     def _introduce(self, parameters: int) -> None:
         cfg, world = self.cfg, self.world
-        precision = "bf16 autocast" if self.amp._enabled else "fp32"
         self.report.say(
-            f"{cfg.model.model}: {parameters:,} parameters, {precision} on {world.size} x {world.device.type}; "
+            f"{cfg.model.model}: {parameters:,} parameters, {self.precision} on {world.size} x {world.device.type}; "
             f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes, "
             f"{len(self.val_source):,} to validate; {self.steps} steps an epoch of {self.global_batch} pictures, "
             f"learning rate {peak_lr(cfg.optim, self.global_batch):.3g}"
@@ -357,19 +367,10 @@ class Trainer:
         return loss.detach()
 
     def _tell(self, pace: Pace, before: dict[str, float]) -> dict[str, float]:
-        """Report the steps since `before`; on all processes alike, stop a run whose loss is no number any more."""
+        """Report the steps since `before`; returns the sums for the next report."""
         now = self.sums.read()
+        self._check_finite(now["loss"])
         loss = (now["loss"] - before["loss"]) / max(now["steps"] - before["steps"], 1)
-        if not torch.isfinite(torch.tensor(loss)):
-            kept = (
-                f"; {self.folder / CHECKPOINT} is from before"
-                if self.folder and (self.folder / CHECKPOINT).exists()
-                else ""
-            )
-            raise UserError(
-                f"the loss is {loss} at epoch {self.epoch}, step {self.step}, learning rate {self.rate.value:.3g}; "
-                f"try a lower --lr, --clip-grad 1 or --no_amp{kept}"
-            )
         speed = pace.report()
         left = (self.cfg.schedule.epochs - self.epoch) * self.steps - self.step
         memory = memory_gib(self.world.device)
@@ -384,6 +385,17 @@ class Trainer:
         self.report.scalars(scalars, self.epoch * self.steps + self.step)
         pace.start()
         return now
+
+    def _check_finite(self, loss: float) -> None:
+        """Stop a run whose loss (summed over the processes, so on all alike) is no number any more."""
+        if math.isfinite(loss):
+            return
+        own = self.folder / CHECKPOINT if self.folder else None
+        kept = f"; {own} is from before" if own is not None and own.exists() else ""
+        raise UserError(
+            f"the loss is {loss} by epoch {self.epoch}, step {self.step}, learning rate {self.rate.value:.3g}; "
+            f"try a lower --lr, --clip-grad 1 or --no_amp{kept}"
+        )
 
     def _finish_epoch(self, parameters: int) -> None:
         trained = self.sums.read()
