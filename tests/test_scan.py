@@ -267,6 +267,8 @@ def test_mamba_ssm_without_its_packages_or_a_gpu(request: pytest.FixtureRequest)
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
         selective_scan(**make(1, 5, 3, 2), backend="mamba_ssm")
     assert backends.resolve("auto", torch.zeros(1)) == "reference"
+    assert vimfast_kernels.explain("auto", torch.device("cpu"), torch.float32) == "reference (no GPU)"
+    assert vimfast_kernels.explain("reference", torch.device("cpu"), torch.float32) == "reference"
 
 
 @pytest.mark.usefixtures("fake_mamba")

@@ -311,8 +311,11 @@ class Trainer:
 
     def _introduce(self, parameters: int) -> None:
         cfg, world = self.cfg, self.world
+        tell = getattr(self.model, "kernels", None)  # of a model that has a choice of them
+        kernels = f", kernels {tell(torch.float32 if self.precision == 'fp32' else torch.bfloat16)}" if tell else ""
         self.report.say(
-            f"{cfg.model.model}: {parameters:,} parameters, {self.precision} on {world.size} x {world.device.type}; "
+            f"{cfg.model.model}: {parameters:,} parameters{kernels}, "
+            f"{self.precision} on {world.size} x {world.device.type}; "
             f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes, "
             f"{len(self.val_source):,} to validate; {self.steps} steps an epoch of {self.global_batch} pictures, "
             f"learning rate {peak_lr(cfg.optim, self.global_batch):.3g}"

@@ -3,7 +3,7 @@
 Source of the mathematics: :mod:`vimfast_kernels.reference`; of the switch: :mod:`vimfast_kernels.backends`.
 """
 
-from vimfast_kernels.backends import BACKENDS, check_backend
+from vimfast_kernels.backends import BACKENDS, check_backend, explain
 from vimfast_kernels.conv import bidirectional_conv1d_silu, causal_conv1d_silu
 from vimfast_kernels.mixer import bidirectional_mixer
 from vimfast_kernels.norm import add_layer_norm, add_rms_norm
@@ -18,5 +18,6 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d_silu",
     "check_backend",
+    "explain",
     "selective_scan",
 ]

@@ -107,6 +107,17 @@ def resolve(backend: str, x: Tensor, states: int = 16) -> str:
     return backend
 
 
+def explain(backend: str, device: torch.device, dtype: torch.dtype, states: int = 16) -> str:
+    """Which backend will work on tensors of this kind, and why not a faster one: ``"reference (no GPU)"``."""
+    probe = torch.empty(0, device=device, dtype=dtype)
+    chosen = resolve(backend, probe, states)
+    if backend != "auto" or chosen == "gluon":
+        return chosen
+    if not probe.is_cuda:
+        return f"{chosen} (no GPU)"
+    return f"{chosen} ({_gluon_trouble(probe.device.index, dtype, states)})"
+
+
 def mamba_scan(
     u: Tensor,  # [b, L, d]
     delta: Tensor,  # [b, L, d]

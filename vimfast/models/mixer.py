@@ -17,6 +17,7 @@ from vimfast_kernels import (
     bidirectional_scan,
     causal_conv1d_silu,
     check_backend,
+    explain,
     selective_scan,
 )
 
@@ -111,6 +112,10 @@ class MambaMixer(nn.Module):
         if bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
+
+    def kernels(self, dtype: torch.dtype) -> str:
+        """Which kernels run in this dtype where the weights are, and why not faster ones."""
+        return explain(self.scan_backend, self.A_log.device, dtype, self.d_state)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, C] -> [B, L, C]
         xz = self.in_proj(x)  # [B, L, 2 E]

@@ -314,6 +314,12 @@ class VisionMamba(nn.Module):
         """Keep only the inputs of each block for backward and run it again then."""
         self.grad_checkpointing = enable
 
+    def kernels(self, dtype: torch.dtype) -> str:
+        """Which kernels run the model in this dtype where its weights are, and why not faster ones."""
+        mixer = self.layers[0].mixer
+        assert isinstance(mixer, MambaMixer)
+        return mixer.kernels(dtype)
+
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", *self._class_token_names()}
 
