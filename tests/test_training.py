@@ -199,6 +199,21 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_checkpoint(
     assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
 
 
+def test_too_little_memory_names_the_flag_of_what_ran(recipe: str, shards: Path) -> None:
+    class Cramped(Trainer):
+        def train_step(self, batch: Batch) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+    flags = ("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--eval-batch-size", "2")
+    with pytest.raises(UserError, match="memory for 4 pictures a step; try --batch-size 2, or --use-checkpoint"):
+        train(*flags, kind=Cramped)
+    trainer = Trainer(load_config(list(flags)), World())
+    trainer.ema.module.forward = Cramped.train_step.__get__(trainer)  # raises, as the average's evaluation would
+    with pytest.raises(UserError, match=r"memory for 2 pictures a step; try --eval-batch-size 1$"):
+        trainer.run()
+    trainer.close()
+
+
 def refused(*flags: str) -> str:
     with pytest.raises(UserError) as error:
         train(*flags)

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -267,21 +268,20 @@ class Trainer:
                 self._evaluate_only()
             else:
                 self._train_until_stopped()
-        except torch.OutOfMemoryError:
-            raise UserError(self._out_of_memory()) from None
         finally:
             self.report.close()
 
-    def _out_of_memory(self) -> str:
-        data = self.cfg.data
-        training = self.model.training and not self.cfg.run.eval
-        flag, batch = ("--batch-size", data.batch_size) if training else ("--eval-batch-size", data.eval_batch_size)
-        batch = batch or data.batch_size
-        more = ", or --use-checkpoint" if training else ""
-        return (
-            f"{self.world.device} has too little memory for {batch} pictures a step; "
-            f"try {flag} {max(batch // 2, 1)}{more}"
-        )
+    @contextmanager
+    def _memory_for(self, loader: Loader, flag: str, more: str = "") -> Iterator[None]:
+        """Too little memory in the block is told with the flag that sets `loader`'s batch."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            batch = loader.order.batch_size
+            raise UserError(
+                f"{self.world.device} has too little memory for {batch} pictures a step; "
+                f"try {flag} {max(batch // 2, 1)}{more}"
+            ) from None
 
     def _train_until_stopped(self) -> None:
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -329,7 +329,8 @@ class Trainer:
         batches = self.train_loader.epoch(self.epoch, self.step)
         pace.start()
         before = self.sums.read() if self.step else {"loss": 0.0, "steps": 0.0}
-        with self.report.steps(f"epoch {self.epoch}", self.steps, self.step):
+        memory = self._memory_for(self.train_loader, "--batch-size", ", or --use-checkpoint")
+        with memory, self.report.steps(f"epoch {self.epoch}", self.steps, self.step):
             while (batch := self._next(pace, batches)) is not None:
                 self.rate.set(self.epoch, self.step)
                 loss = self.train_step(batch)
@@ -419,7 +420,8 @@ class Trainer:
         self.save(*([BEST, CHECKPOINT] if best else [CHECKPOINT]), evaluated=True)
 
     def _evaluate(self, model: nn.Module, name: str) -> Scores:
-        scores = evaluate(model, self.val_loader, self.amp, self.report, f"evaluate {name}")
+        with self._memory_for(self.val_loader, "--eval-batch-size"):
+            scores = evaluate(model, self.val_loader, self.amp, self.report, f"evaluate {name}")
         self.report.say(str(scores))
         self.report.say(f"Accuracy of the {name} on the {scores.pictures} test images: {scores.acc1:.1f}%")
         return scores

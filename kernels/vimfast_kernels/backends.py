@@ -45,7 +45,8 @@ def _gluon_trouble(device: int, dtype: torch.dtype, states: int) -> str | None:
         from vimfast_kernels import scan_gluon
 
         scan_gluon.check(dtype, states, length=1)
-        with torch.enable_grad(), torch.cuda.device(device):
+        # The first call may come from inference, where no tensor made could have a gradient.
+        with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device(device):
             u, delta = torch.ones(2, 2, 1, 9, 64, dtype=dtype, device="cuda").unbind()
             A, D = -torch.ones(2, 64, states, device="cuda"), torch.ones(2, 64, device="cuda")
             B, C = torch.ones(2, 2, 1, 9, states, dtype=dtype, device="cuda").unbind()
@@ -59,11 +60,12 @@ def _gluon_trouble(device: int, dtype: torch.dtype, states: int) -> str | None:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache  # so the warning comes once, and the answer costs nothing in a step
 def _gluon_serves(device: int, dtype: torch.dtype, states: int) -> bool:
     if dtype == torch.float64:
         return False
     trouble = _gluon_trouble(device, dtype, states)
-    if trouble is not None:  # shown once: Python's filter drops a warning that it has seen
+    if trouble is not None:
         rest = "mamba_ssm" if _mamba_loads() else "reference"
         warnings.warn(f"the fast kernels do not run on this GPU ({trouble}); using {rest!r}", stacklevel=2)
     return trouble is None
