@@ -46,8 +46,8 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
         "D": 384, "N": n, "DIRS": directions, "BD": scan_gluon.BLOCK_CHANNELS[n], "CHUNK": scan_gluon.CHUNK,
         "FLIP": 0, "GATE": True, "PRECISE": element != "bf16",
     }  # fmt: skip
-    forward = compiled(scan_gluon._scan_forward, arch, element, directions, SAVE=True, UNROLL=4, **constants)
-    backward = compiled(scan_gluon._scan_backward, arch, element, 1, UNROLL=2, **constants)
+    forward = compiled(scan_gluon.scan_forward, arch, element, directions, SAVE=True, UNROLL=4, **constants)
+    backward = compiled(scan_gluon.scan_backward, arch, element, 1, UNROLL=2, **constants)
     assert 0 < forward.metadata.shared <= SHARED_MEMORY[arch] * 1024
     assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
     # A loop that lost its body compiles too, and is fast: the exponentials of all states must be there.

@@ -75,3 +75,36 @@ def one_minus_exp_neg(v, PRECISE: gl.constexpr):
         return gl.where(v < 0.06, near, far)
     else:
         return far
+
+
+@gluon.jit
+def axis(DIM: gl.constexpr, START, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
+    """START .. START + SIZE - 1 along one dimension of a 2-D or 3-D layout, the others of size 1."""
+    if len(LAYOUT.order) == 2:
+        v = START + gl.arange(0, SIZE, gl.SliceLayout(1 - DIM, LAYOUT))
+        return gl.expand_dims(v, 1 - DIM)
+    elif DIM == 0:
+        v = START + gl.arange(0, SIZE, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+        return gl.expand_dims(gl.expand_dims(v, 1), 2)
+    elif DIM == 1:
+        v = START + gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+        return gl.expand_dims(gl.expand_dims(v, 0), 2)
+    else:
+        v = START + gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+        return gl.expand_dims(gl.expand_dims(v, 0), 0)
+
+
+@gluon.jit
+def time_of(step, direction, length):
+    """Direction 1 walks from the last time to the first."""
+    return gl.where(direction == 0, step, length - 1 - step)
+
+
+@gluon.jit
+def copy_rows(shared, base, step, direction, length, time_stride, mask):
+    copy_async(shared, base + time_of(step, direction, length) * time_stride, mask=mask & (step < length))
+
+
+@gluon.jit
+def load_rows(base, step, direction, length, time_stride):
+    return gl.load(base + time_of(step, direction, length) * time_stride, mask=step < length, other=0.0)
