@@ -18,6 +18,7 @@ FLOORS = (
         *(
             "vimfast.dist",
             "vimfast.optim",
+            "vimfast.step",
             "vimfast.checkpoint",
             "vimfast.models.mixer",
             "vimfast.models.pos_embed",

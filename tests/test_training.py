@@ -10,15 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
-from vimfast.data.loader import Batch
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.trainer import Trainer
@@ -185,30 +186,68 @@ def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_checkpoint(
-    recipe: str, shards: Path, tmp_path: Path
+class Poisoned(Trainer):
+    """The loss is NaN on the steps that `when` names."""
+
+    when: Callable[[int, int], bool]
+
+    def _criterion(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        loss = super()._criterion(images, logits, targets)
+        return loss * float("nan") if type(self).when(self.epoch, self.step) else loss
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lamb"])  # with and without a kernel that can skip by itself
+def test_a_step_without_numbers_is_skipped(
+    recipe: str, shards: Path, opt: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Diverges(Trainer):
-        def train_step(self, batch: Batch) -> torch.Tensor:
-            loss = super().train_step(batch)
-            return loss * float("nan") if (self.epoch, self.step) == (1, 0) else loss
+    class Once(Poisoned):
+        when = staticmethod(lambda epoch, step: (epoch, step) == (0, 1))
+
+    trainer = train("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--opt", opt, kind=Once)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert trainer.sums.read()["steps"] == 0  # zeroed behind the epoch
+    assert trainer.train_step.health()[:2] == (1, 1)
+    assert "1 steps skipped, their gradients no numbers, by epoch 0, step 2" in capsys.readouterr().err
+    updates = {int(state["step"]) for state in trainer.optimizer.state.values() if "step" in state}
+    assert updates <= {trainer.steps - 1}
+
+
+def test_a_run_that_only_skips_ends_and_leaves_sound_weights(recipe: str, shards: Path, tmp_path: Path) -> None:
+    class Diverges(Poisoned):
+        when = staticmethod(lambda epoch, step: epoch == 1)
 
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path), "--save-every", "1")
-    with pytest.raises(UserError, match=r"the loss is nan by epoch 1.*--lr.*checkpoint.pth is from before"):
-        train(*flags, "--log-every", "1000", kind=Diverges)
-    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
+    with pytest.raises(
+        UserError, match=r"2 steps in a row are no numbers, by epoch 1.*first in .*--lr.*is from before"
+    ):
+        train(*flags, "--log-every", "1000", "--skip-limit", "2", kind=Diverges)
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+
+
+def test_accumulated_batches_train_as_one(recipe: str, shards: Path) -> None:
+    still = ("--drop-path", "0", "--mixup", "0", "--cutmix", "0", "--epochs", "1", "--config", recipe)
+    flags = (*still, "--data-path", str(shards), "--no-repeated-aug")
+    parts = train(*flags, "--batch-size", "2", "--accum-steps", "2")
+    whole = train(*flags, "--batch-size", "4")
+    assert parts.steps == whole.steps
+    for (name, a), b in zip(parts.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5, msg=name)
+    assert "--accum-steps 1000" in refused(*flags, "--accum-steps", "1000")
 
 
 def test_too_little_memory_names_the_flag_of_what_ran(recipe: str, shards: Path) -> None:
+    def cramped(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
     class Cramped(Trainer):
-        def train_step(self, batch: Batch) -> torch.Tensor:
-            raise torch.OutOfMemoryError
+        _train_batch = cramped
 
     flags = ("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--eval-batch-size", "2")
     with pytest.raises(UserError, match="memory for 4 pictures a step; try --batch-size 2, or --use-checkpoint"):
         train(*flags, kind=Cramped)
     trainer = Trainer(load_config(list(flags)), World())
-    trainer.ema.module.forward = Cramped.train_step.__get__(trainer)  # raises, as the average's evaluation would
+    trainer.ema.module.forward = cramped  # as the average's evaluation would raise
     with pytest.raises(UserError, match=r"memory for 2 pictures a step; try --eval-batch-size 1$"):
         trainer.run()
     trainer.close()

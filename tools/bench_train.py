@@ -1,121 +1,252 @@
-"""Whole training and inference steps on synthetic pictures: images a second, milliseconds, peak memory.
+"""Whole training and inference steps on synthetic pictures: images a second, memory, distance to the floor.
 
-    python tools/bench_train.py                                     # Vim-Tiny, 224, batch 128, bf16
-    python tools/bench_train.py --model vim_small_patch16_224 --backend reference --no-graph
+    python tools/bench_train.py                              # every row
+    python tools/bench_train.py --rows tiny small --backends auto mamba_ssm
+    python tools/bench_train.py --plot docs/bench_train.json # draw what an earlier run wrote
 
-A training step is forward, backward, fused AdamW and the weight average. ``graph`` replays the whole step as one CUDA
-graph: what the GPU needs when it never waits for the host.
+A training step is the trainer's own: forward, backward, fused AdamW and the weight average, captured as it captures
+it. "launched" is the same without a CUDA graph. "host" is the share of a step in which the GPU waits for the host: the
+time of steps as they come, against that of steps that were queued while the GPU was busy with something else.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from floors import Gpu, step, this_gpu
 from rich.console import Console
 from rich.table import Table
-from timm.optim import param_groups_weight_decay
-from timm.utils import ModelEmaV3
+from torch import Tensor
 
 from vimfast.cli import run_main
+from vimfast.config import EmaConfig, OptimConfig
 from vimfast.errors import UserError
 from vimfast.models import create_model
+from vimfast.optim import build_ema, build_optimizer
+from vimfast.step import TrainStep
+
+Run = Callable[[], object]
 
 
-def milliseconds(step: Callable[[], object], repeats: int) -> float:
-    """Median time of one call, device work included, after warm-up; calls are not waited for one by one."""
-    for _ in range(5):
-        step()
+@dataclass(frozen=True)
+class Row:
+    """One measurement, and what it is compared with on an H200 (images a second; None: not measured)."""
+
+    name: str
+    model: str
+    batch: int
+    size: int = 224
+    fp32: bool = False
+    training: bool = True
+    original: int | None = None  # hustvl/Vim dd0358a with mamba_ssm 2.3's CUDA kernels
+
+    def __str__(self) -> str:
+        what = "training" if self.training else "inference"
+        return f"{self.model.removesuffix('_patch16_224')} {self.size}, {self.batch}, {what}, {self.precision}"
+
+    @property
+    def precision(self) -> str:
+        return "fp32" if self.fp32 else "bf16"
+
+
+ROWS = (
+    Row("tiny", "vim_tiny_patch16_224", 128, original=1075),
+    Row("tiny512", "vim_tiny_patch16_224", 512, original=1147),
+    Row("small", "vim_small_patch16_224", 128, original=586),
+    Row("fp32", "vim_tiny_patch16_224", 128, fp32=True, original=911),
+    Row("infer", "vim_tiny_patch16_224", 256, training=False, original=4547),
+    Row("infer1248", "vim_tiny_patch16_224", 32, size=1248, training=False, original=214),
+)
+BASELINES = (
+    Row("deit", "deit_tiny_patch16_224", 128),
+    Row("deit1248", "deit_tiny_patch16_224", 32, size=1248, training=False),
+)
+WIDTHS = {"vim_tiny_patch16_224": 192, "vim_small_patch16_224": 384, "vim_base_patch16_224": 768}
+
+
+def milliseconds(run: Run, repeats: int) -> float:
+    """Median time of one call, the device's work included; calls are not waited for one by one."""
+    for _ in range(3):
+        run()
     torch.cuda.synchronize()
     times = []
     for _ in range(5):
         begin = time.perf_counter()
         for _ in range(max(repeats // 5, 1)):
-            step()
+            run()
         torch.cuda.synchronize()
         times.append((time.perf_counter() - begin) / max(repeats // 5, 1))
     return 1000 * statistics.median(times)
 
 
-def as_graph(step: Callable[[], object]) -> Callable[[], object]:
-    """`step` captured once and replayed from then on."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+def queued_milliseconds(run: Run, calls: int = 2) -> float:
+    """Median time on the GPU of one of `calls` calls that were all launched before the first of them began."""
+    times = []
+    for _ in range(7):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(0.3e9))  # clock cycles: longer than the launches take
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def cross_entropy(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets)
+
+
+def build_model(row: Row, args: argparse.Namespace, backend: str) -> torch.nn.Module:
+    options: dict[str, Any] = {"img_size": row.size}
+    if row.model.startswith("vim"):
+        options["scan_backend"] = backend
+    model = create_model(row.model, **options).cuda().train(row.training)
+    if args.compile:
+        model.compile()
+    return model
+
+
+def training(row: Row, args: argparse.Namespace, backend: str) -> tuple[Run, Run]:
+    """(launch a step, capture it)."""
+    model = build_model(row, args, backend)
+    amp = torch.autocast("cuda", torch.bfloat16, enabled=not row.fp32, cache_enabled=False)
+    average = build_ema(EmaConfig(), model)
+    train = TrainStep(model, build_optimizer(OptimConfig(), model, 5e-4), cross_entropy, amp=amp, average=average)
+    images = torch.randn(row.batch, 3, row.size, row.size, device="cuda")
+    targets = torch.rand(row.batch, 1000, device="cuda").softmax(1)
+    return lambda: train(images, targets), lambda: train.capture(images, targets)
+
+
+def inference(row: Row, args: argparse.Namespace, backend: str) -> tuple[Run, Run]:
+    model = build_model(row, args, backend)
+    images = torch.randn(row.batch, 3, row.size, row.size, device="cuda")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    captured = False
+
+    @torch.inference_mode()
+    def forward() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=not row.fp32, cache_enabled=False):
+            return model(images)
+
+    def capture() -> None:
+        nonlocal captured
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            forward()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        with torch.cuda.graph(graph, stream=side):
+            forward()
+        captured = True
+
+    return lambda: graph.replay() if captured else forward(), capture
 
 
-def training_step(args: argparse.Namespace) -> Callable[[], object]:
-    model = create_model(args.model, img_size=args.input_size, scan_backend=args.backend).cuda().train()
-    ema = ModelEmaV3(model, decay=0.99996)
-    groups = param_groups_weight_decay(model, 0.05)
-    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(5e-4, device="cuda"), fused=True, capturable=True)
-    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device="cuda")
-    targets = torch.rand(args.batch_size, 1000, device="cuda").softmax(1)
-    net = torch.compile(model) if args.compile else model
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=not args.no_amp, cache_enabled=False):
-            logits = net(images)
-        F.cross_entropy(logits.float(), targets).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        ema.update(model)
-
-    return step
+def peak_gib() -> float:
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
-def inference_step(args: argparse.Namespace) -> Callable[[], object]:
-    model = create_model(args.model, img_size=args.input_size, scan_backend=args.backend).cuda().eval()
-    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device="cuda")
-    net = torch.compile(model) if args.compile else model
+def measure(row: Row, args: argparse.Namespace, backend: str, gpu: Gpu) -> dict[str, Any]:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run, capture = (training if row.training else inference)(row, args, backend)
+    found: dict[str, Any] = {**asdict(row), "backend": backend, "launched_ms": milliseconds(run, args.repeats)}
+    found["launched_gib"] = peak_gib()
+    capture()
+    found["ms"] = milliseconds(run, args.repeats)
+    found["gib"] = peak_gib()
+    found["host_share"] = max(0.0, 1 - queued_milliseconds(run) / found["ms"])
+    found["img_s"], found["launched_img_s"] = (1000 * row.batch / found[key] for key in ("ms", "launched_ms"))
+    if row.model in WIDTHS:
+        ops = step(row.batch, row.size, WIDTHS[row.model], fp32=row.fp32, training=row.training)
+        found["floor_ms"] = 1000 * gpu.seconds(ops, row.fp32)
+    return found
 
-    @torch.no_grad()
-    def step() -> torch.Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=not args.no_amp, cache_enabled=False):
-            return net(images)
 
-    return step
+def tell(found: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    for column in ("step", "backend", "ms", "img/s", "launched", "GiB", "host", "floor ms", "x floor", "original"):
+        table.add_column(column, justify="left" if column in ("step", "backend") else "right")
+    names = {row.name: str(row) for row in (*ROWS, *BASELINES)}
+    for f in found:
+        floor = f.get("floor_ms")
+        table.add_row(
+            names[f["name"]], f["backend"], f"{f['ms']:.2f}", f"{f['img_s']:,.0f}", f"{f['launched_img_s']:,.0f}",
+            f"{f['gib']:.2f}", f"{f['host_share']:.1%}", f"{floor:.1f}" if floor else "",
+            f"{f['ms'] / floor:.2f}" if floor else "", f"{f['original']:,}" if f["original"] else "",
+        )  # fmt: skip
+    Console(width=140).print(table)
+
+
+def plot(source: Path) -> None:
+    """Bars of images a second beside the original's, as a PNG next to the JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    record = json.loads(source.read_text())
+    names = {row.name: str(row) for row in (*ROWS, *BASELINES)}
+    rows = [f for f in record["figures"] if f["backend"] in ("auto", "timm")][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.7 * len(rows) + 1.2), layout="constrained")
+    for i, f in enumerate(rows):
+        ours = f["backend"] == "auto"
+        axes.barh(i + 0.18, f["img_s"], 0.34, color="#2a7f62" if ours else "#8a8f98")
+        axes.text(f["img_s"], i + 0.18, f" {f['img_s']:,.0f}", va="center", fontsize=9)
+        if f["original"]:
+            axes.barh(i - 0.18, f["original"], 0.34, color="#d08c60")
+            axes.text(f["original"], i - 0.18, f" {f['original']:,}", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [names[f["name"]] for f in rows])
+    axes.set_xlabel("images a second")
+    axes.set_title(
+        f"{record['gpu']}, {record['date']}: vimfast, DeiT (grey), hustvl/Vim with mamba_ssm (orange)", fontsize=10
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(source.with_suffix(".png"), dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vim_tiny_patch16_224")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--input-size", type=int, default=224)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--no_amp", action="store_true", help="fp32, without TF32")
+    known = [row.name for row in (*ROWS, *BASELINES)]
+    parser.add_argument("--rows", nargs="+", choices=known, default=known, metavar="ROW", help=" ".join(known))
+    parser.add_argument("--backends", nargs="+", default=["auto"], help="auto, mamba_ssm, reference")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--no-graph", action="store_true", help="time eager launches only")
-    parser.add_argument("--infer", action="store_true", help="inference instead of training")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the figures of this file, as a PNG")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+        return
     if not torch.cuda.is_available():
         raise UserError("this benchmark needs a GPU and there is none here")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
-    step = (inference_step if args.infer else training_step)(args)
-    precision = "fp32" if args.no_amp else "bf16"
-    what = f"{args.model} {args.input_size}, batch {args.batch_size}, {precision}, {args.backend}"
-    table = Table("launched", "ms a step", "img/s", "peak GiB", title=f"{what}, {torch.cuda.get_device_name()}")
-    for name, run in (("eagerly", lambda: step), ("as a graph", lambda: as_graph(step))):
-        if name == "as a graph" and args.no_graph:
-            continue
-        torch.cuda.reset_peak_memory_stats()
-        ms = milliseconds(run(), args.repeats)
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        table.add_row(name, f"{ms:.2f}", f"{1000 * args.batch_size / ms:,.0f}", f"{peak:.2f}")
-    Console(width=110).print(table)
+    gpu = this_gpu()
+    found = []
+    for row in ROWS:
+        if row.name in args.rows:
+            found += [measure(row, args, backend, gpu) for backend in args.backends]
+    found += [measure(row, args, "timm", gpu) for row in BASELINES if row.name in args.rows]
+    title = f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s"
+    tell(found, title)
+    if args.json:
+        record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": found}
+        args.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class ModelConfig:
     scan_backend: str = option("auto", "kernels of the model: auto, gluon, mamba_ssm, reference")
     use_checkpoint: bool = option(False, "recompute activations in backward to save memory")
     torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same")
+    cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it")
 
 
 @dataclass
@@ -91,6 +92,10 @@ class OptimConfig:
     clip_grad: float | None = option(None, "largest gradient norm; default: no clipping")
     lr: float = option(5e-4, "learning rate for a global batch of 512; scaled in proportion to the batch", least=0)
     unscale_lr: bool = option(False, "take --lr as it is, whatever the batch")
+    accum_steps: int = option(1, "batches of --batch-size on each GPU that make one update", least=1)
+    skip_limit: int = option(
+        20, "steps in a row that may be skipped, their gradients being no numbers, before the run stops", least=1
+    )
 
 
 @dataclass

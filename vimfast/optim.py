@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vimfast.config import EmaConfig, OptimConfig, ScheduleConfig
@@ -100,8 +100,34 @@ class LearningRate:
         return self.optimizer.param_groups[0]["lr"]
 
 
-def build_ema(cfg: EmaConfig, model: nn.Module) -> ModelEmaV3 | None:
+class WeightAverage(ModelEmaV3):
+    """timm's exponential moving average of the whole state dict, without a walk over the state dict in each step."""
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        if not self.foreach:  # kept in host memory
+            super().apply_update_(model, decay)
+            return
+        averages, weights, others = self._tensors(model)
+        torch._foreach_lerp_(averages, weights, weight=1.0 - decay)
+        for own, new in others:
+            own.copy_(new)
+
+    def _tensors(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """What is averaged, with what, and what is copied (counters); they alias the modules' own memory."""
+        if self._known is None or self._known[0] is not model:
+            pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+            floats = [pair for pair in pairs if pair[0].is_floating_point()]
+            others = [pair for pair in pairs if not pair[0].is_floating_point()]
+            self._known = (model, ([own for own, _ in floats], [new for _, new in floats], others))
+        return self._known[1]
+
+    _known: Any = None
+
+
+def build_ema(cfg: EmaConfig, model: nn.Module) -> WeightAverage | None:
     """An average of the whole state dict, float32, updated after every step; made before DDP wraps the model."""
     if not cfg.model_ema:
         return None
-    return ModelEmaV3(model, decay=cfg.model_ema_decay, device=torch.device("cpu") if cfg.model_ema_force_cpu else None)
+    return WeightAverage(
+        model, decay=cfg.model_ema_decay, device=torch.device("cpu") if cfg.model_ema_force_cpu else None
+    )

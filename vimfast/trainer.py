@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vimfast.evaluate import Scores, evaluate
 from vimfast.metrics import Pace, Reporter, Sums, duration, memory_gib
 from vimfast.models import create_model
 from vimfast.optim import LearningRate, build_ema, build_optimizer, peak_lr
+from vimfast.step import TrainStep, side_stream
 
 CHECKPOINT, BEST, RESOLVED_CONFIG = "checkpoint.pth", "best_checkpoint.pth", "config.yaml"
 
@@ -78,8 +80,9 @@ class Trainer:
                 f"check them with python -m vimfast.check_data {cfg.data.data_path}"
             )
         self.train_loader = self._loader(source, training=True)
-        self.steps = self.train_loader.steps
-        self.global_batch = cfg.data.batch_size * world.size
+        self.accum_steps = cfg.optim.accum_steps
+        self.steps = self.train_loader.steps // self.accum_steps
+        self.global_batch = cfg.data.batch_size * self.accum_steps * world.size
         self.mixup = Mixup(cfg.mix, num_classes, cfg.run.seed, world.rank)
         self.optimizer = build_optimizer(cfg.optim, self.model, peak_lr(cfg.optim, self.global_batch))
         self.rate = LearningRate(cfg.schedule, self.optimizer, self.steps)
@@ -89,7 +92,17 @@ class Trainer:
             self._load_place(state)
         if cfg.run.start_epoch is not None:
             self.epoch, self.step = cfg.run.start_epoch, 0
-        self.net = self._wrap(self.model)
+        self.train_step = TrainStep(
+            self._wrap(self.model),
+            self.optimizer,
+            self._criterion,
+            amp=self.amp,
+            average=self.ema,
+            model=self.model,
+            clip_grad=cfg.optim.clip_grad,
+            accum_steps=self.accum_steps,
+        )
+        self.skipped = 0
         self.stop_signal: int | None = None
 
     def _loader(self, source: Source, training: bool) -> Loader:
@@ -103,8 +116,14 @@ class Trainer:
             repeats=3 if training and data.repeated_aug else 1,
             shuffle=training,
             drop_last=training,
-            limit=self.cfg.run.steps_per_epoch if training else self.cfg.run.eval_steps,
+            limit=None if training else self.cfg.run.eval_steps,
         )
+        if training:  # whole updates only
+            accum, limit = self.cfg.optim.accum_steps, self.cfg.run.steps_per_epoch
+            updates = order.steps // accum
+            if updates == 0 < order.steps:
+                raise UserError(f"--accum-steps {accum} is more than the {order.steps} batches of an epoch; lower it")
+            order = replace(order, limit=accum * (updates if limit is None else min(limit, updates)))
         loader = Loader(
             source,
             order,
@@ -124,9 +143,12 @@ class Trainer:
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: under DDP with several processes, compiled if asked for."""
+        device = self.world.device
         if self.world.size > 1:
-            ids = [self.world.device] if self.world.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            on_gpu = device.type == "cuda"
+            with torch.cuda.stream(side_stream(device)) if on_gpu else nullcontext():
+                ids = [device] if on_gpu else None
+                model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         if self.cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
             model.compile()
         return model
@@ -140,7 +162,8 @@ class Trainer:
             if self.cfg.run.amp and not enabled:
                 self.report.warn("this GPU has no bf16, so the run is in fp32; --no_amp says so without this line")
         self.precision = "bf16 autocast" if enabled else "fp32"
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
+        # A cache of cast weights would outlive the step that it was made in, in a CUDA graph's memory.
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def _make_folder(self) -> Path | None:
         if self.folder is not None and self.world.is_main:
@@ -232,11 +255,11 @@ class Trainer:
         """Write the state of the run under each of `names` in the run folder; every process must call it.
 
         Raises:
-            UserError: the loss is no number any more, so the weights are of no use: what is on disk stays.
+            UserError: the gradients are no numbers any more, so the weights are of no use: what is on disk stays.
         """
         if self.folder is None:
             return
-        self._check_finite(self.sums.read()["loss"])
+        self._check_health()
         cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
         own = {"torch": torch.get_rng_state(), "cuda": cuda, "sums": self.sums.values.tolist()}
         processes = dist.gather_objects(own)
@@ -299,6 +322,8 @@ class Trainer:
 
     def _train(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        with self._training_memory():
+            self._capture()
         self._introduce(parameters)
         begin = time.perf_counter()
         while self.epoch < self.cfg.schedule.epochs:
@@ -315,7 +340,8 @@ class Trainer:
         kernels = f", kernels {tell(torch.float32 if self.precision == 'fp32' else torch.bfloat16)}" if tell else ""
         self.report.say(
             f"{cfg.model.model}: {parameters:,} parameters{kernels}, "
-            f"{self.precision} on {world.size} x {world.device.type}; "
+            f"{self.precision} on {world.size} x {world.device.type}"
+            f"{', steps as a CUDA graph' if self.train_step.captured else ''}; "
             f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes, "
             f"{len(self.val_source):,} to validate; {self.steps} steps an epoch of {self.global_batch} pictures, "
             f"learning rate {peak_lr(cfg.optim, self.global_batch):.3g}"
@@ -323,20 +349,37 @@ class Trainer:
         if self.epoch or self.step:
             self.report.say(f"resuming at epoch {self.epoch}, step {self.step} of {self.steps}")
 
+    def _capture(self) -> None:
+        """Record the training step as a CUDA graph, before the loader's threads use the GPU too."""
+        cfg, device = self.cfg, self.world.device
+        if device.type != "cuda" or not cfg.model.cuda_graph or not getattr(self.model, "capturable", False):
+            return
+        side = cfg.model.input_size
+        images = torch.zeros(cfg.data.batch_size, 3, side, side, device=device)
+        labels = torch.zeros(cfg.data.batch_size, dtype=torch.int64, device=device)
+        self.model.train()
+        try:
+            self.train_step.capture(*self.mixup(images, labels, 0))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            why = " ".join(str(error).split())
+            self.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph is the same, unasked")
+
     def _train_epoch(self) -> None:
         self.model.train()
         run, pace = self.cfg.run, Pace(self.world.size)
-        batches = self.train_loader.epoch(self.epoch, self.step)
+        batches = self.train_loader.epoch(self.epoch, self.step * self.accum_steps)
         pace.start()
         before = self.sums.read() if self.step else {"loss": 0.0, "steps": 0.0}
-        memory = self._memory_for(self.train_loader, "--batch-size", ", or --use-checkpoint")
-        with memory, self.report.steps(f"epoch {self.epoch}", self.steps, self.step):
-            while (batch := self._next(pace, batches)) is not None:
+        with self._training_memory(), self.report.steps(f"epoch {self.epoch}", self.steps, self.step):
+            while self.step < self.steps:
                 self.rate.set(self.epoch, self.step)
-                loss = self.train_step(batch)
-                self.sums.add(loss, 1.0)
+                for part in range(self.accum_steps):
+                    batch = self._next(pace, batches)
+                    self._train_batch(batch, part)
+                    pace.count(len(batch.labels))
                 self.step += 1
-                pace.count(len(batch.labels))
                 self.report.advance()
                 if self.step % run.log_every == 0 or self.step == self.steps:
                     before = self._tell(pace, before)
@@ -345,7 +388,10 @@ class Trainer:
                 if run.save_every and self.step % run.save_every == 0 and self.step < self.steps:
                     self.save(CHECKPOINT)
 
-    def _next(self, pace: Pace, batches: Iterator[Batch]) -> Batch | None:
+    def _training_memory(self) -> AbstractContextManager[None]:
+        return self._memory_for(self.train_loader, "--batch-size", ", or --use-checkpoint")
+
+    def _next(self, pace: Pace, batches: Iterator[Batch]) -> Batch:
         try:
             return pace.wait_for(batches)
         except UserError:  # a picture that cannot be read; the weights are sound, so keep them
@@ -353,28 +399,24 @@ class Trainer:
                 self.save(CHECKPOINT)
             raise
 
-    def train_step(self, batch: Batch) -> Tensor:
-        """Forward, backward, update, average. Returns the loss, a scalar on the device; the host does not wait."""
-        images, targets = self.mixup(batch.images, batch.labels, self.epoch * self.steps + self.step)
-        with self.amp:
-            logits = self.net(images)
-        logits = logits.float()
-        bce = self.cfg.mix.bce_loss
-        loss = F.binary_cross_entropy_with_logits(logits, targets) if bce else F.cross_entropy(logits, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.cfg.optim.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip_grad)
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.model)
-        return loss.detach()
+    def _train_batch(self, batch: Batch, part: int) -> None:
+        """Batch `part` of the `accum_steps` of this step."""
+        number = (self.epoch * self.steps + self.step) * self.accum_steps + part
+        images, targets = self.mixup(batch.images, batch.labels, number)
+        loss, sound = self.train_step(images, targets, first=part == 0, last=part == self.accum_steps - 1)
+        self.sums.add(torch.where(sound > 0, loss, 0), sound)
+
+    def _criterion(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.cfg.mix.bce_loss:
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        return F.cross_entropy(logits, targets)
 
     def _tell(self, pace: Pace, before: dict[str, float]) -> dict[str, float]:
         """Report the steps since `before`; returns the sums for the next report."""
         now = self.sums.read()
-        self._check_finite(now["loss"])
-        loss = (now["loss"] - before["loss"]) / max(now["steps"] - before["steps"], 1)
+        self._check_health()
+        sound = now["steps"] - before["steps"]
+        loss = (now["loss"] - before["loss"]) / sound if sound else math.nan
         speed = pace.report()
         left = (self.cfg.schedule.epochs - self.epoch) * self.steps - self.step
         memory = memory_gib(self.world.device)
@@ -390,16 +432,22 @@ class Trainer:
         pace.start()
         return now
 
-    def _check_finite(self, loss: float) -> None:
-        """Stop a run whose loss (summed over the processes, so on all alike) is no number any more."""
-        if math.isfinite(loss):
-            return
-        own = self.folder / CHECKPOINT if self.folder else None
-        kept = f"; {own} is from before" if own is not None and own.exists() else ""
-        raise UserError(
-            f"the loss is {loss} by epoch {self.epoch}, step {self.step}, learning rate {self.rate.value:.3g}; "
-            f"try a lower --lr, --clip-grad 1 or --no_amp{kept}"
-        )
+    def _check_health(self) -> None:
+        """Tell of skipped steps; end a run that does nothing but skip. Gradients are the same on all processes."""
+        health = self.train_step.health()
+        first = f", first in {', '.join(health.names[:3])}" if health.names else ""
+        where = f"epoch {self.epoch}, step {self.step}, learning rate {self.rate.value:.3g}{first}"
+        limit = min(self.cfg.optim.skip_limit, self.steps)
+        if health.in_a_row >= limit:
+            own = self.folder / CHECKPOINT if self.folder else None
+            kept = f"; {own} is from before" if own is not None and own.exists() else ""
+            raise UserError(
+                f"the gradients of {health.in_a_row} steps in a row are no numbers, by {where}; "
+                f"try a lower --lr, --clip-grad 1 or --no_amp{kept}"
+            )
+        if health.skipped > self.skipped:
+            self.report.warn(f"{health.skipped - self.skipped} steps skipped, their gradients no numbers, by {where}")
+            self.skipped = health.skipped
 
     def _finish_epoch(self, parameters: int) -> None:
         trained = self.sums.read()

@@ -314,6 +314,12 @@ class VisionMamba(nn.Module):
         """Keep only the inputs of each block for backward and run it again then."""
         self.grad_checkpointing = enable
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph of a training step may stand for the next one: nothing is drawn on the host."""
+        on_host = self.if_random_cls_token_position or self.if_random_token_rank or self.flip_img_sequences_ratio > 0
+        return not on_host
+
     def kernels(self, dtype: torch.dtype) -> str:
         """Which kernels run the model in this dtype where its weights are, and why not faster ones."""
         mixer = self.layers[0].mixer

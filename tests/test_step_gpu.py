@@ -1,0 +1,132 @@
+"""The captured training step does what the launched one does. Needs a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vimfast.config import EmaConfig, OptimConfig
+from vimfast.models import create_model
+from vimfast.optim import build_ema, build_optimizer
+from vimfast.step import TrainStep, side_stream
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda:0")
+
+
+def criterion(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets)
+
+
+def build(drop_path: float = 0.0, accum_steps: int = 1, wrapped: bool = False, compiled: bool = False) -> TrainStep:
+    torch.manual_seed(0)
+    options = {"img_size": 64, "depth": 3, "embed_dim": 64, "num_classes": 10, "drop_path_rate": drop_path}
+    model = create_model("vim_tiny_patch16_224", **options).to(DEVICE).train()
+    average = build_ema(EmaConfig(model_ema_decay=0.9), model)
+    net: nn.Module = model
+    if wrapped:
+        with torch.cuda.stream(side_stream(DEVICE)):
+            net = DistributedDataParallel(model, device_ids=[DEVICE], gradient_as_bucket_view=True)
+    if compiled:
+        net.compile()
+    amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    optimizer = build_optimizer(OptimConfig(), model, 1e-3)
+    return TrainStep(net, optimizer, criterion, amp=amp, average=average, model=model, accum_steps=accum_steps)
+
+
+def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    for _ in range(count):
+        images = torch.randn(8, 3, 64, 64, device=DEVICE, generator=generator)
+        yield images, torch.rand(8, 10, device=DEVICE, generator=generator).softmax(1)
+
+
+def run(step: TrainStep, capture: bool, count: int = 6) -> list[float]:
+    """The losses of `count` batches."""
+    if capture:
+        step.capture(*next(batches(1)))
+    losses = []
+    for i, (images, targets) in enumerate(batches(count)):
+        place = i % step.accum_steps
+        loss, sound = step(images, targets, first=place == 0, last=place == step.accum_steps - 1)
+        losses.append(loss.item())
+        assert sound.item() == 1
+    return losses
+
+
+def agree(one: TrainStep, two: TrainStep) -> None:
+    for name, weight in one.model.state_dict().items():
+        torch.testing.assert_close(two.model.state_dict()[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    assert one.average is not None
+    assert two.average is not None
+    for a, b in zip(one.average.module.parameters(), two.average.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_captured_step_is_the_launched_one(accum_steps: int) -> None:
+    eager, graph = build(accum_steps=accum_steps), build(accum_steps=accum_steps)
+    expected = run(eager, capture=False)
+    assert run(graph, capture=True) == pytest.approx(expected, rel=1e-4)
+    assert graph.captured
+    agree(eager, graph)
+
+
+def test_capturing_leaves_no_trace_and_replays_draw_anew() -> None:
+    step = build(drop_path=0.5)
+    weights = {name: w.clone() for name, w in step.model.state_dict().items()}
+    random_state = torch.cuda.get_rng_state()
+    images, targets = next(batches(1))
+    step.capture(images, targets)
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+    assert all(torch.equal(w, weights[name]) for name, w in step.model.state_dict().items())
+    assert not step.optimizer.state
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.0
+    losses = [step(images, targets)[0].item() for _ in range(4)]
+    assert len(set(losses)) == 4
+    torch.cuda.set_rng_state(random_state)  # a resumed run draws what the first one drew
+    assert [step(images, targets)[0].item() for _ in range(4)] == losses
+
+
+def test_a_replayed_step_without_numbers_is_skipped() -> None:
+    step = build()
+    images, targets = next(batches(1))
+    step.capture(images, targets)
+    step(images, targets)
+    weights = {name: w.clone() for name, w in step.model.state_dict().items()}
+    _, sound = step(images.fill_(float("nan")), targets)
+    assert sound.item() == 0
+    assert all(torch.equal(w, weights[name]) for name, w in step.model.state_dict().items())
+    assert step.health()[:2] == (1, 1)
+    assert step.health().names
+
+
+def test_under_ddp_the_exchange_is_in_the_graph() -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1)
+    try:
+        eager, graph = build(wrapped=True), build(wrapped=True)
+        expected = run(eager, capture=False)
+        assert run(graph, capture=True) == pytest.approx(expected, rel=1e-4)
+        agree(eager, graph)
+        halves = build(wrapped=True, accum_steps=2)
+        run(halves, capture=True)
+        whole = build(accum_steps=2)
+        run(whole, capture=False)
+        agree(whole, halves)
+        del eager, graph, halves
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_compiled_model_is_captured() -> None:
+    eager, graph = build(), build(compiled=True)
+    expected = run(eager, capture=False)
+    assert run(graph, capture=True) == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,222 @@
+"""One training step: forward, loss, backward, update, average; on a GPU replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (pictures, logits, targets) -> scalar
+
+IN_FLIGHT = 2  # steps the host may be ahead of the GPU
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which steps are captured. DDP must be built on it: autograd goes on where a gradient began."""
+    return torch.cuda.Stream(device)
+
+
+class Health(NamedTuple):
+    """What became of steps whose gradients are no numbers: they change no weights."""
+
+    skipped: int  # of all steps
+    in_a_row: int  # longest run of skipped steps
+    names: list[str]  # the parameters that went first, in the model's order
+
+
+class TrainStep:
+    """Trains `net` on batches of one size and dtype; the host waits for nothing in a step but the GPU's lead.
+
+    With :meth:`capture`, forward and backward are recorded once as a CUDA graph and replayed from then on, with DDP's
+    all-reduces in it: hundreds of launches become one. The update stays outside, so that any optimizer and any learning
+    rate will do; it is queued while the GPU still works on the graph.
+
+    A step whose gradients hold an infinity or a NaN, which after DDP's all-reduce is so on all processes or on none,
+    leaves weights and optimizer state as they are, and is counted.
+
+    Args:
+        net: the model as it is trained, pictures [B, 3, S, S] to logits [B, K]; under DDP or not, compiled or not.
+        optimizer: over its parameters.
+        criterion: pictures, logits (fp32) and targets to a scalar.
+        amp: the autocast context of the forward pass; without a weight cache (``cache_enabled=False``).
+        average: of `model`'s weights, updated behind each step.
+        model: the module that `net` wraps.
+        clip_grad: largest norm of all gradients together; None for no clipping.
+        accum_steps: batches whose mean gradient makes one update.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion,
+        *,
+        amp: torch.autocast,
+        average: ModelEmaV3 | None = None,
+        model: nn.Module | None = None,
+        clip_grad: float | None = None,
+        accum_steps: int = 1,
+    ) -> None:
+        self.net, self.optimizer, self.criterion, self.amp = net, optimizer, criterion, amp
+        self.average, self.model = average, net if model is None else model
+        self.clip_grad, self.accum_steps = clip_grad, accum_steps
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
+        device = self._parameters[0].device
+        self._on_gpu = device.type == "cuda"
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._loss = torch.zeros((), device=device)
+        self._skipped = torch.zeros(3, device=device)  # in all, in a row up to now, longest row
+        self._first_bad = torch.zeros(len(named), dtype=torch.bool, device=device)
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    # Capturing
+
+    def capture(self, images: Tensor, targets: Tensor) -> None:
+        """Record the graph. Weights, optimizer, average and random state are what they were before.
+
+        Call it while no other thread works on the GPU (before the loader starts), with any batch of the size, dtype and
+        memory layout to come. Captured is what the model does for it: nothing in it may depend on draws or branches
+        of the host.
+
+        Raises:
+            RuntimeError: something in the step cannot be captured; the step then stays eager.
+        """
+        self._inputs = images.clone(), targets.clone()
+        random_state = torch.cuda.get_rng_state(images.device)
+        updates = [True] if self.accum_steps == 1 else [False, True]
+        side = side_stream(images.device)
+        warm_up = (
+            11 if isinstance(self.net, DistributedDataParallel) else 3
+        )  # DDP settles its buckets within eleven steps
+        side.wait_stream(torch.cuda.current_stream(images.device))
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(warm_up):
+                    self._drop_gradients()
+                    self._forward_backward(*self._inputs, True)
+            torch.cuda.synchronize(images.device)
+            self._drop_gradients()
+            torch.cuda.empty_cache()  # what warming up took is free for the graph's own pool
+            if self.accum_steps > 1:  # gradients to add to must be there before; else backward makes them
+                for p in self._parameters:
+                    p.grad = torch.zeros_like(p)
+            for update in updates:
+                graph = torch.cuda.CUDAGraph()
+                pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    self._loss.copy_(self._forward_backward(*self._inputs, update))
+                self._graphs[update] = graph
+        except BaseException:
+            self._graphs, self._inputs = {}, None
+            torch.cuda.synchronize(images.device)
+            self._drop_gradients()
+            raise
+        finally:
+            torch.cuda.current_stream(images.device).wait_stream(side)
+            torch.cuda.set_rng_state(random_state, images.device)
+
+    @property
+    def captured(self) -> bool:
+        return bool(self._graphs)
+
+    # Running
+
+    def __call__(
+        self, images: Tensor, targets: Tensor, *, first: bool = True, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """One batch; with accumulation the weights change behind the `last` of the batches that the `first` began.
+
+        Args:
+            images: [B, 3, S, S] on the device.
+            targets: whatever the criterion takes.
+
+        Returns:
+            the batch's loss, and 1.0 where its step counts, 0.0 where it was skipped; fp32 scalars on the device that
+            the next call overwrites.
+        """
+        if self._graphs:
+            assert self._inputs is not None
+            for own, given in zip(self._inputs, (images, targets), strict=True):
+                own.copy_(given)
+            if first and self.accum_steps > 1:
+                torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+            self._graphs[last].replay()
+            loss = self._loss
+        else:
+            if first:
+                self._drop_gradients()
+            loss = self._forward_backward(images, targets, last)
+        sound = self._update() if last else torch.isfinite(loss).float()
+        self._keep_pace()
+        return loss, sound
+
+    def _forward_backward(self, images: Tensor, targets: Tensor, last: bool) -> Tensor:
+        with self._exchange(last):
+            with self.amp:
+                logits = self.net(images)
+            loss = self.criterion(images, logits.float(), targets)
+            (loss if self.accum_steps == 1 else loss / self.accum_steps).backward()
+        return loss.detach()
+
+    def _exchange(self, last: bool) -> AbstractContextManager[None]:
+        """Only the last batch's backward pass all-reduces."""
+        return nullcontext() if last or not isinstance(self.net, DistributedDataParallel) else self.net.no_sync()
+
+    def _update(self) -> Tensor:
+        parameters = [p for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        total = norms.norm()
+        bad = (~torch.isfinite(total)).float()
+        self._note(bad, norms, parameters)
+        if self.clip_grad is not None:
+            torch._foreach_mul_(gradients, (self.clip_grad / (total + 1e-6)).clamp(max=1.0))
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernels read it and do nothing
+            self.optimizer.step()
+        elif not bool(bad):  # other optimizers know no such flag: the host has to wait and see
+            self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        return 1 - bad
+
+    def _note(self, bad: Tensor, norms: Tensor, parameters: list[nn.Parameter]) -> None:
+        total, row, longest = self._skipped
+        if len(parameters) == len(self._parameters):
+            first = (total == 0) & (bad > 0)
+            self._first_bad |= ~torch.isfinite(norms) & first
+        total += bad
+        row.add_(bad).mul_(bad)
+        torch.maximum(longest, row, out=longest)
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _keep_pace(self) -> None:
+        """Let the host be no further ahead: batches in flight hold memory, and signals must be heard."""
+        if not self._on_gpu:
+            return
+        end = torch.cuda.Event()
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) > IN_FLIGHT:
+            self._ends.popleft().synchronize()
+
+    # Health
+
+    def health(self) -> Health:
+        """Skipped steps so far; the host waits for the device."""
+        total, _, longest = (int(v) for v in self._skipped.tolist())
+        bad = self._first_bad.tolist() if total else []
+        return Health(total, longest, [name for name, is_bad in zip(self._names, bad, strict=False) if is_bad])
