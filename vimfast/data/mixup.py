@@ -52,8 +52,11 @@ class Mixup:
         lam, boxes = self.draw(rng, len(images), images.shape[2], images.shape[3])
         if (lam < 1).any():
             images = self._mix(images, lam, boxes)
-        weight = torch.from_numpy(lam).to(images.device, torch.float32, non_blocking=True)[:, None]
-        targets = targets * weight + targets.flip(0) * (1 - weight)
+        if self.cfg.mixup_mode == "batch":
+            targets = torch.lerp(targets.flip(0), targets, float(lam[0]))
+        else:
+            weight = torch.from_numpy(lam).to(images.device, torch.float32, non_blocking=True)[:, None]
+            targets = torch.lerp(targets.flip(0), targets, weight)
         return images, (targets > 0).float() if self.cfg.bce_loss else targets
 
     def draw(self, rng: np.random.Generator, batch: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,15 +99,15 @@ class Mixup:
         )
 
     def _mix(self, images: Tensor, lam: np.ndarray, boxes: np.ndarray) -> Tensor:
-        partners = images.flip(0)
         pasted = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])
         if self.cfg.mixup_mode == "batch":
             if not pasted[0]:
-                return images * float(lam[0]) + partners * float(1 - lam[0])
+                return torch.lerp(images.flip(0), images, float(lam[0]))
             top, bottom, left, right = boxes[0].tolist()
             mixed = images.clone()
-            mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
+            mixed[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
             return mixed
+        partners = images.flip(0)
         weight = np.where(pasted, 1.0, lam)
         w = torch.from_numpy(weight).to(images.device, images.dtype, non_blocking=True)[:, None, None, None]
         box = torch.from_numpy(boxes).to(images.device, non_blocking=True)[:, :, None]
