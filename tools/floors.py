@@ -7,6 +7,7 @@ An op's floor is the largest of its three times; ops follow one another, so a st
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,8 @@ RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 0.87 * 1.008e12, 16 * 128 * 2.52e9, 16
 def this_gpu() -> Gpu:
     """The GPU at hand: memory rate measured, the rest from its multiprocessors and clock, as the H200's scale."""
     found = torch.cuda.get_device_properties(0)
-    clock = torch.cuda.clock_rate() * 1e6
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    clock = 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
     a, b = torch.empty(2, 1 << 28, dtype=torch.uint8, device="cuda").unbind()
     times = []
     for _ in range(9):

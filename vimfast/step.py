@@ -106,11 +106,11 @@ class TrainStep:
                     self._drop_gradients()
                     self._forward_backward(*self._inputs, True)
             torch.cuda.synchronize(images.device)
-            self._drop_gradients()
+            if self.accum_steps == 1:
+                self._drop_gradients()  # backward makes them, in the graph's memory
+            else:
+                self._zero_gradients()  # to be added to, in DDP's buckets where there are any
             torch.cuda.empty_cache()  # what warming up took is free for the graph's own pool
-            if self.accum_steps > 1:  # gradients to add to must be there before; else backward makes them
-                for p in self._parameters:
-                    p.grad = torch.zeros_like(p)
             for update in updates:
                 graph = torch.cuda.CUDAGraph()
                 pool = next(iter(self._graphs.values())).pool() if self._graphs else None
@@ -150,7 +150,7 @@ class TrainStep:
             for own, given in zip(self._inputs, (images, targets), strict=True):
                 own.copy_(given)
             if first and self.accum_steps > 1:
-                torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+                self._zero_gradients()
             self._graphs[last].replay()
             loss = self._loss
         else:
@@ -202,6 +202,9 @@ class TrainStep:
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _zero_gradients(self) -> None:
+        torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
 
     def _keep_pace(self) -> None:
         """Let the host be no further ahead: batches in flight hold memory, and signals must be heard."""

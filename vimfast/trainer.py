@@ -130,6 +130,7 @@ class Trainer:
             size=self.cfg.model.input_size,
             device=world.device,
             training=training,
+            augmentation=self.cfg.augment if training else None,
             scale=data.scale,
             ratio=data.ratio,
             hflip=data.hflip,
@@ -145,9 +146,8 @@ class Trainer:
         """The model as it is trained: under DDP with several processes, compiled if asked for."""
         device = self.world.device
         if self.world.size > 1:
-            on_gpu = device.type == "cuda"
-            with torch.cuda.stream(side_stream(device)) if on_gpu else nullcontext():
-                ids = [device] if on_gpu else None
+            ids = [device] if device.type == "cuda" else None
+            with torch.cuda.stream(side_stream(device)) if self._captures else nullcontext():
                 model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         if self.cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
             model.compile()
@@ -349,12 +349,17 @@ class Trainer:
         if self.epoch or self.step:
             self.report.say(f"resuming at epoch {self.epoch}, step {self.step} of {self.steps}")
 
+    @property
+    def _captures(self) -> bool:
+        """Whether steps are to be a CUDA graph: a model has to say that nothing in it depends on the host."""
+        wanted = self.world.device.type == "cuda" and self.cfg.model.cuda_graph
+        return wanted and getattr(self.model, "capturable", False)
+
     def _capture(self) -> None:
         """Record the training step as a CUDA graph, before the loader's threads use the GPU too."""
-        cfg, device = self.cfg, self.world.device
-        if device.type != "cuda" or not cfg.model.cuda_graph or not getattr(self.model, "capturable", False):
+        if not self._captures:
             return
-        side = cfg.model.input_size
+        cfg, device, side = self.cfg, self.world.device, self.cfg.model.input_size
         images = torch.zeros(cfg.data.batch_size, 3, side, side, device=device)
         labels = torch.zeros(cfg.data.batch_size, dtype=torch.int64, device=device)
         self.model.train()
