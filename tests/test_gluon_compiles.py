@@ -15,7 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from vimfast_kernels import scan_gluon  # noqa: E402
 
 FP32 = {"a_ptr", "skip_ptr", "bias_ptr", "dbc_ptr", "dparam_ptr"}
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one program may have
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one program may have
 
 
 def compiled(kernel: Any, arch: int, element: str, num_warps: int, **constants: Any) -> Any:
@@ -39,18 +39,32 @@ def compiled(kernel: Any, arch: int, element: str, num_warps: int, **constants: 
 
 @pytest.mark.parametrize(
     ("arch", "element", "n", "directions"),
-    [(90, "bf16", 16, 2), (90, "fp32", 64, 1), (80, "bf16", 16, 2), (89, "bf16", 16, 2), (100, "bf16", 16, 2)],
+    [
+        (90, "bf16", 16, 2),
+        (90, "fp32", 64, 1),
+        (80, "bf16", 16, 2),
+        (86, "bf16", 16, 2),
+        (89, "bf16", 16, 2),
+        (100, "bf16", 16, 2),
+    ],
 )
 def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None:
     constants = {
-        "D": 384, "N": n, "DIRS": directions, "BD": scan_gluon.BLOCK_CHANNELS[n], "CHUNK": scan_gluon.CHUNK,
-        "FLIP": 0, "GATE": True, "PRECISE": element != "bf16",
+        "D": 384, "N": n, "DIRS": directions, "CHUNK": scan_gluon.CHUNK, "FLIP": 0, "GATE": True,
+        "PRECISE": element != "bf16",
     }  # fmt: skip
-    forward = compiled(scan_gluon.scan_forward, arch, element, directions, SAVE=True, UNROLL=4, **constants)
+    many, few = (scan_gluon.forward_block(batch, 384, n, 132) for batch in (1024, 1))
+    wide, narrow = (
+        compiled(scan_gluon.scan_forward, arch, element, directions, SAVE=True, **block, **constants)
+        for block in (many, few)
+    )
+    constants["BD"] = scan_gluon.BLOCK_CHANNELS[n]
     backward = compiled(scan_gluon.scan_backward, arch, element, 1, UNROLL=2, **constants)
-    assert 0 < forward.metadata.shared <= SHARED_MEMORY[arch] * 1024
+    assert 0 < wide.metadata.shared <= SHARED_MEMORY[arch] * 1024
+    assert 0 < narrow.metadata.shared <= SHARED_MEMORY[arch] * 1024
     assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
     # A loop that lost its body compiles too, and is fast: the exponentials of all states must be there.
-    states_a_thread = 2 * 16 if n == 16 else 32
-    assert forward.asm["ptx"].count("ex2.approx") >= 4 * states_a_thread
-    assert backward.asm["ptx"].count("ex2.approx") >= 2 * 2 * states_a_thread
+    for forward, block in ((wide, many), (narrow, few)):
+        states_a_thread = block["BD"] * n // 32
+        assert forward.asm["ptx"].count("ex2.approx") >= block["UNROLL"] * states_a_thread
+    assert backward.asm["ptx"].count("ex2.approx") >= 2 * 2 * 32  # 32 states a thread

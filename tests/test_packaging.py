@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,12 @@ def test_installed_elsewhere_it_runs(wheel: Path, tmp_path: Path) -> None:
     assert [p.startswith(str(site)) for p in run(sys.executable, "-c", code).split()] == [True, True]
     assert "--resize" in run(str(site / "bin" / "vimfast-prepare"), "--help")
     assert "--data-path" in run(sys.executable, "-m", "vimfast.train", "--help")
+
+
+def test_the_table_of_versions_names_what_is_pinned_and_installed() -> None:
+    """docs/kernels.md says what the kernels were seen to work with: this environment has to be in it."""
+    rows = set(re.findall(r"^\| (\d+\.\d+) \| (\d+\.\d+) \|", (ROOT / "docs" / "kernels.md").read_text(), re.MULTILINE))
+    pins = dict(re.findall(r"^(torch|triton)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert (pins["torch"], pins["triton"]) in rows
+    installed = tuple(".".join(version(name).split(".")[:2]) for name in ("torch", "triton"))
+    assert installed in rows

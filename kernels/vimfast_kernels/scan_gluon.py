@@ -14,9 +14,14 @@ from vimfast_kernels.scan_forward_gluon import scan_forward
 
 CHUNK = 8  # steps between saved states, and steps worked on at a time
 BLOCK_CHANNELS = {8: 64, 16: 64, 32: 32, 64: 16}  # channels a warp, by state size: 32 states a thread
-# 168 registers let 12 warps reside on a multiprocessor of an H200, which then does batch 128 in one wave. Newer
-# Tritons no longer fuse multiply and add unless told to.
-FORWARD = {"UNROLL": 4, "maxnreg": 168, "enable_fp_fusion": True}
+# Channels, threads a channel and steps at once of a forward program. Wide: 32 states a thread (16 at state size 8), the
+# fewest instructions; 168 registers let 6 such programs of 2 warps reside on a multiprocessor of an H200, which then
+# does batch 128 in one wave. Narrow: fewer states a thread, more threads and loads further ahead, for a GPU that wide
+# programs would leave mostly empty, as few long sequences do. Newer Tritons fuse multiply and add only if told to.
+FORWARD_WIDE = {8: (64, 1, 4), 16: (64, 1, 4), 32: (32, 1, 2), 64: (16, 2, 2)}
+FORWARD_NARROW = {8: (32, 1, 4), 16: (16, 2, 8), 32: (16, 2, 2), 64: (16, 2, 2)}
+WIDE_PROGRAMS = 6  # at once on a multiprocessor
+FORWARD = {"maxnreg": 168, "enable_fp_fusion": True}
 BACKWARD = {"UNROLL": 2, "enable_fp_fusion": True}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -63,6 +68,14 @@ def empty_saved(
     return y, like.new_empty((k, b, (length + CHUNK - 1) // CHUNK, d, n) if save else (0,), dtype=keep)
 
 
+def forward_block(batch: int, channels: int, states: int, multiprocessors: int) -> dict[str, int]:
+    """Channels, threads a channel and steps at once of a forward program on a GPU of so many multiprocessors."""
+    programs = batch * triton.cdiv(channels, FORWARD_WIDE[states][0])
+    few = 3 * programs <= WIDE_PROGRAMS * multiprocessors
+    block, lanes, unroll = (FORWARD_NARROW if few else FORWARD_WIDE)[states]
+    return {"BD": block, "LANES": lanes, "UNROLL": unroll}
+
+
 def launch_forward(
     u: Tensor,  # [k, b, L, d]
     delta: Tensor,  # [k, b, L, d]
@@ -75,18 +88,22 @@ def launch_forward(
     reverse: Sequence[bool],
     scale: float,
     save: bool,
+    out: Tensor | None = None,  # [b, L, d], written
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [b, L, d], sum of directions before the gate [b, L, d], states every CHUNK steps [k, b, chunks, d, N]);
-    the last two are empty unless ``save``. d is a multiple of 16 and rows are 16-byte aligned."""
+    the last two are empty unless ``save``. d is a multiple of 16 and rows are 16-byte aligned; a given ``out`` may be
+    any memory with such rows that no input lies in."""
     k, b, length, d = u.shape
     N = A.shape[-1]
-    out = u.new_empty(b, length, d)
+    out = u.new_empty(b, length, d) if out is None else out
     y, states = empty_saved(u, k, b, length, d, N, save, z is not None)
-    meta = _meta(u, N, reverse, z is not None)
-    scan_forward[(triton.cdiv(d, BLOCK_CHANNELS[N]), b)](
-        u, delta, B, C, u if z is None else z, A, D, delta_bias, out, y if y.numel() else out, states,
+    sums = y if y.numel() else out  # where a direction leaves its share for the other
+    block = forward_block(b, d, N, torch.cuda.get_device_properties(u.device).multi_processor_count)
+    meta = _meta(u, N, reverse, z is not None) | block
+    scan_forward[(triton.cdiv(d, block["BD"]), b)](
+        u, delta, B, C, u if z is None else z, A, D, delta_bias, out, sums, states,
         length, scale, *_strides(u), *_strides(delta), *_strides(B), *_strides(C),
-        *((0, 0) if z is None else _strides(z)),
+        *((0, 0) if z is None else _strides(z)), *_strides(out), *_strides(sums),
         DIRS=k, SAVE=save, num_warps=k, **FORWARD, **meta,
     )  # fmt: skip
     return out, y, states
