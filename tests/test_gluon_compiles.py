@@ -58,8 +58,8 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
         compiled(scan_gluon.scan_forward, arch, element, directions, SAVE=True, **block, **constants)
         for block in (many, few)
     )
-    constants["BD"] = scan_gluon.BLOCK_CHANNELS[n]
-    backward = compiled(scan_gluon.scan_backward, arch, element, 1, UNROLL=2, **constants)
+    program = scan_gluon.BACKWARD[n]
+    backward = compiled(scan_gluon.scan_backward, arch, element, program["WARPS"], OUT=True, **program, **constants)
     assert 0 < wide.metadata.shared <= SHARED_MEMORY[arch] * 1024
     assert 0 < narrow.metadata.shared <= SHARED_MEMORY[arch] * 1024
     assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
@@ -67,4 +67,5 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
     for forward, block in ((wide, many), (narrow, few)):
         states_a_thread = block["BD"] * n // 32
         assert forward.asm["ptx"].count("ex2.approx") >= block["UNROLL"] * states_a_thread
-    assert backward.asm["ptx"].count("ex2.approx") >= 2 * 2 * 32  # 32 states a thread
+    states_a_thread = program["BD"] // program["WARPS"] * n // 32
+    assert backward.asm["ptx"].count("ex2.approx") >= 2 * program["UNROLL"] * states_a_thread

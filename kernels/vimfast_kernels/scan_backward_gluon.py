@@ -2,8 +2,8 @@
 
 # Device functions are written in Triton's and Gluon's own dialects, which know neither annotations beyond
 # constexpr nor starred tuples; an `if` on a constexpr needs its `else`.
-# ruff: noqa: RET505, RUF005, SIM108
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
+# ruff: noqa: RET505, RUF005
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc,var-annotated"
 from __future__ import annotations
 
 import triton
@@ -21,7 +21,7 @@ from vimfast_kernels._gluon import (
     load_rows,
     one_minus_exp_neg,
     sigmoid,
-    softplus,
+    softplus_in_ln2,
     time_of,
     view_shared,
 )
@@ -40,64 +40,152 @@ def _copy_chunk(copies, bases, strides, c, step, direction, length, gate_steps, 
 
 
 @gluon.jit
-def _sum_channels(v, CPT: gl.constexpr):
-    """Sum of v [BD, 16] over its channels, in tf32: four tensor core products with a 0/1 matrix sum over four lanes
-    and put each state into its column; the eight lanes left are summed by shuffles. The reshapes rename registers."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 1)
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, ACC, 1)
-    if CPT == 2:
-        v = gl.sum(gl.reshape(v, [32, 2, 16]), 1)
-    # (lane / 4, lane % 4, state / 8, state / 2 % 4, state % 2) -> rows (state / 8, lane / 4), the rest summed over
-    left = gl.permute(gl.reshape(v, [8, 4, 2, 4, 2]), (2, 0, 3, 4, 1))
-    left = gl.convert_layout(gl.reshape(left, [16, 32]), LEFT, assert_trivial=True)
-    k = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, RIGHT)), 1)
-    state = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, RIGHT)), 0)
-    pick = gl.where(k // 4 == state, 1.0, 0.0)
-    acc = mma_v2(left, pick, gl.zeros([16, 8], gl.float32, ACC), input_precision="tf32")
-    return gl.reshape(gl.sum(gl.reshape(acc, [2, 8, 8]), 1), [16])
+def _split(v):
+    """v as a sum of two: what a tf32 product reads of v, and what it cuts off."""
+    high = (v.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
+    return high, v - high
 
 
 @gluon.jit
-def _load_states(shared, STATE: gl.constexpr, PAIR: gl.constexpr, BD: gl.constexpr, N: gl.constexpr):
-    """fp32 states [BD, N]; bf16 ones come in pairs and take one instruction each."""
-    if shared.dtype == gl.bfloat16:
-        PAIRS: gl.constexpr = gl.SwizzledSharedLayout(4, 4, 2, order=[1, 0])
-        pair = view_shared(shared, gl.int32, [BD, N // 2], PAIRS).load(PAIR)
-        low = (pair << 16).to(gl.float32, bitcast=True)
-        high = (pair & -65536).to(gl.float32, bitcast=True)
-        return gl.convert_layout(gl.reshape(gl.join(low, high), [BD, N]), STATE, assert_trivial=True)
+def _sum_lanes(
+    v, CPT: gl.constexpr, N_LANES: gl.constexpr, VEC: gl.constexpr, WARPS: gl.constexpr, PRECISE: gl.constexpr
+):
+    """Sums of v [BD, 16] over the channels of lanes 4i .. 4i + 3, in tf32  [16 states, 8 WARPS].
+
+    Tensor core products with a 0/1 matrix: each lane's values stay where they are, the reshapes rename registers.
+    """
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, WARPS], instr_shape=[16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 1)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, ACC, 1)
+    K: gl.constexpr = 64 // N_LANES
+    if CPT == 2:
+        v = gl.sum(gl.reshape(v, [32 // N_LANES * WARPS, 2, 16]), 1)
+    v = gl.reshape(v, [WARPS, 8, 4 // N_LANES, 16 // N_LANES // VEC, N_LANES, VEC])
+    v = gl.reshape(gl.permute(v, (3, 5, 2, 4, 0, 1)), [K, 8 * WARPS])
+    v = gl.convert_layout(v, RIGHT, assert_trivial=True)
+    m = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, LEFT)), 1)
+    k = gl.expand_dims(gl.arange(0, K, gl.SliceLayout(0, LEFT)), 0)
+    pick = gl.where(m == k % N_LANES * (16 // N_LANES) + k // 4, 1.0, 0.0)
+    acc = gl.zeros([16, 8 * WARPS], gl.float32, ACC)
+    if PRECISE:
+        v, low = _split(v)
+        acc = mma_v2(pick, low, acc, input_precision="tf32")
+    return mma_v2(pick, v, acc, input_precision="tf32")
+
+
+@gluon.jit
+def _sum_warps(steps, N_LANES: gl.constexpr, VEC: gl.constexpr, WARPS: gl.constexpr, PRECISE: gl.constexpr):
+    """Sums over each warp of what `_sum_lanes` gave for four steps  [WARPS, 4, 16 states].
+
+    Of the eight sums that are left, the even and the odd ones are added by another product of this kind, in rows
+    0 .. 7 and 8 .. 15; a step has two columns, for states 0 .. 7 and 8 .. 15.
+    """
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 1)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, ACC, 1)
+    v = gl.join(gl.join(steps[0], steps[1]), gl.join(steps[2], steps[3]))
+    # (state / 8, state % 8, warp, lane / 8, lane / 4 % 2, step % 2, step / 2)
+    v = gl.permute(gl.reshape(v, [2, 8, WARPS, 4, 2, 2, 2]), (2, 4, 1, 6, 5, 0, 3))
+    v = gl.convert_layout(gl.reshape(v, [16 * WARPS, 32]), LEFT, assert_trivial=True)
+    k = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, RIGHT)), 1)
+    column = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, RIGHT)), 0)
+    pick = gl.where(column == k // 4, 1.0, 0.0)
+    acc = gl.zeros([16 * WARPS, 8], gl.float32, ACC)
+    if PRECISE:
+        v, low = _split(v)
+        acc = mma_v2(low, pick, acc, input_precision="tf32")
+    acc = mma_v2(v, pick, acc, input_precision="tf32")
+    acc = gl.sum(gl.reshape(acc, [WARPS, 2, 8, 4, 2]), 1)
+    acc = gl.reshape(gl.permute(acc, (0, 2, 3, 1)), [WARPS, 4, N_LANES, 16 // N_LANES // VEC, VEC])
+    return gl.reshape(gl.permute(acc, (0, 1, 3, 2, 4)), [WARPS, 4, 16])
+
+
+@gluon.jit
+def _load_kept(
+    base, first, ROWS: gl.constexpr, WIDTH: gl.constexpr, CPT: gl.constexpr, D: gl.constexpr, HELD: gl.constexpr
+):
+    """Kept states as they lie in memory, a thread's channels in a row; bf16 ones as pairs in an int32."""
+    row = axis(0, 0, ROWS, HELD)
+    if base.dtype.element_ty == gl.bfloat16:
+        base = base.to(gl.pointer_type(gl.int32), bitcast=True)
+    return gl.load(base + row * WIDTH + axis(1, 0, WIDTH, HELD), mask=first + row * CPT < D, other=0)
+
+
+@gluon.jit
+def _states(held, STATE: gl.constexpr, BD: gl.constexpr, N: gl.constexpr):
+    """fp32 states [BD, N] of rows as `_load_kept` and the history hold them."""
+    if held.dtype == gl.int32:
+        low = (held << 16).to(gl.float32, bitcast=True)
+        high = (held & -65536).to(gl.float32, bitcast=True)
+        held = gl.join(low, high)
+    return gl.convert_layout(gl.reshape(held, [BD, N]), STATE, assert_trivial=True)
+
+
+@gluon.jit
+def _own(v, BD: gl.constexpr, WARPS: gl.constexpr, TWO_LANES: gl.constexpr):
+    """Where two lanes hold the same two channels, each lane keeps one of them."""
+    if TWO_LANES:
+        LANES: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [WARPS, 1], [1, 0])
+        PAIR: gl.constexpr = gl.SliceLayout(1, LANES)
+        first, second = gl.split(gl.reshape(v, [BD // 2, 2]))
+        first = gl.expand_dims(gl.convert_layout(first, PAIR, assert_trivial=True), 1)
+        second = gl.expand_dims(gl.convert_layout(second, PAIR, assert_trivial=True), 1)
+        lane = gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, LANES)), 0)
+        OWN: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        return gl.convert_layout(gl.reshape(gl.where(lane == 0, first, second), [BD]), OWN, assert_trivial=True)
     else:
-        return shared.load(STATE)
+        return v
 
 
 @gluon.jit(do_not_specialize=["length"])
 def scan_backward(
     x_ptr, dt_ptr, b_ptr, c_ptr, z_ptr, a_ptr, skip_ptr, bias_ptr, y_ptr, state_ptr, dout_ptr,
-    dx_ptr, ddt_ptr, dz_ptr, dbc_ptr, dparam_ptr,
+    dx_ptr, ddt_ptr, dz_ptr, out_ptr, dbc_ptr, dparam_ptr,
     length, scale,
     x_dir, x_batch, x_time, dt_dir, dt_batch, dt_time, b_dir, b_batch, b_time, c_dir, c_batch, c_time,
-    z_batch, z_time, dout_batch, dout_time, dz_batch, dz_time,
+    z_batch, z_time, dout_batch, dout_time, dz_batch, dz_time, out_batch, out_time,
     D: gl.constexpr, N: gl.constexpr, DIRS: gl.constexpr, BD: gl.constexpr, CHUNK: gl.constexpr,
-    UNROLL: gl.constexpr, FLIP: gl.constexpr, GATE: gl.constexpr, PRECISE: gl.constexpr,
+    UNROLL: gl.constexpr, FLIP: gl.constexpr, GATE: gl.constexpr, OUT: gl.constexpr, PRECISE: gl.constexpr,
+    PER_THREAD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    PER_THREAD: gl.constexpr = min(N, 32)
+    KEEP: gl.constexpr = state_ptr.dtype.element_ty
+    ELEM: gl.constexpr = x_ptr.dtype.element_ty
+    WIDTH: gl.constexpr = BD // WARPS  # channels a warp
     N_LANES: gl.constexpr = N // PER_THREAD
-    CPT: gl.constexpr = BD * N_LANES // 32
-    STATE: gl.constexpr = gl.BlockedLayout([CPT, PER_THREAD], [32 // N_LANES, N_LANES], [1, 1], [1, 0])
-    PAIR: gl.constexpr = gl.BlockedLayout([CPT, PER_THREAD // 2], [32 // N_LANES, N_LANES], [1, 1], [1, 0])
+    CPT: gl.constexpr = WIDTH * N_LANES // 32
+    ROWS: gl.constexpr = BD // CPT
+    TWO_LANES: gl.constexpr = N_LANES == 2 and CPT == 2
+    SVEC: gl.constexpr = min(128 // KEEP.primitive_bitwidth, PER_THREAD)  # 16 bytes of states
+    STATE: gl.constexpr = gl.BlockedLayout([CPT, SVEC], [32 // N_LANES, N_LANES], [WARPS, 1], [1, 0])
     CHANNEL: gl.constexpr = gl.SliceLayout(1, STATE)
+    OWN: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0]) if TWO_LANES else CHANNEL
     BC_ROW: gl.constexpr = gl.SliceLayout(0, STATE)
-    TILE: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BD, BD // 4], [1, 1], [1, 0])
-    VEC: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    COPY: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // BD, BD // VEC], [1, 1], [1, 0])
-    BC_TILE: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, 1], [1, 0])
+    TILE: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [1, WARPS], [1, 0])
+    VEC: gl.constexpr = 128 // ELEM.primitive_bitwidth
+    COPY: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // WIDTH, WIDTH // VEC], [1, WARPS], [1, 0])
+    BC_VEC: gl.constexpr = 4 // WARPS
+    BC_TILE: gl.constexpr = gl.BlockedLayout([1, BC_VEC], [32 * BC_VEC // N, N // BC_VEC], [WARPS, 1], [1, 0])
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    HISTORY: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, order=[1, 0])
-    ELEM: gl.constexpr = x_ptr.dtype.element_ty
-    KEEP: gl.constexpr = state_ptr.dtype.element_ty
-    TENSOR_CORES: gl.constexpr = N == 16 and not PRECISE
+    # States of a thread's channels in a row, stirred so that lanes meet no bank twice.
+    ROW_BYTES: gl.constexpr = CPT * N * KEEP.primitive_bitwidth // 8
+    PHASES: gl.constexpr = min(8, ROW_BYTES // 16) // N_LANES
+    ROWS_A_PHASE: gl.constexpr = max(1, 128 // ROW_BYTES)
+    HISTORY: gl.constexpr = gl.SwizzledSharedLayout(SVEC * N_LANES, ROWS_A_PHASE, PHASES, order=[1, 0])
+    PAIRS: gl.constexpr = 32 // KEEP.primitive_bitwidth
+    HELD_WIDTH: gl.constexpr = CPT * N // PAIRS
+    HELD: gl.constexpr = gl.BlockedLayout([1, SVEC // PAIRS], [32 // N_LANES, N_LANES], [WARPS, 1], [1, 0])
+    HELD_TYPE: gl.constexpr = gl.int32 if PAIRS == 2 else KEEP
+    HELD_HISTORY: gl.constexpr = gl.SwizzledSharedLayout(SVEC * N_LANES // PAIRS, ROWS_A_PHASE, PHASES, order=[1, 0])
+    TENSOR_CORES: gl.constexpr = N == 16
+    GROUP: gl.constexpr = 4 if TENSOR_CORES else 1  # steps whose sums over channels are made together
+    SUM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
+    SUM_ALL: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
+    SUM_SHAPE: gl.constexpr = [CHUNK // GROUP, WARPS, GROUP, N]
+    SUM_TILE: gl.constexpr = gl.BlockedLayout(
+        [1, WARPS, 1, 4], [128 // N // GROUP, 1, GROUP, N // 4], [1, 1, 1, WARPS], [3, 2, 1, 0]
+    )
+    SUM_ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, WARPS], [1, 0])
 
     batch = gl.program_id(1)
     dr = gl.program_id(2)
@@ -107,7 +195,7 @@ def scan_backward(
     dr64 = dr.to(gl.int64)
     line = dr64 * gl.num_programs(1) + batch64  # which sequence of the stack
 
-    # Indices in the four layouts: (channel, state) and (step, channel or state)
+    # Indices in the layouts: (channel, state) and (step, channel or state)
     channel = axis(0, first, BD, STATE)
     state_off = channel * N + axis(1, 0, N, STATE)
     state_mask = channel < D
@@ -115,10 +203,10 @@ def scan_backward(
     tile_row = axis(0, 0, CHUNK, TILE)
     tile_ch = axis(1, first, BD, TILE)
     tile_mask = tile_ch < D
-    channel1 = first + gl.arange(0, BD, CHANNEL)
-    channel_mask = channel1 < D
-    skip = gl.load(skip_ptr + dr * D + channel1, mask=channel_mask, other=0.0)
-    bias = gl.load(bias_ptr + dr * D + tile_ch, mask=tile_mask, other=0.0)
+    own_ch = first + gl.arange(0, BD, OWN)
+    own_mask = own_ch < D
+    skip = gl.load(skip_ptr + dr * D + own_ch, mask=own_mask, other=0.0)
+    bias = gl.load(bias_ptr + dr * D + tile_ch, mask=tile_mask, other=0.0) * LOG2E
     copy_row = axis(0, 0, CHUNK, COPY)
     copy_ch = axis(1, first, BD, COPY)
     copy_mask = copy_ch < D
@@ -132,13 +220,14 @@ def scan_backward(
     z_base = z_ptr + batch64 * z_batch + copy_ch
     y_base = y_ptr + batch64 * length * D + copy_ch
     dout_base = dout_ptr + batch64 * dout_batch + copy_ch
-    dx_base = dx_ptr + line * length * D + channel1
-    ddt_base = ddt_ptr + line * length * D + channel1
+    dx_base = dx_ptr + line * length * D + own_ch
+    ddt_base = ddt_ptr + line * length * D + own_ch
     dz_base = dz_ptr + batch64 * dz_batch + tile_ch
+    out_base = out_ptr + batch64 * out_batch + tile_ch
     # Partial sums of dB and dC, one row for each block of channels
     dbc_base = dbc_ptr + (gl.program_id(0) * DIRS * gl.num_programs(1) + line) * length * (2 * N)
     chunks = gl.cdiv(length, CHUNK)
-    state_at = state_ptr + line * chunks * (D * N) + state_off
+    state_at = state_ptr + (line * chunks * D + first) * N
     # The gate's gradient needs the sum of both directions, which forward kept: each direction does its half.
     gate_steps = length if DIRS == 1 else (length + 1 - dr) // 2
 
@@ -155,7 +244,9 @@ def scan_backward(
     # States before each step; apart by step % UNROLL, since a store to one allocation waits for the one before.
     s_h = ()
     for _ in gl.static_range(UNROLL):
-        s_h = s_h + (gl.allocate_shared_memory(KEEP, [CHUNK // UNROLL, BD, N], HISTORY),)
+        s_h = s_h + (gl.allocate_shared_memory(KEEP, [CHUNK // UNROLL, ROWS, CPT * N], HISTORY),)
+    s_db = gl.allocate_shared_memory(gl.float32, SUM_SHAPE, SUM)
+    s_dc = gl.allocate_shared_memory(gl.float32, SUM_SHAPE, SUM)
     s_b2 = view_shared(s_b, gl.float32, [CHUNK, N], FLAT)
     s_c2 = view_shared(s_c, gl.float32, [CHUNK, N], FLAT)
     s_delta2 = view_shared(s_delta, gl.float32, [CHUNK, BD], FLAT)
@@ -168,16 +259,14 @@ def scan_backward(
     _copy_chunk(copies, bases, strides, c, c * CHUNK + copy_row, walk, length, gate_steps, copy_mask, GATE)
     b_next = load_rows(b_base, c * CHUNK + bc_row, walk, length, b_time)
     c_next = load_rows(c_base, c * CHUNK + bc_row, walk, length, c_time)
-    kept = gl.load(state_at + c * (D * N), mask=state_mask, other=0.0)
+    kept = _load_kept(state_at + c * (D * N), first, ROWS, HELD_WIDTH, CPT, D, HELD)
 
     g = gl.zeros([BD, N], gl.float32, STATE)
     da = gl.zeros([BD, N], gl.float32, STATE)
-    dskip = gl.zeros([BD], gl.float32, CHANNEL)
-    dbias = gl.zeros([BD], gl.float32, CHANNEL)
+    dskip = gl.zeros([BD], gl.float32, OWN)
+    dbias = gl.zeros([BD], gl.float32, OWN)
     for back in range(chunks):
         c = chunks - 1 - back
-        s_b2.store(b_next.to(gl.float32))
-        s_c2.store(c_next.to(gl.float32))
         async_copy.wait_group(0)
         block_barrier()
 
@@ -185,19 +274,27 @@ def scan_backward(
         step = c * CHUNK + tile_row
         ok = step < length
         time = time_of(step, walk, length)
-        s_delta2.store(gl.where(ok, softplus(s_dt.load(TILE).to(gl.float32) + bias, PRECISE), 0.0))
+        dt = s_dt.load(TILE).to(gl.float32)
+        s_delta2.store(gl.where(ok, LN2 * softplus_in_ln2(dt * LOG2E + bias, PRECISE), 0.0))
         dout = s_dout.load(TILE).to(gl.float32) * scale
         if GATE:
             z = s_z.load(TILE).to(gl.float32)
             sig = sigmoid(z, PRECISE)
-            s_dy2.store(dout * z * sig)
+            silu = z * sig
+            s_dy2.store(dout * silu)
             if c * CHUNK < gate_steps:
                 y = s_yin.load(TILE).to(gl.float32)
-                dz = dout * y * sig * (1.0 + z * (1.0 - sig))
-                gl.store(dz_base + time * dz_time, dz.to(ELEM), mask=tile_mask & (step < gate_steps))
+                dz = dout * y * (sig + silu * (1.0 - sig))
+                mask = tile_mask & (step < gate_steps)
+                gl.store(dz_base + time * dz_time, dz.to(ELEM), mask=mask)
+                if OUT:
+                    gl.store(out_base + time * out_time, (y * silu * scale).to(ELEM), mask=mask)
         else:
             s_dy2.store(dout)
-        h_kept = kept
+        s_b2.store(b_next.to(gl.float32))
+        s_c2.store(c_next.to(gl.float32))
+        view_shared(s_h[0].index(0), HELD_TYPE, [ROWS, HELD_WIDTH], HELD_HISTORY).store(kept)
+        h = _states(kept, STATE, BD, N)
         block_barrier()
 
         if c > 0:  # the next chunk is on its way while this one is worked on
@@ -205,37 +302,34 @@ def scan_backward(
             _copy_chunk(copies, bases, strides, c - 1, before + copy_row, walk, length, gate_steps, copy_mask, GATE)
 
         # The states of the chunk again, from its checkpoint; dC on the way
-        h = h_kept.to(gl.float32)
         for u0 in range(CHUNK // UNROLL):
+            sums = ()
             for u1 in gl.static_range(UNROLL):
                 u = u0 * UNROLL + u1
-                s_h[u1].index(u0).store(h_kept)
                 delta = s_delta.index(u).load(CHANNEL)
                 dtx = delta * s_x.index(c % 2 * CHUNK + u).load(CHANNEL).to(gl.float32)
                 bb = gl.expand_dims(s_b.index(u).load(BC_ROW), 0)
                 h = gl.exp2(gl.expand_dims(delta, 1) * a) * h + bb * gl.expand_dims(dtx, 1)
-                h_kept = h.to(KEEP)
+                if u1 < UNROLL - 1:
+                    s_h[u1 + 1].index(u0).store(gl.reshape(h.to(KEEP), [ROWS, CPT * N]))
                 grad_c = h * gl.expand_dims(s_dy.index(u).load(CHANNEL), 1)
-                s = c * CHUNK + u
                 if TENSOR_CORES:
-                    dc = _sum_channels(grad_c, CPT)
+                    sums = sums + (_sum_lanes(grad_c, CPT, N_LANES, SVEC, WARPS, PRECISE),)
+                    if u1 % GROUP == GROUP - 1:
+                        s_dc.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS, PRECISE))
+                        sums = ()
                 else:
-                    dc = gl.sum(grad_c, 0)
-                gl.store(
-                    dbc_base + time_of(s, walk, length) * (2 * N) + N + gl.arange(0, N, dc.type.layout),
-                    dc,
-                    mask=s < length,
-                )
+                    s_dc.index(u).store(gl.reshape(gl.sum(grad_c, 0), [1, 1, N]))
+            if u0 < CHUNK // UNROLL - 1:
+                s_h[0].index(u0 + 1).store(gl.reshape(h.to(KEEP), [ROWS, CPT * N]))
         block_barrier()
-        if c > 0:
-            b_next = load_rows(b_base, (c - 1) * CHUNK + bc_row, walk, length, b_time)
-            c_next = load_rows(c_base, (c - 1) * CHUNK + bc_row, walk, length, c_time)
-            kept = gl.load(state_at + (c - 1) * (D * N), mask=state_mask, other=0.0)
 
         # The adjoint, backwards in steps: g is the gradient of the state before the step, from later steps
         for u0 in range(CHUNK // UNROLL):
+            sums = ()
+            block = CHUNK // UNROLL - 1 - u0
             for u1 in gl.static_range(UNROLL):
-                u = CHUNK - 1 - u0 * UNROLL - u1
+                u = block * UNROLL + (UNROLL - 1 - u1)
                 s = c * CHUNK + u
                 t = time_of(s, walk, length)
                 delta = s_delta.index(u).load(CHANNEL)
@@ -247,25 +341,45 @@ def scan_backward(
                 gb = gl.sum(gh * bb, 1)
                 grad_b = gh * gl.expand_dims(delta * x, 1)
                 if TENSOR_CORES:
-                    db = _sum_channels(grad_b, CPT)
+                    sums = (_sum_lanes(grad_b, CPT, N_LANES, SVEC, WARPS, PRECISE),) + sums
+                    if u1 % GROUP == GROUP - 1:
+                        s_db.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS, PRECISE))
+                        sums = ()
                 else:
-                    db = gl.sum(grad_b, 0)
-                gl.store(dbc_base + t * (2 * N) + gl.arange(0, N, db.type.layout), db, mask=s < length)
+                    s_db.index(u).store(gl.reshape(gl.sum(grad_b, 0), [1, 1, N]))
                 g = gl.exp2(gl.expand_dims(delta, 1) * a) * gh
-                history = s_h[UNROLL - 1 - u1].index(CHUNK // UNROLL - 1 - u0)
-                gu = g * _load_states(history, STATE, PAIR, BD, N)
+                history = view_shared(s_h[UNROLL - 1 - u1].index(block), HELD_TYPE, [ROWS, HELD_WIDTH], HELD_HISTORY)
+                gu = g * _states(history.load(HELD), STATE, BD, N)
                 da += gl.expand_dims(delta, 1) * gu
-                ddt = (x * gb + gl.sum(a * gu, 1) * LN2) * one_minus_exp_neg(delta, PRECISE)
+                gb = _own(gb, BD, WARPS, TWO_LANES)
+                ga = _own(gl.sum(a * gu, 1), BD, WARPS, TWO_LANES)
+                delta1 = _own(delta, BD, WARPS, TWO_LANES)
+                dy1 = _own(dy, BD, WARPS, TWO_LANES)
+                x1 = _own(x, BD, WARPS, TWO_LANES)
+                ddt = (x1 * gb + ga * LN2) * one_minus_exp_neg(delta1, PRECISE)
                 dbias += ddt
-                dskip += dy * x
-                mask = channel_mask & (s < length)
-                gl.store(dx_base + t * D, (delta * gb + dy * skip).to(ELEM), mask=mask)
+                dskip += dy1 * x1
+                mask = own_mask & (s < length)
+                gl.store(dx_base + t * D, (delta1 * gb + dy1 * skip).to(ELEM), mask=mask)
                 gl.store(ddt_base + t * D, ddt.to(ELEM), mask=mask)
+        block_barrier()
+        if c > 0:
+            b_next = load_rows(b_base, (c - 1) * CHUNK + bc_row, walk, length, b_time)
+            c_next = load_rows(c_base, (c - 1) * CHUNK + bc_row, walk, length, c_time)
+            kept = _load_kept(state_at + (c - 1) * (D * N), first, ROWS, HELD_WIDTH, CPT, D, HELD)
+
+        # dB and dC of the chunk
+        db_rows = gl.reshape(gl.sum(view_shared(s_db, gl.float32, SUM_SHAPE, SUM_ALL).load(SUM_TILE), 1), [CHUNK, N])
+        dc_rows = gl.reshape(gl.sum(view_shared(s_dc, gl.float32, SUM_SHAPE, SUM_ALL).load(SUM_TILE), 1), [CHUNK, N])
+        step = c * CHUNK + axis(0, 0, CHUNK, SUM_ROWS)
+        dbc_at = dbc_base + time_of(step, walk, length) * (2 * N) + axis(1, 0, N, SUM_ROWS)
+        gl.store(dbc_at, gl.convert_layout(db_rows, SUM_ROWS, assert_trivial=True), mask=step < length)
+        gl.store(dbc_at + N, gl.convert_layout(dc_rows, SUM_ROWS, assert_trivial=True), mask=step < length)
 
     param_at = dparam_ptr + line * (D * (N + 2))
     gl.store(param_at + state_off, da, mask=state_mask)
-    gl.store(param_at + D * N + channel1, dskip, mask=channel_mask)
-    gl.store(param_at + D * (N + 1) + channel1, dbias, mask=channel_mask)
+    gl.store(param_at + D * N + own_ch, dskip, mask=own_mask)
+    gl.store(param_at + D * (N + 1) + own_ch, dbias, mask=own_mask)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from vimfast_kernels.scan_backward_gluon import scan_backward, sum_partials
 from vimfast_kernels.scan_forward_gluon import scan_forward
 
 CHUNK = 8  # steps between saved states, and steps worked on at a time
-BLOCK_CHANNELS = {8: 64, 16: 64, 32: 32, 64: 16}  # channels a warp, by state size: 32 states a thread
 # Channels, threads a channel and steps at once of a forward program. Wide: 32 states a thread (16 at state size 8), the
 # fewest instructions; 168 registers let 6 such programs of 2 warps reside on a multiprocessor of an H200, which then
 # does batch 128 in one wave. Narrow: fewer states a thread, more threads and loads further ahead, for a GPU that wide
@@ -22,7 +21,15 @@ FORWARD_WIDE = {8: (64, 1, 4), 16: (64, 1, 4), 32: (32, 1, 2), 64: (16, 2, 2)}
 FORWARD_NARROW = {8: (32, 1, 4), 16: (16, 2, 8), 32: (16, 2, 2), 64: (16, 2, 2)}
 WIDE_PROGRAMS = 6  # at once on a multiprocessor
 FORWARD = {"maxnreg": 168, "enable_fp_fusion": True}
-BACKWARD = {"UNROLL": 2, "enable_fp_fusion": True}
+# Channels, warps and states a thread of a backward program, by state size. 16 states a thread (32 at the larger
+# sizes); 168 registers let 12 warps reside on a multiprocessor, and in fp32 shared memory allows 8 in any case.
+BACKWARD = {
+    8: {"BD": 64, "WARPS": 1, "PER_THREAD": 8, "UNROLL": 4},
+    16: {"BD": 64, "WARPS": 2, "PER_THREAD": 8, "UNROLL": 4},
+    32: {"BD": 32, "WARPS": 1, "PER_THREAD": 16, "UNROLL": 2},
+    64: {"BD": 16, "WARPS": 1, "PER_THREAD": 32, "UNROLL": 2},
+}
+BACKWARD_REGISTERS = 168
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,7 +51,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _meta(u: Tensor, N: int, reverse: Sequence[bool], gate: bool) -> dict[str, object]:
     return {
-        "D": u.shape[-1], "N": N, "BD": BLOCK_CHANNELS[N], "CHUNK": CHUNK, "FLIP": int(reverse[0]), "GATE": gate,
+        "D": u.shape[-1], "N": N, "CHUNK": CHUNK, "FLIP": int(reverse[0]), "GATE": gate,
         "PRECISE": u.dtype != torch.bfloat16,
     }  # fmt: skip
 
@@ -53,8 +60,8 @@ def check(dtype: torch.dtype, states: int, length: int) -> None:
     """A ValueError for what no kernel takes."""
     if dtype not in DTYPES:
         raise ValueError(f"u is {dtype}; this scan takes bfloat16, float16 or float32")
-    if states not in BLOCK_CHANNELS:
-        raise ValueError(f"state size {states} has no kernel; take one of {sorted(BLOCK_CHANNELS)}")
+    if states not in BACKWARD:
+        raise ValueError(f"state size {states} has no kernel; take one of {sorted(BACKWARD)}")
     if length == 0:
         raise ValueError("the sequence is empty; L must be at least 1")
 
@@ -126,22 +133,26 @@ def launch_backward(
     dB: Tensor,  # [k, b, L, N], written
     dC: Tensor,  # [k, b, L, N], written
     dz: Tensor | None,  # [b, L, d], written
+    out: Tensor | None = None,  # [b, L, d], forward's output, written again; needs z
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(du, ddelta [k, b, L, d], dA [k, d, N], dD, ddelta_bias [k, d]), the last three fp32."""
     k, b, length, d = u.shape
     N = A.shape[-1]
-    blocks = triton.cdiv(d, BLOCK_CHANNELS[N])
+    block = BACKWARD[N]
+    blocks = triton.cdiv(d, block["BD"])
     du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
     partial_bc = A.new_empty(blocks, k, b, length, 2 * N)
     partial_params = A.new_empty(k, b, d * (N + 2))
     dA, dD, dbias = A.new_empty(A.shape), A.new_empty(k, d), A.new_empty(k, d)
     gate = z is not None
+    narrow = N <= 16 and u.dtype == torch.bfloat16
     scan_backward[(blocks, b, k)](
         u, delta, B, C, z if gate else u, A, D, delta_bias, y, states, dout,
-        du, ddelta, dz if gate else du, partial_bc, partial_params, length, scale,
+        du, ddelta, dz if gate else du, du if out is None else out, partial_bc, partial_params, length, scale,
         *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *(_strides(z) if z is not None else (0, 0)),
-        *_strides(dout), *(_strides(dz) if dz is not None else (0, 0)),
-        DIRS=k, num_warps=1, **BACKWARD, **_meta(u, N, reverse, gate),
+        *_strides(dout), *(_strides(dz) if dz is not None else (0, 0)), *(_strides(out) if out is not None else (0, 0)),
+        DIRS=k, OUT=out is not None, num_warps=block["WARPS"], maxnreg=BACKWARD_REGISTERS if narrow else None,
+        enable_fp_fusion=True, **block, **_meta(u, N, reverse, gate),
     )  # fmt: skip
     rows, columns = 64, 128
     grid = triton.cdiv(k * b * length, rows) + k * triton.cdiv(d * (N + 2), columns)
