@@ -20,6 +20,7 @@ from timm.data import ImageNetInfo
 from vimfast import check_data
 from vimfast.checks.findings import ClassCheck, Finding, imagenet_wnids, run_tasks
 from vimfast.checks.sample_grid import class_captions, to_pictures
+from vimfast.config import AugmentConfig
 from vimfast.data.index import INDEX_DTYPE, MANIFEST
 from vimfast.data.loader import Loader
 from vimfast.data.sampler import Order
@@ -568,7 +569,8 @@ def test_the_sheet_shows_what_the_training_loader_gives(
     path, out = request.getfixturevalue(kind), tmp_path / "sheet.png"
     assert check(path, "--sample-grid", out, "--input-size", "192", "--seed", "3")[0] == 0
     source = open_source(path, "train")
-    loader = Loader(source, Order(len(source), 32, seed=3), device="cpu", training=True, size=192)
+    order = Order(len(source), 32, seed=3)
+    loader = Loader(source, order, device="cpu", training=True, augmentation=AugmentConfig(), size=192)
     images, _ = next(loader.epoch(0))
     loader.close()
     with Image.open(out) as sheet:

@@ -164,17 +164,21 @@ def test_garbage_raises_value_errors_only() -> None:
 def test_conversion_keeps_colours() -> None:
     image = picture((200, 100))
     cmyk = encode(image.convert("CMYK"))
-    assert np.abs(decode(jpeg.to_rgb_jpeg(cmyk)[0]) - decode(cmyk)).mean() < 2
+    assert np.abs(decode(jpeg.to_rgb_jpeg(cmyk)[0]) - decode(cmyk)).mean() < 0.5
     palette = encode(image.convert("P"), "PNG")
-    assert np.abs(decode(jpeg.to_rgb_jpeg(palette)[0]) - decode(palette)).mean() < 4
+    assert np.abs(decode(jpeg.to_rgb_jpeg(palette)[0]) - decode(palette)).mean() < 0.5
     converted = Image.open(BytesIO(jpeg.to_rgb_jpeg(encode(image, "PNG"))[0]))
     assert JpegImagePlugin.get_sampling(converted) == 0  # 4:4:4
 
 
-def test_sixteen_bit_grey_keeps_its_shades() -> None:
-    shades = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+def test_sixteen_bits_are_what_pillow_makes_of_them() -> None:
+    """Nearly white: ``convert`` clips, and what timm and torchvision train on is the reference."""
+    shades = np.linspace(0, 1000, 64 * 64).astype(np.uint16).reshape(64, 64)
     data = encode(Image.fromarray(shades), "PNG")
-    assert np.abs(decode(jpeg.to_rgb_jpeg(data)[0])[..., 0] - (shades >> 8)).max() <= 4
+    expected = decode(data)
+    assert expected.max() == 255
+    assert expected.min() == 0
+    assert np.abs(decode(jpeg.to_rgb_jpeg(data)[0]) - expected).max() <= 4
 
 
 def test_resize_shrinks_the_short_side_only() -> None:

@@ -17,8 +17,9 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
+from vimfast.config import AugmentConfig
 from vimfast.data import augment
-from vimfast.data.loader import Batch, Loader, default_threads
+from vimfast.data.loader import Batch, Loader
 from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.data.sampler import Order
 from vimfast.data.source import Pictures, Source, open_source
@@ -62,6 +63,27 @@ def train(tree: Path) -> Source:
 @pytest.fixture(scope="module")
 def val(tree: Path) -> Source:
     return open_source(tree, "val")
+
+
+class Counted:
+    """`source` `times` over, with a note of the ids that each batch read."""
+
+    def __init__(self, source: Source, times: int, read: list[np.ndarray]) -> None:
+        self.classes, self.labels = source.classes, np.tile(source.labels, times)
+        self._source, self._read = source, read
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: np.ndarray) -> Pictures:
+        self._read.append(ids)
+        return self._source.read(ids % len(self._source))
+
+    def name(self, i: int) -> str:
+        return self._source.name(i % len(self._source))
+
+    def bounds(self) -> tuple[int, ...]:
+        return self._source.bounds()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +133,9 @@ def test_evaluation_pixels_are_torchvisions(textured: Path, interpolation: str, 
     )
     expected = [transform(Image.open(source.name(i)).convert("RGB")) for i in range(len(source))]
     assert batch.images.shape == (len(source), 3, SIZE, SIZE)
-    assert_close_to_pillow(batch.images, expected)
+    difference = (levels(batch.images) - torch.stack(expected).float()).abs()
+    assert difference.max() < 4.01
+    assert difference.mean() < 0.07  # measured: 0.003 to 0.06; in one go rather than direction by direction, 0.2
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -214,7 +238,7 @@ def test_an_older_iterator_does_not_take_the_batches_of_a_newer(train: Source) -
 
 
 def test_encoded_pictures_are_let_go(train: Source) -> None:
-    """Only the batches in work are held: read ahead, handed to DALI, and the one being made."""
+    """Only the batches in work are held: read ahead (4), handed to DALI (2), and the one being made."""
     read: list[weakref.ref[np.ndarray]] = []
 
     class Watched:
@@ -231,13 +255,16 @@ def test_encoded_pictures_are_let_go(train: Source) -> None:
         def name(self, i: int) -> str:
             return train.name(i)
 
+        def bounds(self) -> tuple[int, ...]:
+            return train.bounds()
+
     loader = training_loader(Watched(), 2)
     for _ in range(3):
         for _ in loader.epoch(0):
             pass
     alive = sum(data() is not None for data in read)
     assert len(read) > 100
-    assert alive <= 2 * (2 + 2 + 2)
+    assert alive <= 2 * (4 + 2 + 2)
 
 
 def test_half_precision_images(train: Source) -> None:
@@ -267,6 +294,118 @@ def test_a_picture_that_does_not_decode_is_named(damaged: Path, make: object) ->
     assert "6.JPEG" not in str(told.value)
     with pytest.raises(UserError, match=r"a/5\.JPEG"):  # and again, rather than going on without it
         list(loader.epoch(0))
+
+
+def skipping(root: Path, told: list[str], batch_size: int = 4, **settings: object) -> Loader:
+    return training_loader(open_source(root, "train"), batch_size, on_bad_image="skip", report=told.append, **settings)
+
+
+@pytest.fixture
+def worse(damaged: Path) -> Path:
+    """Two bad pictures side by side, and one that is no picture at all, of which reading can tell."""
+    folder = damaged / "train" / "a"
+    (folder / "6.JPEG").write_bytes((folder / "5.JPEG").read_bytes())
+    (folder / "8.JPEG").write_bytes(b"<html>not found</html>")
+    return damaged
+
+
+def test_bad_pictures_are_skipped_and_told_once(worse: Path) -> None:
+    """The next good one stands in: 7 for 5 and 6, 9 for 8 (in the order of names: 0, 1, 10, 11, 2, ...)."""
+    told: list[str] = []
+    loader = skipping(worse, told)
+    epochs = [list(loader.epoch(epoch)) for epoch in range(3)]
+    assert [len(batch.labels) for epoch in epochs for batch in epoch] == 9 * [4]
+    assert sorted(next(n for n in (5, 6, 8) if f"a/{n}.JPEG" in sentence) for sentence in told) == [5, 6, 8]
+    assert all("another takes its place" in sentence for sentence in told)
+    assert len(loader.skipped) == 3
+    good = {5: 7, 6: 7, 8: 9}
+    for bad, stand_in in good.items():
+        content = (worse / "train" / "a" / f"{stand_in}.JPEG").read_bytes()
+        (worse / "train" / "a" / f"{bad}.JPEG").write_bytes(content)
+    expected = training_loader(open_source(worse, "train"))
+    for epoch in range(3):
+        assert_same(epochs[epoch], list(expected.epoch(epoch)))
+
+
+def test_a_run_that_skips_is_the_same_resumed_and_on_two_ranks(worse: Path) -> None:
+    told: list[str] = []
+    loader = skipping(worse, told)
+    through = [list(loader.epoch(epoch)) for epoch in range(2)]
+    assert_same(list(skipping(worse, told).epoch(1, start=1)), through[1][1:])
+    ranks = [list(skipping(worse, told, 2, world=2, rank=rank).epoch(1)) for rank in range(2)]
+    for step, whole in enumerate(through[1]):
+        for rank in range(2):
+            assert torch.equal(ranks[rank][step].images, whole.images[rank::2])
+
+
+def test_evaluation_leaves_bad_pictures_out(worse: Path) -> None:
+    told: list[str] = []
+    loader = evaluation_loader(open_source(worse, "train"), 4, on_bad_image="skip", report=told.append)
+    seen = [torch.cat([batch.images for batch in loader.epoch(0)]) for _ in range(2)]
+    assert len(told) == 3
+    assert all("it is not counted" in sentence for sentence in told)
+    for bad in (5, 6, 8):
+        (worse / "train" / "a" / f"{bad}.JPEG").unlink()
+    (expected,) = evaluation_loader(open_source(worse, "train"), 12).epoch(0)
+    for images in seen:
+        assert torch.equal(images, expected.images)
+
+
+def test_evaluation_of_bad_pictures_only_ends(worse: Path) -> None:
+    for picture in (worse / "train" / "a").iterdir():
+        picture.write_bytes(b"nothing")
+    told: list[str] = []
+    source = open_source(worse, "train")
+    assert list(evaluation_loader(source, on_bad_image="skip", report=told.append).epoch(0)) == []
+    assert len(told) == 12
+    with pytest.raises(UserError, match="none of the 12 pictures decodes"):
+        list(skipping(worse, told).epoch(0))
+
+
+def test_what_dali_refuses_and_pillow_reads_is_read(damaged: Path) -> None:
+    picture = damaged / "train" / "a" / "5.JPEG"
+    write_picture(picture, 5)
+    clean = next(evaluation_loader(open_source(damaged, "train"), 12).epoch(0)).images
+    data = picture.read_bytes()
+    at = data.index(b"\xff\xdb")
+    picture.write_bytes(data[:at] + b"junk" + data[at:])
+    told: list[str] = []
+    source = open_source(damaged, "train")
+    loader = evaluation_loader(source, 12, report=told.append)
+    for _ in range(2):
+        (batch,) = loader.epoch(0)
+        assert (levels(batch.images) - levels(clean)).abs().max() < 8
+        different = (batch.images != clean).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        assert [Path(source.name(i)).name for i in different] in ([], ["5.JPEG"])
+    assert [sentence.count("5.JPEG: DALI cannot decode it, but Pillow can") for sentence in told] == [1]
+
+
+def test_copies_on_one_rank_are_read_once_and_look_the_same(textured: Path) -> None:
+    """One process (together), three that share the copies out (each decoded alone), and two that keep them."""
+    source = open_source(textured, "train")
+    read: list[np.ndarray] = []
+
+    def loader(world: int, rank: int, batch_size: int, neighbours: bool = False) -> Iterator[Batch]:
+        order = Order(42, batch_size, world=world, rank=rank, seed=3, repeats=3, neighbours=neighbours)
+        counted = Counted(source, 6, read)
+        return Loader(
+            counted, order, device="cpu", training=True, augmentation=AugmentConfig(), size=SIZE, threads=2
+        ).epoch(1, start=1)
+
+    together = next(loader(1, 0, 12))
+    assert len(together.labels) == 12
+    assert max(len(ids) for ids in read) == 4
+    apart = [next(loader(3, rank, 4)) for rank in range(3)]
+    for rank in range(3):
+        assert torch.equal(together.labels[rank::3], apart[rank].labels)
+        torch.testing.assert_close(together.images[rank::3], apart[rank].images, atol=0.05, rtol=0)
+    halves = [next(loader(2, rank, 6, neighbours=True)) for rank in range(2)]
+    torch.testing.assert_close(torch.cat([half.images for half in halves]), together.images, atol=0.05, rtol=0)
+    odd = [next(loader(4, rank, 5, neighbours=True)) for rank in range(4)]  # batches that begin and end within copies
+    singly = [next(loader(5, rank, 4)) for rank in range(5)]
+    images = torch.cat([batch.images for batch in odd])
+    for rank in range(5):
+        torch.testing.assert_close(images[rank::5], singly[rank].images, atol=0.05, rtol=0)
 
 
 def test_a_vanished_picture_is_named(tmp_path: Path) -> None:
@@ -306,14 +445,6 @@ def test_dali_missing(train: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r"pip install 'vimfast\[cuda13\]'"):
         training_loader(train).epoch(0)
-
-
-def test_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert default_threads() == 12
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert default_threads() == 1
 
 
 @pytest.fixture

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from vimfast.data.sampler import Order, permutation
+from vimfast.data.sampler import Order, permutation, windowed_permutation
+
+BOUNDS = (0, 100, 130, 130, 260, 400, 401, 500)  # seven shards, one of them empty
 
 
-def global_sequence(world: int, batch_size: int, epoch: int = 0, **order: int | bool) -> tuple[np.ndarray, np.ndarray]:
+def global_sequence(world: int, batch_size: int, epoch: int = 0, **order: Any) -> tuple[np.ndarray, np.ndarray]:
     """Positions and ids of one epoch as all ranks together see them, in the order of the positions."""
     ranks = [Order(batch_size=batch_size, world=world, rank=rank, **order) for rank in range(world)]
     seen = [rank.step(epoch, step) for step in range(ranks[0].steps) for rank in ranks]
@@ -98,3 +102,52 @@ def test_what_cannot_be_is_refused() -> None:
         Order(100, 8, world=2, rank=2)
     with pytest.raises(ValueError, match="positive"):
         Order(100, 0)
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2)])
+def test_neighbours_share_out_the_same_global_batches(world: int, batch_size: int) -> None:
+    ranks = [
+        Order(500, batch_size, world=world, rank=rank, seed=1, repeats=3, neighbours=True) for rank in range(world)
+    ]
+    alone = Order(500, 12, seed=1, repeats=3)
+    for step in (0, 7, alone.steps - 1):
+        parts = [rank.step(2, step) for rank in ranks]
+        for shared, whole in zip(map(np.concatenate, zip(*parts, strict=True)), alone.step(2, step), strict=True):
+            np.testing.assert_array_equal(shared, whole)
+
+
+def test_neighbours_keep_copies_on_one_rank() -> None:
+    ranks = [Order(500, 6, world=4, rank=rank, repeats=3, neighbours=True) for rank in range(4)]
+    for rank in ranks:
+        np.testing.assert_array_equal(np.unique(rank.step(1, 3)[1], return_counts=True)[1], [3, 3])
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 100])
+def test_window_reads_a_few_shards_at_a_time(window: int) -> None:
+    ids = windowed_permutation(5, 1, BOUNDS, window)
+    np.testing.assert_array_equal(np.sort(ids), np.arange(500))
+    shards = np.searchsorted(BOUNDS[1:], ids, side="right")
+    first = {shard: np.flatnonzero(shards == shard)[0] for shard in np.unique(shards).tolist()}
+    last = {shard: np.flatnonzero(shards == shard)[-1] for shard in first}
+    for place in range(0, 500, 7):
+        assert sum(first[shard] <= place <= last[shard] for shard in first) <= window
+    if window > 1:
+        assert (np.diff(shards) != 0).sum() > len(first)  # mixed within a window, not shard after shard
+
+
+def test_window_is_a_function_of_seed_and_epoch() -> None:
+    orders = [windowed_permutation(seed, epoch, BOUNDS, 2).tobytes() for seed in range(2) for epoch in range(3)]
+    windowed_permutation.cache_clear()
+    assert orders == [windowed_permutation(seed, epoch, BOUNDS, 2).tobytes() for seed in range(2) for epoch in range(3)]
+    assert len(set(orders)) == 6
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_window_is_the_same_on_any_number_of_ranks(world: int) -> None:
+    _, ids = global_sequence(world, 20 // world, epoch=3, samples=500, seed=2, bounds=BOUNDS, window=3)
+    np.testing.assert_array_equal(ids, windowed_permutation(2, 3, BOUNDS, 3))
+
+
+def test_bounds_that_are_of_other_data_are_refused() -> None:
+    with pytest.raises(ValueError, match="400 pictures, shards up to 500"):
+        Order(400, 8, bounds=BOUNDS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +19,9 @@ import pytest
 import torch
 from conftest import write_picture
 from PIL import Image
+from torchvision import transforms
 
+from vimfast.data import source as source_module
 from vimfast.data.index import INDEX_DTYPE
 from vimfast.data.loader import Loader
 from vimfast.data.sampler import Order
@@ -61,6 +66,18 @@ def odd_shards(odd_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def stem(name: str) -> str:
     """``a/a1`` from ``.../train/a/a1.JPEG`` or ``.../train-000000.tar: a/a1.jpg``."""
     return "/".join(Path(name.split(": ")[-1]).with_suffix("").parts[-2:])
+
+
+def test_bounds_are_those_of_the_shards(odd_tree: Path, odd_shards: Path) -> None:
+    source = open_source(odd_shards, "train")
+    bounds = source.bounds()
+    assert len(bounds) == 5
+    assert bounds[0] == 0
+    assert bounds[-1] == len(source) == 24
+    for number, (first, end) in enumerate(itertools.pairwise(bounds)):
+        assert all(f"train-{number:06d}.tar: " in source.name(i) for i in range(first, end))
+    with pytest.raises(UserError, match=r"--order window reads a few shards .*odd.* is a folder of pictures; convert"):
+        open_source(odd_tree, "train").bounds()
 
 
 def folder_ids(folder: Source, shards: Source) -> np.ndarray:
@@ -117,6 +134,79 @@ def test_odd_files_look_as_pillow_shows_them(odd_tree: Path) -> None:
             decoded = np.asarray(image.convert("RGB"), int)
         assert tuple(sizes[0]) == decoded.shape[:2] == expected.shape[:2]
         assert np.abs(decoded - expected).mean() < 1.5, name
+
+
+KINDS: dict[str, tuple[str, tuple[int, int], str, dict[str, object]]] = {
+    "rgb": ("RGB", (80, 60), "JPEG", {}),
+    "grey": ("L", (80, 60), "JPEG", {}),
+    "cmyk": ("CMYK", (60, 80), "JPEG", {"quality": 95}),
+    "progressive": ("RGB", (61, 47), "JPEG", {"progressive": True}),
+    "not_subsampled": ("RGB", (61, 47), "JPEG", {"subsampling": "4:4:4"}),
+    "stored_as_rgb": ("RGB", (61, 47), "JPEG", {"keep_rgb": True}),
+    "restart_markers": ("RGB", (61, 47), "JPEG", {"restart_marker_rows": 1}),
+    "one_pixel": ("RGB", (1, 1), "JPEG", {}),
+    "one_grey_pixel": ("L", (1, 1), "JPEG", {}),
+    "one_row": ("RGB", (50, 1), "JPEG", {}),
+    "one_progressive_column": ("RGB", (1, 50), "JPEG", {"progressive": True}),
+    "png": ("RGB", (50, 90), "PNG", {}),
+    "transparent_png": ("RGBA", (50, 90), "PNG", {}),
+    "palette": ("P", (50, 90), "PNG", {}),
+    "one_bit": ("1", (50, 90), "PNG", {}),
+    "tiny_png": ("RGB", (1, 1), "PNG", {}),
+    "webp": ("RGB", (50, 90), "WEBP", {}),
+    "gif": ("P", (50, 90), "GIF", {}),
+    "bmp": ("RGB", (50, 90), "BMP", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One picture of each kind, all named .JPEG, in a tree and as shards."""
+    root = tmp_path_factory.mktemp("kinds")
+    folder = root / "tree" / "train" / "a"
+    folder.mkdir(parents=True)
+    for seed, (name, (mode, size, format, options)) in enumerate(KINDS.items()):
+        cells = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        picture = Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode)
+        picture.save(folder / f"{name}.JPEG", format, **options)
+    shades = np.linspace(0, 1000, 60 * 60).astype(np.uint16).reshape(60, 60)
+    Image.fromarray(shades).save(folder / "sixteen_bits.JPEG", "PNG")
+    prepare(root / "tree", root / "shards")
+    return root
+
+
+def assert_pillows_pixels(root: Path, device: str, limit: float) -> None:
+    """At no resizing, but for pictures smaller than 40 pixels, and at some."""
+    for size, crop_ratio in ((40, 1.0), (24, 0.875)):
+        for kind in ("tree", "shards"):
+            source, files = open_source(root / kind, "train"), open_source(root / "tree", "train")
+            order = Order(len(source), 8, shuffle=False, drop_last=False)
+            identity: dict[str, tuple[float, float, float]] = {"mean": (0, 0, 0), "std": (1 / 255, 1 / 255, 1 / 255)}
+            loader = Loader(source, order, device=device, training=False, size=size, crop_ratio=crop_ratio, **identity)
+            images = torch.cat([batch.images.cpu() for batch in loader.epoch(0)])
+            transform = transforms.Compose(
+                [
+                    transforms.Resize(int(size / crop_ratio), transforms.InterpolationMode.BICUBIC),
+                    transforms.CenterCrop(size),
+                    transforms.PILToTensor(),
+                ]
+            )
+            for image, i in zip(
+                images, folder_ids(files, source) if kind == "shards" else range(len(files)), strict=True
+            ):
+                with Image.open(files.name(i)) as picture:
+                    expected = transform(picture.convert("RGB")).float()
+                assert (image - expected).abs().max() <= limit, f"{kind}: {files.name(i)}"
+
+
+def test_every_picture_decodes_to_pillows_pixels(kinds: Path) -> None:
+    """What is no JPEG, or one of four components, is stored again as a JPEG: that is off by up to 4 levels."""
+    assert_pillows_pixels(kinds, "cpu", 4.01)
+
+
+@pytest.mark.gpu
+def test_every_picture_decodes_to_pillows_pixels_on_a_gpu(kinds: Path) -> None:
+    assert_pillows_pixels(kinds, "cuda", 6.01)
 
 
 def test_validation_labels_are_places_among_the_training_classes(odd_tree: Path, tree: Path) -> None:
@@ -235,3 +325,26 @@ def test_unreadable_file_is_named(tmp_path: Path, content: bytes | None, why: st
     path.write_bytes(path.read_bytes()[:-50] if content is None else content)
     with pytest.raises(UserError, match=rf"a/1\.JPEG is no readable picture \(.*{why}.*vimfast-prepare --skip-bad"):
         open_source(tmp_path, "train").read(np.arange(3))
+
+
+def test_slow_files_are_read_by_more_threads(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a disk or network that takes 3 ms an answer."""
+    read_file, lock = source_module._read_file, threading.Lock()
+    now, most = 0, 0
+
+    def slowly(path: Path) -> bytes:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.003)
+        with lock:
+            now -= 1
+        return read_file(path)
+
+    source, ids = open_source(tree, "train"), np.arange(36)
+    expected = [data.tobytes() for data in source.read(ids).encoded]
+    monkeypatch.setattr(source_module, "_read_file", slowly)
+    for _ in range(8):
+        assert [data.tobytes() for data in source.read(ids).encoded] == expected
+    assert 8 < most <= 32

@@ -1,83 +1,131 @@
-"""How many pictures a second the loader gives on this machine, with your data.
+"""How many pictures a second the loader gives on this machine, with your data, and which flags to train with.
 
     python tools/bench_loader.py shards/ imagenet_data/ --threads 4 8 16
 
-Each row trains on nothing: pictures are read, decoded, cropped and normalized as in training, and dropped. "reading"
-is the source alone, one batch after the other in one thread. "cores" is the processor time used, a second.
+Each row trains on nothing: pictures are read, decoded, cropped and augmented as in training, and dropped. "reading" is
+the source alone, one batch after the other. "copies" is how often each picture is shown side by side (repeated
+augmentation on one rank): it is then decoded once. "cores" is the processor time used, a second; "GiB" the GPU memory
+that the loader takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vimfast.cli import run_main
-from vimfast.data.loader import Loader, default_threads
+from vimfast.config import AugmentConfig
+from vimfast.data.hardware import DECODERS, choose_decoder, default_threads
+from vimfast.data.loader import Loader
 from vimfast.data.sampler import Order
 from vimfast.data.source import Source, open_source
 from vimfast.errors import UserError
 
-WARM_UP_BATCHES = 4
+WARM_UP_BATCHES = 8
+AUGMENTATIONS = {"crop": None, "recipe": AugmentConfig()}
+NEARLY = 0.95  # a row this near to the fastest is as good
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    source: str
+    decoder: str
+    threads: int
+    augmentation: str
+    copies: int
+    rate: float  # pictures a second
+    cores: float
+    memory: float | None  # GiB
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help="shards folders, or folder trees with train/")
-    parser.add_argument("--split", default="train", choices=["train", "val"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[default_threads()], help="decoding threads to try")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--input-size", type=int, default=224)
-    parser.add_argument("--prefetch", type=int, default=2, help="batches decoded ahead")
-    parser.add_argument("--interpolation", default="bicubic")
-    parser.add_argument("--seconds", type=float, default=10.0, help="to measure each row for")
-    args = parser.parse_args()
-    print(f"{'source':32} {'device':8} {'threads':>7} {'img/s':>9} {'cores':>6}")
+    args = parse()
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.empty(1, device=device)  # the context's memory is not the loader's
+    print(
+        f"{'source':28} {'decoder':9} {'threads':>7} {'augment':8} {'copies':>6} {'img/s':>9} {'cores':>6} {'GiB':>6}"
+    )
+    rows = []
     for data in args.data:
         source = open_source(data, args.split)
         if not len(source):
             raise UserError(f"{data} has no pictures in {args.split}; name another split")
-        order = Order(len(source), min(args.batch_size, len(source)))
-        row(data, "reading", 1, *measure(reading(source, order), args.seconds))
-        for threads in args.threads:
+        size = min(args.batch_size, len(source))
+        show(Row(data, "reading", 1, "", 1, *measure(reading(source, Order(len(source), size)), args.seconds), None))
+        settings = itertools.product(args.decoders, args.threads, args.augment, args.copies)
+        for decoder, threads, augmentation, copies in settings:
+            before = used(device)
             loader = Loader(
                 source,
-                order,
-                device=args.device,
+                Order(len(source), size, repeats=copies),
+                device=device,
                 training=True,
+                augmentation=AUGMENTATIONS[augmentation],
                 size=args.input_size,
-                interpolation=args.interpolation,
                 threads=threads,
                 prefetch=args.prefetch,
+                decoder=decoder,
+                hw_decoder_load=args.hw_decoder_load,
             )
-            finish = torch.cuda.synchronize if loader.device.type == "cuda" else None
-            row(data, args.device, threads, *measure(decoding(loader), args.seconds, finish))
+            finish = torch.cuda.synchronize if device.type == "cuda" else None
+            rate, cores = measure(decoding(loader), args.seconds, finish)
+            memory = None if before is None else (used(device) or 0) - before
+            rows.append(Row(data, loader.settings.decoder, threads, augmentation, copies, rate, cores, memory))
+            show(rows[-1])
             loader.close()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    recommend(rows, args.prefetch)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="shards folders, or folder trees with train/")
+    parser.add_argument("--split", default="train", choices=["train", "val"])
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--decoders", nargs="+", choices=DECODERS, help="to try; default: all that the machine has")
+    parser.add_argument("--hw-decoder-load", type=float, help="share for the JPEG engine; default: as in training")
+    parser.add_argument("--threads", type=int, nargs="+", help="decoding threads to try; default: as in training")
+    parser.add_argument("--augment", nargs="+", choices=AUGMENTATIONS, default=list(AUGMENTATIONS))
+    parser.add_argument("--copies", type=int, nargs="+", default=[1, 3], help="of each picture, to try")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--input-size", type=int, default=224)
+    parser.add_argument("--prefetch", type=int, default=2, help="batches decoded ahead")
+    parser.add_argument("--seconds", type=float, default=10.0, help="to measure each row for")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.decoders is None:
+        args.decoders = list(
+            dict.fromkeys([choose_decoder("auto", device), *["cuda"] * (device.type == "cuda"), "cpu"])
+        )
+    if args.threads is None:
+        args.threads = [default_threads(device.type == "cuda")]
+    return args
 
 
 def reading(source: Source, order: Order) -> Iterator[int]:
     """Sizes of batches whose bytes were read, page by page, without end."""
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         for step in range(order.steps):
             pictures = source.read(order.step(epoch, step)[1])
             for encoded in pictures.encoded:
                 np.add.reduce(encoded[::4096])
             yield len(pictures.labels)
-        epoch += 1
 
 
 def decoding(loader: Loader) -> Iterator[int]:
     """Sizes of the loader's batches, without end."""
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         for batch in loader.epoch(epoch):
             yield len(batch.labels)
-        epoch += 1
 
 
 def measure(batches: Iterator[int], seconds: float, finish: Callable[[], None] | None = None) -> tuple[float, float]:
@@ -95,9 +143,32 @@ def measure(batches: Iterator[int], seconds: float, finish: Callable[[], None] |
     return pictures / wall, (time.process_time() - processor) / wall
 
 
-def row(source: str, device: str, threads: int, rate: float, cores: float) -> None:
-    name = source if len(source) <= 32 else f"...{source[-29:]}"
-    print(f"{name:32} {device:8} {threads:7} {rate:9,.0f} {cores:6.1f}", flush=True)
+def used(device: torch.device) -> float | None:
+    """Memory of the GPU in use, GiB, whoever uses it."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / 2**30
+
+
+def show(row: Row) -> None:
+    name = row.source if len(row.source) <= 28 else f"...{row.source[-25:]}"
+    memory = "" if row.memory is None else f"{row.memory:6.2f}"
+    print(
+        f"{name:28} {row.decoder:9} {row.threads:7} {row.augmentation:8} {row.copies:6} {row.rate:9,.0f} "
+        f"{row.cores:6.1f} {memory:>6}",
+        flush=True,
+    )
+
+
+def recommend(rows: list[Row], prefetch: int) -> None:
+    """The flags of the fastest row with the fullest augmentation, or of one nearly as fast that takes fewer threads."""
+    fullest = [row for row in rows if row.augmentation == rows[-1].augmentation]
+    fastest = max(fullest, key=lambda row: row.rate)
+    best = min((row for row in fullest if row.rate >= NEARLY * fastest.rate), key=lambda row: (row.copies, row.threads))
+    flags = f"--data-path {best.source} --decoder {best.decoder} --num-workers {best.threads} --prefetch {prefetch}"
+    copies = " --repeated-aug --repeated-aug-on one-rank" if best.copies > 1 else ""
+    print(f"\nfor {best.rate:,.0f} img/s: {flags}{copies}")
 
 
 if __name__ == "__main__":

@@ -80,12 +80,15 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     from vimfast.data.source import open_source
     from vimfast.models import create_model
 
-    cfg = load_config(["--config", str(CONFIG)]).model
+    config = load_config(["--config", str(CONFIG)])
+    cfg, crop_ratio = config.model, config.data.eval_crop_ratio
     source = open_source(shards, "val")
     model = create_model(cfg.model, num_classes=len(source.classes), img_size=cfg.input_size, **cfg.model_kwargs).eval()
     load_weights(model, load_checkpoint(checkpoint)["model"], str(checkpoint))
     order = Order(samples=len(source), batch_size=len(source), shuffle=False, drop_last=False)
-    loader = Loader(source, order, size=cfg.input_size, device=torch.device("cpu"), training=False)
+    loader = Loader(
+        source, order, size=cfg.input_size, device=torch.device("cpu"), training=False, crop_ratio=crop_ratio
+    )
     images, labels = next(loader.epoch(0))
     with torch.no_grad():
         probability, predicted = (column.tolist() for column in model(images).softmax(1).max(1))

@@ -13,10 +13,11 @@ import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from vimfast import original
 from vimfast.cli import Parser
 from vimfast.errors import UserError, did_you_mean
 
@@ -45,9 +46,24 @@ class ModelConfig:
     drop: float = option(0.0, "dropout rate after the position embedding", least=0)
     drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0)
     scan_backend: str = option("auto", "kernels of the model: auto, gluon, mamba_ssm, reference")
+    random_cls_token_position: bool = option(
+        False,
+        "insert the class token anywhere in training, a new place each step; in evaluation it is the first",
+        aliases=("if-random-cls-token-position",),
+    )
+    random_token_rank: bool = option(
+        False, "shuffle the sequence in training, anew each step", aliases=("if-random-token-rank",)
+    )
     use_checkpoint: bool = option(False, "recompute activations in backward to save memory")
     torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same")
     cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it")
+
+    def options(self) -> dict[str, Any]:
+        """Constructor options of the model that have no argument of their own in every model."""
+        options: dict[str, Any] = {"if_random_token_rank": True} if self.random_token_rank else {}
+        if self.random_cls_token_position:  # which a token held in the middle would be deaf to
+            options |= {"if_random_cls_token_position": True, "use_middle_cls_token": False}
+        return options | self.model_kwargs
 
 
 @dataclass
@@ -58,13 +74,52 @@ class DataConfig:
         None, "validation pictures a step on each GPU; default: as in training", least=1
     )
     repeated_aug: bool = option(True, "three augmented copies of each drawn picture, as DeiT and Vim do")
+    repeated_aug_on: str = option(
+        "all-ranks",
+        "where the copies go: spread as DeiT does, or together, which decodes each picture once",
+        choices=("all-ranks", "one-rank"),
+    )
+    order: str = option(
+        "permutation",
+        "of the training pictures: of all of them, or of --order-window shards at a time",
+        choices=("permutation", "window"),
+    )
+    order_window: int = option(64, "shards that --order window shuffles together; they should fit in memory", least=1)
     scale: tuple[float, float] = option((0.08, 1.0), "area of a training crop, as a share of the picture: MIN MAX")
     ratio: tuple[float, float] = option((3 / 4, 4 / 3), "width over height of a training crop: MIN MAX")
     hflip: float = option(0.5, "probability of a horizontal flip in training", least=0)
-    train_interpolation: str = option("bicubic", "resampling filter in training", choices=("bicubic", "bilinear"))
+    train_interpolation: str = option(
+        "bicubic", "filter of crops and warps in training", choices=("bicubic", "bilinear", "random")
+    )
     eval_crop_ratio: float = option(0.875, "validation resizes the short side to input size / this, then crops")
     num_workers: int | None = option(None, "decoding threads of each process; default: the cores it may use", least=1)
+    decoder: str = option(
+        "auto",
+        "the GPU's JPEG engine, its ordinary cores, or the CPU; auto: the first that is there",
+        choices=("auto", "hardware", "cuda", "cpu"),
+    )
     prefetch: int = option(2, "batches decoded ahead", least=1)
+    readahead: int = option(4, "batches read ahead of those from disk", least=1)
+    on_bad_image: str = option(
+        "stop", "at a picture that does not decode: end the run, or go on without it", choices=("stop", "skip")
+    )
+
+
+@dataclass
+class AugmentConfig:
+    aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment in timm's words; none or '' for none")
+    color_jitter: float = option(
+        0.3, "change brightness, contrast and saturation by up to this; only where --aa is off", least=0
+    )
+    three_augment: bool = option(
+        False, "DeiT III's grey, solarize or blur, and --color-jitter; no --aa, no erasing", aliases=("ThreeAugment",)
+    )
+    src: bool = option(False, "simple random crop: short side to the input size, shifted by up to 4 pixels")
+    reprob: float = option(0.25, "probability of erasing a box", least=0)
+    remode: str = option(
+        "pixel", "what an erased box holds: noise, black or one colour", choices=("pixel", "const", "rand")
+    )
+    recount: int = option(1, "erase up to this many boxes", least=1)
 
 
 @dataclass
@@ -93,9 +148,39 @@ class OptimConfig:
     lr: float = option(5e-4, "learning rate for a global batch of 512; scaled in proportion to the batch", least=0)
     unscale_lr: bool = option(False, "take --lr as it is, whatever the batch")
     accum_steps: int = option(1, "batches of --batch-size on each GPU that make one update", least=1)
+    global_batch_size: int | None = option(
+        None, "pictures of an update, on all GPUs together; --batch-size is then the most a GPU takes at once", least=1
+    )
     skip_limit: int = option(
         20, "steps in a row that may be skipped, their gradients being no numbers, before the run stops", least=1
     )
+
+
+@dataclass
+class FinetuneConfig:
+    finetune: str = option("", "start from these weights, whatever they were trained on: a checkpoint, or safetensors")
+    pos_embed_resample: str = option(
+        "patches",
+        "at another input size or stride, resample the positions of the patches alone, or as the original does, which"
+        " takes the class token for the first of the sequence",
+        choices=("patches", "original"),
+    )
+    attn_only: bool = option(False, "train the mixers (or a transformer's attention), head and position embedding only")
+    freeze_layers: int = option(
+        0, "keep the embedding and the first so many blocks as they are; all of them: train the head alone", least=0
+    )
+
+
+@dataclass
+class DistillConfig:
+    distillation_type: str = option(
+        "none", "learn from a teacher: its probabilities, or its answer", choices=("none", "soft", "hard")
+    )
+    teacher_model: str = option("regnety_160", "any timm model; it sees the pictures that the student sees")
+    teacher_path: str = option("", "the teacher's checkpoint, or safetensors")
+    distillation_alpha: float = option(0.5, "the teacher's share of the loss", least=0)
+    distillation_tau: float = option(1.0, "temperature of the probabilities")
+    cosub: bool = option(False, "train two draws of stochastic depth on each picture to agree (DeiT III's cosub)")
 
 
 @dataclass
@@ -144,8 +229,11 @@ class RunConfig:
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -163,6 +251,38 @@ class Config:
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
         aside.replace(path)
+
+
+class Batches(NamedTuple):
+    """How an update's pictures are cut up."""
+
+    batch_size: int  # pictures on each GPU at once
+    accum_steps: int  # batches on each GPU that make one update
+
+
+def plan_batches(config: Config, world: int) -> Batches:
+    """Batch size and accumulation steps for so many GPUs (processes).
+
+    Without ``global_batch_size`` they are what the settings say. With it, the global batch stays the same on any number
+    of GPUs: in ``accum_steps`` if given, else in as few equal steps as need no larger batch than ``batch_size``.
+
+    Raises:
+        UserError: the global batch cannot be shared out equally.
+    """
+    most, accum, wanted = config.data.batch_size, config.optim.accum_steps, config.optim.global_batch_size
+    if wanted is None:
+        return Batches(most, accum)
+    own, rest = divmod(wanted, world)
+    if rest or own == 0 or own % accum:
+        parts = f"{world} GPUs" + (f" x {accum} accumulation steps" if accum > 1 else "")
+        unit = world * accum
+        raise UserError(
+            f"--global-batch-size {wanted} cannot be shared out to {parts}; give a multiple of {unit},"
+            f" such as {max(round(wanted / unit), 1) * unit}"
+        )
+    if accum == 1:
+        accum = next(n for n in range(-(-own // most), own + 1) if own % n == 0)
+    return Batches(own // accum, accum)
 
 
 def load_config(argv: list[str]) -> Config:
@@ -267,6 +387,7 @@ def _parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="YAML", help="recipe to start from; configs/ holds some")
+    original.add_flags(parser)
     for section in fields(Config):
         group = parser.add_argument_group(section.name)
         part: Any = section.default_factory

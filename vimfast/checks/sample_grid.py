@@ -1,4 +1,4 @@
-"""A sheet of labelled samples as the trainer will see them: from the training loader, its crops and flips included."""
+"""A sheet of labelled samples as the trainer will see them: from the training loader, its augmentation included."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vimfast.checks.findings import imagenet_wnids
+from vimfast.config import AugmentConfig
 from vimfast.data.loader import Loader
 from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.data.sampler import Order
@@ -25,8 +26,8 @@ _PAPER, _INK, _FAINT = (243, 243, 245), (32, 32, 36), (120, 120, 128)
 def draw_sample_grid(path: Path, split: str, out: Path, *, size: int, seed: int) -> None:
     """Draw 32 pictures of a split, each with its class below it, and write them as PNG.
 
-    They are the first of a run's epoch 0 (without repeated augmentation): the default random crops and flips for
-    ``"train"``, evaluation's centre crops for ``"val"``.
+    They are the first of a run's epoch 0 (without repeated augmentation): with the default crops, RandAugment and
+    erasing for ``"train"``, evaluation's centre crops for ``"val"``.
 
     Args:
         path: shards or a folder tree.
@@ -38,7 +39,10 @@ def draw_sample_grid(path: Path, split: str, out: Path, *, size: int, seed: int)
     """
     source = open_source(path, split)
     order = Order(len(source), min(len(source), _ROWS * _COLUMNS), seed=seed)
-    loader = Loader(source, order, device="cpu", training=split == "train", size=size, prefetch=1)
+    augmentation = AugmentConfig() if split == "train" else None
+    loader = Loader(
+        source, order, device="cpu", training=split == "train", augmentation=augmentation, size=size, prefetch=1
+    )
     try:
         images, labels = next(loader.epoch(0))
     finally:

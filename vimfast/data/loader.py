@@ -6,31 +6,38 @@ them, and the caller's thread only takes finished ones.
 
 from __future__ import annotations
 
-import os
 import queue
-import re
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vimfast.data import augment, jpeg
+from vimfast.config import AugmentConfig
+from vimfast.data import augment, pipeline
+from vimfast.data.hardware import choose_decoder, default_threads, engine_share
 from vimfast.data.pipeline import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     DecodeError,
     Graph,
     GraphSettings,
+    copies_graph,
+    cut_graph,
     evaluation_graph,
     training_graph,
 )
+from vimfast.data.reader import Reader
+from vimfast.data.recipe import Recipe
 from vimfast.data.sampler import Order
 from vimfast.data.source import Source
 from vimfast.errors import UserError
+from vimfast_kernels.augment import Plan
+from vimfast_kernels.augment import augment as carry_out
 
 
 class Batch(NamedTuple):
@@ -43,33 +50,47 @@ class Batch(NamedTuple):
 class _Work(NamedTuple):
     """A batch on its way: what DALI gets, and who is in it, should DALI fail."""
 
-    ids: np.ndarray  # int64 [b]
+    place: tuple[int, int]  # epoch, step
+    ids: np.ndarray  # int64 [n]
     inputs: tuple[Any, ...]  # as the graph's docstring lists them
+    plan: Plan | None = None  # what is done to the pictures that come out; None in evaluation
+    cut: slice = slice(None)  # the batch among what comes out
 
 
 class Loader:
     """Batches of one rank, in the order of `order`.
 
     A training loader reads on over epoch ends: asking for the next epoch goes on without a pause, asking for any other
-    place (a resumed run) starts the stream there. An evaluation loader stops at the end of the epoch; its last batch
-    may be short, and a rank for which nothing is left has fewer batches than ``steps``.
+    place (a resumed run) starts the stream there. An evaluation loader stops at the end of the epoch and gives its
+    memory back; its last batch may be short, and a rank for which nothing is left has fewer batches than ``steps``.
+
+    Where the copies of repeated augmentation come to one rank (``order.neighbours``, or a single process), a picture is
+    read and decoded once and then cropped, mirrored and augmented as often as it is repeated.
 
     Batches stay valid for as long as they are held.
 
     Args:
         source, order: the pictures and their order; `order.batch_size` is this rank's.
         device: where batches come out: ``"cpu"``, ``"cuda"`` (the current one) or ``"cuda:N"``.
-        training: random resized crops and flips, drawn from (order.seed, epoch, position); else resize and centre crop.
+        training: random crops, flips and `augmentation`, drawn from (order.seed, epoch, position); else resize and
+            centre crop.
+        augmentation: what is done behind crop and flip in training, and the kind of crop; None: random resized crop
+            and flip only.
         size: side of the pictures, pixels.
         scale, ratio: of the random crop's area (share of the picture) and aspect (width over height).
         hflip: probability of mirroring in training.
         crop_ratio: evaluation resizes the short side to ``int(size / crop_ratio)``; in (0, 1].
-        interpolation: ``"bicubic"`` or ``"bilinear"``.
+        interpolation: ``"bicubic"`` or ``"bilinear"``; in training also ``"random"``.
         mean, std: of the normalization, for values in [0, 1].
         dtype: of the images: float32 or float16.
         threads: decoding threads; default: the cores this process may use, shared with the others of this host.
-        prefetch: batches decoded ahead, and as many again read ahead.
-        hw_decoder_load: share of the pictures that go to the GPU's JPEG engine, where it has one.
+        prefetch: batches decoded ahead.
+        readahead: batches read (of shards: asked of the disk) ahead of those.
+        decoder: ``"auto"``, ``"hardware"`` (the GPU's JPEG engine, and its ordinary cores for the rest), ``"cuda"`` or
+            ``"cpu"``.
+        hw_decoder_load: share of the pictures for the JPEG engine; default: what fits the GPU and the threads.
+        on_bad_image: ``"stop"`` at a picture that does not decode, or ``"skip"`` it (:class:`Reader`).
+        report: is told of each picture skipped; default: a warning on stderr.
 
     Raises:
         UserError: training pictures that do not fill one step, or a setting out of its range.
@@ -82,6 +103,7 @@ class Loader:
         *,
         device: torch.device | str,
         training: bool,
+        augmentation: AugmentConfig | None = None,
         size: int = 224,
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -93,7 +115,11 @@ class Loader:
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
         prefetch: int = 2,
-        hw_decoder_load: float = 0.65,
+        readahead: int = 4,
+        decoder: str = "auto",
+        hw_decoder_load: float | None = None,
+        on_bad_image: str = "stop",
+        report: Callable[[str], None] | None = None,
     ) -> None:
         if training and order.steps == 0:
             _refuse_small_split(order)
@@ -106,18 +132,28 @@ class Loader:
         if self.device == torch.device("cuda"):
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._scale, self._ratio, self._hflip, self._crop_ratio = scale, ratio, hflip, crop_ratio
+        self._recipe = Recipe(augmentation, size, interpolation)
+        together = training and (order.neighbours or order.world == 1) and self._recipe.crop == "resized"
+        self._copies = order.repeats if together else 1
+        decoder = choose_decoder(decoder, self.device)
+        threads = threads or default_threads(self.device.type == "cuda")
+        if hw_decoder_load is None:
+            hw_decoder_load = engine_share(self.device, threads) if decoder == "hardware" else 0.0
         self._settings = GraphSettings(
-            batch_size=order.batch_size,
+            batch_size=_most_pictures(order.batch_size, self._copies),
             size=size,
             device=self.device,
             interpolation=interpolation,
             mean=mean,
             std=std,
             dtype=dtype,
-            threads=threads or default_threads(),
+            threads=threads,
             prefetch=prefetch,
+            decoder=decoder,
             hw_decoder_load=hw_decoder_load,
         )
+        self._reader = Reader(source, skip=on_bad_image == "skip", stand_in=training, report=report)
+        self._readahead = readahead
         self._graph: Graph | None = None  # built with the first epoch
         self._ahead: _ReadAhead | None = None
         self._in_work: deque[_Work] = deque()  # oldest first: the batches that DALI holds
@@ -133,6 +169,16 @@ class Loader:
     def pictures(self) -> int:
         """Pictures in the split."""
         return len(self.source)
+
+    @property
+    def settings(self) -> GraphSettings:
+        """What was chosen for this machine: decoder, threads, and the rest."""
+        return self._settings
+
+    @property
+    def skipped(self) -> list[str]:
+        """The pictures left out so far by this process, a sentence each."""
+        return sorted(self._reader.bad.values())
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start` on. An iterator asked for earlier ends with this call.
@@ -151,25 +197,35 @@ class Loader:
                 raise RuntimeError("this loader has been asked for another epoch since")
             batch = self._take()
             if batch is None:
-                return
+                break
             self._next_place = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
             yield batch
+        if not self.training and owner is self._owner:
+            self.close()
 
     def _take(self) -> Batch | None:
         """The oldest batch in work; None at the end of an evaluation."""
-        assert self._graph is not None
-        try:
-            images, labels = self._graph.next()
-        except StopIteration:
-            return None
-        except UserError:
-            self.close()  # should the caller mend it and ask again, everything starts afresh
-            raise
-        except DecodeError as error:
-            told = self._explain(error)
-            self.close()
-            raise told from error
-        self._in_work.popleft()
+        while True:
+            assert self._graph is not None
+            try:
+                images, labels = self._graph.next()
+                break
+            except StopIteration:
+                return None
+            except UserError:
+                self.close()  # should the caller mend it and ask again, everything starts afresh
+                raise
+            except DecodeError as error:
+                failed = list(self._in_work)
+                self.close()
+                self._explain(error, failed)
+            self._restart(*failed[0].place)
+        work = self._in_work.popleft()
+        if self._copies > 1:
+            images, labels = images[work.cut], labels[work.cut]
+        if work.plan is not None:
+            settings = self._settings
+            images = carry_out(images, work.plan, mean=settings.mean, std=settings.std, dtype=settings.dtype)
         return Batch(images, labels)
 
     def _feed(self) -> tuple[Any, ...]:
@@ -188,9 +244,16 @@ class Loader:
             self._drain(self._graph)
         self._in_work.clear()
         if self._graph is None:
-            self._graph = Graph(training_graph if self.training else evaluation_graph, self._settings, self._feed)
-        self._ahead = _ReadAhead(self._works(epoch, start), self._settings.prefetch)
+            self._graph = Graph(self._definition(), self._settings, self._feed)
+        self._ahead = _ReadAhead(self._works(epoch, start), self._readahead)
         self._next_place = (epoch, start)
+
+    def _definition(self) -> Callable[..., tuple[Any, ...]]:
+        if not self.training:
+            return evaluation_graph
+        if self._copies > 1:
+            return copies_graph(self._copies)
+        return training_graph if self._recipe.crop == "resized" else cut_graph
 
     def _drain(self, graph: Graph) -> None:
         """Let go of what DALI has in work: cheaper than building the graph, and its memory, anew."""
@@ -204,55 +267,84 @@ class Loader:
 
     def _works(self, epoch: int, start: int) -> Iterator[_Work]:
         """What comes from a place on: without end in training, else to the end of the epoch."""
+        make = self._work if self._copies == 1 else self._work_of_copies
         while True:
             for step in range(start, self.steps):
-                positions, ids = self.order.step(epoch, step)
-                if len(ids):
-                    yield self._work(epoch, positions, ids)
+                work = make((epoch, step), *self.order.step(epoch, step))
+                if len(work.ids):
+                    yield work
             if not self.training:
                 return
             epoch, start = epoch + 1, 0
 
-    def _work(self, epoch: int, positions: np.ndarray, ids: np.ndarray) -> _Work:
-        encoded, sizes, labels = self.source.read(ids)
+    def _work(self, place: tuple[int, int], positions: np.ndarray, ids: np.ndarray) -> _Work:
+        ids, (encoded, sizes, labels) = self._reader.read(ids)
         if self.training:
+            epoch = place[0]
             u = augment.uniforms(self.order.seed, epoch, positions)
-            boxes = augment.random_resized_crop(u, sizes, self._scale, self._ratio)
-            corner, extent = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
-            return _Work(ids, (encoded, labels, corner, extent, augment.flips(u, self._hflip)))
+            box, shift = self._boxes(u, sizes)
+            flip = augment.flips(u, self._hflip)
+            if shift is not None:
+                shift[:, 1] *= 1 - 2 * flip
+            plan = self._recipe.draw(self.order.seed, epoch, positions, shift)
+            cubic = augment.filters(u, self._settings.interpolation)
+            return _Work(place, ids, (encoded, labels, *box, flip, cubic), plan)
         resized, corner = augment.resize_and_centre_crop(sizes, self._settings.size, self._crop_ratio)
-        return _Work(ids, (encoded, labels, resized.astype(np.float32), corner))
+        return _Work(place, ids, (encoded, labels, resized.astype(np.float32), corner))
 
-    def _explain(self, error: DecodeError) -> Exception:
-        """The error for a person: which pictures in work do not decode, going by Pillow, oldest batch first."""
+    def _work_of_copies(self, place: tuple[int, int], positions: np.ndarray, ids: np.ndarray) -> _Work:
+        """Each picture once. All its copies are drawn, also those in the batches before and behind this one."""
+        epoch, copies = place[0], self._copies
+        shown = positions // copies
+        drawn = np.arange(shown[0] * copies, (shown[-1] + 1) * copies)
+        ids, (encoded, sizes, labels) = self._reader.read(ids[np.searchsorted(shown, np.unique(shown))])
+        u = augment.uniforms(self.order.seed, epoch, drawn)
+        boxes = augment.random_resized_crop(u, np.repeat(sizes, copies, axis=0), self._scale, self._ratio)
+        boxes = boxes.reshape(len(ids), copies, 4)
+        low, extents = boxes[..., :2], boxes[..., 2:]
+        corner = low.min(axis=1)
+        inputs = [encoded, labels, corner, (low + extents).max(axis=1) - corner]
+        flip = augment.flips(u, self._hflip).reshape(-1, copies)
+        cubic = augment.filters(u, self._settings.interpolation).reshape(-1, copies)
+        for copy in range(copies):
+            parts = (low[:, copy] - corner, extents[:, copy], flip[:, copy], cubic[:, copy])
+            inputs += map(np.ascontiguousarray, parts)
+        first = int(positions[0] - drawn[0])
+        plan = self._recipe.draw(self.order.seed, epoch, positions)
+        return _Work(place, ids, tuple(inputs), plan, slice(first, first + len(positions)))
+
+    def _boxes(self, u: np.ndarray, sizes: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray | None]:
+        """Where to cut, as the graph of this kind of crop takes it, and what the recipe is to shift behind that."""
+        size = self._settings.size
+        if self._recipe.crop == "simple":
+            resized, corner, shift = augment.simple_crop(u, sizes, size)
+            return (resized.astype(np.float32), corner), shift
+        if self._recipe.crop == "padded":
+            return (sizes.astype(np.float32), augment.padded_crop(u, sizes, size)), None
+        boxes = augment.random_resized_crop(u, sizes, self._scale, self._ratio)
+        return (np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])), None
+
+    def _explain(self, error: DecodeError, failed: list[_Work]) -> None:
+        """Find the pictures that DALI failed on, to go on without them; what cannot be gone on from is raised."""
         if any(sign in str(error) for sign in ("out of memory", "cudaErrorMemoryAllocation", "bad_alloc")):
-            return UserError(
+            raise UserError(
                 f"{self.device} has too little memory to decode {self.order.batch_size} pictures at once; "
                 "lower --batch-size (or --eval-batch-size, or --prefetch)"
-            )
-        for work in self._in_work:
-            found = zip(work.ids.tolist(), map(_why_unreadable, work.inputs[0]), strict=True)
-            if bad := {f"{self.source.name(i)} ({why})" for i, why in found if why}:
-                return UserError(
-                    f"cannot decode {', '.join(sorted(bad))}; find all such pictures with python -m "
-                    "vimfast.check_data DATA --decode and remove them, or convert with vimfast-prepare --skip-bad"
-                )
-        # Pillow reads them all, so what DALI refuses is told by its numbers within the batch that failed: the oldest.
-        oldest = self._in_work[0].ids.tolist() if self._in_work else []
-        if refused := {
-            self.source.name(oldest[int(n)]) for n in re.findall(r"#(\d+)", str(error)) if int(n) < len(oldest)
-        }:
-            return UserError(
-                f"DALI cannot decode {', '.join(sorted(refused))}, but Pillow can; save it again as a JPEG"
-            )
-        return error
+            ) from error
+        batches = [(work.ids, work.inputs[0]) for work in failed]
+        refused = partial(pipeline.undecodable, settings=self._settings)
+        if not batches or not self._reader.blame(batches, refused):
+            raise error
 
     def close(self) -> None:
         """Stop reading and let DALI go. Batches already handed out stay valid; the loader can be used again."""
         if self._ahead is not None:
             self._ahead.close()
+        built = self._graph is not None
         self._ahead = self._graph = self._next_place = None
         self._in_work.clear()
+        if built and self._settings.on_gpu:
+            pipeline.release_memory()
 
 
 class _ReadAhead:
@@ -289,17 +381,9 @@ class _ReadAhead:
         self._free.release()
 
 
-def default_threads() -> int:
-    """The cores this process may use, shared among the processes that torchrun started on this host."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def _why_unreadable(data: np.ndarray) -> str | None:
-    try:
-        jpeg.to_rgb_jpeg(data)
-    except ValueError as error:
-        return str(error)
-    return None
+def _most_pictures(batch_size: int, copies: int) -> int:
+    """How many pictures a batch of neighbouring positions can show: it may begin with the last copy of one."""
+    return 1 + -(-(batch_size - 1) // copies)
 
 
 def _refuse_small_split(order: Order) -> None:

@@ -1,16 +1,19 @@
-"""The DALI graphs: encoded JPEGs in, normalized tensors out. The only module that imports ``nvidia.dali``.
+"""The DALI graphs: encoded JPEGs in, pictures of one size out. The only module that imports ``nvidia.dali``.
 
 The graphs draw nothing at random: boxes and flips come in with the pictures. On a GPU the decoder is DALI's mixed one
-and everything behind it runs on the GPU; on a CPU the graph is the same with CPU operators.
+(or the CPU's, if that is asked for) and everything behind it runs on the GPU; on a CPU the graph is the same with CPU
+operators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Pillow's filters of the same names: the cubic is Keys' with a = -0.5, and both widen where they shrink a picture.
 _FILTERS = {"bicubic": "INTERP_CUBIC", "bilinear": "INTERP_LINEAR"}
+_INTERPOLATIONS = (*_FILTERS, "random")
 _DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16"}
 
 Feed = Callable[[], tuple[Any, ...]]
@@ -38,12 +42,14 @@ class GraphSettings:
         batch_size: the largest batch.
         size: side of the square pictures that come out, pixels.
         device: where batches come out; a CUDA device with its index.
-        interpolation: the resampling filter, ``"bicubic"`` or ``"bilinear"``; antialiased.
+        interpolation: the resampling filter, ``"bicubic"`` or ``"bilinear"``, antialiased; in training also
+            ``"random"``, each picture's own.
         mean, std: of the three channels, for values in [0, 1].
         dtype: float32 or float16.
         threads: decoding threads on the CPU.
         prefetch: batches in work at once.
-        hw_decoder_load: share of the pictures that go to the GPU's JPEG engine, where it has one.
+        decoder: ``"hardware"`` (the GPU's JPEG engine and its ordinary cores together), ``"cuda"`` or ``"cpu"``.
+        hw_decoder_load: share of the pictures that go to the JPEG engine.
     """
 
     batch_size: int
@@ -55,13 +61,14 @@ class GraphSettings:
     dtype: torch.dtype = torch.float32
     threads: int = 1
     prefetch: int = 2
+    decoder: str = "cpu"
     hw_decoder_load: float = 0.65
 
     def __post_init__(self) -> None:
-        if self.interpolation not in _FILTERS:
+        if self.interpolation not in _INTERPOLATIONS:
             raise UserError(
-                f"interpolation is {self.interpolation!r}{did_you_mean(self.interpolation, _FILTERS)}; "
-                f"want one of {', '.join(_FILTERS)}"
+                f"interpolation is {self.interpolation!r}{did_you_mean(self.interpolation, _INTERPOLATIONS)}; "
+                f"want one of {', '.join(_INTERPOLATIONS)}"
             )
 
     @property
@@ -72,10 +79,10 @@ class GraphSettings:
 class Graph:
     """A DALI pipeline that pulls batches from a feed and works ahead of whoever calls :meth:`next`."""
 
-    def __init__(self, define: Callable[[GraphSettings, Feed], tuple[Any, Any]], settings: GraphSettings, feed: Feed):
+    def __init__(self, define: Callable[[GraphSettings, Feed], tuple[Any, ...]], settings: GraphSettings, feed: Feed):
         """
         Args:
-            define: :func:`training_graph` or :func:`evaluation_graph`.
+            define: :func:`training_graph`, :func:`copies_graph`, :func:`cut_graph` or :func:`evaluation_graph`.
             feed: gives the next batch's inputs, as `define` lists them, and raises StopIteration at the end. DALI
                 does not copy them: they must not change while their batch is in work. It keeps them alive.
         """
@@ -92,7 +99,7 @@ class Graph:
         self._pipe.build()
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """Images [b, 3, size, size] and labels int64 [b], on the device, in DALI's memory.
+        """Images as the graph makes them and labels int64 [b], on the device; copies of a picture side by side.
 
         On a GPU the host does not wait: the work that torch's current stream is given from here on does.
 
@@ -102,10 +109,13 @@ class Graph:
         """
         stream = torch.cuda.current_stream(self._settings.device) if self._settings.on_gpu else None
         try:
-            images, labels = self._pipe.run(stream)
+            outputs = self._pipe.run(stream)
         except RuntimeError as error:
             raise DecodeError(str(error)) from error
-        return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
+        *images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        if len(images) == 1:
+            return images[0], labels
+        return torch.stack(images, 1).flatten(0, 1), labels.repeat_interleave(len(images))
 
     def rewind(self) -> None:
         """Pull from the feed again, after :meth:`next` raised StopIteration."""
@@ -113,26 +123,73 @@ class Graph:
 
 
 def training_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
-    """Decode a box, resize it to the square, mirror, normalize.
+    """Decode a box, resize it to the square, mirror; uint8 [b, size, size, 3].
 
     The feed gives: n arrays of uint8; labels, int64 [n]; the box's corner (top, left) and its extent (height, width)
-    in pixels, int32 [n, 2] each; 1 where to mirror, int32 [n].
+    in pixels, int32 [n, 2] each; 1 where to mirror, int32 [n]; 1 for bicubic, 0 for bilinear, int32 [n].
     """
     fn, types = _dali().fn, _dali().types
-    encoded, labels, corner, extent, flip = fn.external_source(
+    encoded, labels, corner, extent, flip, cubic = fn.external_source(
         feed,
-        num_outputs=5,
-        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.INT32],
-        ndim=[1, 0, 1, 1, 0],
+        num_outputs=6,
+        dtype=[types.UINT8, types.INT64, *4 * [types.INT32]],
+        ndim=[1, 0, 1, 1, 0, 0],
         no_copy=True,
     )
-    boxes = fn.decoders.image_slice(encoded, start=corner, shape=extent, axes=[0, 1], **_decoder(settings))
-    squares = _resize(boxes, settings, [settings.size, settings.size])
-    return _normalize(squares, settings, mirror=flip), labels.gpu() if settings.on_gpu else labels
+    boxes = _decode(fn.decoders.image_slice, encoded, settings, start=corner, shape=extent, axes=[0, 1])
+    squares = _resize(boxes, [settings.size, settings.size], _filters(cubic))
+    return _mirror(squares, flip), labels.gpu() if settings.on_gpu else labels
+
+
+def copies_graph(copies: int) -> Callable[[GraphSettings, Feed], tuple[Any, ...]]:
+    """As :func:`training_graph`, several pictures from each: what is decoded once is what their boxes cover together.
+
+    The feed gives: n arrays of uint8; labels, int64 [n]; corner and extent of what is decoded; then for each copy its
+    box's corner in there and its extent, where to mirror and which filter.
+    """
+
+    def define(settings: GraphSettings, feed: Feed) -> tuple[Any, ...]:
+        fn, types = _dali().fn, _dali().types
+        encoded, labels, corner, extent, *cuts = fn.external_source(
+            feed,
+            num_outputs=4 + 4 * copies,
+            dtype=[types.UINT8, types.INT64, *(2 + 4 * copies) * [types.INT32]],
+            ndim=[1, 0, 1, 1, *copies * [1, 1, 0, 0]],
+            no_copy=True,
+        )
+        covered = _decode(fn.decoders.image_slice, encoded, settings, start=corner, shape=extent, axes=[0, 1])
+        squares = []
+        for start, shape, flip, cubic in zip(*4 * [iter(cuts)], strict=True):
+            box = fn.slice(covered, start=start, shape=shape, axes=[0, 1])
+            squares.append(_mirror(_resize(box, [settings.size, settings.size], _filters(cubic)), flip))
+        return *squares, labels.gpu() if settings.on_gpu else labels
+
+    return define
+
+
+def cut_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
+    """Decode, resize, cut the square out, black where it lies outside, mirror; uint8 [b, size, size, 3].
+
+    The feed gives: n arrays of uint8; labels, int64 [n]; height and width to resize to, float32 [n, 2]; the square's
+    corner (top, left) in the resized picture, int32 [n, 2]; then as for :func:`training_graph`.
+    """
+    fn, types = _dali().fn, _dali().types
+    encoded, labels, resized, corner, flip, cubic = fn.external_source(
+        feed,
+        num_outputs=6,
+        dtype=[types.UINT8, types.INT64, types.FLOAT, *3 * [types.INT32]],
+        ndim=[1, 0, 1, 1, 0, 0],
+        no_copy=True,
+    )
+    whole = _resize(_decode(fn.decoders.image, encoded, settings), resized, _filters(cubic))
+    squares = fn.slice(
+        whole, start=corner, shape=[settings.size, settings.size], axes=[0, 1], out_of_bounds_policy="pad"
+    )
+    return _mirror(squares, flip), labels.gpu() if settings.on_gpu else labels
 
 
 def evaluation_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
-    """Decode, resize, cut the square out, normalize.
+    """Decode, resize, cut the square out, normalize; [b, 3, size, size].
 
     The feed gives: n arrays of uint8; labels, int64 [n]; height and width to resize to, float32 [n, 2]; the square's
     corner (top, left) in the resized picture, int32 [n, 2].
@@ -145,31 +202,77 @@ def evaluation_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
         ndim=[1, 0, 1, 1],
         no_copy=True,
     )
-    options = _decoder(settings)
-    if settings.on_gpu:
-        options["jpeg_fancy_upsampling"] = True  # chroma as libjpeg, and so Pillow, has it; costs time
-    whole = _resize(fn.decoders.image(encoded, **options), settings, resized)
+    # Chroma as libjpeg, and so Pillow, has it; costs time.
+    whole = _decode(fn.decoders.image, encoded, settings, jpeg_fancy_upsampling=True)
+    # As Pillow does it: columns first, and 8 bits between the two directions. In one go, one value in six is off by 1.
+    how = {"interp_type": getattr(types, _FILTERS[settings.interpolation]), "antialias": True, "mode": "stretch"}
+    whole = fn.resize(fn.resize(whole, resize_x=resized[1], **how), resize_y=resized[0], **how)
     squares = fn.slice(whole, start=corner, shape=[settings.size, settings.size], axes=[0, 1])
     return _normalize(squares, settings), labels.gpu() if settings.on_gpu else labels
 
 
-def _decoder(settings: GraphSettings) -> dict[str, Any]:
-    options = {"output_type": _dali().types.RGB, "adjust_orientation": False}  # nobody here applies EXIF rotation
-    if not settings.on_gpu:
-        return {**options, "device": "cpu"}
+def undecodable(encoded: Sequence[np.ndarray], settings: GraphSettings) -> list[int]:
+    """The places of those that the decoder refuses, tried one by one: slow, for when a batch has failed."""
+    refused: list[int] = []
+    at = 0
+    while (at := at + _decodable(encoded[at:], settings)) < len(encoded):
+        refused.append(at)
+        at += 1
+    return refused
+
+
+def _decodable(encoded: Sequence[np.ndarray], settings: GraphSettings) -> int:
+    """How many pictures decode before the first that does not."""
+    device = settings.device.index if settings.on_gpu else None
+    pipe = _dali().Pipeline(batch_size=1, num_threads=1, device_id=device, prefetch_queue_depth=1, exec_dynamic=True)
+    fn, types = _dali().fn, _dali().types
+    with pipe:
+        data = fn.external_source(([picture] for picture in encoded), dtype=types.UINT8, ndim=1)
+        pipe.set_outputs(_decode(fn.decoders.image, data, settings))
+    pipe.build()
+    done = 0
+    with suppress(StopIteration, RuntimeError):
+        while True:
+            pipe.run()
+            done += 1
+    return done
+
+
+def release_memory() -> None:
+    """Give back the GPU memory that DALI keeps for later and nothing uses."""
+    _dali().release()
+
+
+def _decode(operator: Any, encoded: Any, settings: GraphSettings, **options: Any) -> Any:
+    """RGB pictures on the device, as stored: nobody here applies EXIF rotation."""
+    options |= {"output_type": _dali().types.RGB, "adjust_orientation": False}
+    if settings.decoder == "cpu":
+        options.pop("jpeg_fancy_upsampling", None)  # the CPU's always does it
+        decoded = operator(encoded, device="cpu", **options)
+        return decoded.gpu() if settings.on_gpu else decoded
+    load = settings.hw_decoder_load if settings.decoder == "hardware" else 0.0
     # Pinned decoding threads of several processes on one host would share the first few cores.
-    return {**options, "device": "mixed", "hw_decoder_load": settings.hw_decoder_load, "affine": False}
+    return operator(encoded, device="mixed", hw_decoder_load=load, affine=False, **options)
 
 
-def _resize(pictures: Any, settings: GraphSettings, size: Any) -> Any:
-    filter_type = getattr(_dali().types, _FILTERS[settings.interpolation])
+def _resize(pictures: Any, size: Any, filter_type: Any) -> Any:
     return _dali().fn.resize(pictures, size=size, interp_type=filter_type, antialias=True)
 
 
-def _normalize(pictures: Any, settings: GraphSettings, mirror: Any = 0) -> Any:
+def _filters(cubic: Any) -> Any:
+    """Bicubic where 1, bilinear where 0."""
+    fn, types = _dali().fn, _dali().types
+    linear_to_cubic = int(types.INTERP_CUBIC) - int(types.INTERP_LINEAR)
+    return fn.cast(cubic * linear_to_cubic + int(types.INTERP_LINEAR), dtype=types.INTERP_TYPE)
+
+
+def _mirror(pictures: Any, flip: Any) -> Any:
+    return _dali().fn.flip(pictures, horizontal=flip)
+
+
+def _normalize(pictures: Any, settings: GraphSettings) -> Any:
     return _dali().fn.crop_mirror_normalize(
         pictures,
-        mirror=mirror,
         mean=[255 * value for value in settings.mean],
         std=[255 * value for value in settings.std],
         dtype=getattr(_dali().types, _DTYPES[settings.dtype]),
@@ -179,11 +282,11 @@ def _normalize(pictures: Any, settings: GraphSettings, mirror: Any = 0) -> Any:
 
 def _dali() -> SimpleNamespace:
     try:
-        from nvidia.dali import fn, types
+        from nvidia.dali import backend, fn, types
         from nvidia.dali.pipeline import Pipeline
     except ImportError as error:
         raise UserError(
             f"NVIDIA DALI cannot be imported ({error}); pip install 'vimfast[cuda13]', or 'vimfast[cuda12]' for a "
             "driver before CUDA 13 (both decode on a machine without a GPU too)"
         ) from None
-    return SimpleNamespace(fn=fn, types=types, Pipeline=Pipeline)
+    return SimpleNamespace(fn=fn, types=types, Pipeline=Pipeline, release=backend.ReleaseUnusedMemory)  # type: ignore[attr-defined]

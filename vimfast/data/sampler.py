@@ -1,8 +1,9 @@
 """Which picture comes when: a pure function of (seed, epoch, step, world size, rank, repeats).
 
 One global sequence of positions 0, 1, 2, ... runs through an epoch. Step s of a world of W ranks with B samples each
-takes the positions [s * W * B, (s + 1) * W * B), and rank r of them every W-th, starting at r. So a run gives the
-same global batches on any number of ranks as long as W * B stays the same, and any step is found without those before.
+takes the positions [s * W * B, (s + 1) * W * B), and rank r of them every W-th, starting at r (or, with `neighbours`,
+the r-th stretch of B). So a run gives the same global batches on any number of ranks as long as W * B stays the same,
+and any step is found without those before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,28 @@ def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
     return ids
 
 
+@functools.lru_cache(maxsize=2)
+def windowed_permutation(seed: int, epoch: int, bounds: tuple[int, ...], window: int) -> np.ndarray:
+    """An order that needs `window` shards at a time: shards shuffled, then all pictures of each `window` of them.
+
+    Every picture once; int32 or int64 [samples], read-only. How near it comes to :func:`permutation` is a matter of the
+    window: ``tools/order_quality.py`` tells.
+
+    Args:
+        bounds: the first picture of each shard, and the number of all pictures.
+    """
+    dtype = np.int32 if bounds[-1] <= np.iinfo(np.int32).max else np.int64
+    generator = np.random.default_rng((seed, epoch))
+    shards = len(bounds) - 1
+    parts = []
+    for members in np.array_split(generator.permutation(shards), -(-shards // window)):
+        ids = [np.arange(bounds[shard], bounds[shard + 1], dtype=dtype) for shard in members.tolist()]
+        parts.append(generator.permutation(np.concatenate(ids)))
+    ordered = np.concatenate(parts)
+    ordered.flags.writeable = False
+    return ordered
+
+
 @dataclass(frozen=True)
 class Order:
     """The order in which one rank sees `samples` pictures.
@@ -39,6 +62,9 @@ class Order:
         drop_last: leave out the pictures that do not fill a global batch (training); else the last batches are
             short or empty (evaluation: every picture exactly once over all ranks).
         limit: end an epoch after this many steps.
+        neighbours: a rank takes neighbouring positions of a step rather than every `world`-th. The pictures of all
+            ranks together stay the same; the copies of a picture then come to one rank.
+        bounds, window: shuffle as :func:`windowed_permutation` does; without bounds, all pictures at once.
     """
 
     samples: int
@@ -50,12 +76,17 @@ class Order:
     shuffle: bool = True
     drop_last: bool = True
     limit: int | None = None
+    neighbours: bool = False
+    bounds: tuple[int, ...] | None = None
+    window: int = 64
 
     def __post_init__(self) -> None:
         if min(self.samples, self.seed) < 0 or min(self.batch_size, self.world, self.repeats) < 1:
             raise ValueError(f"sizes and repeats must be positive and the seed not negative: {self}")
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank {self.rank} is not one of {self.world}")
+        if self.bounds is not None and (self.bounds[-1] != self.samples or self.window < 1):
+            raise ValueError(f"{self.samples} pictures, shards up to {self.bounds[-1]}, a window of {self.window}")
 
     @property
     def global_batch(self) -> int:
@@ -83,8 +114,17 @@ class Order:
             raise IndexError(f"step {step} of an epoch of {self.steps} steps")
         first = step * self.global_batch
         last = min(first + self.global_batch, self.samples)
-        positions = np.arange(first + self.rank, last, self.world, dtype=np.int64)
+        if self.neighbours:
+            first = min(first + self.rank * self.batch_size, last)
+            positions = np.arange(first, min(first + self.batch_size, last), dtype=np.int64)
+        else:
+            positions = np.arange(first + self.rank, last, self.world, dtype=np.int64)
         drawn = positions // self.repeats
         if self.shuffle:
-            drawn = permutation(self.seed, epoch, self.samples)[drawn].astype(np.int64)
+            drawn = self._shuffled(epoch)[drawn].astype(np.int64)
         return positions, drawn
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        if self.bounds is None:
+            return permutation(self.seed, epoch, self.samples)
+        return windowed_permutation(self.seed, epoch, self.bounds, self.window)

@@ -1,0 +1,138 @@
+"""Is the augmentation timm's, and what does it cost? On your photographs and your device.
+
+    python tools/bench_augment.py imagenet_data/
+    python tools/bench_augment.py shards/ --aa rand-m7-n3 --magnitude 5
+
+First each operation of RandAugment at one magnitude, with either sign, against timm's own on Pillow: differences in
+levels of 255, and the share of values that differ. Then the time of a batch, decoding apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import random
+import time
+from collections.abc import Callable
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from torch import Tensor
+
+from vimfast.cli import run_main
+from vimfast.config import AugmentConfig
+from vimfast.data import randaugment
+from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
+from vimfast.data.recipe import Recipe
+from vimfast.data.source import open_source
+from vimfast_kernels.augment import PATCH, Plan, augment, fill_colour
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="shards folder, or folder tree with train/ and val/")
+    parser.add_argument("--split", default="train", choices=["train", "val"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--aa", default=AugmentConfig.aa, help="RandAugment in timm's words")
+    parser.add_argument("--magnitude", type=float, default=9.0, help="of the comparison")
+    parser.add_argument("--pictures", type=int, default=16, help="of the comparison")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--input-size", type=int, default=224)
+    args = parser.parse_args()
+    pictures = photographs(args.data, args.split, args.pictures, args.input_size)
+    compare(pictures, randaugment.parse(args.aa), args.magnitude, args.device)
+    batch = pictures[np.arange(args.batch_size) % len(pictures)]
+    bench(torch.from_numpy(batch).to(args.device), args.aa)
+
+
+def photographs(data: str, split: str, count: int, size: int) -> np.ndarray:  # uint8 [count, size, size, 3]
+    """Pictures spread over the split, their middle in the training size."""
+    source = open_source(data, split)
+    encoded = source.read(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)).encoded
+    return np.stack([_square(Image.open(io.BytesIO(picture.tobytes())).convert("RGB"), size) for picture in encoded])
+
+
+def _square(picture: Image.Image, size: int) -> np.ndarray:
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+
+
+def compare(pictures: np.ndarray, policy: randaugment.RandAugment, magnitude: float, device: str) -> None:
+    """A row an operation: ours on the device against timm's."""
+    size = pictures.shape[1]
+    images = torch.from_numpy(pictures).to(device)
+    print(f"{len(pictures)} pictures of {size} x {size}, magnitude {magnitude:g}, {device} against timm")
+    print(f"{'operation':22} {'mean':>9} {'largest':>8} {'differ':>9}")
+    for name in policy.names:
+        differences = []
+        for sign in (0.1, 0.9):  # what both take as the uniform number that decides it
+            one = randaugment.RandAugment((name,), None, magnitude, 1, 1.0)
+            u = np.zeros((len(pictures), one.columns))
+            u[:, randaugment.SIGN] = sign
+            plan = Plan.of(one.draw(u, size), np.zeros((len(pictures), 0), PATCH))
+            ours = augment(images, plan, mean=IMAGENET_MEAN, std=IMAGENET_STD).permute(0, 2, 3, 1).cpu()
+            ours = ((ours * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)) * 255).round()
+            hparams = {"img_mean": fill_colour(IMAGENET_MEAN), "interpolation": Image.Resampling.BICUBIC}
+            operation = auto_augment.AugmentOp(name, 1.0, magnitude, hparams)
+            with patch.object(random, "random", functools.partial(float, sign)):
+                theirs = np.stack([np.asarray(operation(Image.fromarray(picture))) for picture in pictures])
+            differences.append((ours - torch.from_numpy(theirs)).abs())
+        both = torch.cat(differences)
+        print(f"{name:22} {both.mean():9.5f} {both.max():8.0f} {(both > 0).float().mean():9.3%}")
+
+
+def bench(images: Tensor, aa: str) -> None:
+    """A row a recipe: time and memory of a batch, and of drawing its plan."""
+    recipes = {
+        "normalize only": AugmentConfig(aa="none", color_jitter=0, reprob=0),
+        "erase": AugmentConfig(aa="none", color_jitter=0),
+        aa: AugmentConfig(aa=aa, reprob=0),
+        f"{aa}, erase": AugmentConfig(aa=aa),
+        "color jitter, erase": AugmentConfig(aa="none"),
+        "ThreeAugment": AugmentConfig(three_augment=True),
+    }
+    size = images.shape[1]
+    print(f"\na batch of {len(images)} pictures of {size} x {size} on {images.device}")
+    print(f"{'augmentation':32} {'ms':>8} {'img/s':>10} {'drawing, ms':>12} {'GPU MiB':>8}")
+    for title, cfg in recipes.items():
+        recipe, positions = Recipe(cfg, size), np.arange(len(images))
+        plan = recipe.draw(0, 0, positions)
+        drawing = _seconds(functools.partial(recipe.draw, 0, 0, positions), None)
+        work = functools.partial(augment, images, plan, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        took = _seconds(work, torch.cuda.synchronize if images.is_cuda else None)
+        memory = _memory(work) if images.is_cuda else 0.0
+        print(f"{title:32} {took * 1e3:8.3f} {len(images) / took:10,.0f} {drawing * 1e3:12.2f} {memory:8.0f}")
+
+
+def _seconds(work: Callable[[], object], finish: Callable[[], None] | None, least: float = 0.5) -> float:
+    """Mean time of a call, over `least` seconds behind a warm-up."""
+    work()
+    if finish:
+        finish()
+    calls, begin = 0, time.perf_counter()
+    while (took := time.perf_counter() - begin) < least:
+        work()
+        calls += 1
+        if finish and calls % 20 == 0:
+            finish()
+    if finish:
+        finish()
+        took = time.perf_counter() - begin
+    return took / calls
+
+
+def _memory(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,129 @@
+"""A source read for a loader: pictures that do not decode are named, and left out where that is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from vimfast.data import jpeg
+from vimfast.data.source import BadPicture, Pictures, Source
+from vimfast.errors import UserError
+
+
+class Reader:
+    """The pictures of `source`, without those that were found not to decode.
+
+    In training the next picture that does decode stands in for a bad one, so batches keep their size and processes stay
+    in step without telling each other. In evaluation a bad one is left out. Which pictures come is then decided by the
+    data alone, not by when a bad one was first met.
+
+    Args:
+        skip: go on without bad pictures; else the first one ends the run.
+        stand_in: put another picture in the place of a bad one.
+        report: is told once of each bad picture.
+    """
+
+    def __init__(
+        self, source: Source, *, skip: bool, stand_in: bool, report: Callable[[str], None] | None = None
+    ) -> None:
+        self.source = source
+        self.bad: dict[int, str] = {}  # id: what is wrong with it, a sentence that names it
+        self._mended: set[int] = set()
+        self._skip, self._stand_in, self._report = skip, stand_in, report or _warn
+
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, Pictures]:
+        """The ids of the pictures that come (int64 [n], or fewer where none stands in), and the pictures.
+
+        Raises:
+            UserError: a file cannot be read, or is bad and bad ones are not to be skipped; the sentence names it.
+        """
+        while True:
+            wanted = self._without_bad(ids)
+            try:
+                pictures = self.source.read(wanted)
+            except BadPicture as bad:
+                if not self._skip:
+                    raise
+                self._leave_out(bad.picture, bad.found)
+                continue
+            for place in np.flatnonzero(np.isin(wanted, list(self._mended))) if self._mended else ():
+                pictures.encoded[place] = np.frombuffer(jpeg.to_rgb_jpeg(pictures.encoded[place])[0], np.uint8)
+            return wanted, pictures
+
+    def blame(
+        self,
+        batches: Iterable[tuple[np.ndarray, Sequence[np.ndarray]]],
+        refused: Callable[[Sequence[np.ndarray]], list[int]],
+    ) -> bool:
+        """Find what keeps a batch from being decoded, so that reading it again gives one that is.
+
+        What Pillow cannot decode is bad. What it can, and the loader's decoder cannot, is decoded by Pillow and encoded
+        anew from then on.
+
+        Args:
+            batches: ids and encoded pictures of those in work, the one that failed first.
+            refused: the places of the pictures that the loader's decoder refuses.
+
+        Returns:
+            Whether a picture was found.
+
+        Raises:
+            UserError: it was, and bad ones are not to be skipped; the sentence names it.
+        """
+        batches = list(batches)
+        for ids, encoded in batches:
+            why = {int(i): reason for i, data in zip(ids, encoded, strict=True) if (reason := _why_unreadable(data))}
+            if why:
+                self._accuse(why)
+                return True
+        ids, encoded = batches[0]
+        found = {int(ids[place]) for place in refused(encoded)}
+        self._accuse(dict.fromkeys(found & self._mended, "DALI decodes it neither as it is nor as Pillow saves it"))
+        for i in found - self._mended:
+            self._report(f"{self.source.name(i)}: DALI cannot decode it, but Pillow can, which does it from here on")
+        self._mended |= found
+        return bool(found)
+
+    def _accuse(self, why: dict[int, str]) -> None:
+        names = {i: f"{self.source.name(i)} ({reason})" for i, reason in why.items()}
+        if names and not self._skip:
+            raise UserError(
+                f"cannot decode {', '.join(sorted(names.values()))}; go on without such pictures with --on-bad-image "
+                "skip, or find them all with python -m vimfast.check_data DATA --decode"
+            )
+        for i, name in names.items():
+            self._leave_out(i, f"cannot decode {name}")
+
+    def _leave_out(self, i: int, sentence: str) -> None:
+        if i not in self.bad:
+            self.bad[i] = sentence
+            instead = "another takes its place" if self._stand_in else "it is not counted"
+            self._report(f"{sentence}: {instead}; bad pictures so far: {len(self.bad)}")
+
+    def _without_bad(self, ids: np.ndarray) -> np.ndarray:
+        if not self.bad:
+            return ids
+        if self._stand_in:
+            return np.array([self._next_good(i) for i in ids.tolist()], np.int64)
+        return ids[~np.isin(ids, list(self.bad))]
+
+    def _next_good(self, i: int) -> int:
+        total = len(self.source)
+        for step in range(total):
+            if (i + step) % total not in self.bad:
+                return (i + step) % total
+        raise UserError(f"none of the {total} pictures decodes; check them with python -m vimfast.check_data")
+
+
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+def _why_unreadable(data: np.ndarray) -> str | None:
+    try:
+        jpeg.to_rgb_jpeg(data)
+    except ValueError as error:
+        return str(error)
+    return None
