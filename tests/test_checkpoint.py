@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from vimfast.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from vimfast.checkpoint import (
+    load_checkpoint,
+    load_for_finetuning,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+    weights_held,
+)
+from vimfast.config import OptimConfig
 from vimfast.errors import UserError
+from vimfast.models import VisionMamba
+from vimfast.optim import build_optimizer
 
 
 class Evil:
@@ -39,6 +52,45 @@ def test_a_bare_state_dict_is_weights(tmp_path: Path) -> None:
     assert set(load_checkpoint(tmp_path / "w.pth")) == {"model"}
 
 
+@pytest.mark.parametrize(("raw", "averaged"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_names_of_others_and_of_wrappers(tmp_path: Path, raw: str, averaged: str, prefix: str) -> None:
+    model, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    state = {
+        name: {f"{prefix}{key}": value for key, value in m.state_dict().items()}
+        for name, m in ((raw, model), (averaged, average))
+    }
+    torch.save({**state, "epoch": 3}, tmp_path / "c.pth")
+    got = load_checkpoint(tmp_path / "c.pth")
+    assert weights_held(got) == "raw weights and their average (EMA)"
+    other = nn.Linear(3, 2)
+    for name, want in (("model", model), ("model_ema", average)):
+        assert load_weights(other, got[name], "c.pth") == []
+        assert torch.equal(other.weight, want.weight)
+    assert got["epoch"] == 3
+    torch.save({**state, averaged: None}, tmp_path / "c.pth")
+    assert weights_held(load_checkpoint(tmp_path / "c.pth")) == "raw weights"
+
+
+def test_safetensors_and_the_folder_of_one(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for path in (tmp_path / "model.safetensors", tmp_path):
+        state = load_checkpoint(path)
+        assert list(state) == ["model"]
+        assert torch.equal(state["model"]["weight"], model.weight)
+    (tmp_path / "model.safetensors").write_bytes(b"not so safe")
+    with pytest.raises(UserError, match="no safetensors file, or a damaged one"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_checkpoint(tmp_path / "other.safetensors")
+
+
+def test_an_address_is_no_path() -> None:
+    with pytest.raises(UserError, match="is an address; download the file"):
+        load_checkpoint(Path("https://example.org/vim_t.pth"))
+
+
 def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.pth"
     save_checkpoint(path, {"model": {"a": torch.ones(2)}})
@@ -51,10 +103,18 @@ def test_a_failed_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": {"w": torch.ones(1)}, "args": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="could run code"):
-        load_checkpoint(tmp_path / "evil.pth")
+    evil = {"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=5e-4, hook=Evil())}
+    torch.save(evil, tmp_path / "zip.pth")
+    torch.save(evil, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(evil["args"], protocol=2))
+    for name in ("zip.pth", "old.pth"):
+        with pytest.raises(UserError, match="could run code"):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(UserError, match=r"could run code|no checkpoint"):
+        load_checkpoint(tmp_path / "plain.pth")
     assert not (tmp_path / "hacked").exists()
+    pickle.loads((tmp_path / "plain.pth").read_bytes())  # and it would have
+    assert (tmp_path / "hacked").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
@@ -86,3 +146,125 @@ def test_another_model_is_told_by_name_and_shape(weights: dict, words: list[str]
     with pytest.raises(UserError) as error:
         load_weights(nn.Linear(3, 2), weights, "c.pth")
     assert all(word in str(error.value) for word in words)
+
+
+def vim(**options: Any) -> VisionMamba:
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 2, "num_classes": 5}
+    return VisionMamba(**{**small, "drop_path_rate": 0.0, **options})
+
+
+def originals_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """As timm 0.4.12's create_optimizer makes it for the original's main.py."""
+    skip = {"pos_embed", "cls_token", "dist_token", "cls_token_head", "cls_token_tail"}
+    no_decay, decay = [], []
+    for name, p in model.named_parameters():
+        (no_decay if len(p.shape) == 1 or name.endswith(".bias") or name in skip else decay).append(p)
+    groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": 0.05}]
+    return torch.optim.AdamW(groups, lr=1e-3, eps=1e-8, weight_decay=0.0, foreach=False)
+
+
+def originals_file(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    schedule = {"base_values": [1e-3, 1e-3], "noise_range_t": None, "param_group_field": "lr", "t_initial": 300}
+    args = argparse.Namespace(model="vim_tiny_patch16_224", lr=1e-3, opt_betas=None, aa="rand-m9-mstd0.5-inc1", gpu=0)
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule,
+        "epoch": 4,
+        "model_ema": model.state_dict(),
+        "scaler": "none",
+        "args": args,
+    }
+    torch.save(state, path)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), torch.tensor([step % 5, 1, 2, 3])).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("decay_a_log", [True, False])
+def test_training_goes_on_from_the_originals_file(tmp_path: Path, decay_a_log: bool) -> None:
+    """To the weights of an uninterrupted run; decay_a_log=False moves A_log into the other group, out of order."""
+    options = {"init_layer_scale": 0.5, "use_double_cls_token": True}
+    model = vim(**options)
+    optimizer = originals_optimizer(model)
+    train(model, optimizer, range(3))
+    originals_file(tmp_path / "c.pth", model, optimizer)
+    if not decay_a_log:
+        rates = {id(p) for name, p in model.named_parameters() if name.endswith(("A_log", "A_b_log"))}
+        groups = optimizer.param_groups
+        groups[0]["params"] += [p for p in groups[1]["params"] if id(p) in rates]
+        groups[1]["params"] = [p for p in groups[1]["params"] if id(p) not in rates]
+    train(model, optimizer, range(3, 6))
+
+    state = load_checkpoint(tmp_path / "c.pth")
+    assert state["args"].aa == "rand-m9-mstd0.5-inc1"
+    ours = vim(**options)
+    load_weights(ours, state["model"], "c.pth")
+    resumed = build_optimizer(OptimConfig(lr=7.0, decay_a_log=decay_a_log), ours, 1e-3)
+    fused = resumed.param_groups[0]["fused"]
+    load_optimizer(resumed, ours, state)
+    assert [group["fused"] for group in resumed.param_groups] == [fused, fused]
+    train(ours, resumed, range(3, 6))
+    for name, want in model.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], want, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_an_optimizer_of_another_model_is_told(tmp_path: Path) -> None:
+    model = vim()
+    optimizer = originals_optimizer(model)
+    train(model, optimizer, range(1))
+    for other in (vim(depth=3), vim(embed_dim=24)):
+        with pytest.raises(ValueError, match=r"it moves 41 parameters and the model trains|there and .* here"):
+            load_optimizer(
+                build_optimizer(OptimConfig(), other, 1e-3),
+                other,
+                {"optimizer": optimizer.state_dict(), "lr_scheduler": {}},
+            )
+
+
+def test_finetuning_at_another_size_with_another_head(tmp_path: Path) -> None:
+    old = vim()
+    new = vim(img_size=48, num_classes=3)
+    head = new.head.weight.clone()
+    with torch.no_grad():
+        old.pos_embed[:, 8] = 7.0  # the class token's
+    notes = load_for_finetuning(new, old.state_dict(), "c.pth", resample="patches")
+    assert notes == [
+        "position embedding resampled from 17 to 37 positions",
+        "head has 3 classes here and 5 in c.pth: it starts anew",
+    ]
+    assert torch.equal(new.head.weight, head)
+    assert torch.equal(new.layers[1].mixer.D, old.layers[1].mixer.D)
+    assert (new.pos_embed[:, 18] == 7).all()
+    extra = {name: value for name, value in old.state_dict().items() if name != "norm_f.weight"}
+    notes = load_for_finetuning(vim(), {**extra, "neck.weight": torch.ones(1)}, "c.pth", resample="patches")
+    assert notes == [
+        "not in c.pth, so as initialized: norm_f.weight",
+        "in c.pth and not loaded, for the model has none: neck.weight",
+    ]
+    with pytest.raises(UserError, match=r"of another model: .* is \(1, 17, 16\) there and \(1, 17, 24\) here"):
+        load_for_finetuning(vim(embed_dim=24), {"pos_embed": old.pos_embed}, "c.pth", resample="patches")
+    with pytest.raises(UserError, match=r"no weight of this model \(its first is fc.weight\)"):
+        load_for_finetuning(vim(), {"fc.weight": torch.ones(2, 2)}, "c.pth", resample="patches")
+
+
+def test_evaluation_at_another_size_and_at_its_own() -> None:
+    old, new = vim(), vim(img_size=48)
+    state = {name: value.clone() for name, value in old.state_dict().items()}
+    assert load_weights(new, state, "c.pth", resample="patches") == [
+        "position embedding resampled from 17 to 37 positions"
+    ]
+    with pytest.raises(UserError, match="there and"):
+        load_weights(new, state, "c.pth")
+    other = vim()
+    with torch.no_grad():
+        other.pos_embed.zero_()
+    for how in ("patches", "original"):
+        assert load_weights(other, state, "c.pth", resample=how) == []
+        assert all(torch.equal(state[name], value) for name, value in other.state_dict().items())

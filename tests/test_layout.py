@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("vimfast_kernels", "vimfast.errors"),
-    ("vimfast.cli",),
+    ("vimfast.cli", "vimfast.original"),
     ("vimfast.config", "vimfast.data.index", "vimfast.data.jpeg", "vimfast.data.tree"),
     (
         *(
@@ -22,13 +22,17 @@ FLOORS = (
             "vimfast.checkpoint",
             "vimfast.models.mixer",
             "vimfast.models.pos_embed",
+            "vimfast.models.hub",
         ),
-        *(f"vimfast.data.{m}" for m in ("shards", "source", "sampler", "augment", "pipeline", "mixup")),
+        *(f"vimfast.data.{m}" for m in ("shards", "source", "sampler", "augment", "pipeline", "mixup", "randaugment")),
+        "vimfast.data.hardware",
     ),
-    ("vimfast.metrics", "vimfast.data.loader", "vimfast.models.vision_mamba"),
+    ("vimfast.data.erasing", "vimfast.data.reader"),
+    ("vimfast.data.recipe",),
+    ("vimfast.metrics", "vimfast.finetune", "vimfast.data.loader", "vimfast.models.vision_mamba"),
     ("vimfast.models.registry",),
     ("vimfast.models",),
-    ("vimfast.evaluate", "vimfast.checks"),
+    ("vimfast.evaluate", "vimfast.losses", "vimfast.checks"),
     ("vimfast.trainer",),
     ("vimfast.train", "vimfast.check_data", "vimfast.prepare"),
 )

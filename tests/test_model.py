@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from vimfast.errors import UserError
 from vimfast.models import VisionMamba, create_model
+from vimfast.models.mixer import drop_path
 from vimfast.models.pos_embed import resample_pos_embed
 from vimfast.models.registry import MODELS
+from vimfast.models.vision_mamba import PatchEmbed
 
 SMALL: dict[str, Any] = {
     "img_size": (24, 32),
@@ -43,6 +45,7 @@ def pictures(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
 FIRST = {"use_middle_cls_token": False}
 DOUBLE = {"use_double_cls_token": True}
 NO_TOKEN = {"if_cls_token": False}
+SHUFFLED = [5, 2, 9, 0, 15, 7, 1, 14, 3, 8, 12, 4, 13, 6, 11, 10]
 
 
 @pytest.mark.parametrize(
@@ -77,13 +80,29 @@ NO_TOKEN = {"if_cls_token": False}
             {"if_rope": True, "if_rope_residual": True, "if_bidirectional": True, "depth": 2},
             {"rope": True, "rope_residual": True, "alternate": True},
         ),
+        ({"norm_epsilon": 0.1}, {"eps": 0.1}),
+        ({"if_random_token_rank": True, "bimamba_type": "none"}, {"order": SHUFFLED, "kind": "none"}),
+        (
+            {"if_random_token_rank": True, **DOUBLE, "if_rope": True},
+            {"order": [*SHUFFLED, 16], "token": "double", "rope": True},
+        ),
+        (
+            {"if_random_cls_token_position": True, "if_random_token_rank": True, **FIRST},
+            {"place": 9, "order": SHUFFLED, "token": "first"},
+        ),
     ],
 )
-def test_agrees_with_the_description(options: dict[str, Any], description: dict[str, Any]) -> None:
+def test_agrees_with_the_description(
+    options: dict[str, Any], description: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits and the gradients of all parameters and of the pictures."""
     tolerance = 1e-5 if "rope" in description else 1e-9  # rotary tables are kept in fp32
     model = small(drop_path_rate=0.0, **options).double().train()
     images = pictures(dtype=torch.float64).requires_grad_()
+    if "order" in description:
+        monkeypatch.setattr(model, "_draw_order", lambda length: description["order"])
+    if "place" in description:
+        monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.tensor(description["place"]))
     parameters = dict(model.named_parameters())
     state = {**parameters, **dict(model.named_buffers())}
     want = vim_float64.vision_mamba(images, state, **{"stride": 6, **description})
@@ -98,6 +117,32 @@ def test_agrees_with_the_description(options: dict[str, Any], description: dict[
         strict=True,
     ):
         assert (a - b).norm() <= 10 * tolerance * b.norm().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("size", [(24, 32), (29, 39)])
+@pytest.mark.parametrize("amp", [False, True])
+def test_patches_that_do_not_overlap_are_a_convolution(size: tuple[int, int], amp: bool) -> None:
+    """Pixels that fill no patch are left out; under autocast pictures are cast as a convolution would."""
+    torch.manual_seed(0)
+    embed = PatchEmbed(size, 8, 8, 3, 20)
+    images = torch.randn(2, 3, *size).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        got, want = embed(images), embed.proj(images).flatten(2).transpose(1, 2)
+    assert (got.dtype, got.shape) == (want.dtype, (2, 12, 20))
+    leaves = [images, *embed.parameters()]
+    grads = [torch.autograd.grad(y.float().square().sum(), leaves) for y in (got, want)]
+    tolerance = 2e-2 if amp else 1e-6
+    for a, b in zip((got, *grads[0]), (want, *grads[1]), strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_a_block_is_its_norm_and_its_mixer() -> None:
+    block = small(init_layer_scale=0.1).double().layers[1]
+    x, residual = (torch.randn(2, 7, 20, dtype=torch.float64) for _ in range(2))
+    out, total = block(x, residual)
+    normed, want = block.norm(x, residual)
+    assert torch.equal(total, want)
+    torch.testing.assert_close(out, block.mixer(normed))
 
 
 @pytest.mark.parametrize(("size", "count"), [("tiny", 7_148_008), ("small", 25_796_584), ("base", 97_598_440)])
@@ -173,14 +218,31 @@ def test_initial_values() -> None:
 
 def test_drop_path_is_shifted_by_one_block() -> None:
     model = VisionMamba(**{**SMALL, "depth": 4}, drop_path_rate=0.3)
-    rates = [block.drop_path.drop_prob for block in model.layers]
+    rates = [block.drop_path_rate for block in model.layers]
     assert rates == pytest.approx([0.0, 0.0, 0.1, 0.2])
-    assert model.drop_path.drop_prob == 0.3
+    assert model.drop_path_rate == 0.3
     model = small(depth=1, drop_path_rate=1.0).train()  # the last output is always dropped
     logits = model(pictures())
     with torch.no_grad():
         model.layers[-1].mixer.out_proj.weight.zero_()
     assert torch.equal(model(pictures()), logits)
+
+
+@pytest.mark.parametrize("kind", ["v2", "none"])
+def test_drop_path_keeps_the_mean_of_each_sample(kind: str) -> None:
+    """Whole samples lose a block's output, the others have it scaled up; evaluation drops nothing."""
+    model = small(depth=1, drop_path_rate=0.25, bimamba_type=kind).train()
+    x = pictures(1).expand(400, -1, -1, -1)
+    stream, residual, noise = model._mix(model.patch_embed(x), None)
+    kept = drop_path(stream, noise, 0.25)
+    dropped = (kept == 0).flatten(1).all(1)
+    assert 60 < dropped.sum() < 140
+    torch.testing.assert_close(kept[~dropped], stream[~dropped] / 0.75)
+    total = model.norm_f(stream, residual, noise, 0.25)[1]
+    torch.testing.assert_close(total, residual + kept)
+    state = torch.get_rng_state()
+    model.eval()(x[:2])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_dropout_follows_the_position_embedding() -> None:
@@ -192,12 +254,10 @@ def test_dropout_follows_the_position_embedding() -> None:
 def test_autocast_keeps_scan_and_residual_in_fp32() -> None:
     model = small().eval()
     seen: dict[str, torch.dtype] = {}
-    block = model.layers[1]
-    block.mixer.in_proj.register_forward_hook(lambda m, i, o: seen.update(projection=o.dtype))
-    block.register_forward_hook(lambda m, i, o: seen.update(output=o[0].dtype, residual=o[1].dtype))
+    model.layers[1].register_forward_hook(lambda m, i, o: seen.update(output=o[0].dtype, residual=o[1].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(pictures())
-    assert seen == {"projection": torch.bfloat16, "output": torch.bfloat16, "residual": torch.float32}
+    assert seen == {"output": torch.bfloat16, "residual": torch.float32}
     assert logits.dtype == torch.bfloat16
     exact = model(pictures())
     assert (logits.float() - exact).norm() < 0.03 * exact.norm()
@@ -218,7 +278,7 @@ def test_autocast_keeps_scan_and_residual_in_fp32() -> None:
 def test_the_head_finds_the_class_token_wherever_it_goes(options: dict[str, Any]) -> None:
     """Without blocks nothing but the token that is read decides, and that must not change."""
     model = small(depth=0, **options).train()
-    model.drop_path.drop_prob = 0.0
+    model.drop_path_rate = 0.0
     plain = small(depth=0, **{k: v for k, v in options.items() if k.startswith("use") or k == "if_abs_pos_embed"})
     plain.load_state_dict(model.state_dict())
     want = plain.eval()(pictures())
@@ -318,7 +378,6 @@ def test_other_models_on_the_same_rails() -> None:
         ("vim_tiny_patch16_224", {"if_devide_out": True}, "no option 'if_devide_out'; did you mean 'if_divide_out'?"),
         ("vim_tiny_patch16_224", {"ssm_cfg": {"d_con": 3}}, "no option 'd_con'; did you mean 'd_conv'?"),
         ("vim_tiny_patch16_224", {"pretrained": True}, "no published weights"),
-        ("vim_tiny_patch16_224", {"features_only": True}, "features_only"),
         ("vim_tiny_patch16_224", {"scan_backend": "fast"}, "unknown scan backend 'fast'"),
         ("vim_tiny_patch16_224", {"bimamba_type": "v3"}, "bimamba_type is 'v3'; it must be one of none, v1, v2"),
         ("vim_tiny_patch16_224", {"final_pool_type": "men"}, "final_pool_type is 'men'"),

@@ -180,6 +180,7 @@ def test_options_of_the_recipe_run(recipe: str, shards: Path, tmp_path: Path, fl
 
 def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--scale", "0.6", "1", "--no-repeated-aug")
+    flags += ("--aa", "none", "--color-jitter", "0", "--reprob", "0", "--input-size", "40")  # 32 would be cut unresized
     rate = ("--lr", "3e-3", "--unscale-lr", "--epochs", "12", "--output_dir", str(tmp_path / "run"))
     train("--config", recipe, "--data-path", str(shards), *flags, *rate)
     losses = [json.loads(line)["train_loss"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
@@ -283,7 +284,7 @@ def test_a_checkpoint_of_another_shape(recipe: str, shards: Path, tmp_path: Path
     start = ("--config", recipe, "--data-path", str(shards))
     train(*start, "--epochs", "1", "--output_dir", str(tmp_path))
     path = str(tmp_path / "checkpoint.pth")
-    assert "there and" in refused(*start, "--eval", "--resume", path, "--input-size", "48")
+    assert "there and" in refused(*start, "--resume", path, "--input-size", "48")
     state = torch.load(path, weights_only=True)
     state["model"]["head.weight"] = torch.zeros(10, 32)
     torch.save(state, path)

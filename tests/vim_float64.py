@@ -119,8 +119,11 @@ def vision_mamba(
     rope: bool = False,
     rope_residual: bool = False,
     side: int = 14,
+    eps: float = 1e-5,
+    place: int = 0,  # of a class token that is neither in the middle nor one of two
+    order: list[int] | None = None,  # of the sequence, where it is shuffled
 ) -> Tensor:
-    """Logits in evaluation mode. p: the state dict."""
+    """Logits without dropout and stochastic depth. p: the state dict."""
     weight = p["patch_embed.proj.weight"]
     size = weight.shape[-1]
     rows = range(0, images.shape[2] - size + 1, stride)
@@ -141,13 +144,15 @@ def vision_mamba(
     if token == "middle":
         insert(len(patches) // 2, "cls_token")
     elif token == "first":
-        insert(0, "cls_token")
+        insert(place, "cls_token")
     elif token == "double":
         insert(0, "cls_token_head")
         insert(len(patches) + 1, "cls_token_tail")
     x = torch.stack(sequence, 1)
     if "pos_embed" in p:
         x = x + p["pos_embed"]
+    if order is not None:
+        x, where = torch.stack([x[:, i] for i in order], 1), [where[i] for i in order]
     if flip:
         x, where = x.flip(1), where[::-1]
     read = [i for i, position in enumerate(where) if position is None]
@@ -155,7 +160,7 @@ def vision_mamba(
     def layer(i: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         own = {k.removeprefix(f"layers.{i}."): v for k, v in p.items() if k.startswith(f"layers.{i}.")}
         residual = x if residual is None else residual + x
-        x = norm(residual, own["norm.weight"], own.get("norm.bias"))
+        x = norm(residual, own["norm.weight"], own.get("norm.bias"), eps)
         inner = {k.removeprefix("mixer."): v for k, v in own.items() if k.startswith("mixer.")}
         return mixer(x, inner, kind, halve), residual
 
@@ -172,7 +177,7 @@ def vision_mamba(
             x, residual = a + b.flip(1), ra + rb.flip(1)
         else:
             x, residual = layer(i, x, residual)
-    x = norm(x if residual is None else residual + x, p["norm_f.weight"], p.get("norm_f.bias"))
+    x = norm(x if residual is None else residual + x, p["norm_f.weight"], p.get("norm_f.bias"), eps)
     if read:
         x = sum(x[:, i] for i in read) / len(read)
     elif pool == "none":

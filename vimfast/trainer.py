@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vimfast import dist
-from vimfast.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from vimfast.config import Config
+from vimfast.checkpoint import (
+    load_checkpoint,
+    load_for_finetuning,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+    weights_held,
+)
+from vimfast.config import Config, plan_batches
 from vimfast.data.loader import Batch, Loader
 from vimfast.data.mixup import Mixup
 from vimfast.data.sampler import Order
@@ -27,6 +33,8 @@ from vimfast.data.source import Source, open_source
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.evaluate import Scores, evaluate
+from vimfast.finetune import freeze
+from vimfast.losses import Objective, build_teacher
 from vimfast.metrics import Pace, Reporter, Sums, duration, memory_gib
 from vimfast.models import create_model
 from vimfast.optim import LearningRate, build_ema, build_optimizer, peak_lr
@@ -53,6 +61,7 @@ class Trainer:
         resume = self._resume_path()
         self.report = Reporter(None if cfg.run.eval else self._make_folder(), world.is_main)
         state = load_checkpoint(resume) if resume else None
+        self.batches = plan_batches(cfg, world.size)
 
         self._loaders: list[Loader] = []
         self.val_source = open_source(cfg.data.data_path, "val")
@@ -60,7 +69,10 @@ class Trainer:
         num_classes = self._check_classes(len(self.classes), state, resume)
         self.val_loader = self._loader(self.val_source, training=False)
         torch.manual_seed(cfg.run.seed)
-        self.model: nn.Module = _build_model(cfg, num_classes).to(world.device)
+        self.model: nn.Module = _build_model(cfg, num_classes)
+        if not cfg.run.eval:
+            self._start_from(cfg.finetune.finetune if resume is None else "")
+        self.model.to(world.device)
         self.ema = build_ema(cfg.ema, self.model)
         self.amp = self._autocast()
         self.epoch, self.step, self.best_acc1 = 0, 0, 0.0
@@ -80,10 +92,13 @@ class Trainer:
                 f"check them with python -m vimfast.check_data {cfg.data.data_path}"
             )
         self.train_loader = self._loader(source, training=True)
-        self.accum_steps = cfg.optim.accum_steps
+        self.accum_steps = self.batches.accum_steps
         self.steps = self.train_loader.steps // self.accum_steps
-        self.global_batch = cfg.data.batch_size * self.accum_steps * world.size
+        self.global_batch = self.batches.batch_size * self.accum_steps * world.size
         self.mixup = Mixup(cfg.mix, num_classes, cfg.run.seed, world.rank)
+        teacher = build_teacher(cfg.distill, num_classes, cfg.model.input_size)
+        teacher = None if teacher is None else teacher.to(world.device)
+        self.objective = Objective(cfg.distill, cfg.mix.bce_loss, teacher, self.amp)
         self.optimizer = build_optimizer(cfg.optim, self.model, peak_lr(cfg.optim, self.global_batch))
         self.rate = LearningRate(cfg.schedule, self.optimizer, self.steps)
         self.sums = Sums(("loss", "steps"), world.device)
@@ -109,7 +124,7 @@ class Trainer:
         data, world = self.cfg.data, self.world
         order = Order(
             samples=len(source),
-            batch_size=data.batch_size if training else data.eval_batch_size or data.batch_size,
+            batch_size=self.batches.batch_size if training else data.eval_batch_size or data.batch_size,
             world=world.size,
             rank=world.rank,
             seed=self.cfg.run.seed,
@@ -117,9 +132,12 @@ class Trainer:
             shuffle=training,
             drop_last=training,
             limit=None if training else self.cfg.run.eval_steps,
+            neighbours=training and data.repeated_aug_on == "one-rank",
+            bounds=source.bounds() if training and data.order == "window" else None,
+            window=data.order_window,
         )
         if training:  # whole updates only
-            accum, limit = self.cfg.optim.accum_steps, self.cfg.run.steps_per_epoch
+            accum, limit = self.batches.accum_steps, self.cfg.run.steps_per_epoch
             updates = order.steps // accum
             if updates == 0 < order.steps:
                 raise UserError(f"--accum-steps {accum} is more than the {order.steps} batches of an epoch; lower it")
@@ -138,6 +156,9 @@ class Trainer:
             crop_ratio=data.eval_crop_ratio,
             threads=data.num_workers,
             prefetch=data.prefetch,
+            decoder=data.decoder,
+            readahead=data.readahead,
+            on_bad_image=data.on_bad_image,
         )
         self._loaders.append(loader)
         return loader
@@ -185,6 +206,8 @@ class Trainer:
             return own if own.exists() else None
         path = Path(run.resume) if run.resume else None
         if run.eval:
+            if path is None and self.cfg.finetune.finetune:
+                path = Path(self.cfg.finetune.finetune)
             if path is None:
                 raise UserError("--eval has nothing to evaluate; add --resume CHECKPOINT")
             return path
@@ -207,12 +230,25 @@ class Trainer:
             )
         return data_classes
 
+    def _start_from(self, finetune: str) -> None:
+        """Weights of another run, if there are any, and what of them is not to be trained."""
+        cfg = self.cfg.finetune
+        if finetune:
+            weights = load_checkpoint(Path(finetune))["model"]
+            for line in load_for_finetuning(self.model, weights, finetune, resample=cfg.pos_embed_resample):
+                self.report.say(line)
+        if line := freeze(self.model, cfg):
+            self.report.say(line)
+
     def _load_models(self, state: dict[str, Any], origin: str) -> None:
-        load_weights(self.model, state["model"], origin)
+        self.report.say(f"{origin}: {weights_held(state)}")
+        resample = self.cfg.finetune.pos_embed_resample if self.cfg.run.eval else None
+        for line in load_weights(self.model, state["model"], origin, resample=resample):
+            self.report.say(line)
         if self.ema is None:
             return
         if isinstance(state.get("model_ema"), dict):
-            load_weights(self.ema.module, state["model_ema"], f"the average in {origin}")
+            load_weights(self.ema.module, state["model_ema"], f"the average in {origin}", resample=resample)
         elif self.cfg.run.eval:
             self.ema = None
         else:
@@ -224,7 +260,7 @@ class Trainer:
         if "optimizer" not in state or "epoch" not in state:
             return
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, self.model, state)
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"{self.cfg.run.resume} was trained with another optimizer ({error}); give its --opt"
@@ -359,12 +395,13 @@ class Trainer:
         """Record the training step as a CUDA graph, before the loader's threads use the GPU too."""
         if not self._captures:
             return
-        cfg, device, side = self.cfg, self.world.device, self.cfg.model.input_size
-        images = torch.zeros(cfg.data.batch_size, 3, side, side, device=device)
-        labels = torch.zeros(cfg.data.batch_size, dtype=torch.int64, device=device)
+        device, side = self.world.device, self.cfg.model.input_size
+        images = torch.zeros(self.batches.batch_size, 3, side, side, device=device)
+        labels = torch.zeros(self.batches.batch_size, dtype=torch.int64, device=device)
         self.model.train()
         try:
-            self.train_step.capture(*self.mixup(images, labels, 0))
+            images, targets = self.mixup(images, labels, 0)
+            self.train_step.capture(self.objective.prepare(images), targets)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -408,13 +445,12 @@ class Trainer:
         """Batch `part` of the `accum_steps` of this step."""
         number = (self.epoch * self.steps + self.step) * self.accum_steps + part
         images, targets = self.mixup(batch.images, batch.labels, number)
-        loss, sound = self.train_step(images, targets, first=part == 0, last=part == self.accum_steps - 1)
+        images, last = self.objective.prepare(images), part == self.accum_steps - 1
+        loss, sound = self.train_step(images, targets, first=part == 0, last=last)
         self.sums.add(torch.where(sound > 0, loss, 0), sound)
 
     def _criterion(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.cfg.mix.bce_loss:
-            return F.binary_cross_entropy_with_logits(logits, targets)
-        return F.cross_entropy(logits, targets)
+        return self.objective(images, logits, targets)
 
     def _tell(self, pace: Pace, before: dict[str, float]) -> dict[str, float]:
         """Report the steps since `before`; returns the sums for the next report."""
@@ -475,7 +511,7 @@ class Trainer:
     def _evaluate(self, model: nn.Module, name: str) -> Scores:
         with self._memory_for(self.val_loader, "--eval-batch-size"):
             scores = evaluate(model, self.val_loader, self.amp, self.report, f"evaluate {name}")
-        self.report.say(str(scores))
+        self.report.say(f"{scores} ({'averaged' if name.startswith('ema') else 'raw'} weights)")
         self.report.say(f"Accuracy of the {name} on the {scores.pictures} test images: {scores.acc1:.1f}%")
         return scores
 
@@ -514,7 +550,7 @@ def _build_model(cfg: Config, num_classes: int) -> nn.Module:
         drop_rate=m.drop,
         drop_path_rate=m.drop_path,
         scan_backend=m.scan_backend,
-        **m.model_kwargs,
+        **m.options(),
     )
     if m.use_checkpoint:
         switch = getattr(model, "set_grad_checkpointing", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimfast.errors import UserError
+
+RESAMPLE = ("patches", "original")  # how: the patches' entries alone, or with the original's mistake
 
 
 def resample_pos_embed(
@@ -49,6 +52,12 @@ def insert_tokens(patches: Tensor, tokens: Tensor, places: tuple[int, ...]) -> T
         pieces += [patches[:, taken : place - i], tokens[:, i : i + 1]]
         taken = place - i
     return torch.cat([*pieces, patches[:, taken:]], dim=1)
+
+
+def remove_tokens(x: Tensor, places: tuple[int, ...]) -> Tensor:
+    """[B, M, C] without what stands at ``places`` (ascending): [B, M - T, C]."""
+    bounds = [-1, *places, x.shape[1]]
+    return torch.cat([x[:, a + 1 : b] for a, b in itertools.pairwise(bounds)], dim=1)
 
 
 def rotary_tables(grid: tuple[int, int], channels: int, pretraining_side: int) -> tuple[Tensor, Tensor]:

@@ -51,22 +51,29 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+# What belongs to a run and not to the weights.
+RUN_OPTIONS = ("drop_rate", "drop_path_rate", "scan_backend", "device", "dtype")
+
+
 def _vision_mamba(in_chans: int = 3, **kwargs: Any) -> VisionMamba:
-    """VisionMamba under timm's name for its channels."""
-    return VisionMamba(channels=in_chans, **kwargs)
+    """VisionMamba under timm's name for its channels; it keeps in mind how to build another one for its weights."""
+    model = VisionMamba(channels=in_chans, **kwargs)
+    model.model_args = {k: v for k, v in kwargs.items() if k not in RUN_OPTIONS} | {"in_chans": in_chans}
+    return model
 
 
 def _register(name: str, embed_dim: int, stride: int) -> None:
     def build(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-        if kwargs.pop("features_only", False):
-            raise UserError(f"{name} gives no feature maps (features_only); use forward_features for its tokens")
         if "channels" in kwargs:
             kwargs["in_chans"] = kwargs.pop("channels")
+        maps = kwargs.get("depth", 24) // (2 if kwargs.get("if_bidirectional") else 1)
+        quarters = tuple(dict.fromkeys(max(maps * i // 4 - 1, 0) for i in (1, 2, 3, 4)))
         return build_model_with_cfg(
             _vision_mamba,
             name,
             pretrained,
             pretrained_filter_fn=lambda state, model: model.fit_pos_embed(state),
+            feature_cfg={"out_indices": kwargs.pop("out_indices", quarters), "feature_cls": "getter"},
             **{"embed_dim": embed_dim, "stride": stride, "final_pool_type": "mean", **kwargs},
         )
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, lecun_normal_
+import torch.nn.functional as F
+from timm.layers import lecun_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vimfast.errors import UserError
-from vimfast.models.mixer import AddLayerNorm, AddRMSNorm, MambaMixer
-from vimfast.models.pos_embed import insert_tokens, resample_pos_embed, rotary_tables, rotate
+from vimfast.models.mixer import AddLayerNorm, AddRMSNorm, Block, MambaMixer, drop_path
+from vimfast.models.pos_embed import (
+    RESAMPLE,
+    insert_tokens,
+    remove_tokens,
+    resample_pos_embed,
+    rotary_tables,
+    rotate,
+)
 
 FINAL_POOL_TYPES = ("none", "mean", "max", "all")
 
@@ -44,23 +52,16 @@ class PatchEmbed(nn.Module):
                 f"pictures are {' x '.join(map(str, x.shape[1:]))} (channels, height, width), the model was built for"
                 f" {self.channels} x {self.img_size[0]} x {self.img_size[1]}; build it with that size (--input-size)"
             )
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
-
-
-class Block(nn.Module):
-    """Add, normalize, mix: (x, residual) -> (mixer(norm(residual + drop_path(x))), the sum, in fp32)."""
-
-    def __init__(self, mixer: MambaMixer, norm: AddRMSNorm, drop_path: float) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.norm = norm
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:  # [B, M, C]
-        if residual is not None:
-            x = self.drop_path(x)
-        x, residual = self.norm(x, residual)
-        return self.mixer(x), residual
+        size = self.proj.kernel_size[0]
+        if self.proj.stride[0] != size:
+            return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
+        # Patches that do not overlap are rows of a matrix: one copy, which also casts, and one product.
+        rows, columns = self.grid_size
+        x = x[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
+        x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, channels, size, size]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type), memory_format=torch.contiguous_format)
+        return F.linear(x.reshape(len(x), rows * columns, -1), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionMamba(nn.Module):
@@ -154,6 +155,7 @@ class VisionMamba(nn.Module):
         if if_rope and embed_dim % 4:
             raise UserError(f"if_rope turns pairs of half the channels: embed_dim {embed_dim} must be a multiple of 4")
         to: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.model_args: dict[str, Any] = {}  # of a named model, by the registry
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.final_pool_type = _known_pool(final_pool_type)
@@ -194,7 +196,7 @@ class VisionMamba(nn.Module):
             )
             for i in range(depth)
         )
-        self.drop_path = DropPath(drop_path_rate)
+        self.drop_path_rate = drop_path_rate
         self.norm_f = norm(embed_dim, norm_epsilon, scan_backend, **to)
         self._init_out_projections(**(initializer_cfg or {}))
 
@@ -240,8 +242,79 @@ class VisionMamba(nn.Module):
         x = self._pool(x, self.class_places(x.shape[1] - len(self._class_token_names())))
         return x if pre_logits else self._classify(x)
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """What timm's feature extraction calls: the residual stream behind some blocks, as maps of the patches.
+
+        Args:
+            x: pictures [B, channels, H, W].
+            indices: behind which blocks, or pairs of them with ``if_bidirectional``: so many last ones, these, or all.
+            norm: apply the last norm to each.
+            output_fmt: ``NCHW`` for maps [B, C, rows, columns], ``NLC`` for sequences [B, rows * columns, C]; class
+                tokens are left out, and a shuffled or reversed sequence is put right.
+            intermediates_only: return the list of them alone, else (:meth:`forward_features`, the list).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
+        x, turns, places, order = self._embed(x)
+        streams: list[Tensor] = []
+        x, residual, noise = self._mix(x, turns, streams)
+        last = drop_path(x, noise, self.drop_path_rate)
+        streams = [*streams[1:], last if residual is None else residual + last]
+        maps = []
+        for i in _known_indices(len(streams), indices):
+            stream = self.norm_f(streams[i], None)[0] if norm else streams[i]
+            if order is not None:
+                stream = stream[:, torch.tensor(order).argsort().to(x.device, non_blocking=True)]
+            stream = remove_tokens(stream, places)  # [B, P, C]
+            grid = self.patch_embed.grid_size
+            maps.append(stream.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else stream)
+        return maps if intermediates_only else (self.norm_f(last, residual)[0], maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what :meth:`forward_intermediates` of these indices does not need; returns them counted from 0."""
+        blocks = 2 if self.if_bidirectional else 1
+        taken = _known_indices(len(self.layers) // blocks, indices)
+        kept = (taken[-1] + 1) * blocks
+        dropped = self.layers[kept:]
+        for block in dropped[:1]:
+            assert isinstance(block, Block)
+            self.drop_path_rate = block.drop_path_rate  # the last kept output is dropped as often as before
+        self.layers = self.layers[:kept]
+        if prune_head:
+            self.reset_classifier(0)
+        if prune_norm:
+            self.register_module("norm_f", nn.Identity())
+        return taken
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels, stride and module of each map of :meth:`forward_intermediates`."""
+        blocks = 2 if self.if_bidirectional else 1
+        return [
+            {"num_chs": self.embed_dim, "reduction": self.patch_embed.proj.stride[0], "module": f"layers.{i}"}
+            for i in range(blocks - 1, len(self.layers), blocks)
+        ]
+
     def _encode(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """(normalized tokens [B, M, C] in scan order, places of the class tokens)."""
+        """(normalized tokens [B, M, C] in scan order, places of the class tokens in it)."""
+        x, turns, places, order = self._embed(x)
+        if order is not None:
+            places = tuple(order.index(place) for place in places)
+        x, residual, noise = self._mix(x, turns)
+        return self.norm_f(x, residual, noise, self.drop_path_rate)[0], places
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, ...], list[int] | None]:
+        """(tokens [B, M, C] in scan order, rotary tables, places of the class tokens before ordering, the order)."""
         x = self.patch_embed(x)  # [B, P, C]
         places = self.class_places(x.shape[1])
         if self.training and self.if_random_cls_token_position:
@@ -254,11 +327,10 @@ class VisionMamba(nn.Module):
             x = self.pos_drop(x + self.pos_embed)
         order = self._draw_order(x.shape[1])
         if order is not None:
-            places = tuple(order.index(place) for place in places)
             index = torch.tensor(order).to(x.device, non_blocking=True)
             x = x[:, index]
             turns = None if turns is None else (turns[0][index], turns[1][index])
-        return self._mix(x, turns), places
+        return x, turns, places, order
 
     def _draw_order(self, length: int) -> list[int] | None:
         """A permutation of the sequence drawn for this step (on the CPU, so that no GPU is waited for), or None."""
@@ -267,26 +339,46 @@ class VisionMamba(nn.Module):
             order = [*reversed(range(length) if order is None else order)]
         return order
 
-    def _mix(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
-        """All blocks and the last norm: [B, M, C] -> [B, M, C]."""
+    def _mix(
+        self, x: Tensor, turns: tuple[Tensor, Tensor] | None, streams: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All blocks: tokens [B, M, C] to (output of the last, residual before it, noise for the last drop path).
+
+        `streams` collects residuals.
+        """
         residual = None
+        *noise, last_noise = self._draw_noise(x)
         for i in range(0, len(self.layers), 2 if self.if_bidirectional else 1):
             if turns is not None:
                 x = rotate(x, *turns)
                 if self.if_rope_residual and residual is not None:
                     residual = rotate(residual, *turns)
             if self.if_bidirectional:
-                ahead = self._run_block(i, x, residual)
-                back = self._run_block(i + 1, x.flip(1), None if residual is None else residual.flip(1))
+                ahead = self._run_block(i, x, residual, noise[i])
+                back = self._run_block(i + 1, x.flip(1), None if residual is None else residual.flip(1), noise[i + 1])
+                stream = ahead[1]
                 x, residual = (a + b.flip(1) for a, b in zip(ahead, back, strict=True))
             else:
-                x, residual = self._run_block(i, x, residual)
-        return self.norm_f(self.drop_path(x), residual)[0]
+                x, residual = self._run_block(i, x, residual, noise[i], overwrite=streams is None)
+                stream = residual
+            if streams is not None:
+                streams.append(stream)
+        return x, residual, last_noise
 
-    def _run_block(self, i: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _draw_noise(self, x: Tensor) -> list[Tensor | None]:
+        """What stochastic depth goes by in each block and, last, before the last norm: [B] each, or None."""
+        rates = [*(block.drop_path_rate for block in self.layers), self.drop_path_rate]
+        if not self.training or not any(rates):
+            return [None] * len(rates)
+        noise = torch.rand(len(rates), len(x), device=x.device).unbind()
+        return [u if rate else None for u, rate in zip(noise, rates, strict=True)]
+
+    def _run_block(
+        self, i: int, x: Tensor, residual: Tensor | None, noise: Tensor | None, overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.layers[i], x, residual, use_reentrant=False)
-        return self.layers[i](x, residual)
+            return checkpoint(self.layers[i], x, residual, noise, use_reentrant=False)
+        return self.layers[i](x, residual, noise, overwrite)
 
     def _pool(self, x: Tensor, places: tuple[int, ...]) -> Tensor:  # [B, M, C] -> [B, C], or as it is
         if places:
@@ -306,7 +398,7 @@ class VisionMamba(nn.Module):
         """A new head, freshly initialized, for ``num_classes`` (0: none); ``global_pool`` sets final_pool_type."""
         if global_pool is not None:
             self.final_pool_type = _known_pool(global_pool)
-        weight = self.norm_f.weight
+        weight = self.patch_embed.proj.weight
         self.num_classes = num_classes
         self.head = _new_head(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
 
@@ -326,14 +418,31 @@ class VisionMamba(nn.Module):
         assert isinstance(mixer, MambaMixer)
         return mixer.kernels(dtype)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How timm numbers the parameters by depth: the embedding, each block (`coarse`: all in one), norm and head."""
+        stem = r"^cls_token|^pos_embed|^patch_embed"
+        blocks = r"^layers" if coarse else [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]
+        return {"stem": stem, "blocks": blocks}
+
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", *self._class_token_names()}
 
-    def fit_pos_embed(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of a model of another picture size or stride, its position embedding resampled to fit."""
+    def fit_pos_embed(self, state_dict: Mapping[str, Tensor], how: str = "patches") -> dict[str, Tensor]:
+        """The state dict of a model of another picture size or stride, its position embedding resampled to fit.
+
+        ``how="original"`` resamples as hustvl/Vim does: as if the class tokens stood before the patches, wherever they
+        are. What is of this model's size stays as it is.
+        """
+        if how not in RESAMPLE:
+            raise UserError(f"the position embedding is to be resampled by {how!r}; want {' or '.join(RESAMPLE)}")
         state = dict(state_dict)
         if "pos_embed" in state:
-            state["pos_embed"] = resample_pos_embed(state["pos_embed"], self.patch_embed.grid_size, self.class_places)
+            first = tuple(range(len(self._class_token_names())))
+            places = self.class_places if how == "patches" else lambda patches: first
+            state["pos_embed"] = resample_pos_embed(state["pos_embed"], self.patch_embed.grid_size, places)
+        if self.rope is not None:  # tables, not weights: of another grid, the own ones are right
+            own = {f"rope.{name}": table for name, table in self.rope.state_dict().items()}
+            state.update({name: table for name, table in own.items() if state.get(name, table).shape != table.shape})
         return state
 
 
@@ -361,6 +470,15 @@ def _known_pool(name: str) -> str:
     if name not in FINAL_POOL_TYPES:
         raise UserError(f"final_pool_type is {name!r}; it must be one of {', '.join(FINAL_POOL_TYPES)}")
     return name
+
+
+def _known_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Which of `count` maps are meant, ascending: the last so many, these (negative ones from the end), or all."""
+    wanted = range(count) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+    taken = sorted({i + count if i < 0 else i for i in wanted})
+    if not taken or taken[0] < 0 or taken[-1] >= count:
+        raise UserError(f"out_indices is {indices}, and there are maps 0 to {count - 1}")
+    return taken
 
 
 def _small_normal(*shape: int, **to: Any) -> nn.Parameter:

@@ -1,0 +1,178 @@
+"""Starting from other weights: other sizes and strides, frozen layers, teachers, and the losses they teach by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimfast.checkpoint import save_checkpoint
+from vimfast.config import DistillConfig, FinetuneConfig, OptimConfig
+from vimfast.errors import UserError
+from vimfast.finetune import freeze
+from vimfast.losses import Objective, build_teacher
+from vimfast.models import VisionMamba, create_model
+from vimfast.optim import build_optimizer
+
+SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 3, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("vim_tiny_patch16_384_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2", {}, 24),
+        ("vim_small_patch16_stride8_224", {}, 27),
+        ("vim_tiny_patch16_224", {"img_size": 384}, 24),
+        ("vim_tiny_patch16_224", {"img_size": 512}, 32),
+        ("vim_tiny_patch16_224", {"img_size": 1248}, 78),
+    ],
+)
+def test_the_published_sizes_take_a_checkpoint_of_224(name: str, options: dict[str, Any], side: int) -> None:
+    model = create_model(name, depth=1, embed_dim=8, **options)
+    ramp = torch.linspace(0, 1, 14)[:, None].expand(14, 14)  # from top to bottom
+    embedding = torch.zeros(1, 197, 8)
+    embedding[0, [i for i in range(197) if i != 98]] = ramp.reshape(196, 1).expand(196, 8)
+    embedding[0, 98] = 5
+    got = model.fit_pos_embed({"pos_embed": embedding})["pos_embed"]
+    middle = side * side // 2
+    assert (got.shape, model.class_places(side * side)) == ((1, side * side + 1, 8), (middle,))
+    assert (got[0, middle] == 5).all()
+    patches = torch.cat([got[0, :middle], got[0, middle + 1 :]])[:, 0].view(side, side)
+    assert (patches[1:] >= patches[:-1] - 0.01).all()
+    torch.testing.assert_close(patches, patches[:, :1].expand(side, side))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_originals_resampling_takes_class_tokens_for_the_first(double: bool) -> None:
+    new = VisionMamba(**{**SMALL, "img_size": 48, "use_double_cls_token": double})
+    tokens = 2 if double else 1
+    embedding = torch.randn(1, 16 + tokens, 16)
+    grid = embedding[0, tokens:].reshape(4, 4, 16).permute(2, 0, 1)[None]
+    want = F.interpolate(grid, (6, 6), mode="bicubic")[0].permute(1, 2, 0).reshape(36, 16)
+    got = new.fit_pos_embed({"pos_embed": embedding}, "original")["pos_embed"][0]
+    torch.testing.assert_close(got, torch.cat([embedding[0, :tokens], want]))
+    assert not torch.equal(got, new.fit_pos_embed({"pos_embed": embedding})["pos_embed"][0])
+    with pytest.raises(UserError, match="want patches or original"):
+        new.fit_pos_embed({"pos_embed": embedding}, "orginal")
+
+
+def trained_names(model: nn.Module, **settings: Any) -> set[str]:
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    freeze(model, FinetuneConfig(**settings))
+    optimizer = build_optimizer(OptimConfig(weight_decay=0.5), model, 0.1)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("frozen", [1, 2, 3])
+def test_frozen_layers_stay_as_they_are(frozen: int) -> None:
+    model = VisionMamba(**SMALL)
+    names = [name for name, _ in model.named_parameters()]
+    kept = tuple(f"layers.{i}." for i in range(frozen, 3))
+    last = () if frozen == 3 else ("norm_f.",)
+    assert trained_names(model, freeze_layers=frozen) == {n for n in names if n.startswith((*kept, *last, "head."))}
+
+
+def test_attn_only_trains_the_mixers() -> None:
+    moved = trained_names(VisionMamba(**SMALL), attn_only=True)
+    want = {n for n, _ in VisionMamba(**SMALL).named_parameters() if ".mixer." in n or n.startswith(("head", "pos"))}
+    assert moved == want
+    moved = trained_names(create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=5), attn_only=True)
+    assert "blocks.0.attn.qkv.weight" in moved
+    assert not any("mlp" in name or "norm" in name for name in moved)
+    line = freeze(model := VisionMamba(**SMALL), FinetuneConfig(freeze_layers=3))
+    total, head = sum(p.numel() for p in model.parameters()), 16 * 5 + 5
+    assert line == f"{head} of {total:,} parameters are trained, the others stay as they are"
+    assert freeze(VisionMamba(**SMALL), FinetuneConfig()) == ""
+
+
+def test_what_cannot_be_frozen_is_told() -> None:
+    with pytest.raises(UserError, match="--freeze-layers is 4 and the model has 3 layers before its head"):
+        freeze(VisionMamba(**SMALL), FinetuneConfig(freeze_layers=4))
+    with pytest.raises(UserError, match="--attn-only trains mixers or attention"):
+        freeze(create_model("resnet18"), FinetuneConfig(attn_only=True))
+    with pytest.raises(UserError, match="timm numbers"):
+        freeze(nn.Linear(2, 2), FinetuneConfig(freeze_layers=1))
+
+
+def softmax(x: Tensor) -> Tensor:
+    return x.exp() / x.exp().sum(1, keepdim=True)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    save_checkpoint(tmp_path / "teacher.pth", {"model": create_model("resnet10t", num_classes=5).state_dict()})
+    return tmp_path / "teacher.pth"
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("bce", [False, True])
+def test_distillation(teacher: Path, kind: str, bce: bool) -> None:
+    cfg = DistillConfig(kind, "resnet10t", str(teacher), distillation_alpha=0.3, distillation_tau=2.5)
+    model = build_teacher(cfg, 5, 64)
+    assert model is not None
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    objective = Objective(cfg, bce, model.double())
+    images, targets = torch.randn(4, 3, 64, 64).double(), torch.eye(5)[[0, 1, 2, 4]].double()
+    logits = torch.randn(4, 5).double().requires_grad_()
+    got = objective(objective.prepare(images), logits, targets)
+    opinion = model(images)
+    if kind == "soft":
+        p, q = softmax(opinion / 2.5), softmax(logits / 2.5)
+        lesson = (p * (p / q).log()).sum() * 2.5**2 / 20
+    else:
+        lesson = -softmax(logits).log()[range(4), opinion.argmax(1)].mean()
+    base = -(targets * softmax(logits).log()).sum(1).mean()
+    if bce:
+        q = 1 / (1 + (-logits).exp())
+        base = -(targets * q.log() + (1 - targets) * (1 - q).log()).mean()
+    want = 0.7 * base + 0.3 * lesson
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(want, logits))
+
+
+def test_cosub() -> None:
+    objective = Objective(DistillConfig(cosub=True), bce=False)
+    images = torch.randn(3, 3, 8, 8)
+    assert torch.equal(objective.prepare(images), torch.cat([images, images]))
+    logits, targets = torch.randn(6, 5).double().requires_grad_(), torch.rand(3, 5).double()
+
+    def bce(x: Tensor, target: Tensor) -> Tensor:
+        q = 1 / (1 + (-x).exp())
+        return -(target * q.log() + (1 - target) * (1 - q).log()).mean()
+
+    a, b = logits[:3], logits[3:]
+    told = [1 / (1 + (-x.detach()).exp()) for x in (a, b)]
+    want = 0.25 * (bce(a, targets) + bce(b, targets) + bce(a, told[1]) + bce(b, told[0]))
+    got = objective(images, logits, targets)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(want, logits))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"distillation_type": "hard"}, "needs a teacher; give its --teacher-path"),
+        ({"distillation_type": "soft", "cosub": True}, "two losses; choose one"),
+        ({"distillation_type": "soft", "teacher_path": "t", "distillation_tau": 0.0}, "a temperature above 0"),
+        ({"distillation_type": "soft", "teacher_path": "t", "distillation_alpha": 2.0}, "a share up to 1"),
+        ({"distillation_type": "soft", "teacher_path": "nowhere.pth"}, "--teacher-path: nowhere.pth does not exist"),
+        ({"distillation_type": "hard", "teacher_model": "resnet1", "teacher_path": "t"}, "no model named 'resnet1'"),
+    ],
+)
+def test_mistakes_about_teachers_are_told(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_teacher(DistillConfig(**settings), 5, 224)
+    assert sentence in str(error.value)
+
+
+def test_a_teacher_of_other_classes_is_told(teacher: Path) -> None:
+    with pytest.raises(UserError, match=r"--teacher-path: .*fc.weight is \(5, 512\) there and \(7, 512\) here"):
+        build_teacher(DistillConfig("hard", "resnet10t", str(teacher)), 7, 64)
