@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vimfast_kernels import reference
+from vimfast_kernels import bidirectional_block, reference
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -16,9 +16,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from vimfast_kernels.conv_triton import causal_conv_silu  # noqa: E402
-from vimfast_kernels.mixer_gluon import bidirectional_mixer  # noqa: E402
 from vimfast_kernels.norm_triton import add_norm  # noqa: E402
 from vimfast_kernels.scan_gluon import selective_scan  # noqa: E402
+from vimfast_kernels.weights import unflatten  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Below these a difference is that of the order of a sum, not of precision.
@@ -204,54 +204,127 @@ def test_norm(shape: tuple[int, int, int], dtype: torch.dtype, rms: bool) -> Non
 def test_norm_drops_paths() -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(4, 9, 96, device="cuda", dtype=BF16), torch.randn(4, 9, 96, device="cuda")
-    weight, keep = torch.randn(96, device="cuda"), torch.tensor([0.0, 2.0, 2.0, 0.0], device="cuda")
+    weight, noise = torch.randn(96, device="cuda"), torch.tensor([0.1, 0.9, 0.5, 0.4], device="cuda")
+    keep = torch.tensor([0.0, 2.0, 2.0, 0.0], device="cuda")
     grads = [torch.randn_like(x), torch.randn_like(residual)]
 
     def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         y, r = reference.add_rms_norm(reference.wide(x) * keep[:, None, None], residual, weight)
         return y.to(x.dtype), r
 
-    check(lambda *v: add_norm(*v, keep=keep), plain, [x, residual, weight], grads, BF16)
+    check(lambda *v: add_norm(*v, noise=noise, drop_rate=0.5), plain, [x, residual, weight], grads, BF16)
 
 
-def plain_mixer(
-    xz: Tensor, conv_w: Tensor, conv_b: Tensor, x_w: Tensor, dt_w: Tensor, dt_b: Tensor, A: Tensor, D: Tensor
-) -> Tensor:
-    d, n = A.shape[1:]
-    u = reference.conv_silu(xz[..., :d], conv_w, conv_b, [False, True])
-    x_dbl = torch.einsum("kbld,krd->kblr", u, x_w.to(u.dtype))
-    delta = torch.einsum("kblr,kdr->kbld", x_dbl[..., : dt_w.shape[2]], dt_w.to(u.dtype))
-    B, C = x_dbl[..., -2 * n : -n], x_dbl[..., -n:]
-    return reference.scan(u, delta, A, B, C, D, xz[..., d:], dt_b, [False, True], 0.5)[0]
+def block_inputs(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    rank: int = 5,
+    taps: int = 4,
+    residual: bool = True,
+    biases: bool = False,
+    conv_bias: bool = True,
+    rms: bool = True,
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Inputs of `block`, its weights those of a trained model in size, and gradients of its results."""
+    torch.manual_seed(0)
+    c = shape[2]
+    d, n = 2 * c, 16
+    on = {"device": "cuda"}
+
+    def direction() -> list[Tensor | None]:
+        conv = [torch.randn(d, taps, **on) / 2, torch.randn(d, **on) / 2 if conv_bias else None]
+        projections = [torch.randn(rank + 2 * n, d, **on) / 8, torch.randn(d, rank, **on), torch.randn(d, **on) - 3]
+        return [*conv, *projections, torch.rand(d, n, **on) * 2.5, torch.randn(d, **on)]
+
+    stream = [torch.randn(shape, dtype=dtype, **on), torch.randn(shape, **on) if residual else None]
+    norm = [torch.randn(c, **on), None if rms else torch.randn(c, **on)]
+    first = [torch.randn(2 * d, c, **on) / c**0.5, torch.randn(2 * d, **on) if biases else None]
+    last = [torch.randn(c, d, **on) / d**0.5, torch.randn(c, **on) if biases else None]
+    return [*stream, *norm, *first, *direction(), *direction(), *last], [torch.randn(shape, **on) for _ in range(2)]
+
+
+def block(backend: str, amp: bool = False, **options: object) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The public op of the inputs in one list, in fp32 or under bf16 autocast; float64 stays float64."""
+
+    def run_block(*v: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cuda", BF16, enabled=amp and v[0].dtype != torch.float64, cache_enabled=False):
+            return bidirectional_block(*v[:4], unflatten(v[4:]), scale=0.5, backend=backend, **options)
+
+    return run_block
+
+
+def check_block(shape: tuple[int, int, int], amp: bool, dtype: torch.dtype = FP32, **options: object) -> None:
+    noise = torch.linspace(0.05, 0.95, shape[0], device="cuda") if options.pop("dropped", False) else None
+    inputs, grads = block_inputs(shape, dtype, **options)
+    more = {"noise": noise, "drop_rate": 0.4, "rms": options.get("rms", True)}
+    # States kept for backward are bf16 where the products are; in fp32 the order of sums differs.
+    slack = dict.fromkeys(range(1, 24), 2e-3 if amp else 2e-6)
+    precision = BF16 if amp else FP32
+    check(block("gluon", amp, **more), block("reference", amp, **more), inputs, grads, precision, slack)
 
 
 @pytest.mark.parametrize("length", [1, 3, 17, 197])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_mixer(length: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    d, n, rank = 96, 16, 5
-    on = {"device": "cuda"}
-    xz, grad = torch.randn(2, length, 2 * d, dtype=dtype, **on), torch.randn(2, length, d, dtype=dtype, **on)
-    inputs = [
-        xz, torch.randn(2, d, 4, **on) / 2, torch.randn(2, d, **on) / 2, torch.randn(2, rank + 2 * n, d, **on) / 8,
-        torch.randn(2, d, rank, **on), torch.randn(2, d, **on) - 3, -torch.exp(torch.rand(2, d, n, **on) * 2.5),
-        torch.randn(2, d, **on),
-    ]  # fmt: skip
-    kernel = lambda *v: bidirectional_mixer(*v, scale=0.5)  # noqa: E731
-    # Kept states and weight gradients are bf16 where the input is.
-    slack = dict.fromkeys(range(2, 10), 2e-3) if dtype == BF16 else dict.fromkeys(range(1, 10), 2e-6)
-    check(kernel, plain_mixer, inputs, [grad], dtype, slack)
+def test_block_lengths(length: int, dtype: torch.dtype) -> None:
+    check_block((2, length, 48), dtype == BF16, dtype)
 
 
-def test_mixer_is_one_node_for_the_compiler() -> None:
-    torch.manual_seed(0)
-    on = {"device": "cuda"}
-    inputs = [
-        torch.randn(2, 9, 64, **on), torch.randn(2, 32, 4, **on), torch.randn(2, 32, **on),
-        torch.randn(2, 34, 32, **on) / 8, torch.randn(2, 32, 2, **on), torch.randn(2, 32, **on) - 3,
-        -torch.rand(2, 32, 16, **on), torch.randn(2, 32, **on),
-    ]  # fmt: skip
-    grad = torch.randn(2, 9, 32, **on)
-    compiled = torch.compile(lambda *x: bidirectional_mixer(*x), fullgraph=True, backend="aot_eager")
-    for a, b in zip(run(compiled, inputs, [grad]), run(bidirectional_mixer, inputs, [grad]), strict=True):
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 17, 64), {}),
+        ((3, 21, 40), {"dropped": True}),
+        ((5, 9, 72), {"biases": True, "conv_bias": False, "dropped": True}),
+        ((2, 33, 32), {"rms": False, "residual": False, "taps": 3}),
+        ((4, 50, 192), {"rank": 12, "rms": False, "biases": True, "dropped": True}),
+    ],
+)
+@pytest.mark.parametrize("amp", [True, False])
+def test_block_options(shape: tuple[int, int, int], options: dict[str, object], amp: bool) -> None:
+    """fp32 comes in under autocast too, as from the position embedding."""
+    check_block(shape, amp, **options)
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_block_without_gradients(amp: bool) -> None:
+    """The same from less memory: the new residual stands where the old one was."""
+    inputs, _ = block_inputs((3, 37, 48), FP32)
+    want = block("gluon", amp)(*[None if x is None else x.clone().requires_grad_() for x in inputs])
+    residual = inputs[1]
+    with torch.no_grad():
+        fresh = block("gluon", amp)(*inputs)
+        got = block("gluon", amp, overwrite=True)(*inputs)
+    assert got[1] is residual
+    for a, b, c in zip(fresh, got, want, strict=True):
         assert torch.equal(a, b)
+        assert relative(a, c.double()) < (4e-3 if amp else 1e-6)
+
+
+def test_block_with_frozen_weights() -> None:
+    inputs, _ = block_inputs((2, 9, 32), FP32, biases=True)
+    for frozen in (range(2, len(inputs), 2), range(3, len(inputs), 2)):
+        leaves = [None if x is None else x.clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+        sum(y.sum() for y in block("gluon")(*leaves)).backward()
+        assert all(x is None or (x.grad is None) == (i in frozen) for i, x in enumerate(leaves))
+
+
+def test_block_is_one_node_for_the_compiler() -> None:
+    inputs, grads = block_inputs((2, 9, 32), FP32)
+    compiled = torch.compile(block("gluon"), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, inputs, grads), run(block("gluon"), inputs, grads), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_block_in_a_cuda_graph() -> None:
+    inputs, grads = block_inputs((2, 21, 32), FP32)
+    want = run(block("gluon", True), inputs, grads)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(block("gluon", True), inputs, grads)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(block("gluon", True), inputs, grads)
+    graph.replay()
+    assert all(map(torch.equal, got, want))

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from vimfast_kernels import reference
 from vimfast_kernels.conv_triton import causal_conv_silu
-from vimfast_kernels.mixer_gluon import bidirectional_mixer
+from vimfast_kernels.mixer_gluon import bidirectional_block
 from vimfast_kernels.norm_triton import add_norm
 from vimfast_kernels.scan_gluon import selective_scan
+from vimfast_kernels.weights import Direction, MixerWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STATES = 16
@@ -52,6 +53,15 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
     xz = torch.randn(batch, length, 2 * d, **on)
     weight, conv_bias = torch.randn(2, d, 4, **f32) / 2, torch.randn(2, d, **f32) / 2
     x_weight, dt_weight = torch.randn(2, rank + 2 * STATES, d, **f32) / 16, torch.randn(2, d, rank, **f32)
+    in_weight, out_weight = torch.randn(2 * d, d // 2, **f32) / d**0.5, torch.randn(d // 2, d, **f32) / d**0.5
+    directions = [
+        x for own in zip(weight, conv_bias, x_weight, dt_weight, bias, (-A).log(), D, strict=True) for x in own
+    ]
+
+    def block(x: Tensor, residual: Tensor, norm: Tensor, *w: Tensor) -> tuple[Tensor, Tensor]:
+        weights = MixerWeights(w[0], None, Direction(*w[1:8]), Direction(*w[8:15]), w[15], None)
+        return bidirectional_block(x, residual, norm, None, weights, dtype=dtype, scale=0.5)
+
     h, r = torch.randn(batch, length, d // 2, **on), torch.randn(batch, length, d // 2, **f32)
     both = [False, True]
     states = 2 * tokens * 2 * STATES * size  # B and C
@@ -84,12 +94,12 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
             0,
         ),
         Case(
-            "mixer",
-            lambda *v: bidirectional_mixer(*v, scale=0.5),
+            "block",
+            block,
             None,
-            [xz, weight, conv_bias, x_weight, dt_weight, bias, A, D],
-            tokens * 3 * row,
-            tokens * 6 * row,
+            [h, r, torch.ones(d // 2, **f32), in_weight, *directions, out_weight],
+            tokens * (d // 2) * (2 * size + 8),
+            tokens * (d // 2) * (2 * size + 12),
             2 * tokens * d * STATES,
         ),
     ]

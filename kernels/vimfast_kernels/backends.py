@@ -36,39 +36,55 @@ def _load_mamba() -> _Mamba | str:
 
 
 @functools.cache
-def _gluon_trouble(device: int, dtype: torch.dtype, states: int) -> str | None:
-    """Why the Gluon kernels do not serve on this GPU, or None: they are built and run on a short sequence."""
+def _trial(device: int, dtype: torch.dtype, states: int) -> str | None:
+    """Why the Gluon kernels do not serve on this GPU, or None: a small block is built and run, forward and backward."""
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
         return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     try:
-        from vimfast_kernels import scan_gluon
+        from vimfast_kernels import mixer_gluon, scan_gluon
+        from vimfast_kernels.weights import Direction, MixerWeights
 
         scan_gluon.check(dtype, states, length=1)
         # The first call may come from inference, where no tensor made could have a gradient.
-        with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device(device):
-            u, delta = torch.ones(2, 2, 1, 9, 64, dtype=dtype, device="cuda").unbind()
-            A, D = -torch.ones(2, 64, states, device="cuda"), torch.ones(2, 64, device="cuda")
-            B, C = torch.ones(2, 2, 1, 9, states, dtype=dtype, device="cuda").unbind()
-            u = u.detach().requires_grad_()
-            out = scan_gluon.selective_scan(u, delta, A, B, C, D, delta[0], D)
-            (grad,) = torch.autograd.grad(out.sum(), u)
+        outside = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False)
+        with outside[0], outside[1], outside[2], torch.cuda.device(device):
+
+            def small(*shape: int) -> Tensor:
+                return torch.full(shape, 1 / 16, device="cuda")
+
+            conv = small(64, 4), small(64)
+            one = Direction(*conv, small(2 + 2 * states, 64), small(64, 2), small(64), small(64, states), small(64))
+            weights = MixerWeights(small(128, 32), None, one, one, small(32, 64), None)
+            x = small(1, 9, 32).to(dtype).requires_grad_()
+            out, total = mixer_gluon.bidirectional_block(x, small(1, 9, 32), small(32), None, weights, dtype=dtype)
+            (grad,) = torch.autograd.grad(out.sum() + total.sum(), x)
             finite = bool(out.isfinite().all() & grad.isfinite().all())
     except Exception as error:  # no triton, one with other names, a driver too old: they fail in many ways
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     return None if finite else "a trial run gave no finite numbers"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache  # so the warning comes once, and the answer costs nothing in a step
-def _gluon_serves(device: int, dtype: torch.dtype, states: int) -> bool:
-    if dtype == torch.float64:
-        return False
-    trouble = _gluon_trouble(device, dtype, states)
+def _tell_trial(device: int, dtype: torch.dtype, states: int) -> bool:
+    trouble = _trial(device, dtype, states)
     if trouble is not None:
         rest = "mamba_ssm" if _mamba_loads() else "reference"
         warnings.warn(f"the fast kernels do not run on this GPU ({trouble}); using {rest!r}", stacklevel=2)
     return trouble is None
+
+
+# The compiler looks through a cache, but not through a function that it was told to take as a constant.
+
+
+@torch.compiler.assume_constant_result
+def _gluon_trouble(device: int, dtype: torch.dtype, states: int) -> str | None:
+    return _trial(device, dtype, states)
+
+
+@torch.compiler.assume_constant_result
+def _gluon_serves(device: int, dtype: torch.dtype, states: int) -> bool:
+    return dtype != torch.float64 and _tell_trial(device, dtype, states)
 
 
 @torch.compiler.assume_constant_result

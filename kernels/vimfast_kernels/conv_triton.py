@@ -248,8 +248,8 @@ def launch_backward(
     bias: Tensor | None,
     reverse: Sequence[bool],
     dx: Tensor,  # [b, L, d], written
-) -> tuple[Tensor, Tensor]:
-    """(dweight [k, d, w], dbias [k, d]), fp32."""
+) -> Tensor:
+    """The weights' gradients [rows, k, w + 1, d], fp32, to be summed over the rows: each tap's, and the bias's."""
     b, length, d = x.shape
     k, _, width = weight.shape
     steps = BACKWARD_STEPS
@@ -261,8 +261,7 @@ def launch_backward(
         x.stride(0), x.stride(1), *dout.stride()[:3], dx.stride(0), dx.stride(1),
         **_meta(d, weight, bias, reverse, steps),
     )  # fmt: skip
-    total = sum_rows(partial)
-    return total[:, :width].transpose(1, 2), total[:, width]
+    return partial
 
 
 @torch.library.custom_op("vimfast::causal_conv_silu_triton", mutates_args=())
@@ -281,9 +280,9 @@ def _conv_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape)
     contiguous_bias = None if bias is None else bias.contiguous()
-    dweight, dbias = launch_backward(_rows(dout), _rows(x), weight.contiguous(), contiguous_bias, reverse, dx)
-    dbias = dbias.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
-    return dx, dweight.to(weight.dtype, memory_format=torch.contiguous_format, copy=True), dbias
+    partial = launch_backward(_rows(dout), _rows(x), weight.contiguous(), contiguous_bias, reverse, dx)
+    *taps, dbias = sum_rows(partial).to(weight.dtype).unbind(1)
+    return dx, torch.stack(taps, -1), dbias.clone()
 
 
 @_conv_grad.register_fake

@@ -1,181 +1,278 @@
-"""All of the bidirectional mixer between its two outer projections as one op: convolution, x and time-step
-projections, scan, gate. One node for autograd, the compiler and DDP, one gradient buffer, no copies in between."""
+"""A whole block of Vision Mamba as one op: residual addition, norm, projections, convolution, scan, gate. One node for
+autograd, the compiler and DDP, which takes the parameters as they are and writes all their gradients in one launch."""
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vimfast_kernels import conv_triton, scan_gluon
+from vimfast_kernels import conv_triton, norm_triton, scan_gluon
+from vimfast_kernels.weights import MixerWeights, flatten, unflatten
+from vimfast_kernels.weights_triton import Packed, Pieces, empty_packed, pack, padded, unpack, write_gradients
 
 REVERSE = [False, True]
+PARTS = {"outer": 32, "inner": 16}  # products into which a weight's gradient is cut over the rows, to fill the GPU
+
+_DIRECTION = (
+    "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0},"
+    " Tensor A_log{0}, Tensor D{0}"
+)
+_WEIGHTS = (  # norm, then `flatten` of the mixer's
+    "Tensor norm_weight, Tensor? norm_bias, Tensor in_weight, Tensor? in_bias, "
+    f"{_DIRECTION.format('')}, {_DIRECTION.format('_b')}, Tensor out_weight, Tensor? out_bias"
+)
+_OPTIONS = "float drop_rate, float eps, bool rms, float scale"
 
 
-def _padded_weights(x_weight: Tensor, dt_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x_weight [2, P + 2N, d], dt_weight [2, d, P]) with the rank R filled up by zeros to P, a multiple of 8.
+def _between(w: Packed, xz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(u [2, b, L, d], x_dbl [2, b, L, P + 2 N], delta [2, b, L, d])."""
+    b, length, _ = xz.shape
+    d = w.D.shape[1]
+    u = conv_triton.launch_forward(xz[..., :d], w.conv_weight, w.conv_bias, REVERSE)
+    flat = torch.bmm(u.view(2, b * length, d), w.x_weight.transpose(1, 2))
+    return u, flat.view(2, b, length, -1), _time_steps(w, flat).view_as(u)
 
-    Rows of x_dbl then start on 16 bytes; at R = 12 the matrix products are several times faster for it.
-    """
-    rank = dt_weight.shape[2]
-    padded = x_weight.new_zeros(2, x_weight.shape[1] + -rank % 8, x_weight.shape[2], dtype=dtype)
-    padded[:, :rank] = x_weight[:, :rank]
-    padded[:, rank + -rank % 8 :] = x_weight[:, rank:]
-    return padded, torch.nn.functional.pad(dt_weight.to(dtype), (0, -rank % 8))
+
+def _time_steps(w: Packed, flat: Tensor) -> Tensor:
+    return torch.bmm(flat[..., : w.dt_weight.shape[2]], w.dt_weight.transpose(1, 2))
+
+
+def _states(w: Packed, x_dbl: Tensor) -> tuple[Tensor, Tensor]:
+    """B and C [2, b, L, N], views."""
+    n = w.A.shape[2]
+    return x_dbl[..., -2 * n : -n], x_dbl[..., -n:]
+
+
+def _normalize_and_project(
+    x: Tensor, residual: Tensor | None, noise: Tensor | None, total: Tensor, flat: Any, w: Packed, options: Any
+) -> Tensor:
+    """xz [b, L, 2 d]; writes the sum into total."""
+    drop_rate, eps, rms, _ = options
+    norm_weight, norm_bias = flat[:2]
+    normed = torch.empty_like(total, dtype=w.x_weight.dtype)
+    residual = None if residual is None else residual.contiguous()
+    norm_triton.launch_forward(
+        x.contiguous(), residual, noise, norm_weight, norm_bias, drop_rate, eps, rms, normed, total
+    )
+    return F.linear(normed, w.in_weight, w.in_bias)
+
+
+@torch.library.custom_op(
+    "vimfast::block_gluon",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? residual, Tensor? noise, {_WEIGHTS}, {_OPTIONS}, ScalarType dtype) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _block(x, residual, noise, *rest):
+    """(out, the new residual, and for backward: the packed weights' buffers, xz, x_dbl, the sum before the gate,
+    states)."""
+    *flat, drop_rate, eps, rms, scale, dtype = rest
+    weights = unflatten(flat[2:])
+    narrow, wide = pack(weights, dtype)
+    w = unpack(weights, narrow, wide)
+    total = x.new_empty(x.shape, dtype=torch.float32)
+    xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
+    u, x_dbl, delta = _between(w, xz)
+    z = xz[..., w.D.shape[1] :]
+    gated, y, states = scan_gluon.launch_forward(
+        u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale, save=True
+    )
+    return F.linear(gated, w.out_weight, w.out_bias), total, narrow, wide, xz, x_dbl, y, states
+
+
+@_block.register_fake
+def _(x, residual, noise, *rest):
+    *flat, _, _, _, _, dtype = rest
+    weights = unflatten(flat[2:])
+    b, length, _ = x.shape
+    d, n = weights.forth.A_log.shape
+    xz = x.new_empty(b, length, 2 * d, dtype=dtype)
+    x_dbl = xz.new_empty(2, b, length, padded(weights.forth.dt_weight.shape[1]) + 2 * n)
+    saved = scan_gluon.empty_saved(xz, 2, b, length, d, n, save=True, gate=True)
+    total = x.new_empty(x.shape, dtype=torch.float32)
+    return xz.new_empty(x.shape), total, *empty_packed(weights, dtype), xz, x_dbl, *saved
+
+
+@torch.library.custom_op(
+    "vimfast::block_gluon_inference",
+    mutates_args={"total"},
+    schema=f"(Tensor x, Tensor? residual, Tensor(a!) total, Tensor? noise, {_WEIGHTS}, {_OPTIONS}, ScalarType dtype)"
+    " -> Tensor",
+)
+def _block_inference(x, residual, total, noise, *rest):
+    """out; the new residual goes into total, which may be the old one."""
+    *flat, drop_rate, eps, rms, scale, dtype = rest
+    weights = unflatten(flat[2:])
+    w = unpack(weights, *pack(weights, dtype))
+    xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
+    u, x_dbl, delta = _between(w, xz)
+    x_half, z = xz.chunk(2, dim=-1)
+    scan_gluon.launch_forward(
+        u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale, save=False, out=x_half
+    )
+    del u, delta, x_dbl
+    rows = xz.view(-1, xz.shape[2])[:, : x_half.shape[2]]  # a matrix with long rows: no copy
+    return F.linear(rows, w.out_weight, w.out_bias).view(x.shape)
+
+
+@_block_inference.register_fake
+def _(x, residual, total, noise, *rest):
+    return x.new_empty(x.shape, dtype=rest[-1])
 
 
 def _sum_of_products(a: Tensor, b: Tensor, parts: int) -> Tensor:
-    """a^T b [k, p, q] of a [k, m, p] and b [k, m, q], in `parts` products over m that fill the GPU, then summed."""
+    """Pieces [k, parts, p, q], fp32, whose sum is a^T b [k, p, q] of a [k, m, p] and b [k, m, q]."""
     k, m, p = a.shape
-    q = b.shape[2]
-    pieces = torch.matmul(a.view(k, parts, m // parts, p).transpose(2, 3), b.view(k, parts, m // parts, q))
-    return pieces.sum(1, dtype=torch.float32)
+    parts = math.gcd(m, parts)
+    a, b = a.view(k * parts, m // parts, p).transpose(1, 2), b.view(k * parts, m // parts, -1)
+    pieces = torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
+    return pieces.view(k, parts, p, -1)
 
 
-@torch.library.custom_op("vimfast::mixer_gluon", mutates_args=(), device_types="cuda")
-def _mixer(
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_weight: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    scale: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out [b, L, d], and for backward: the padded weights, x_dbl, the sum before the gate, states; the last two
-    empty unless save)."""
+@torch.library.custom_op(
+    "vimfast::block_gluon_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dtotal, Tensor? noise, Tensor total, Tensor narrow, Tensor wide, Tensor xz,"
+    f" Tensor x_dbl, Tensor y, Tensor states, {_WEIGHTS}, {_OPTIONS}, ScalarType x_dtype, ScalarType? residual_dtype,"
+    " bool[] needed) -> Tensor[]",
+)
+def _block_grad(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, *rest):
+    """Gradients of x, the residual and the weights, empty where none is needed."""
+    *flat, drop_rate, eps, rms, scale, x_dtype, residual_dtype, needed = rest
+    weights = unflatten(flat[2:])
+    grads = _empty_gradients(total, flat, x_dtype, residual_dtype, needed)
+    wanted = [g if g.numel() else None for g in grads]
+    asked = unflatten(wanted[4:])
+    w = unpack(weights, narrow, wide)
     b, length, _ = xz.shape
-    d, n = A.shape[1:]
-    x, z = xz[..., :d], xz[..., d:]
-    u = conv_triton.launch_forward(x, conv_weight, conv_bias, REVERSE)
-    x_wide, dt_wide = _padded_weights(x_weight, dt_weight, xz.dtype)
-    flat = torch.bmm(u.view(2, b * length, d), x_wide.transpose(1, 2))
-    delta = torch.bmm(flat[..., : dt_wide.shape[2]], dt_wide.transpose(1, 2)).view_as(u)
-    x_dbl = flat.view(2, b, length, -1)
-    B, C = x_dbl[..., -2 * n : -n], x_dbl[..., -n:]
-    out, y, states = scan_gluon.launch_forward(u, delta, A, B, C, D, z, dt_bias, REVERSE, scale, save)
-    return out, x_wide, dt_wide, x_dbl, y, states
-
-
-@_mixer.register_fake
-def _(xz, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D, scale, save):
-    b, length, _ = xz.shape
-    d, n = A.shape[1:]
-    y, states = scan_gluon.empty_saved(xz, 2, b, length, d, n, save, gate=True)
-    pad = -dt_weight.shape[2] % 8
-    x_wide = xz.new_empty(2, x_weight.shape[1] + pad, d)
-    dt_wide = xz.new_empty(2, d, dt_weight.shape[2] + pad)
-    return xz.new_empty(b, length, d), x_wide, dt_wide, xz.new_empty(2, b, length, x_wide.shape[1]), y, states
-
-
-@torch.library.custom_op("vimfast::mixer_gluon_backward", mutates_args=(), device_types="cuda")
-def _mixer_grad(
-    dout: Tensor,
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_weight: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    x_wide: Tensor,
-    dt_wide: Tensor,
-    x_dbl: Tensor,
-    y: Tensor,
-    states: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (xz, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D)."""
-    b, length, _ = xz.shape
-    d, n = A.shape[1:]
-    rank, pad, rows = dt_weight.shape[2], dt_wide.shape[2], b * length
+    rows, d, pad = b * length, w.D.shape[1], w.dt_weight.shape[2]
     x, z = xz[..., :d], xz[..., d:]
     # Two products and a convolution again cost less than keeping 4 [b, L, d] arrays a layer.
-    u = conv_triton.launch_forward(x, conv_weight, conv_bias, REVERSE)
-    flat = x_dbl.view(2, rows, -1)
-    delta = torch.bmm(flat[..., :pad], dt_wide.transpose(1, 2)).view_as(u)
-    dxz, dx_dbl = torch.empty_like(xz), torch.empty_like(x_dbl)
+    u = conv_triton.launch_forward(x, w.conv_weight, w.conv_bias, REVERSE)
+    delta = _time_steps(w, x_dbl.view(2, rows, -1)).view_as(u)
+    dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
+    dout = dout.contiguous()
     du, ddelta, dA, dD, ddt_bias = scan_gluon.launch_backward(
-        scan_gluon.copyable(dout), u, delta, A, x_dbl[..., -2 * n : -n], x_dbl[..., -n:], D, z, dt_bias, y, states,
-        REVERSE, scale, dx_dbl[..., -2 * n : -n], dx_dbl[..., -n:], dxz[..., d:],
+        torch.matmul(dout, w.out_weight), u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, y, states, REVERSE,
+        scale, *_states(w, dx_dbl), dxz[..., d:], out=gated,
     )  # fmt: skip
+    del delta
+    dout = dout.view(1, rows, -1)
+    dout_weight = None
+    if asked.out_weight is not None:
+        dout_weight = _sum_of_products(dout, gated.view(1, rows, d), PARTS["outer"])[0]
+    del gated
     ddelta, du, dflat = ddelta.view(2, rows, d), du.view(2, rows, d), dx_dbl.view(2, rows, -1)
-    torch.bmm(ddelta, dt_wide, out=dflat[..., :pad])
-    parts = math.gcd(b, 16)
-    ddt_weight = _sum_of_products(ddelta, flat[..., :pad], parts)[..., :rank]
-    dx_weight = _sum_of_products(dflat, u.view(2, rows, d), parts)
-    dx_weight = torch.cat((dx_weight[:, :rank], dx_weight[:, pad:]), 1)
-    torch.baddbmm(du, dflat, x_wide, out=du)
-    dconv, dconv_bias = conv_triton.launch_backward(du.view_as(u), x, conv_weight, conv_bias, REVERSE, dxz[..., :d])
-    return (
-        dxz, _as(conv_weight, dconv), _as(conv_weight, dconv_bias), dx_weight.to(x_weight.dtype),
-        _as(dt_weight, ddt_weight), ddt_bias, dA, dD,
+    torch.bmm(ddelta, w.dt_weight, out=dflat[..., :pad])
+    ddt_weight = _sum_of_products(ddelta, x_dbl.view(2, rows, -1)[..., :pad], PARTS["inner"])
+    dx_weight = _sum_of_products(dflat, u.view(2, rows, d), PARTS["inner"])
+    torch.baddbmm(du, dflat, w.x_weight, out=du)
+    dconv = conv_triton.launch_backward(du.view_as(u), x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])
+    del u, du, ddelta
+    dnormed = torch.matmul(dxz, w.in_weight)
+    normed = None if asked.in_weight is None else torch.empty_like(dnormed)
+    dnorm = norm_triton.launch_backward(
+        dnormed, None if dtotal is None else dtotal.contiguous(), total, noise, flat[0], flat[1], drop_rate, eps, rms,
+        grads[0], wanted[1], normed,
     )  # fmt: skip
+    din_weight = None
+    if normed is not None:
+        din_weight = _sum_of_products(dxz.view(1, rows, 2 * d), normed.view(1, rows, -1), PARTS["outer"])[0]
+    pieces = Pieces(
+        in_weight=din_weight,
+        in_bias=None if asked.in_bias is None else dxz.sum((0, 1), dtype=torch.float32),
+        out_weight=dout_weight,
+        out_bias=None if asked.out_bias is None else dout.sum((0, 1), dtype=torch.float32),
+        x_weight=dx_weight,
+        dt_weight=ddt_weight,
+        conv=dconv,
+        norm=dnorm,
+        dt_bias=ddt_bias,
+        dA=dA,
+        D=dD,
+        A=w.A,
+    )
+    write_gradients(pieces, weights, asked, wanted[2], wanted[3])
+    return grads
 
 
-def _as(weight: Tensor, grad: Tensor) -> Tensor:
-    """A contiguous gradient of the weight's dtype, shared with no other."""
-    return grad.to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
+def _empty_gradients(total, flat, x_dtype, residual_dtype, needed):
+    dx = total.new_empty(total.shape, dtype=x_dtype)
+    dresidual = total.new_empty((0,) if residual_dtype is None else total.shape, dtype=residual_dtype)
+    own = [v.new_empty(v.shape) if need else total.new_empty(0) for v, need in zip(flat, needed, strict=True)]
+    return [dx, dresidual, *own]
 
 
-@_mixer_grad.register_fake
-def _(dout, xz, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A, D, *_):
-    like = (xz, conv_weight, D, x_weight, dt_weight, dt_bias, A, D)
-    out = [v.new_empty(v.shape) for v in like]
-    out[2] = conv_weight.new_empty(D.shape)
-    return tuple(out)
+@_block_grad.register_fake
+def _(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, *rest):
+    *flat, _, _, _, _, x_dtype, residual_dtype, needed = rest
+    return _empty_gradients(total, flat, x_dtype, residual_dtype, needed)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    x, residual, noise, *rest = inputs
+    *flat, drop_rate, eps, rms, scale, _ = rest
+    residual_dtype = None if residual is None else residual.dtype
+    ctx.options = drop_rate, eps, rms, scale, x.dtype, residual_dtype
+    ctx.save_for_backward(noise, *output[1:], *flat)
     ctx.set_materialize_grads(False)  # else zeros are written for what is only kept
 
 
-def _backward(ctx, dout, *_):
+def _backward(ctx, dout, dtotal, *_):
+    noise, total, narrow, *saved = ctx.saved_tensors
     if dout is None:
-        return (None,) * 10
-    saved = ctx.saved_tensors
-    grads = list(_mixer_grad(dout, *saved, ctx.scale))
-    if saved[2] is None:
-        grads[2] = None
-    return (*grads, None, None)
+        dout = narrow.new_zeros(total.shape)
+    needed = list(ctx.needs_input_grad[3:-5])
+    grads = _block_grad(dout, dtotal, noise, total, narrow, *saved, *ctx.options, needed)
+    dx, dresidual, *others = (g if g.numel() else None for g in grads)
+    return dx, dresidual, None, *others, None, None, None, None, None
 
 
-_mixer.register_autograd(_backward, setup_context=_setup_context)
+_block.register_autograd(_backward, setup_context=_setup_context)
 
 
-def bidirectional_mixer(
-    xz: Tensor,  # [b, L, 2d], the input projection's result
-    conv_weight: Tensor,  # [2, d, w]
-    conv_bias: Tensor | None,  # [2, d]
-    x_weight: Tensor,  # [2, R + 2N, d]
-    dt_weight: Tensor,  # [2, d, R]
-    dt_bias: Tensor,  # [2, d]
-    A: Tensor,  # [2, d, N]
-    D: Tensor,  # [2, d]
+def bidirectional_block(
+    x: Tensor,  # [b, L, C]
+    residual: Tensor | None,  # [b, L, C]
+    norm_weight: Tensor,  # [C]
+    norm_bias: Tensor | None,  # [C]
+    weights: MixerWeights,
     *,
+    dtype: torch.dtype,
+    noise: Tensor | None = None,  # [b]
+    drop_rate: float = 0.0,
+    eps: float = 1e-5,
+    rms: bool = True,
     scale: float = 1.0,
-) -> Tensor:
-    """scale * silu(z) * sum_k scan_k(u_k), u_k = silu(conv_k(x)), (dt, B, C)_k = split(u_k x_weight_k^T)  [b, L, d]
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`vimfast_kernels.bidirectional_block`, its products in ``dtype``, which is that of the output.
 
-    with dt_k = softplus(dt dt_weight_k^T + dt_bias_k); direction 1 runs from the last time to the first, its
-    convolution too. Kept for backward, beside the inputs: x_dbl, the sum before the gate, every 8th state.
-    Weights of any dtype; the products run in xz's. Raises ValueError where `scan_gluon.selective_scan` would, and
-    for a d that is no multiple of 16.
+    Kept for backward, beside the inputs: the new residual, xz, x_dbl, the sum before the gate, every 8th state; the
+    normalized x, the convolution, the time steps and the gated sum are made again. Raises ValueError for a d that is
+    no multiple of 16 and where `scan_gluon.selective_scan` and `norm_triton.add_norm` would.
     """
-    d, n = A.shape[1:]
-    scan_gluon.check(xz.dtype, n, xz.shape[1])
-    if d % 16 or xz.shape[2] != 2 * d:
-        raise ValueError(f"xz has {xz.shape[2]} channels and A {d}; take twice a multiple of 16 and its half")
-    if not xz.is_contiguous():
-        xz = xz.contiguous()
-    tensors = (xz, conv_weight.contiguous(), conv_bias, x_weight, dt_weight, dt_bias.float(), A.float(), D.float())
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    return _mixer(*tensors, scale, save)[0]
+    norm_triton.check(x, residual, noise, norm_weight)
+    d, n = weights.forth.A_log.shape
+    scan_gluon.check(dtype, n, x.shape[1])
+    if d % 16 or tuple(weights.in_weight.shape) != (2 * d, x.shape[2]):
+        raise ValueError(
+            f"in_weight is {tuple(weights.in_weight.shape)} for {x.shape[2]} channels and A_log of {d}; take twice a"
+            " multiple of 16 rows and its half"
+        )
+    flat = [None if v is None else v.contiguous() for v in (norm_weight, norm_bias, *flatten(weights))]
+    noise = None if noise is None else noise.contiguous()
+    options = drop_rate, eps, rms, scale, dtype
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, residual, *flat)):
+        out, total, *_ = _block(x, residual, noise, *flat, *options)
+        return out, total
+    if overwrite and residual is not None and residual.dtype == torch.float32 and residual.is_contiguous():
+        total = residual
+    else:
+        total = x.new_empty(x.shape, dtype=torch.float32)
+    return _block_inference(x, residual, total, noise, *flat, *options), total

@@ -1,4 +1,4 @@
-"""What a block is made of: the Mamba mixer and the norms with a residual. The only caller of vimfast_kernels."""
+"""The block: the Mamba mixer behind a norm with a residual. The only caller of vimfast_kernels."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from torch import Tensor, nn
 
 from vimfast.errors import UserError
 from vimfast_kernels import (
+    Direction,
+    MixerWeights,
     add_layer_norm,
     add_rms_norm,
+    bidirectional_block,
     bidirectional_mixer,
     bidirectional_scan,
     causal_conv1d_silu,
     check_backend,
+    drop_path,
     explain,
     selective_scan,
 )
+
+__all__ = ["AddLayerNorm", "AddRMSNorm", "Block", "MambaMixer", "drop_path"]
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
 
@@ -118,10 +124,23 @@ class MambaMixer(nn.Module):
         return explain(self.scan_backend, self.A_log.device, dtype, self.d_state)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, C] -> [B, L, C]
-        xz = self.in_proj(x)  # [B, L, 2 E]
-        y = self._own_directions(xz) if self.bimamba_type == "v2" else self._shared(*xz.chunk(2, dim=-1))  # [B, L, E]
-        out = self.out_proj(y)  # [B, L, C]
+        if self.bimamba_type == "v2":
+            return self.scaled(bidirectional_mixer(x, self.weights(), scale=self.scale, backend=self.scan_backend))
+        y = self._shared(*self.in_proj(x).chunk(2, dim=-1))  # [B, L, E]
+        return self.scaled(self.out_proj(y))
+
+    def scaled(self, out: Tensor) -> Tensor:
+        """The output times the learned scale, if there is one."""
         return out if self.gamma is None else out * self.gamma
+
+    def weights(self) -> MixerWeights:
+        """``v2``: all but the learned scale, as the kernels take it."""
+        forth = self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
+        back = self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+        return MixerWeights(
+            self.in_proj.weight, self.in_proj.bias, _direction(*forth), _direction(*back), self.out_proj.weight,
+            self.out_proj.bias,
+        )  # fmt: skip
 
     def _shared(self, x: Tensor, z: Tensor) -> Tensor:
         """``none`` and ``v1``: one convolution and one set of projections."""
@@ -135,23 +154,9 @@ class MambaMixer(nn.Module):
         u, delta, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, delta, B, C, self.D, self.dt_proj.bias))
         return bidirectional_scan(u, delta, A, B, C, D, z, bias, backend=self.scan_backend)
 
-    def _own_directions(self, xz: Tensor) -> Tensor:
-        """``v2``: the weights of both directions stacked, so that each step is one call."""
-        conv_bias = None
-        if self.conv1d.bias is not None and self.conv1d_b.bias is not None:
-            conv_bias = torch.stack([self.conv1d.bias, self.conv1d_b.bias])  # [2, E]
-        return bidirectional_mixer(
-            xz,
-            torch.stack([self.conv1d.weight, self.conv1d_b.weight])[:, :, 0],  # [2, E, W]
-            conv_bias,
-            torch.stack([self.x_proj.weight, self.x_proj_b.weight]),  # [2, R + 2 N, E]
-            torch.stack([self.dt_proj.weight, self.dt_proj_b.weight]),  # [2, E, R]
-            torch.stack([self.dt_proj.bias, self.dt_proj_b.bias]),  # [2, E]
-            torch.stack([_rates(self.A_log), _rates(self.A_b_log)]),  # [2, E, N]
-            torch.stack([self.D, self.D_b]),  # [2, E]
-            scale=self.scale,
-            backend=self.scan_backend,
-        )
+
+def _direction(conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Direction:
+    return Direction(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D)
 
 
 def _rates(A_log: Tensor) -> Tensor:
@@ -160,15 +165,24 @@ def _rates(A_log: Tensor) -> Tensor:
 
 
 class AddRMSNorm(nn.Module):
-    """(x, residual) -> (rms_norm(residual + x) in x's dtype, residual + x in fp32)."""
+    """(x, residual) -> (rms_norm(r) in x's dtype, r in fp32) with r = residual + x.
+
+    With noise [B], uniform in [0, 1), x counts as 0 in samples whose noise is below ``drop_rate`` and as
+    x / (1 - drop_rate) in the others: stochastic depth.
+    """
 
     def __init__(self, dim: int, eps: float, backend: str, **to: Any) -> None:
         super().__init__()
         self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.ones(dim, **to))
+        self.bias: nn.Parameter | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, eps=self.eps, backend=self.backend)
+    def forward(
+        self, x: Tensor, residual: Tensor | None, noise: Tensor | None = None, drop_rate: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(
+            x, residual, self.weight, eps=self.eps, noise=noise, drop_rate=drop_rate, backend=self.backend
+        )
 
 
 class AddLayerNorm(AddRMSNorm):
@@ -178,5 +192,45 @@ class AddLayerNorm(AddRMSNorm):
         super().__init__(dim, eps, backend, **to)
         self.bias = nn.Parameter(torch.zeros(dim, **to))
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps, backend=self.backend)
+    def forward(
+        self, x: Tensor, residual: Tensor | None, noise: Tensor | None = None, drop_rate: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(
+            x, residual, self.weight, self.bias, eps=self.eps, noise=noise, drop_rate=drop_rate, backend=self.backend
+        )
+
+
+class Block(nn.Module):
+    """Add, normalize, mix: (x, residual) -> (mixer(norm(r)), r) with r = residual + x in fp32.
+
+    ``drop_path_rate`` is that of stochastic depth of x, which is the output of the block before; the noise [B],
+    uniform in [0, 1), says which samples it meets. With ``overwrite``, r may take the residual's memory where no
+    gradient is asked for.
+    """
+
+    def __init__(self, mixer: MambaMixer, norm: AddRMSNorm, drop_path_rate: float) -> None:
+        super().__init__()
+        self.mixer, self.norm, self.drop_path_rate = mixer, norm, drop_path_rate
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, noise: Tensor | None = None, overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]:  # [B, M, C]
+        mixer, norm = self.mixer, self.norm
+        if mixer.bimamba_type != "v2":
+            x, residual = norm(x, residual, noise, self.drop_path_rate)
+            return mixer(x), residual
+        x, residual = bidirectional_block(
+            x,
+            residual,
+            norm.weight,
+            norm.bias,
+            mixer.weights(),
+            rms=not isinstance(norm, AddLayerNorm),
+            eps=norm.eps,
+            noise=noise,
+            drop_rate=self.drop_path_rate,
+            scale=mixer.scale,
+            overwrite=overwrite,
+            backend=mixer.scan_backend,
+        )
+        return mixer.scaled(x), residual

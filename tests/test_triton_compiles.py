@@ -1,0 +1,63 @@
+"""The Triton kernels of a block compile without a GPU: what the interpreter lets pass, a compiler may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from vimfast_kernels import norm_triton, weights_triton  # noqa: E402
+from vimfast_kernels.weights import Direction, MixerWeights  # noqa: E402
+from vimfast_kernels.weights_triton import Packed, Pieces  # noqa: E402
+
+F32, BF16 = "*fp32", "*bf16"
+SIZES = {"C": 192, "D": 384, "N": 16, "RANK": 12, "PAD": 16, "WIDTH": 4, "BLOCK": weights_triton.BLOCK}
+PARTS = {"IN_PARTS": 32, "OUT_PARTS": 32, "PARTS": 16, "IN_ROWS": 32, "OUT_ROWS": 32, "ROWS": 16}
+TILES = {"LONG": weights_triton.LONG_SUM, "TILE": weights_triton.TILE}
+NUMBERS = dict.fromkeys(("rows", "length", "conv_rows", "norm_rows"), "i32") | dict.fromkeys(
+    ("rate", "kept", "eps"), "fp32"
+)
+NORM = {"C": 192, "CENTER": True, "ROWS": 4, "COLUMNS": 256}
+WAY = Direction(*[F32] * 7)
+WEIGHTS = MixerWeights(F32, None, WAY, WAY, F32, None)
+PACKED = Packed(BF16, None, BF16, None, BF16, BF16, *[F32] * 5)
+PIECES = Pieces(F32, None, F32, None, *[F32] * 8)
+# Every pointer that is not named is to fp32.
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "pack": (weights_triton._pack, {"raw": WEIGHTS, "packed": PACKED, **SIZES}),
+    "gradients": (
+        weights_triton._write_gradients,
+        {"pieces": PIECES, "grads": WEIGHTS, "norm_bias": None, **SIZES, **PARTS, **TILES},
+    ),
+    "norm": (norm_triton._norm_forward, {"x_ptr": BF16, "bias_ptr": None, "out_ptr": BF16, **NORM}),
+    "norm backward": (norm_triton._norm_backward, {"dout_ptr": BF16, "dx_ptr": BF16, "again_ptr": BF16, **NORM}),
+}
+
+
+def signature(value: Any) -> Any:
+    """Of an argument: a pointer's or number's type, a tuple of such, constexpr for what is fixed."""
+    if isinstance(value, tuple):
+        return type(value)(*map(signature, value))
+    return value if isinstance(value, str) else "constexpr"
+
+
+def constants(value: Any, path: tuple[int, ...]) -> dict[tuple[int, ...], Any]:
+    if isinstance(value, tuple):
+        return {k: v for i, part in enumerate(value) for k, v in constants(part, (*path, i)).items()}
+    return {} if isinstance(value, str) else {path: value}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles(name: str) -> None:
+    kernel, arguments = CASES[name]
+    ordered = [{**NUMBERS, **arguments}.get(parameter, F32) for parameter in kernel.arg_names]
+    types = {parameter: signature(value) for parameter, value in zip(kernel.arg_names, ordered, strict=True)}
+    fixed = {k: v for i, value in enumerate(ordered) for k, v in constants(value, (i,)).items()}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    compiled = triton.compile(ASTSource(kernel, types, fixed), target=GPUTarget("cuda", 90, 32), options=options)
+    assert "st.global" in compiled.asm["ptx"]

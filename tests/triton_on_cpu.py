@@ -1,0 +1,213 @@
+"""Run by test_triton_interpreter.py with TRITON_INTERPRET=1: errors of the Triton kernels against float64, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimfast_kernels import bidirectional_block, mixer_gluon, reference, scan_gluon
+from vimfast_kernels.conv_triton import causal_conv_silu
+from vimfast_kernels.norm_triton import add_norm
+from vimfast_kernels.weights import Direction, MixerWeights, flatten, unflatten
+from vimfast_kernels.weights_triton import pack, padded, unpack
+
+Op = Callable[..., Any]
+A_LOGS = (7, 14)  # places in `flatten`
+RANDOM = (0.2, 0.9, 0.5)  # what stochastic depth draws for three samples
+DROP = {"drop_rate": 0.5}
+
+
+def relative(x: Tensor, exact: Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+def results(function: Op, inputs: Sequence[Tensor | None], grads: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Outputs, then the gradients of the inputs that are there."""
+    leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
+    outs = function(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    weights = (
+        [torch.ones_like(y) for y in outs] if grads is None else [g.to(y) for g, y in zip(grads, outs, strict=True)]
+    )
+    return [*outs, *torch.autograd.grad(outs, [x for x in leaves if x is not None], weights)]
+
+
+def compare(kernel: Op, plain: Op, inputs: Sequence[Tensor | None]) -> float:
+    """The largest relative error of an output or a gradient."""
+    outs = kernel(*inputs)
+    grads = [torch.randn_like(y) for y in (outs if isinstance(outs, tuple) else (outs,))]
+    exact = results(plain, [None if x is None else x.double() for x in inputs], grads)
+    return max(relative(a, b) for a, b in zip(results(kernel, inputs, grads), exact, strict=True))
+
+
+def conv(b: int, length: int, d: int, reverse: list[bool], width: int, bias: bool) -> float:
+    k = len(reverse)
+    inputs = [torch.randn(b, length, d), torch.randn(k, d, width), torch.randn(k, d) if bias else None]
+    return compare(
+        lambda *v: causal_conv_silu(*v, reverse=reverse), lambda *v: reference.conv_silu(*v, reverse), inputs
+    )
+
+
+def conv_of_a_view() -> float:
+    xz, weight = torch.randn(2, 11, 48), torch.randn(2, 24, 4)
+    exact = reference.conv_silu(xz[..., 24:].double(), weight, None, [False, True])
+    return relative(causal_conv_silu(xz[..., 24:], weight), exact)
+
+
+def norm(shape: tuple[int, int, int], rms: bool, residual: bool, dropped: bool) -> float:
+    c = shape[-1]
+    inputs = [torch.randn(shape), torch.randn(shape) if residual else None, torch.randn(c)]
+    inputs += [] if rms else [torch.randn(c)]
+    noise = torch.tensor(RANDOM[: shape[0]]) if dropped else None
+    keep = torch.tensor([0.0, 2.0, 2.0][: shape[0]] if dropped else [1.0])[:, None, None]
+    plain = reference.add_rms_norm if rms else reference.add_layer_norm
+    return compare(
+        lambda *v: add_norm(*v, noise=noise, rms=rms, **DROP), lambda x, *v: plain(x * keep.to(x), *v), inputs
+    )
+
+
+def draw_weights(c: int, d: int, n: int, rank: int, width: int, conv_bias: bool, bias: bool) -> MixerWeights:
+    def direction() -> Direction:
+        conv = torch.randn(d, width) / 2, torch.randn(d) if conv_bias else None
+        projections = torch.randn(rank + 2 * n, d) / 8, torch.randn(d, rank), torch.randn(d) - 3
+        return Direction(*conv, *projections, torch.rand(d, n) * 2.5, torch.randn(d))
+
+    outer = torch.randn(2 * d, c) / c**0.5, torch.randn(2 * d) if bias else None
+    return MixerWeights(*outer, direction(), direction(), torch.randn(c, d) / d**0.5, torch.randn(c) if bias else None)
+
+
+def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
+    """How many arrays are not packed to the bit, A's rounding aside."""
+    flat = flatten(draw_weights(*sizes))
+    # Small whole numbers: the interpreter cuts bf16 off where a GPU rounds.
+    flat = [x if x is None or i in A_LOGS else (8 * x).round().to(source) for i, x in enumerate(flat)]
+    w = unflatten(flat)
+    rank, d = w.forth.dt_weight.shape[1], len(w.forth.D)
+    pad = padded(rank)
+    zeros = torch.zeros(pad - rank, d, dtype=source)
+
+    def both(piece: Callable[[Direction], Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.stack([piece(w.forth), piece(w.back)]).to(dtype)
+
+    got = unpack(w, *pack(w, target))
+    want = [
+        *(None if x is None else x.to(target) for x in (w.in_weight, w.in_bias, w.out_weight, w.out_bias)),
+        both(lambda way: torch.cat([way.x_weight[:rank], zeros, way.x_weight[rank:]]), target),
+        both(lambda way: F.pad(way.dt_weight, (0, pad - rank)), target),
+        both(lambda way: way.conv_weight),
+        None if w.forth.conv_bias is None else both(lambda way: way.conv_bias),
+        both(lambda way: way.dt_bias),
+        got.A,
+        both(lambda way: way.D),
+    ]
+    wrong = 0
+    for a, b in zip(got, want, strict=True):
+        wrong += (a is None) != (b is None) or (a is not None and (a.dtype != b.dtype or not torch.equal(a, b)))
+    return wrong + relative(got.A, -torch.exp(both(lambda way: way.A_log, torch.float64)))
+
+
+def forward_by_reference(u, delta, A, B, C, D, z, bias, reverse, scale, save, out=None):  # type: ignore[no-untyped-def]
+    """The Gluon scan, which has no interpreter."""
+    y, states = scan_gluon.empty_saved(u, *u.shape, A.shape[2], save, True)
+    if save:
+        y.copy_(reference.scan(u, delta, A, B, C, D, None, bias, reverse, 1.0)[0])
+    result = reference.scan(u, delta, A, B, C, D, z, bias, reverse, scale)[0]
+    return (result if out is None else out.copy_(result)), y, states
+
+
+def backward_by_reference(dout, u, delta, A, B, C, D, z, bias, y, _, reverse, scale, dB, dC, dz, out):  # type: ignore[no-untyped-def]
+    out.copy_(scale * F.silu(z) * y)
+    inputs = u, delta, A, B, C, D, z, bias, reverse, scale
+    du, ddelta, dA, *others, dbias = reference.scan_backward(dout, reference.scan(*inputs)[1], *inputs)
+    dB.copy_(others[0])
+    dC.copy_(others[1])
+    dz.copy_(others[3])
+    return du, ddelta, dA, others[2], dbias
+
+
+def blocks(
+    b: int, length: int, c: int, rms: bool, residual: bool, dropped: bool, *sizes: Any
+) -> tuple[Op, Op, list[Tensor | None]]:
+    """The op as on a GPU, the composition, and their inputs."""
+    noise = torch.tensor(RANDOM[:b]) if dropped else None
+    options = {"noise": noise, "rms": rms, "scale": 0.5, **DROP}
+    inputs = [
+        *(torch.randn(b, length, c), torch.randn(b, length, c) if residual else None),
+        *(torch.randn(c), None if rms else torch.randn(c)),
+        *flatten(draw_weights(c, *sizes)),
+    ]
+
+    def fast(*v: Any, **more: Any) -> Any:
+        weights = unflatten(v[4:])
+        return mixer_gluon.bidirectional_block(*v[:4], weights, dtype=torch.float32, **options, **more)
+
+    return fast, lambda *v: bidirectional_block(*v[:4], unflatten(v[4:]), **options), inputs
+
+
+USUAL = (2, 5, 20, True, True, True, 48, 16, 5, 4, True, True)
+
+
+def block_without_gradients() -> float:
+    """In memory of its own and in the residual's."""
+    fast, _, inputs = blocks(*USUAL)
+    want = results(fast, inputs)[:2]
+    again = fast(*inputs)
+    residual = inputs[1]
+    got = fast(*inputs, overwrite=True)
+    assert got[1] is residual
+    assert again[1] is not residual
+    return max(relative(x, y.double()) for x, y in zip((*got, *again), want * 2, strict=True))
+
+
+def block_with_frozen_weights() -> float:
+    """How many gradients there are that nobody asked for, or that are missing."""
+    fast, _, inputs = blocks(*USUAL)
+    wrong = 0
+    for frozen in (range(2, len(inputs), 2), range(3, len(inputs), 2)):
+        leaves = [None if x is None else x.clone().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
+        sum(y.sum() for y in fast(*leaves)).backward()
+        wrong += sum(x is not None and (x.grad is None) != (i in frozen) for i, x in enumerate(leaves))
+    return wrong
+
+
+def block_compiled() -> float:
+    fast, _, inputs = blocks(*USUAL)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    return 1.0 - all(map(torch.equal, results(fast, inputs), results(compiled, inputs)))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)  # every torch.empty is full of NaN
+    scan_gluon.launch_forward, scan_gluon.launch_backward = forward_by_reference, backward_by_reference
+    fp32, bf16 = torch.float32, torch.bfloat16
+    errors = {
+        "conv": conv(2, 19, 40, [False, True], 4, True),
+        "conv one step": conv(1, 1, 70, [False, True], 4, True),
+        "conv back, three taps": conv(1, 3, 33, [True], 3, True),
+        "conv forth, no bias": conv(2, 9, 16, [False], 2, False),
+        "conv of a view": conv_of_a_view(),
+        "rms": norm((3, 5, 24), True, True, False),
+        "rms, paths dropped": norm((3, 5, 24), True, True, True),
+        "rms without residual": norm((1, 1, 33), True, False, False),
+        "layer norm": norm((2, 7, 192), False, True, False),
+        "packing, cast": packing(fp32, bf16, 20, 48, 16, 5, 4, True, True),
+        "packing, as it is": packing(fp32, fp32, 33, 80, 8, 8, 3, False, False),
+        "packing, widened": packing(torch.float16, fp32, 24, 32, 16, 12, 4, True, False),
+        "block": compare(*blocks(*USUAL)),
+        "block, layer norm, 3 taps": compare(*blocks(3, 3, 33, False, True, False, 64, 8, 12, 3, True, False)),
+        "block, one step": compare(*blocks(1, 1, 32, True, False, False, 64, 16, 8, 4, False, False)),
+        "block without gradients": block_without_gradients(),
+        "block with frozen weights": block_with_frozen_weights(),
+        "block, compiled": block_compiled(),
+    }
+    print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()
