@@ -52,7 +52,7 @@ def test_a_containers_share_of_time_counts(
 
 def test_a_gpu_is_not_given_more_threads_than_it_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 256, 256)
-    assert default_threads(on_gpu=True) == 16
+    assert default_threads(on_gpu=True) == 8
     assert default_threads() == 256
 
 

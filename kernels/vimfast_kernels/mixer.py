@@ -62,8 +62,8 @@ def bidirectional_block(
     """r = residual + keep x; (bidirectional_mixer(norm(r)), r), the norm an RMSNorm or, if not ``rms``, a LayerNorm.
 
     keep is as in :func:`add_rms_norm`. The first is in x's dtype or autocast's, r in fp32 (float64 for float64).
-    ``overwrite`` lets r take the residual's memory where no gradient is asked for. Differentiable in every tensor but
-    the noise. ValueErrors and source as of :func:`bidirectional_mixer`.
+    ``overwrite`` lets r take the residual's memory, or x's where there is none, if no gradient is asked for.
+    Differentiable in every tensor but the noise. ValueErrors and source as of :func:`bidirectional_mixer`.
     """
     d, n = weights.forth.A_log.shape
     kind = x.device.type

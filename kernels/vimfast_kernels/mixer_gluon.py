@@ -271,8 +271,7 @@ def bidirectional_block(
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, residual, *flat)):
         out, total, *_ = _block(x, residual, noise, *flat, *options)
         return out, total
-    if overwrite and residual is not None and residual.dtype == torch.float32 and residual.is_contiguous():
-        total = residual
-    else:
-        total = x.new_empty(x.shape, dtype=torch.float32)
-    return _block_inference(x, residual, total, noise, *flat, *options), total
+    stream = x if residual is None else residual
+    if not (overwrite and stream.dtype == torch.float32 and stream.is_contiguous()):
+        stream = x.new_empty(x.shape, dtype=torch.float32)
+    return _block_inference(x, residual, stream, noise, *flat, *options), stream

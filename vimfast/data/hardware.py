@@ -11,15 +11,16 @@ from vimfast.errors import UserError, did_you_mean
 
 DECODERS = ("auto", "hardware", "cuda", "cpu")
 
-# Pictures a second that a GPU's JPEG engines decode (ImageNet's originals, 110 KB), by compute capability. Those of
-# the H200 were measured, the A100 has fewer, and Blackwell's are taken to be as many. All others (GeForce RTX, A10, L4,
-# L40: 8.6, 8.9, 12.0) have none. A share that is off costs speed and nothing else.
+# Pictures a second that a GPU's JPEG engines decode (ImageNet's originals, 110 KB), by compute capability. For the H200
+# this follows from its fastest mixture (docs/benchmarks.md); the A100 has fewer engines, Blackwell's are taken to be as
+# many: neither was measured. All others (GeForce RTX, A10, L4, L40: 8.6, 8.9, 12.0) have none. A share that is off
+# costs speed and nothing else.
 _ENGINES = {(8, 0): 8_000, (9, 0): 17_000, (10, 0): 17_000, (10, 3): 17_000}
-_THREAD = 950  # what one core adds, decoding together with the GPU's ordinary cores
+_THREAD = 700  # what one core adds, decoding together with the GPU's ordinary cores
 _LARGEST_SHARE = 0.9
 
-# Each thread holds buffers on the GPU, and beyond this the GPU is the bound.
-_MOST_GPU_THREADS = 16
+# On an H200, 16 threads were slower than 8, beside its engine (17,802 against 22,238 pictures a second).
+_MOST_GPU_THREADS = 8
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 

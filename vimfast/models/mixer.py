@@ -204,8 +204,8 @@ class Block(nn.Module):
     """Add, normalize, mix: (x, residual) -> (mixer(norm(r)), r) with r = residual + x in fp32.
 
     ``drop_path_rate`` is that of stochastic depth of x, which is the output of the block before; the noise [B],
-    uniform in [0, 1), says which samples it meets. With ``overwrite``, r may take the residual's memory where no
-    gradient is asked for.
+    uniform in [0, 1), says which samples it meets. With ``overwrite``, r may take the residual's memory, or x's in
+    the first block, where no gradient is asked for.
     """
 
     def __init__(self, mixer: MambaMixer, norm: AddRMSNorm, drop_path_rate: float) -> None:
