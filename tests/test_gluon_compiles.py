@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -58,14 +59,16 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
         compiled(scan_gluon.scan_forward, arch, element, directions, SAVE=True, **block, **constants)
         for block in (many, few)
     )
-    program = scan_gluon.BACKWARD[n]
-    backward = compiled(scan_gluon.scan_backward, arch, element, program["WARPS"], OUT=True, **program, **constants)
     assert 0 < wide.metadata.shared <= SHARED_MEMORY[arch] * 1024
     assert 0 < narrow.metadata.shared <= SHARED_MEMORY[arch] * 1024
-    assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
     # A loop that lost its body compiles too, and is fast: the exponentials of all states must be there.
     for forward, block in ((wide, many), (narrow, few)):
         states_a_thread = block["BD"] * n // 32
         assert forward.asm["ptx"].count("ex2.approx") >= block["UNROLL"] * states_a_thread
-    states_a_thread = program["BD"] // program["WARPS"] * n // 32
-    assert backward.asm["ptx"].count("ex2.approx") >= 2 * program["UNROLL"] * states_a_thread
+    dtype = torch.bfloat16 if element == "bf16" else torch.float32
+    for sums in (scan_gluon.PRODUCTS_SUMS, 1):
+        program = scan_gluon.backward_block(dtype, n, sums)
+        backward = compiled(scan_gluon.scan_backward, arch, element, program["WARPS"], OUT=True, **program, **constants)
+        assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
+        states_a_thread = program["BD"] // program["WARPS"] * n // 32
+        assert backward.asm["ptx"].count("ex2.approx") >= 2 * program["UNROLL"] * states_a_thread

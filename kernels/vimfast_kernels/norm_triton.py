@@ -107,7 +107,7 @@ def _meta(x: Tensor, drop_rate: float, eps: float, rms: bool) -> dict[str, Any]:
     return {
         "rows": x.numel() // c, "length": x[0].numel() // c, "rate": drop_rate,
         "kept": 1 / (1 - drop_rate) if drop_rate < 1 else 0.0, "eps": eps, "C": c, "CENTER": not rms,
-        "ROWS": max(1, min(16, BLOCK // columns)), "COLUMNS": columns, "num_warps": 4,
+        "ROWS": max(1, min(16, BLOCK // columns)), "COLUMNS": columns, "num_warps": 2,
     }  # fmt: skip
 
 

@@ -47,12 +47,11 @@ def _split(v):
 
 
 @gluon.jit
-def _sum_lanes(
-    v, CPT: gl.constexpr, N_LANES: gl.constexpr, VEC: gl.constexpr, WARPS: gl.constexpr, PRECISE: gl.constexpr
-):
-    """Sums of v [BD, 16] over the channels of lanes 4i .. 4i + 3, in tf32  [16 states, 8 WARPS].
+def _sum_lanes(v, CPT: gl.constexpr, N_LANES: gl.constexpr, VEC: gl.constexpr, WARPS: gl.constexpr):
+    """Sums of v [BD, 16] over the channels of lanes 4i .. 4i + 3  [16 states, 8 WARPS].
 
     Tensor core products with a 0/1 matrix: each lane's values stay where they are, the reshapes rename registers.
+    High and low parts are summed apart, since two short chains of products run side by side.
     """
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, WARPS], instr_shape=[16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 1)
@@ -66,15 +65,14 @@ def _sum_lanes(
     m = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(1, LEFT)), 1)
     k = gl.expand_dims(gl.arange(0, K, gl.SliceLayout(0, LEFT)), 0)
     pick = gl.where(m == k % N_LANES * (16 // N_LANES) + k // 4, 1.0, 0.0)
-    acc = gl.zeros([16, 8 * WARPS], gl.float32, ACC)
-    if PRECISE:
-        v, low = _split(v)
-        acc = mma_v2(pick, low, acc, input_precision="tf32")
-    return mma_v2(pick, v, acc, input_precision="tf32")
+    zero = gl.zeros([16, 8 * WARPS], gl.float32, ACC)
+    high, low = _split(v)
+    low = mma_v2(pick, low, zero, input_precision="tf32")
+    return low + mma_v2(pick, high, zero, input_precision="tf32")
 
 
 @gluon.jit
-def _sum_warps(steps, N_LANES: gl.constexpr, VEC: gl.constexpr, WARPS: gl.constexpr, PRECISE: gl.constexpr):
+def _sum_warps(steps, N_LANES: gl.constexpr, VEC: gl.constexpr, WARPS: gl.constexpr):
     """Sums over each warp of what `_sum_lanes` gave for four steps  [WARPS, 4, 16 states].
 
     Of the eight sums that are left, the even and the odd ones are added by another product of this kind, in rows
@@ -90,14 +88,53 @@ def _sum_warps(steps, N_LANES: gl.constexpr, VEC: gl.constexpr, WARPS: gl.conste
     k = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, RIGHT)), 1)
     column = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, RIGHT)), 0)
     pick = gl.where(column == k // 4, 1.0, 0.0)
-    acc = gl.zeros([16 * WARPS, 8], gl.float32, ACC)
-    if PRECISE:
-        v, low = _split(v)
-        acc = mma_v2(low, pick, acc, input_precision="tf32")
-    acc = mma_v2(v, pick, acc, input_precision="tf32")
+    zero = gl.zeros([16 * WARPS, 8], gl.float32, ACC)
+    high, low = _split(v)
+    acc = mma_v2(low, pick, zero, input_precision="tf32")
+    acc += mma_v2(high, pick, zero, input_precision="tf32")
     acc = gl.sum(gl.reshape(acc, [WARPS, 2, 8, 4, 2]), 1)
     acc = gl.reshape(gl.permute(acc, (0, 2, 3, 1)), [WARPS, 4, N_LANES, 16 // N_LANES // VEC, VEC])
     return gl.reshape(gl.permute(acc, (0, 1, 3, 2, 4)), [WARPS, 4, 16])
+
+
+@gluon.jit
+def _columns(v, CPT: gl.constexpr, ACC: gl.constexpr, SPLIT: gl.constexpr):
+    """v [4 steps, WARPS, channels] as bf16 right-hand sides  [WARPS, channels, 8 = (step, high or low part)].
+
+    v is the sum of both parts; channels are in the history's order.
+    """
+    WARPS: gl.constexpr = v.shape[1]
+    WIDTH: gl.constexpr = v.shape[2]
+    v = gl.expand_dims(v, 1)
+    high = (v.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    part = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, SPLIT))))
+    part = gl.expand_dims(gl.expand_dims(gl.expand_dims(part, 0), 2), 3)
+    v = gl.where(part == 0, high, v - high).to(gl.bfloat16)
+    v = gl.permute(gl.reshape(v, [4, 2, WARPS, WIDTH // CPT, CPT]), (2, 4, 3, 0, 1))
+    return gl.convert_layout(gl.reshape(v, [WARPS, WIDTH, 8]), gl.DotOperandLayout(1, ACC, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _sum_history(
+    s_h, columns, first: gl.constexpr, UNROLL: gl.constexpr, ACC: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr
+):
+    """Sums over each warp's channels of slots first .. first + 3 of the history times v of four steps, which `_columns`
+    gave  [WARPS, 4 steps, N].
+
+    Every slot meets the columns of all four steps: a product has eight in any case, and they are loaded but once.
+    """
+    WARPS: gl.constexpr = columns.shape[0]
+    WIDTH: gl.constexpr = columns.shape[1]
+    step = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, ACC))) // 2
+    step = gl.expand_dims(gl.expand_dims(step, 0), 1)
+    zero = gl.zeros([WARPS, N, 8], gl.float32, ACC)
+    sums = zero
+    for i in gl.static_range(4):  # no chain: the tensor cores have four products to work on
+        slot = s_h[(first + i) % UNROLL].index((first + i) // UNROLL)
+        slot = view_shared(slot, gl.bfloat16, [WARPS, WIDTH, N], ROWS).permute((0, 2, 1))
+        product = mma_v2(slot.load(gl.DotOperandLayout(0, ACC, 2)), columns, zero)
+        sums = gl.where(step == i, product, sums)
+    return gl.permute(gl.sum(gl.reshape(sums, [WARPS, N, 4, 2]), 3), (0, 2, 1))
 
 
 @gluon.jit
@@ -113,12 +150,18 @@ def _load_kept(
 
 @gluon.jit
 def _states(held, STATE: gl.constexpr, BD: gl.constexpr, N: gl.constexpr):
-    """fp32 states [BD, N] of rows as `_load_kept` and the history hold them."""
+    """fp32 states [BD, N] of rows as `_load_kept` gives them."""
     if held.dtype == gl.int32:
         low = (held << 16).to(gl.float32, bitcast=True)
         high = (held & -65536).to(gl.float32, bitcast=True)
         held = gl.join(low, high)
     return gl.convert_layout(gl.reshape(held, [BD, N]), STATE, assert_trivial=True)
+
+
+@gluon.jit
+def _by_channel(v, WARPS: gl.constexpr, LANE_ROWS: gl.constexpr, CPT: gl.constexpr, N: gl.constexpr):
+    """States in the history's order: a warp's threads' first channels before their second ones."""
+    return gl.permute(gl.reshape(v, [WARPS, LANE_ROWS, CPT, N]), (0, 2, 1, 3))
 
 
 @gluon.jit
@@ -145,7 +188,8 @@ def scan_backward(
     x_dir, x_batch, x_time, dt_dir, dt_batch, dt_time, b_dir, b_batch, b_time, c_dir, c_batch, c_time,
     z_batch, z_time, dout_batch, dout_time, dz_batch, dz_time, out_batch, out_time,
     D: gl.constexpr, N: gl.constexpr, DIRS: gl.constexpr, BD: gl.constexpr, CHUNK: gl.constexpr,
-    UNROLL: gl.constexpr, FLIP: gl.constexpr, GATE: gl.constexpr, OUT: gl.constexpr, PRECISE: gl.constexpr,
+    UNROLL: gl.constexpr, PRODUCTS: gl.constexpr, FLIP: gl.constexpr, GATE: gl.constexpr, OUT: gl.constexpr,
+    PRECISE: gl.constexpr,
     PER_THREAD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     KEEP: gl.constexpr = state_ptr.dtype.element_ty
@@ -167,21 +211,42 @@ def scan_backward(
     BC_TILE: gl.constexpr = gl.BlockedLayout([1, BC_VEC], [32 * BC_VEC // N, N // BC_VEC], [WARPS, 1], [1, 0])
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    # States of a thread's channels in a row, stirred so that lanes meet no bank twice.
-    ROW_BYTES: gl.constexpr = CPT * N * KEEP.primitive_bitwidth // 8
-    PHASES: gl.constexpr = min(8, ROW_BYTES // 16) // N_LANES
-    ROWS_A_PHASE: gl.constexpr = max(1, 128 // ROW_BYTES)
-    HISTORY: gl.constexpr = gl.SwizzledSharedLayout(SVEC * N_LANES, ROWS_A_PHASE, PHASES, order=[1, 0])
     PAIRS: gl.constexpr = 32 // KEEP.primitive_bitwidth
-    HELD_WIDTH: gl.constexpr = CPT * N // PAIRS
-    HELD: gl.constexpr = gl.BlockedLayout([1, SVEC // PAIRS], [32 // N_LANES, N_LANES], [WARPS, 1], [1, 0])
-    HELD_TYPE: gl.constexpr = gl.int32 if PAIRS == 2 else KEEP
-    HELD_HISTORY: gl.constexpr = gl.SwizzledSharedLayout(SVEC * N_LANES // PAIRS, ROWS_A_PHASE, PHASES, order=[1, 0])
+    # Sums over channels by tensor cores; as PRODUCTS with the history itself where it is bf16
     TENSOR_CORES: gl.constexpr = N == 16
+    gl.static_assert(not PRODUCTS or (TENSOR_CORES and PAIRS == 2))
+    # History of states, a thread's first channels before its second ones; stirred so that neither threads, 16 bytes at
+    # a time, nor the tensor cores' loads, 8 channels at a time, meet a bank twice.
+    HELD_TYPE: gl.constexpr = gl.int32 if PAIRS == 2 else KEEP
+    LANE_ROWS: gl.constexpr = 32 // N_LANES
+    HELD: gl.constexpr = gl.BlockedLayout([1, SVEC // PAIRS], [LANE_ROWS, N_LANES], [WARPS, 1], [1, 0])
+    HELD_HISTORY: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, SVEC // PAIRS], [1, 1, LANE_ROWS, N_LANES], [WARPS, 1, 1, 1], [3, 2, 1, 0]
+    )
+    ROW_BYTES: gl.constexpr = N * KEEP.primitive_bitwidth // 8
+    SAME_BANKS: gl.constexpr = 1 if PRODUCTS else N_LANES
+    PHASES: gl.constexpr = min(8, ROW_BYTES // 16) // SAME_BANKS
+    ROWS_A_PHASE: gl.constexpr = max(1, 128 // ROW_BYTES)
+    HISTORY: gl.constexpr = gl.SwizzledSharedLayout(SVEC * SAME_BANKS, ROWS_A_PHASE, PHASES, order=[3, 2, 1, 0])
+    HISTORY_WORDS: gl.constexpr = gl.SwizzledSharedLayout(
+        SVEC * SAME_BANKS // PAIRS, ROWS_A_PHASE, PHASES, order=[3, 2, 1, 0]
+    )
+    WORDS: gl.constexpr = [WARPS, CPT, LANE_ROWS, N // PAIRS]
+    # A slot is written after it is read, with a barrier between: one for so many steps.
+    AHEAD: gl.constexpr = min(2, UNROLL) if PRODUCTS else 1
+    # Slots at one step % UNROLL, and a last one: the products for dC also take the state after the chunk.
+    SLOTS: gl.constexpr = [CHUNK // UNROLL + (1 if PRODUCTS else 0), CHUNK // UNROLL]
+    HISTORY_ROWS: gl.constexpr = gl.SwizzledSharedLayout(SVEC, ROWS_A_PHASE, PHASES, order=[2, 1, 0])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    SPLIT: gl.constexpr = gl.BlockedLayout([1, 1, 1, 2 * CPT], [4, 2, 1, 4], [1, 1, WARPS, 1], [3, 1, 0, 2])
+    STEPS: gl.constexpr = gl.SliceLayout(1, SPLIT)
     GROUP: gl.constexpr = 4 if TENSOR_CORES else 1  # steps whose sums over channels are made together
+    gl.static_assert(PRODUCTS or UNROLL % GROUP == 0)  # else sums would be lost
     SUM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
     SUM_ALL: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
     SUM_SHAPE: gl.constexpr = [CHUNK // GROUP, WARPS, GROUP, N]
+    BY_WARP: gl.constexpr = [CHUNK // GROUP, GROUP, WARPS, WIDTH]
+    BY_WARP_X: gl.constexpr = [2 * CHUNK // GROUP, GROUP, WARPS, WIDTH]
     SUM_TILE: gl.constexpr = gl.BlockedLayout(
         [1, WARPS, 1, 4], [128 // N // GROUP, 1, GROUP, N // 4], [1, 1, 1, WARPS], [3, 2, 1, 0]
     )
@@ -243,8 +308,8 @@ def scan_backward(
     s_dy = gl.allocate_shared_memory(gl.float32, [CHUNK, BD], LINE)
     # States before each step; apart by step % UNROLL, since a store to one allocation waits for the one before.
     s_h = ()
-    for _ in gl.static_range(UNROLL):
-        s_h = s_h + (gl.allocate_shared_memory(KEEP, [CHUNK // UNROLL, ROWS, CPT * N], HISTORY),)
+    for i in gl.static_range(UNROLL):
+        s_h = s_h + (gl.allocate_shared_memory(KEEP, [SLOTS[min(i, 1)], WARPS, CPT, LANE_ROWS, N], HISTORY),)
     s_db = gl.allocate_shared_memory(gl.float32, SUM_SHAPE, SUM)
     s_dc = gl.allocate_shared_memory(gl.float32, SUM_SHAPE, SUM)
     s_b2 = view_shared(s_b, gl.float32, [CHUNK, N], FLAT)
@@ -259,7 +324,7 @@ def scan_backward(
     _copy_chunk(copies, bases, strides, c, c * CHUNK + copy_row, walk, length, gate_steps, copy_mask, GATE)
     b_next = load_rows(b_base, c * CHUNK + bc_row, walk, length, b_time)
     c_next = load_rows(c_base, c * CHUNK + bc_row, walk, length, c_time)
-    kept = _load_kept(state_at + c * (D * N), first, ROWS, HELD_WIDTH, CPT, D, HELD)
+    kept = _load_kept(state_at + c * (D * N), first, ROWS, CPT * N // PAIRS, CPT, D, HELD)
 
     g = gl.zeros([BD, N], gl.float32, STATE)
     da = gl.zeros([BD, N], gl.float32, STATE)
@@ -293,7 +358,8 @@ def scan_backward(
             s_dy2.store(dout)
         s_b2.store(b_next.to(gl.float32))
         s_c2.store(c_next.to(gl.float32))
-        view_shared(s_h[0].index(0), HELD_TYPE, [ROWS, HELD_WIDTH], HELD_HISTORY).store(kept)
+        checkpoint = view_shared(s_h[0].index(0), HELD_TYPE, WORDS, HISTORY_WORDS)
+        checkpoint.store(_by_channel(kept, WARPS, LANE_ROWS, CPT, N // PAIRS))
         h = _states(kept, STATE, BD, N)
         block_barrier()
 
@@ -301,7 +367,7 @@ def scan_backward(
             before = (c - 1) * CHUNK
             _copy_chunk(copies, bases, strides, c - 1, before + copy_row, walk, length, gate_steps, copy_mask, GATE)
 
-        # The states of the chunk again, from its checkpoint; dC on the way
+        # The states of the chunk again, from its checkpoint, and dC
         for u0 in range(CHUNK // UNROLL):
             sums = ()
             for u1 in gl.static_range(UNROLL):
@@ -311,24 +377,37 @@ def scan_backward(
                 bb = gl.expand_dims(s_b.index(u).load(BC_ROW), 0)
                 h = gl.exp2(gl.expand_dims(delta, 1) * a) * h + bb * gl.expand_dims(dtx, 1)
                 if u1 < UNROLL - 1:
-                    s_h[u1 + 1].index(u0).store(gl.reshape(h.to(KEEP), [ROWS, CPT * N]))
-                grad_c = h * gl.expand_dims(s_dy.index(u).load(CHANNEL), 1)
-                if TENSOR_CORES:
-                    sums = sums + (_sum_lanes(grad_c, CPT, N_LANES, SVEC, WARPS, PRECISE),)
-                    if u1 % GROUP == GROUP - 1:
-                        s_dc.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS, PRECISE))
-                        sums = ()
-                else:
-                    s_dc.index(u).store(gl.reshape(gl.sum(grad_c, 0), [1, 1, N]))
-            if u0 < CHUNK // UNROLL - 1:
-                s_h[0].index(u0 + 1).store(gl.reshape(h.to(KEEP), [ROWS, CPT * N]))
+                    s_h[u1 + 1].index(u0).store(_by_channel(h.to(KEEP), WARPS, LANE_ROWS, CPT, N))
+                if not PRODUCTS:
+                    grad_c = h * gl.expand_dims(s_dy.index(u).load(CHANNEL), 1)
+                    if TENSOR_CORES:
+                        sums = sums + (_sum_lanes(grad_c, CPT, N_LANES, SVEC, WARPS),)
+                        if u1 % GROUP == GROUP - 1:
+                            s_dc.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS))
+                            sums = ()
+                    else:
+                        s_dc.index(u).store(gl.reshape(gl.sum(grad_c, 0), [1, 1, N]))
+            if PRODUCTS or u0 < CHUNK // UNROLL - 1:
+                s_h[0].index(u0 + 1).store(_by_channel(h.to(KEEP), WARPS, LANE_ROWS, CPT, N))
         block_barrier()
+        if PRODUCTS:
+            for i in gl.static_range(CHUNK // GROUP):
+                left = view_shared(s_dy, gl.float32, BY_WARP, SUM).index(i).load(STEPS)
+                columns = _columns(left, CPT, ACC, SPLIT)
+                s_dc.index(i).store(_sum_history(s_h, columns, i * GROUP + 1, UNROLL, ACC, HISTORY_ROWS, N))
 
-        # The adjoint, backwards in steps: g is the gradient of the state before the step, from later steps
+        # The adjoint, backwards in steps: g is the gradient of the state before the step, from later steps. Where dB is
+        # a product, the gradient of the state after the step takes the place of the state before it.
         for u0 in range(CHUNK // UNROLL):
             sums = ()
+            held = ()
             block = CHUNK // UNROLL - 1 - u0
             for u1 in gl.static_range(UNROLL):
+                if u1 % AHEAD == 0:
+                    held = ()
+                    for i in gl.static_range(AHEAD):
+                        words = view_shared(s_h[UNROLL - 1 - u1 - i].index(block), HELD_TYPE, WORDS, HISTORY_WORDS)
+                        held = held + (words.load(HELD_HISTORY),)
                 u = block * UNROLL + (UNROLL - 1 - u1)
                 s = c * CHUNK + u
                 t = time_of(s, walk, length)
@@ -339,17 +418,19 @@ def scan_backward(
                 cc = gl.expand_dims(s_c.index(u).load(BC_ROW), 0)
                 gh = g + gl.expand_dims(dy, 1) * cc
                 gb = gl.sum(gh * bb, 1)
-                grad_b = gh * gl.expand_dims(delta * x, 1)
-                if TENSOR_CORES:
-                    sums = (_sum_lanes(grad_b, CPT, N_LANES, SVEC, WARPS, PRECISE),) + sums
-                    if u1 % GROUP == GROUP - 1:
-                        s_db.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS, PRECISE))
-                        sums = ()
+                if PRODUCTS:
+                    s_h[UNROLL - 1 - u1].index(block).store(_by_channel(gh.to(KEEP), WARPS, LANE_ROWS, CPT, N))
                 else:
-                    s_db.index(u).store(gl.reshape(gl.sum(grad_b, 0), [1, 1, N]))
+                    grad_b = gh * gl.expand_dims(delta * x, 1)
+                    if TENSOR_CORES:
+                        sums = (_sum_lanes(grad_b, CPT, N_LANES, SVEC, WARPS),) + sums
+                        if u1 % GROUP == GROUP - 1:
+                            s_db.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS))
+                            sums = ()
+                    else:
+                        s_db.index(u).store(gl.reshape(gl.sum(grad_b, 0), [1, 1, N]))
                 g = gl.exp2(gl.expand_dims(delta, 1) * a) * gh
-                history = view_shared(s_h[UNROLL - 1 - u1].index(block), HELD_TYPE, [ROWS, HELD_WIDTH], HELD_HISTORY)
-                gu = g * _states(history.load(HELD), STATE, BD, N)
+                gu = g * _states(gl.permute(held[u1 % AHEAD], (0, 2, 1, 3)), STATE, BD, N)
                 da += gl.expand_dims(delta, 1) * gu
                 gb = _own(gb, BD, WARPS, TWO_LANES)
                 ga = _own(gl.sum(a * gu, 1), BD, WARPS, TWO_LANES)
@@ -362,11 +443,17 @@ def scan_backward(
                 mask = own_mask & (s < length)
                 gl.store(dx_base + t * D, (delta1 * gb + dy1 * skip).to(ELEM), mask=mask)
                 gl.store(ddt_base + t * D, ddt.to(ELEM), mask=mask)
+        if PRODUCTS:
+            for i in gl.static_range(CHUNK // GROUP):
+                left = view_shared(s_delta, gl.float32, BY_WARP, SUM).index(i).load(STEPS)
+                right = view_shared(s_x, ELEM, BY_WARP_X, SUM).index(c % 2 * (CHUNK // GROUP) + i).load(STEPS)
+                columns = _columns(left * right.to(gl.float32), CPT, ACC, SPLIT)
+                s_db.index(i).store(_sum_history(s_h, columns, i * GROUP, UNROLL, ACC, HISTORY_ROWS, N))
         block_barrier()
         if c > 0:
             b_next = load_rows(b_base, (c - 1) * CHUNK + bc_row, walk, length, b_time)
             c_next = load_rows(c_base, (c - 1) * CHUNK + bc_row, walk, length, c_time)
-            kept = _load_kept(state_at + (c - 1) * (D * N), first, ROWS, HELD_WIDTH, CPT, D, HELD)
+            kept = _load_kept(state_at + (c - 1) * (D * N), first, ROWS, CPT * N // PAIRS, CPT, D, HELD)
 
         # dB and dC of the chunk
         db_rows = gl.reshape(gl.sum(view_shared(s_db, gl.float32, SUM_SHAPE, SUM_ALL).load(SUM_TILE), 1), [CHUNK, N])
