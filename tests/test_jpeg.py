@@ -45,6 +45,23 @@ def test_jpeg_header(mode: str, options: dict[str, object], components: int, pla
     assert jpeg.inspect(np.frombuffer(data, np.uint8)) == info
 
 
+def test_channels_that_are_rgb() -> None:
+    """Told by Adobe's segment, or by the components' names where there is none, but not against JFIF's."""
+    data = encode(picture((61, 47)), keep_rgb=True)
+    info = jpeg.inspect(data)
+    assert info == ("jpeg-rgb", 47, 61, 3, True)
+    assert not jpeg.is_plain(info)
+    adobe = data.index(b"\xff\xee")
+    nameless = data[:adobe] + data[adobe + 16 :]
+    assert jpeg.inspect(nameless).format == "jpeg-rgb"
+    assert Image.open(BytesIO(nameless)).getpixel((5, 5)) == Image.open(BytesIO(data)).getpixel((5, 5))
+    jfif = encode(picture((61, 47)))[2:20]
+    assert jpeg.inspect(data[:2] + jfif + data[2:]).format == "jpeg"
+    transformed = bytearray(data)
+    transformed[adobe + 15] = 1
+    assert jpeg.inspect(bytes(transformed)).format == "jpeg"
+
+
 @pytest.mark.parametrize("format", ["PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
 def test_other_formats(format: str) -> None:
     data = encode(picture((61, 47)), format)

@@ -27,6 +27,13 @@ def view_shared(memory, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.con
 
 
 @gluon.jit
+def rounded_product(a, b):
+    """a b, which the compiler may not fuse with an addition: lanes that add each other's products then agree on every
+    bit of the sum, and may all store it."""
+    return gl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def sigmoid(v, PRECISE: gl.constexpr):
     """1 / (1 + exp(-v)): one special-function instruction when bf16's eight bits are all that is kept."""
     if PRECISE:

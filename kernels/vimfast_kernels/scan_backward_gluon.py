@@ -20,6 +20,7 @@ from vimfast_kernels._gluon import (
     copy_rows,
     load_rows,
     one_minus_exp_neg,
+    rounded_product,
     sigmoid,
     softplus_in_ln2,
     time_of,
@@ -379,7 +380,7 @@ def scan_backward(
                 if u1 < UNROLL - 1:
                     s_h[u1 + 1].index(u0).store(_by_channel(h.to(KEEP), WARPS, LANE_ROWS, CPT, N))
                 if not PRODUCTS:
-                    grad_c = h * gl.expand_dims(s_dy.index(u).load(CHANNEL), 1)
+                    grad_c = rounded_product(h, gl.expand_dims(s_dy.index(u).load(CHANNEL), 1))
                     if TENSOR_CORES:
                         sums = sums + (_sum_lanes(grad_c, CPT, N_LANES, SVEC, WARPS),)
                         if u1 % GROUP == GROUP - 1:
@@ -421,7 +422,7 @@ def scan_backward(
                 if PRODUCTS:
                     s_h[UNROLL - 1 - u1].index(block).store(_by_channel(gh.to(KEEP), WARPS, LANE_ROWS, CPT, N))
                 else:
-                    grad_b = gh * gl.expand_dims(delta * x, 1)
+                    grad_b = rounded_product(gh, gl.expand_dims(delta * x, 1))
                     if TENSOR_CORES:
                         sums = (_sum_lanes(grad_b, CPT, N_LANES, SVEC, WARPS),) + sums
                         if u1 % GROUP == GROUP - 1:

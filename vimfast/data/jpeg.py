@@ -19,6 +19,7 @@ _OTHER_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"
 
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # markers that no length follows: TEM, RST0-7
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+_JFIF, _ADOBE = 0xE0, 0xEE  # application segments that tell the colour space
 # Start-of-frame markers. 0xC4, 0xC8 and 0xCC lie in their range and are none.
 _FRAMES = {
     **dict.fromkeys((0xC0, 0xC1, 0xC2), "jpeg"),  # baseline, extended, progressive
@@ -32,8 +33,8 @@ class PictureInfo(NamedTuple):
     """What the header says.
 
     `format` is ``"jpeg"`` for the 8-bit Huffman-coded JPEGs that every decoder reads, ``"jpeg-12bit"``,
-    ``"jpeg-lossless"``, ``"jpeg-arithmetic"`` or ``"jpeg-hierarchical"`` for the others, else Pillow's name in small
-    letters. `height` and `width` are the stored frame's, in pixels, whatever EXIF says about rotation. `complete` is
+    ``"jpeg-lossless"``, ``"jpeg-arithmetic"``, ``"jpeg-hierarchical"`` or, where the channels are not YCbCr but RGB,
+    ``"jpeg-rgb"`` (which GPUs decode to wrong colours) for the others, else Pillow's name in small letters. `height` and `width` are the stored frame's, in pixels, whatever EXIF says about rotation. `complete` is
     False for a JPEG that looks damaged, by junk between markers or a missing end: only a decoder can tell then.
     """
 
@@ -54,6 +55,7 @@ def inspect(data: Buffer) -> PictureInfo:
     if view[:2] != b"\xff\xd8":
         return _inspect_other(view)
     clean, at, end = True, 2, len(view)
+    rgb: bool | None = None  # None: nothing told so far
     while at + 4 <= end:
         code = view[at + 1]
         if view[at] != 0xFF or code == 0x00:  # junk: decoders skip to the next 0xFF, with a warning
@@ -66,10 +68,14 @@ def inspect(data: Buffer) -> PictureInfo:
         elif code in _STANDALONE:
             at += 2
         elif code in _FRAMES:
-            return _read_frame(view, at, clean)
+            return _read_frame(view, at, clean, rgb)
         elif code in (_END_OF_IMAGE, _START_OF_SCAN):
             raise ValueError("a JPEG without a frame header")
         else:
+            if code == _JFIF and view[at + 4 : at + 9] == b"JFIF\0":
+                rgb = False
+            elif code == _ADOBE and rgb is None and view[at + 4 : at + 9] == b"Adobe" and at + 15 < end:
+                rgb = view[at + 15] == 0
             at += 2 + max(2, view[at + 2] << 8 | view[at + 3])
     raise ValueError("a JPEG cut off before its frame header")
 
@@ -81,8 +87,8 @@ def _view(data: Buffer) -> bytes | memoryview:
     return data if isinstance(data, bytes) else memoryview(data).cast("B")  # type: ignore[arg-type]
 
 
-def _read_frame(view: bytes | memoryview, at: int, clean: bool) -> PictureInfo:
-    """The start-of-frame segment whose marker lies at byte `at`."""
+def _read_frame(view: bytes | memoryview, at: int, clean: bool, rgb: bool | None) -> PictureInfo:
+    """The start-of-frame segment whose marker lies at byte `at`; `rgb`: what earlier segments say of the colours."""
     if at + 10 > len(view):
         raise ValueError("a JPEG cut off in its frame header")
     bits, components = view[at + 4], view[at + 9]
@@ -92,9 +98,16 @@ def _read_frame(view: bytes | memoryview, at: int, clean: bool) -> PictureInfo:
     kind = _FRAMES[view[at + 1]]
     if kind == "jpeg" and bits != 8:
         kind = f"jpeg-{bits}bit"
+    elif kind == "jpeg" and components == 3 and (_named_rgb(view, at) if rgb is None else rgb):
+        kind = "jpeg-rgb"
     # Entropy-coded data never holds FF D9, so one anywhere after the header is the end (some files carry a tail).
     ended = view[-2:] == b"\xff\xd9" or bytes(view[at:]).rfind(b"\xff\xd9") >= 0
     return PictureInfo(kind, height, width, components, clean and ended)
+
+
+def _named_rgb(view: bytes | memoryview, at: int) -> bool:
+    """Whether a frame calls its components R, G and B, which counts where no segment tells the colours (libjpeg)."""
+    return bytes(view[at + 10 : at + 17 : 3]) == b"RGB"
 
 
 def _inspect_other(view: bytes | memoryview) -> PictureInfo:
