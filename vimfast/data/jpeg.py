@@ -32,10 +32,11 @@ _FRAMES = {
 class PictureInfo(NamedTuple):
     """What the header says.
 
-    `format` is ``"jpeg"`` for the 8-bit Huffman-coded JPEGs that every decoder reads, ``"jpeg-12bit"``,
-    ``"jpeg-lossless"``, ``"jpeg-arithmetic"``, ``"jpeg-hierarchical"`` or, where the channels are not YCbCr but RGB,
-    ``"jpeg-rgb"`` (which GPUs decode to wrong colours) for the others, else Pillow's name in small letters. `height` and `width` are the stored frame's, in pixels, whatever EXIF says about rotation. `complete` is
-    False for a JPEG that looks damaged, by junk between markers or a missing end: only a decoder can tell then.
+    `format` is ``"jpeg"`` for the 8-bit Huffman-coded JPEGs that every decoder reads; ``"jpeg-rgb"`` where the channels
+    are not YCbCr but RGB, which GPUs decode to wrong colours; ``"jpeg-12bit"``, ``"jpeg-lossless"``,
+    ``"jpeg-arithmetic"`` or ``"jpeg-hierarchical"`` for the others; else Pillow's name in small letters. `height` and
+    `width` are the stored frame's, in pixels, whatever EXIF says about rotation. `complete` is False for a JPEG that
+    looks damaged, by junk between markers or a missing end: only a decoder can tell then.
     """
 
     format: str
