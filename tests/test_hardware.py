@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vimfast.data import hardware
-from vimfast.data.hardware import choose_decoder, default_threads, engine_share
+from vimfast.data.hardware import available_cores, choose_decoding
 from vimfast.errors import UserError
 
 CPU = torch.device("cpu")
@@ -28,17 +28,17 @@ def cores(monkeypatch: pytest.MonkeyPatch, mine: int, parents: int) -> None:
 
 def test_processes_of_a_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 12, 12)
-    assert default_threads() == 12
+    assert available_cores() == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert default_threads() == 4
+    assert available_cores() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert default_threads() == 1
+    assert available_cores() == 1
 
 
 def test_cores_given_to_one_process_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 6, 48)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert default_threads() == 6
+    assert available_cores() == 6
 
 
 @pytest.mark.parametrize(("quota", "threads"), [("400000 100000", 4), ("50000 100000", 1), ("max 100000", 12)])
@@ -47,39 +47,62 @@ def test_a_containers_share_of_time_counts(
 ) -> None:
     cores(monkeypatch, 12, 12)
     no_quota.write_text(quota)
-    assert default_threads() == threads
+    assert available_cores() == threads
 
 
-def test_a_gpu_is_not_given_more_threads_than_it_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores(monkeypatch, 256, 256)
-    assert default_threads(on_gpu=True) == 8
-    assert default_threads() == 256
-
-
-def test_decoders_that_are_not_there() -> None:
-    assert choose_decoder("auto", CPU) == choose_decoder("cpu", CPU) == "cpu"
+def test_decoders_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores(monkeypatch, 12, 12)
+    assert choose_decoding("auto", None, CPU, True) == ("cpu", 12, 0.0)
+    assert choose_decoding("cpu", 3, CPU, False) == ("cpu", 3, 0.0)
     with pytest.raises(UserError, match="'hardwear'; did you mean 'hardware'"):
-        choose_decoder("hardwear", CPU)
+        choose_decoding("hardwear", None, CPU, True)
     with pytest.raises(UserError, match="--decoder cuda needs a GPU, and this run is on cpu"):
-        choose_decoder("cuda", CPU)
+        choose_decoding("cuda", None, CPU, True)
+
+
+H200, A100, RTX_4090, RTX_3090 = (9, 0), (8, 0), (8, 9), (8, 6)
 
 
 @pytest.mark.parametrize(
-    ("capability", "decoder"),
+    ("capability", "cores_here", "training", "decoder", "threads"),
     [
-        ((8, 0), "hardware"),
-        ((9, 0), "hardware"),
-        ((10, 0), "hardware"),
-        ((8, 6), "cuda"),
-        ((8, 9), "cuda"),
-        ((12, 0), "cuda"),
+        (H200, 16, True, "cpu", 14),
+        (H200, 24, True, "cpu", 22),
+        (H200, 12, True, "cuda", 11),
+        (H200, 4, True, "hardware", 4),
+        (H200, 16, False, "hardware", 8),
+        (A100, 16, False, "hardware", 8),
+        (RTX_4090, 16, True, "cpu", 14),
+        (RTX_4090, 8, True, "cpu", 6),
+        (RTX_4090, 4, True, "cuda", 4),
+        (RTX_4090, 16, False, "cuda", 11),
+        (RTX_3090, 1, True, "cuda", 1),
     ],
 )
-def test_the_decoder_that_a_gpu_has(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], decoder: str) -> None:
+def test_who_decodes_follows_from_gpu_and_cores(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    cores_here: int,
+    training: bool,
+    decoder: str,
+    threads: int,
+) -> None:
+    cores(monkeypatch, cores_here, cores_here)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    device = torch.device("cuda", 0)
-    assert choose_decoder("auto", device) == decoder
-    assert choose_decoder("cpu", device) == "cpu"
-    shares = [engine_share(device, threads) for threads in (1, 8, 16, 64)]
-    assert all(0 < share < 1 for share in shares) if decoder == "hardware" else not any(shares)
-    assert shares == sorted(shares, reverse=True)  # more threads leave less to the engine
+    chosen = choose_decoding("auto", None, torch.device("cuda", 0), training)
+    assert (chosen.decoder, chosen.threads) == (decoder, threads)
+    assert (chosen.engine_share > 0) == (decoder == "hardware")
+
+
+def test_more_threads_leave_less_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
+    gpu = torch.device("cuda", 0)
+    shares = [choose_decoding("hardware", threads, gpu, True).engine_share for threads in (1, 8, 16, 64)]
+    assert all(0 < share < 1 for share in shares)
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_threads_asked_for_decide_who_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores(monkeypatch, 16, 16)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
+    assert choose_decoding("auto", 8, torch.device("cuda", 0), True)[:2] == ("cuda", 8)

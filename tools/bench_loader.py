@@ -6,6 +6,9 @@ Each row trains on nothing: pictures are read, decoded, cropped and augmented as
 the source alone, one batch after the other. "copies" is how often each picture is shown side by side (repeated
 augmentation on one rank): it is then decoded once. "cores" is the processor time used, a second; "GiB" the GPU memory
 that the loader takes.
+
+The fastest loader is not the best one for training, since a GPU that decodes has less time for the model: with
+--needed, what your model trains at (tools/bench_train.py), the flags are those that burden the GPU least.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 
 from vimfast.cli import run_main
 from vimfast.config import AugmentConfig
-from vimfast.data.hardware import DECODERS, choose_decoder, default_threads
+from vimfast.data.hardware import DECODERS, choose_decoding
 from vimfast.data.loader import Loader
 from vimfast.data.sampler import Order
 from vimfast.data.source import Source, open_source
@@ -30,6 +33,8 @@ from vimfast.errors import UserError
 WARM_UP_BATCHES = 8
 AUGMENTATIONS = {"crop": None, "recipe": AugmentConfig()}
 NEARLY = 0.95  # a row this near to the fastest is as good
+ROOM = 1.15  # a loader alone must be this much faster than the model, to feed it without a pause
+BURDEN = ("cpu", "cuda", "hardware")  # for a training step beside it: a JPEG engine's pictures wait one by one
 
 
 class Row(NamedTuple):
@@ -78,12 +83,13 @@ def main() -> None:
             finish = torch.cuda.synchronize if device.type == "cuda" else None
             rate, cores = measure(decoding(loader), args.seconds, finish)
             memory = None if before is None else (used(device) or 0) - before
-            rows.append(Row(data, loader.settings.decoder, threads, augmentation, copies, rate, cores, memory))
+            chosen = loader.settings
+            rows.append(Row(data, chosen.decoder, chosen.threads, augmentation, copies, rate, cores, memory))
             show(rows[-1])
             loader.close()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    recommend(rows, args.prefetch)
+    print(f"\n{recommend(rows, args.prefetch, args.needed)}")
 
 
 def parse() -> argparse.Namespace:
@@ -98,16 +104,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--copies", type=int, nargs="+", default=[1, 3], help="of each picture, to try")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--input-size", type=int, default=224)
-    parser.add_argument("--prefetch", type=int, default=2, help="batches decoded ahead")
+    parser.add_argument("--prefetch", type=int, default=3, help="batches decoded ahead")
+    parser.add_argument(
+        "--needed", type=float, help="pictures a second that your model trains at on pictures in memory"
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="to measure each row for")
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.decoders is None:
-        args.decoders = list(
-            dict.fromkeys([choose_decoder("auto", device), *["cuda"] * (device.type == "cuda"), "cpu"])
-        )
-    if args.threads is None:
-        args.threads = [default_threads(device.type == "cuda")]
+        found = choose_decoding("auto", None, device, training=False).decoder
+        args.decoders = [found] if device.type == "cpu" else list(dict.fromkeys([found, "cuda", "cpu"]))
+    args.threads = args.threads or [None]
     return args
 
 
@@ -161,14 +168,22 @@ def show(row: Row) -> None:
     )
 
 
-def recommend(rows: list[Row], prefetch: int) -> None:
-    """The flags of the fastest row with the fullest augmentation, or of one nearly as fast that takes fewer threads."""
+def recommend(rows: list[Row], prefetch: int, needed: float | None = None) -> str:
+    """Flags to train with, of the rows with the fullest augmentation.
+
+    The fastest row's, or of one nearly as fast that shows each picture once and takes fewer threads; where it is known
+    what is `needed`, the decoder that burdens the GPU least comes first among the rows that are fast enough.
+    """
     fullest = [row for row in rows if row.augmentation == rows[-1].augmentation]
-    fastest = max(fullest, key=lambda row: row.rate)
-    best = min((row for row in fullest if row.rate >= NEARLY * fastest.rate), key=lambda row: (row.copies, row.threads))
+    enough = NEARLY * max(row.rate for row in fullest)
+    if needed is not None:
+        enough = min(enough, ROOM * needed)
+    good = [row for row in fullest if row.rate >= enough]
+    best = min(good, key=lambda row: (BURDEN.index(row.decoder) if needed else 0, row.copies, row.threads))
     flags = f"--data-path {best.source} --decoder {best.decoder} --num-workers {best.threads} --prefetch {prefetch}"
     copies = " --repeated-aug --repeated-aug-on one-rank" if best.copies > 1 else ""
-    print(f"\nfor {best.rate:,.0f} img/s: {flags}{copies}")
+    short = "" if needed is None or best.rate >= ROOM * needed else f", which may not keep {needed:,.0f} img/s fed"
+    return f"for {best.rate:,.0f} img/s{short}: {flags}{copies}"
 
 
 if __name__ == "__main__":

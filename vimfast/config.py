@@ -92,13 +92,15 @@ class DataConfig:
         "bicubic", "filter of crops and warps in training", choices=("bicubic", "bilinear", "random")
     )
     eval_crop_ratio: float = option(0.875, "validation resizes the short side to input size / this, then crops")
-    num_workers: int | None = option(None, "decoding threads of each process; default: the cores it may use", least=1)
+    num_workers: int | None = option(
+        None, "decoding threads of each process; default: as many as help, of the cores it may use", least=1
+    )
     decoder: str = option(
         "auto",
-        "the GPU's JPEG engine, its ordinary cores, or the CPU; auto: the first that is there",
+        "the GPU's JPEG engine, its ordinary cores, or the CPU; auto: what slows training least on this machine",
         choices=("auto", "hardware", "cuda", "cpu"),
     )
-    prefetch: int = option(2, "batches decoded ahead", least=1)
+    prefetch: int = option(3, "batches decoded ahead", least=1)
     readahead: int = option(4, "batches read ahead of those from disk", least=1)
     on_bad_image: str = option(
         "stop", "at a picture that does not decode: end the run, or go on without it", choices=("stop", "skip")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,14 +20,64 @@ _ENGINES = {(8, 0): 8_000, (9, 0): 17_000, (10, 0): 17_000, (10, 3): 17_000}
 _THREAD = 700  # what one core adds, decoding together with the GPU's ordinary cores
 _LARGEST_SHARE = 0.9
 
-# On an H200, 16 threads were slower than 8, beside its engine (17,802 against 22,238 pictures a second).
-_MOST_GPU_THREADS = 8
+# Threads that still helped on an H200 with 16 cores: beside its engine 16 were slower than 8 (17,802 against 22,238
+# pictures a second), beside a training step 12 to 14 ordinary decoding threads slower than 11.
+_MOST_THREADS = {"hardware": 8, "cuda": 11}
+_OWN_CORES = 2  # left to the threads that launch the step and that read ahead, where the others decode on the CPU
+
+# Threads that decode ImageNet's originals on the CPU as fast as Vim-Tiny trains: with an engine the GPU is one of those
+# that train 5,600 pictures a second (H200), without one at most half that.
+_ENOUGH_THREADS, _ENOUGH_WITHOUT_ENGINE = 12, 6
+_FEW_THREADS = 6  # fewer than these leave the JPEG engine most of the work in training too
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
-def default_threads(on_gpu: bool = False) -> int:
-    """Decoding threads of this process: the cores it may use, shared with the others that torchrun started here.
+class Decoding(NamedTuple):
+    """Who decodes."""
+
+    decoder: str  # "hardware", "cuda" or "cpu"
+    threads: int  # on the CPU, whoever decodes
+    engine_share: float  # of the pictures, for the JPEG engine
+
+
+def choose_decoding(wanted: str, threads: int | None, device: torch.device, training: bool) -> Decoding:
+    """The decoder, its threads and the JPEG engine's share, for what was asked for: a decoder, or ``"auto"``.
+
+    Beside a training step the GPU is the wrong place to decode: its decoders launch kernels picture by picture, wait
+    for each, and each waits until one of the step's leaves room. So where the cores are enough, they decode; else the
+    GPU's ordinary cores help, and its JPEG engine where there are hardly any threads. In evaluation the fastest
+    decoder wins: the engine, or the ordinary cores where there is none. docs/benchmarks.md has the figures.
+
+    Args:
+        threads: None for as many as help.
+
+    Raises:
+        UserError: no such decoder, or not on this device.
+    """
+    if wanted not in DECODERS:
+        raise UserError(f"decoder is {wanted!r}{did_you_mean(wanted, DECODERS)}; want one of {', '.join(DECODERS)}")
+    cores = available_cores()
+    if device.type != "cuda":
+        if wanted in ("hardware", "cuda"):
+            raise UserError(f"--decoder {wanted} needs a GPU, and this run is on {device.type}; use --decoder auto")
+        return Decoding("cpu", threads or cores, 0.0)
+    engine = _ENGINES.get(torch.cuda.get_device_capability(device), 0)
+    decoder = wanted
+    if wanted == "auto":
+        own = threads or cores - _OWN_CORES
+        if training and own >= (_ENOUGH_THREADS if engine else _ENOUGH_WITHOUT_ENGINE):
+            decoder = "cpu"
+        else:
+            decoder = "hardware" if engine and (not training or own < _FEW_THREADS) else "cuda"
+    if threads is None:
+        threads = min(cores, _MOST_THREADS[decoder]) if decoder in _MOST_THREADS else max(1, cores - _OWN_CORES)
+    share = min(engine / (engine + _THREAD * threads), _LARGEST_SHARE) if decoder == "hardware" else 0.0
+    return Decoding(decoder, threads, share)
+
+
+def available_cores() -> int:
+    """The cores this process may use, shared with the others that torchrun started here; at least 1.
 
     Where each process was given cores of its own (``numactl``, ``taskset``), they are not shared out again.
     """
@@ -34,7 +85,7 @@ def default_threads(on_gpu: bool = False) -> int:
     cores = min(len(mine), _quota())
     if not _pinned(mine):
         cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(cores, _MOST_GPU_THREADS) if on_gpu else cores)
+    return max(1, cores)
 
 
 def _pinned(mine: set[int]) -> bool:
@@ -52,29 +103,3 @@ def _quota() -> int:
         return max(1, round(int(limit) / int(period)))
     except (OSError, ValueError):  # none, or "max"
         return 1 << 20
-
-
-def choose_decoder(wanted: str, device: torch.device) -> str:
-    """``"hardware"``, ``"cuda"`` or ``"cpu"`` for what was asked for: ``"auto"``, or one of them.
-
-    A GPU beats the same number of cores with and without a JPEG engine; the CPU decodes only where there is no GPU or
-    where that is asked for, which leaves more of the GPU's memory and time to the model.
-
-    Raises:
-        UserError: no such decoder, or not on this device.
-    """
-    if wanted not in DECODERS:
-        raise UserError(f"decoder is {wanted!r}{did_you_mean(wanted, DECODERS)}; want one of {', '.join(DECODERS)}")
-    if device.type != "cuda":
-        if wanted in ("hardware", "cuda"):
-            raise UserError(f"--decoder {wanted} needs a GPU, and this run is on {device.type}; use --decoder auto")
-        return "cpu"
-    if wanted != "auto":
-        return wanted
-    return "hardware" if torch.cuda.get_device_capability(device) in _ENGINES else "cuda"
-
-
-def engine_share(device: torch.device, threads: int) -> float:
-    """The share of the pictures for the JPEG engine, so that it and the threads end together."""
-    engine = _ENGINES.get(torch.cuda.get_device_capability(device), 0)
-    return min(engine / (engine + _THREAD * threads), _LARGEST_SHARE)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vimfast.config import AugmentConfig
 from vimfast.data import augment, pipeline
-from vimfast.data.hardware import choose_decoder, default_threads, engine_share
+from vimfast.data.hardware import choose_decoding
 from vimfast.data.pipeline import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -83,11 +83,11 @@ class Loader:
         interpolation: ``"bicubic"`` or ``"bilinear"``; in training also ``"random"``.
         mean, std: of the normalization, for values in [0, 1].
         dtype: of the images: float32 or float16.
-        threads: decoding threads; default: the cores this process may use, shared with the others of this host.
+        threads: decoding threads; default: as many as help, of the cores this process may use.
         prefetch: batches decoded ahead.
         readahead: batches read (of shards: asked of the disk) ahead of those.
-        decoder: ``"auto"``, ``"hardware"`` (the GPU's JPEG engine, and its ordinary cores for the rest), ``"cuda"`` or
-            ``"cpu"``.
+        decoder: ``"auto"`` (:func:`choose_decoding`), ``"hardware"`` (the GPU's JPEG engine, and its ordinary cores for
+            the rest), ``"cuda"`` or ``"cpu"``.
         hw_decoder_load: share of the pictures for the JPEG engine; default: what fits the GPU and the threads.
         on_bad_image: ``"stop"`` at a picture that does not decode, or ``"skip"`` it (:class:`Reader`).
         report: is told of each picture skipped; default: a warning on stderr.
@@ -114,7 +114,7 @@ class Loader:
         std: tuple[float, float, float] = IMAGENET_STD,
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
-        prefetch: int = 2,
+        prefetch: int = 3,
         readahead: int = 4,
         decoder: str = "auto",
         hw_decoder_load: float | None = None,
@@ -135,10 +135,7 @@ class Loader:
         self._recipe = Recipe(augmentation, size, interpolation)
         together = training and (order.neighbours or order.world == 1) and self._recipe.crop == "resized"
         self._copies = order.repeats if together else 1
-        decoder = choose_decoder(decoder, self.device)
-        threads = threads or default_threads(self.device.type == "cuda")
-        if hw_decoder_load is None:
-            hw_decoder_load = engine_share(self.device, threads) if decoder == "hardware" else 0.0
+        decoding = choose_decoding(decoder, threads, self.device, training)
         self._settings = GraphSettings(
             batch_size=_most_pictures(order.batch_size, self._copies),
             size=size,
@@ -147,10 +144,10 @@ class Loader:
             mean=mean,
             std=std,
             dtype=dtype,
-            threads=threads,
+            threads=decoding.threads,
             prefetch=prefetch,
-            decoder=decoder,
-            hw_decoder_load=hw_decoder_load,
+            decoder=decoding.decoder,
+            hw_decoder_load=decoding.engine_share if hw_decoder_load is None else hw_decoder_load,
         )
         self._reader = Reader(source, skip=on_bad_image == "skip", stand_in=training, report=report)
         self._readahead = readahead
