@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from vimfast_kernels import scan_gluon, tuning  # noqa: E402
 from vimfast_kernels.conv_triton import causal_conv_silu  # noqa: E402
 from vimfast_kernels.norm_triton import add_norm  # noqa: E402
 from vimfast_kernels.scan_gluon import selective_scan  # noqa: E402
+from vimfast_kernels.tuning import CHOICES, DEFAULT  # noqa: E402
 from vimfast_kernels.weights import unflatten  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -283,6 +286,16 @@ def test_block_lengths(length: int, dtype: torch.dtype) -> None:
 def test_block_options(shape: tuple[int, int, int], options: dict[str, object], amp: bool) -> None:
     """fp32 comes in under autocast too, as from the position embedding."""
     check_block(shape, amp, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"), [(name, choice) for name, choices in CHOICES.items() for choice in choices[1:]], ids=str
+)
+def test_every_choice_of_programs(name: str, choice: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_chosen", {torch.cuda.current_device(): replace(DEFAULT, **{name: choice})})
+    monkeypatch.setattr(scan_gluon, "multiprocessors", lambda device: 1)  # as small as this batch, so that it is wide
+    fp32 = name.endswith("fp32")
+    check_block((3, 197, 96), not fp32, FP32 if fp32 else BF16)
 
 
 @pytest.mark.parametrize("amp", [True, False])

@@ -1,27 +1,38 @@
 """Correctness, then time, of the GPU kernels: ``python tools/bench_kernels.py [--batch 128] [--channels 384 768]``.
 
+    python tools/bench_kernels.py --json docs/bench_kernels.json
+    python tools/bench_kernels.py --plot docs/bench_kernels.json   # draw what an earlier run wrote
+
 Every op is first compared with float64 on a small batch, outputs and all gradients. Times are medians of CUDA graph
 replays with the L2 cache flushed before each. The floor of an op is the larger of the bytes it must move over this
-GPU's measured copy rate and the exponentials it must take over 16 a clock and multiprocessor.
+GPU's measured copy rate and the exponentials it must take over 16 a clock and multiprocessor. Where mamba_ssm and
+causal-conv1d are installed, the same is done by them in the same run, their flips and copies included.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from floors import Gpu, this_gpu
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from vimfast_kernels import reference
+from vimfast.cli import run_main
+from vimfast.errors import UserError
+from vimfast_kernels import bidirectional_conv1d_silu, bidirectional_scan, check_backend, reference
 from vimfast_kernels.conv_triton import causal_conv_silu
 from vimfast_kernels.mixer_gluon import bidirectional_block
 from vimfast_kernels.norm_triton import add_norm
 from vimfast_kernels.scan_gluon import selective_scan
+from vimfast_kernels.tune import milliseconds
 from vimfast_kernels.weights import Direction, MixerWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -36,6 +47,7 @@ class Case(NamedTuple):
     forward_bytes: int
     backward_bytes: int
     exponentials: int  # of a forward pass; backward takes twice as many
+    mamba: Callable[..., Any] | None = None  # the same through mamba_ssm or causal-conv1d
 
 
 def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
@@ -74,6 +86,7 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
             tokens * 6 * row + states,
             tokens * 11 * row + 2 * states,
             2 * tokens * d * STATES,
+            lambda *v: bidirectional_scan(*v, scale=0.5, backend="mamba_ssm"),
         ),
         Case(
             "conv + SiLU",
@@ -83,6 +96,7 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
             tokens * 3 * row,
             tokens * 4 * row,
             2 * tokens * d,
+            lambda *v: bidirectional_conv1d_silu(*v, backend="mamba_ssm"),
         ),
         Case(
             "add + RMSNorm",
@@ -128,80 +142,121 @@ def worst_error(case: Case) -> float:
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(outs, exact, strict=True))
 
 
-def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> float:
-    """Median time of a graph replay that finds the L2 cache cold."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in times)[repeats // 2]
+def measure(case: Case, error: float | None, gpu: Gpu, flush: Tensor, repeats: int, mamba: bool) -> dict[str, Any]:
+    """Times and floors of one op, milliseconds."""
+    forward, both = (milliseconds(f, flush, repeats) for f in passes(case.kernel, case.inputs))
+    floors = [
+        1e3 * max(moved / gpu.copy, taken / gpu.exponentials)
+        for moved, taken in (
+            (case.forward_bytes, case.exponentials),
+            (case.backward_bytes, 2 * case.exponentials),
+        )
+    ]
+    found = {
+        "op": case.name,
+        "worst_error": error,
+        "forward_ms": forward,
+        "forward_backward_ms": both,
+        "forward_floor_ms": floors[0],
+        "forward_backward_floor_ms": sum(floors),
+    }
+    if mamba and case.mamba is not None:
+        found["mamba_forward_ms"], found["mamba_forward_backward_ms"] = (
+            milliseconds(f, flush, repeats) for f in passes(case.mamba, case.inputs)
+        )
+    return found
+
+
+def tell(figures: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    for column in (
+        "op",
+        "shape",
+        "dtype",
+        "forward",
+        "floor",
+        "x",
+        "with backward",
+        "floor",
+        "x",
+        "mamba_ssm",
+        "error",
+    ):
+        table.add_column(column, justify="left" if column in ("op", "shape", "dtype") else "right")
+    for f in figures:
+        mamba, error = f.get("mamba_forward_backward_ms"), f["worst_error"]
+        table.add_row(
+            f["op"], "x".join(map(str, f["shape"])), f["dtype"],
+            *(
+                text
+                for ours, floor in (
+                    (f["forward_ms"], f["forward_floor_ms"]),
+                    (f["forward_backward_ms"], f["forward_backward_floor_ms"]),
+                )
+                for text in (f"{ours:.3f}", f"{floor:.3f}", f"{ours / floor:.1f}")
+            ),
+            "" if mamba is None else f"{mamba:.3f}", "its parts'" if error is None else f"{error:.1e}",
+        )  # fmt: skip
+    Console(width=140).print(table)
+
+
+def plot(source: Path) -> None:
+    """Bars of forward and backward with their floors, as a PNG next to the JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    record = json.loads(source.read_text())
+    rows = record["figures"][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1.4), layout="constrained")
+    for i, f in enumerate(rows):
+        axes.barh(i, f["forward_backward_ms"], 0.6, color="#8fc1a9", label="backward" if i == 0 else None)
+        axes.barh(i, f["forward_ms"], 0.6, color="#2a7f62", label="forward" if i == 0 else None)
+        floor = f["forward_backward_floor_ms"]
+        axes.plot([floor, floor], [i - 0.38, i + 0.38], color="black", lw=2, label="floor of both" if i == 0 else None)
+        axes.text(f["forward_backward_ms"], i, f" {f['forward_backward_ms']:.3f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{f['op']}, {'x'.join(map(str, f['shape']))}, {f['dtype']}" for f in rows])
+    axes.set_xlabel("milliseconds")
+    axes.set_title(f"{record['gpu']}, {record['date']}: ops of one layer, both directions", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(source.with_suffix(".png"), dpi=130)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--length", type=int, default=197)
     parser.add_argument("--channels", type=int, nargs="+", default=[384, 768], help="inner widths: twice the model's")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the figures of this file, as a PNG")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+        return
     if not torch.cuda.is_available():
-        sys.exit("error: no CUDA device here; these kernels need one")
-    dtype = DTYPES[args.dtype]
+        raise UserError("these kernels need a GPU and there is none here")
+    gpu = this_gpu()
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    gpu = torch.cuda.get_device_properties(0)
-    clock = torch.cuda.clock_rate() * 1e6
-    other = torch.empty_like(flush)
-    copy_rate = 2 * flush.numel() / (milliseconds(lambda: other.copy_(flush), flush, args.repeats) * 1e-3)
-    print(f"{gpu.name}, torch {torch.__version__}, copy {copy_rate / 1e12:.2f} TB/s, {args.dtype}, batch {args.batch}")
+    try:
+        mamba = bool(check_backend("mamba_ssm"))
+    except ValueError as why:
+        mamba = False
+        print(f"nothing to compare with: {why}")
     figures = []
-    for d in args.channels:
-        errors = [c.plain and worst_error(c) for c in cases(2, args.length, d, dtype)]
-        for case, error in zip(cases(args.batch, args.length, d, dtype), errors, strict=True):
-            forward, both = (milliseconds(f, flush, args.repeats) for f in passes(case.kernel, case.inputs))
-            exp_rate = 16 * gpu.multi_processor_count * clock
-            floors = [
-                1e3 * max(moved / copy_rate, taken / exp_rate)
-                for moved, taken in (
-                    (case.forward_bytes, case.exponentials),
-                    (case.backward_bytes, 2 * case.exponentials),
-                )
-            ]
-            figures.append(
-                {
-                    "op": case.name,
-                    "shape": [args.batch, args.length, d],
-                    "dtype": args.dtype,
-                    "worst_error": error,
-                    "forward_ms": round(forward, 4),
-                    "forward_backward_ms": round(both, 4),
-                    "forward_floor_ms": round(floors[0], 4),
-                    "forward_backward_floor_ms": round(sum(floors), 4),
-                }
-            )
-            told = "parts checked above" if error is None else f"worst error {error:.1e}"
-            print(
-                f"{case.name:14} {args.batch}x{args.length}x{d}: forward {forward:.4f} ms (floor {floors[0]:.4f}),"
-                f" with backward {both:.4f} ms (floor {sum(floors):.4f}), {told}",
-                flush=True,
-            )
+    for name, d in itertools.product(args.dtypes, args.channels):
+        errors = [c.plain and worst_error(c) for c in cases(2, args.length, d, DTYPES[name])]
+        for case, error in zip(cases(args.batch, args.length, d, DTYPES[name]), errors, strict=True):
+            found = measure(case, error, gpu, flush, args.repeats, mamba)
+            figures.append({"shape": [args.batch, args.length, d], "dtype": name, **found})
+    tell(figures, f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s; milliseconds")
     if args.json:
-        args.json.write_text(json.dumps({"gpu": gpu.name, "torch": torch.__version__, "figures": figures}, indent=1))
+        record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": figures}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -246,7 +246,7 @@ def main() -> None:
     tell(found, title)
     if args.json:
         record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": found}
-        args.json.write_text(json.dumps(record, indent=1))
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

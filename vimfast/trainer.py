@@ -39,6 +39,8 @@ from vimfast.metrics import Pace, Reporter, Sums, duration, memory_gib
 from vimfast.models import create_model
 from vimfast.optim import LearningRate, build_ema, build_optimizer, peak_lr
 from vimfast.step import TrainStep, side_stream
+from vimfast_kernels.tune import tune_once
+from vimfast_kernels.tuning import read_again
 
 CHECKPOINT, BEST, RESOLVED_CONFIG = "checkpoint.pth", "best_checkpoint.pth", "config.yaml"
 
@@ -358,6 +360,7 @@ class Trainer:
 
     def _train(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self._tune()
         with self._training_memory():
             self._capture()
         self._introduce(parameters)
@@ -370,10 +373,23 @@ class Trainer:
             self.sums.values.zero_()
         self.report.say(f"Training time {duration(time.perf_counter() - begin)}")
 
+    def _kernels(self) -> str:
+        """Which run; empty for a model that has no choice of them."""
+        tell = getattr(self.model, "kernels", None)
+        return "" if tell is None else tell(torch.float32 if self.precision == "fp32" else torch.bfloat16)
+
+    def _tune(self) -> None:
+        """Once for a kind of GPU: a process of each host times the kernels, the others wait and read what it found."""
+        if self.world.device.type != "cuda":
+            return
+        if self._kernels() == "gluon" and self.world.local_rank == 0:
+            tune_once(torch.cuda.current_device(), self.report.say)
+        dist.barrier()
+        read_again()
+
     def _introduce(self, parameters: int) -> None:
         cfg, world = self.cfg, self.world
-        tell = getattr(self.model, "kernels", None)  # of a model that has a choice of them
-        kernels = f", kernels {tell(torch.float32 if self.precision == 'fp32' else torch.bfloat16)}" if tell else ""
+        kernels = self._kernels() and f", kernels {self._kernels()}"
         self.report.say(
             f"{cfg.model.model}: {parameters:,} parameters{kernels}, "
             f"{self.precision} on {world.size} x {world.device.type}"

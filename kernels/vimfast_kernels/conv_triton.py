@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vimfast_kernels.tuning import tuning_of
+
 
 @triton.jit
 def _sigmoid(v):
@@ -203,11 +205,6 @@ def _sum_rows(in_ptr, out_ptr, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, C
     tl.store(out_ptr + column, tl.sum(total, 0), mask=column < WIDTH)
 
 
-FORWARD_STEPS, BACKWARD_STEPS = 16, 8  # outputs made from one window of rows held in registers
-CHANNELS = 64  # of a program of one warp
-SEGMENTS = 2  # programs that share a sequence in backward
-
-
 def sum_rows(partial: Tensor) -> Tensor:
     """Sum over the first dimension in fp32, in a fixed order."""
     count, width = partial.shape[0], partial[0].numel()
@@ -217,11 +214,13 @@ def sum_rows(partial: Tensor) -> Tensor:
     return out
 
 
-def _meta(d: int, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], steps: int) -> dict[str, object]:
+def _meta(
+    d: int, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], steps: int, channels: int
+) -> dict[str, object]:
     back = sum(1 << k for k, flag in enumerate(reverse) if flag)
     return {
         "D": d, "K": weight.shape[0], "WIDTH": weight.shape[2], "BACK": back, "BIAS": bias is not None,
-        "STEPS": steps, "CHANNELS": CHANNELS, "num_warps": 1, "enable_fp_fusion": True,
+        "STEPS": steps, "CHANNELS": channels, "num_warps": 1, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -233,10 +232,11 @@ def launch_forward(
 ) -> Tensor:  # [k, b, L, d]
     b, length, d = x.shape
     out = x.new_empty(weight.shape[0], b, length, d)
-    grid = (triton.cdiv(length, FORWARD_STEPS), b, triton.cdiv(d, CHANNELS))
+    channels, steps, _, _ = tuning_of(x.device).conv
+    grid = (triton.cdiv(length, steps), b, triton.cdiv(d, channels))
     _conv_forward[grid](
         x, weight, x if bias is None else bias, out, length, x.stride(0), x.stride(1), out.stride(0),
-        **_meta(d, weight, bias, reverse, FORWARD_STEPS),
+        **_meta(d, weight, bias, reverse, steps, channels),
     )  # fmt: skip
     return out
 
@@ -252,14 +252,14 @@ def launch_backward(
     """The weights' gradients [rows, k, w + 1, d], fp32, to be summed over the rows: each tap's, and the bias's."""
     b, length, d = x.shape
     k, _, width = weight.shape
-    steps = BACKWARD_STEPS
-    segments = min(triton.cdiv(length, 4 * steps), SEGMENTS)
+    channels, _, steps, most = tuning_of(x.device).conv
+    segments = min(triton.cdiv(length, 4 * steps), most)
     segment = triton.cdiv(triton.cdiv(length, segments), steps) * steps
     partial = x.new_empty(b * segments, k, width + 1, d, dtype=torch.float32)
-    _conv_backward[(segments, b, triton.cdiv(d, CHANNELS))](
+    _conv_backward[(segments, b, triton.cdiv(d, channels))](
         x, weight, x if bias is None else bias, dout, dx, partial, length, segment,
         x.stride(0), x.stride(1), *dout.stride()[:3], dx.stride(0), dx.stride(1),
-        **_meta(d, weight, bias, reverse, steps),
+        **_meta(d, weight, bias, reverse, steps, channels),
     )  # fmt: skip
     return partial
 

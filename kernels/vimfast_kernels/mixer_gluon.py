@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimfast_kernels import conv_triton, norm_triton, scan_gluon
+from vimfast_kernels.tuning import tuning_of
 from vimfast_kernels.weights import MixerWeights, flatten, unflatten
 from vimfast_kernels.weights_triton import Packed, Pieces, empty_packed, pack, padded, unpack, write_gradients
 
 REVERSE = [False, True]
-PARTS, PARTS_FP32 = 8, 32  # products into which a weight's gradient is cut over the rows, to fill the GPU
 
 _DIRECTION = (
     "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0},"
@@ -125,10 +125,11 @@ def _(x, residual, total, noise, *rest):
     return x.new_empty(x.shape, dtype=rest[-1])
 
 
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     """Pieces [k, parts, p, q], fp32, whose sum is a^T b [k, p, q] of a [k, m, p] and b [k, m, q]."""
     k, m, p = a.shape
-    parts = math.gcd(m, PARTS_FP32 if a.dtype == torch.float32 else PARTS)
+    tuning = tuning_of(a.device)
+    parts = math.gcd(m, (tuning.products_fp32 if a.dtype == torch.float32 else tuning.products).parts)
     a, b = a.view(k * parts, m // parts, p).transpose(1, 2), b.view(k * parts, m // parts, -1)
     pieces = torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
     return pieces.view(k, parts, p, -1)
@@ -165,12 +166,12 @@ def _block_grad(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, 
     dout = dout.view(1, rows, -1)
     dout_weight = None
     if asked.out_weight is not None:
-        dout_weight = _sum_of_products(dout, gated.view(1, rows, d))[0]
+        dout_weight = sum_of_products(dout, gated.view(1, rows, d))[0]
     del gated
     ddelta, du, dflat = ddelta.view(2, rows, d), du.view(2, rows, d), dx_dbl.view(2, rows, -1)
     torch.bmm(ddelta, w.dt_weight, out=dflat[..., :pad])
-    ddt_weight = _sum_of_products(ddelta, x_dbl.view(2, rows, -1)[..., :pad])
-    dx_weight = _sum_of_products(dflat, u.view(2, rows, d))
+    ddt_weight = sum_of_products(ddelta, x_dbl.view(2, rows, -1)[..., :pad])
+    dx_weight = sum_of_products(dflat, u.view(2, rows, d))
     torch.baddbmm(du, dflat, w.x_weight, out=du)
     dconv = conv_triton.launch_backward(du.view_as(u), x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])
     del u, du, ddelta
@@ -182,7 +183,7 @@ def _block_grad(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, 
     )  # fmt: skip
     din_weight = None
     if normed is not None:
-        din_weight = _sum_of_products(dxz.view(1, rows, 2 * d), normed.view(1, rows, -1))[0]
+        din_weight = sum_of_products(dxz.view(1, rows, 2 * d), normed.view(1, rows, -1))[0]
     pieces = Pieces(
         in_weight=din_weight,
         in_bias=None if asked.in_bias is None else dxz.sum((0, 1), dtype=torch.float32),

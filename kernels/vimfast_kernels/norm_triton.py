@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vimfast_kernels.conv_triton import sum_rows
+from vimfast_kernels.tuning import multiprocessors, tuning_of
 
 
 @triton.jit
@@ -97,17 +98,14 @@ def _norm_backward(
     tl.store(at + C, tl.sum(dbias, 0), mask=column < C)
 
 
-PROGRAMS = 1056  # of the backward pass: each leaves one row of partial sums
-BLOCK = 1024  # entries a program works on at a time
-
-
 def _meta(x: Tensor, drop_rate: float, eps: float, rms: bool) -> dict[str, Any]:
     c = x.shape[-1]
     columns = triton.next_power_of_2(c)
+    entries, warps, _ = tuning_of(x.device).norm
     return {
         "rows": x.numel() // c, "length": x[0].numel() // c, "rate": drop_rate,
         "kept": 1 / (1 - drop_rate) if drop_rate < 1 else 0.0, "eps": eps, "C": c, "CENTER": not rms,
-        "ROWS": max(1, min(16, BLOCK // columns)), "COLUMNS": columns, "num_warps": 2,
+        "ROWS": max(1, min(16, entries // columns)), "COLUMNS": columns, "num_warps": warps,
     }  # fmt: skip
 
 
@@ -144,7 +142,8 @@ def launch_backward(
 ) -> Tensor:
     """Gradients of weight and bias [rows, 2, c], to be summed over the rows; 0 for a bias that is None."""
     meta = _meta(dout, drop_rate, eps, rms)
-    programs = min(PROGRAMS, triton.cdiv(meta["rows"], meta["ROWS"]))
+    most = tuning_of(dout.device).norm.programs * multiprocessors(dout.device)
+    programs = min(most, triton.cdiv(meta["rows"], meta["ROWS"]))
     partial = total.new_empty(programs, 2, meta["C"])
     _norm_backward[(programs,)](
         dout, dtotal, total, noise, weight, bias, dx, dresidual, again, partial, **meta

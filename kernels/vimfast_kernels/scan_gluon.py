@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,30 +12,28 @@ from torch import Tensor
 
 from vimfast_kernels.scan_backward_gluon import scan_backward, sum_partials
 from vimfast_kernels.scan_forward_gluon import scan_forward
+from vimfast_kernels.tuning import multiprocessors, tuning_of
 
 CHUNK = 8  # steps between saved states, and steps worked on at a time
 # Channels, threads a channel and steps at once of a forward program. Wide: 32 states a thread (16 at state size 8), the
-# fewest instructions; 168 registers let 6 such programs of 2 warps reside on a multiprocessor of an H200, which then
-# does batch 128 in one wave. Narrow: fewer states a thread, more threads and loads further ahead, for a GPU that wide
-# programs would leave mostly empty, as few long sequences do. Newer Tritons fuse multiply and add only if told to.
-FORWARD_WIDE = {8: (64, 1, 4), 16: (64, 1, 4), 32: (32, 1, 2), 64: (16, 2, 2)}
+# fewest instructions; at state size 16 the tuning has it. Narrow: fewer states a thread, more threads and loads further
+# ahead, for a GPU that wide programs would leave mostly empty, as few long sequences do.
+FORWARD_WIDE = {8: (64, 1, 4), 32: (32, 1, 2), 64: (16, 2, 2)}
 FORWARD_NARROW = {8: (32, 1, 4), 16: (16, 2, 8), 32: (16, 2, 2), 64: (16, 2, 2)}
 WIDE_PROGRAMS = 6  # at once on a multiprocessor
-FORWARD = {"maxnreg": 168, "enable_fp_fusion": True}
-# Channels, warps and states a thread of a backward program, by state size. 16 states a thread (32 at the larger
-# sizes); 168 registers let 12 warps reside on a multiprocessor, and in fp32 shared memory allows 8 in any case.
+FORWARD_REGISTERS = 168
+# Channels, warps and states a thread of a backward program, by state size: 16 states a thread (32 at the larger sizes).
 BACKWARD = {
     8: {"BD": 64, "WARPS": 1, "PER_THREAD": 8, "UNROLL": 4, "PRODUCTS": False},
-    16: {"BD": 64, "WARPS": 2, "PER_THREAD": 8, "UNROLL": 4, "PRODUCTS": False},
     32: {"BD": 32, "WARPS": 1, "PER_THREAD": 16, "UNROLL": 2, "PRODUCTS": False},
     64: {"BD": 16, "WARPS": 1, "PER_THREAD": 32, "UNROLL": 2, "PRODUCTS": False},
 }
 # In bf16, dB and dC are products with the states and their gradients as bf16, rounded once more. That adds a third to
 # the error that bf16 outputs have in any case, but only on the average: one sum whose terms cancel may be off by more.
 # So only where there are this many sums.
-BACKWARD_PRODUCTS = {16: {"BD": 64, "WARPS": 2, "PER_THREAD": 8, "UNROLL": 2, "PRODUCTS": True}}
 PRODUCTS_SUMS = 128
-BACKWARD_REGISTERS = 168
+BACKWARD_REGISTERS = 168  # in bf16: 12 warps reside on a multiprocessor
+STATE_SIZES = (8, 16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -65,8 +64,8 @@ def check(dtype: torch.dtype, states: int, length: int) -> None:
     """A ValueError for what no kernel takes."""
     if dtype not in DTYPES:
         raise ValueError(f"u is {dtype}; this scan takes bfloat16, float16 or float32")
-    if states not in BACKWARD:
-        raise ValueError(f"state size {states} has no kernel; take one of {sorted(BACKWARD)}")
+    if states not in STATE_SIZES:
+        raise ValueError(f"state size {states} has no kernel; take one of {list(STATE_SIZES)}")
     if length == 0:
         raise ValueError("the sequence is empty; L must be at least 1")
 
@@ -80,18 +79,30 @@ def empty_saved(
     return y, like.new_empty((k, b, (length + CHUNK - 1) // CHUNK, d, n) if save else (0,), dtype=keep)
 
 
-def forward_block(batch: int, channels: int, states: int, multiprocessors: int) -> dict[str, int]:
-    """Channels, threads a channel and steps at once of a forward program on a GPU of so many multiprocessors."""
-    programs = batch * triton.cdiv(channels, FORWARD_WIDE[states][0])
-    few = 3 * programs <= WIDE_PROGRAMS * multiprocessors
-    block, lanes, unroll = (FORWARD_NARROW if few else FORWARD_WIDE)[states]
-    return {"BD": block, "LANES": lanes, "UNROLL": unroll}
+def forward_program(batch: int, channels: int, states: int, device: torch.device) -> dict[str, Any]:
+    """Shape and launch options of a forward program."""
+    *wide, registers = tuning_of(device).scan_forward if states == 16 else (*FORWARD_WIDE[states], FORWARD_REGISTERS)
+    programs = batch * triton.cdiv(channels, wide[0])
+    if 3 * programs <= WIDE_PROGRAMS * multiprocessors(device):
+        wide, registers = list(FORWARD_NARROW[states]), FORWARD_REGISTERS
+    # Newer Tritons fuse multiply and add only if told to.
+    return dict(zip(("BD", "LANES", "UNROLL"), wide, strict=True)) | {"maxnreg": registers, "enable_fp_fusion": True}
 
 
-def backward_block(dtype: torch.dtype, states: int, sums: int) -> dict[str, int]:
-    """Shape of a backward program where dB and dC are so many sums over channels for each state."""
-    products = dtype == torch.bfloat16 and sums >= PRODUCTS_SUMS and states in BACKWARD_PRODUCTS
-    return (BACKWARD_PRODUCTS if products else BACKWARD)[states]
+def backward_program(dtype: torch.dtype, states: int, sums: int, device: torch.device) -> dict[str, Any]:
+    """Shape and launch options of a backward program where dB and dC are so many sums over channels for each state."""
+    if states != 16:
+        narrow = states < 16 and dtype == torch.bfloat16
+        program: dict[str, Any] = dict(BACKWARD[states])
+        registers = BACKWARD_REGISTERS if narrow else None
+    else:
+        products = dtype == torch.bfloat16 and sums >= PRODUCTS_SUMS
+        tuning = tuning_of(device)
+        warps, unroll, registers = tuning.scan_backward if products else tuning.scan_backward_fp32
+        if dtype == torch.bfloat16:
+            registers = registers or BACKWARD_REGISTERS
+        program = {"BD": 32 * warps, "WARPS": warps, "PER_THREAD": 8, "UNROLL": unroll, "PRODUCTS": products}
+    return program | {"num_warps": program["WARPS"], "maxnreg": registers, "enable_fp_fusion": True}
 
 
 def launch_forward(
@@ -116,13 +127,12 @@ def launch_forward(
     out = u.new_empty(b, length, d) if out is None else out
     y, states = empty_saved(u, k, b, length, d, N, save, z is not None)
     sums = y if y.numel() else out  # where a direction leaves its share for the other
-    block = forward_block(b, d, N, torch.cuda.get_device_properties(u.device).multi_processor_count)
-    meta = _meta(u, N, reverse, z is not None) | block
-    scan_forward[(triton.cdiv(d, block["BD"]), b)](
+    program = forward_program(b, d, N, u.device)
+    scan_forward[(triton.cdiv(d, program["BD"]), b)](
         u, delta, B, C, u if z is None else z, A, D, delta_bias, out, sums, states,
         length, scale, *_strides(u), *_strides(delta), *_strides(B), *_strides(C),
         *((0, 0) if z is None else _strides(z)), *_strides(out), *_strides(sums),
-        DIRS=k, SAVE=save, num_warps=k, **FORWARD, **meta,
+        DIRS=k, SAVE=save, num_warps=k, **program, **_meta(u, N, reverse, z is not None),
     )  # fmt: skip
     return out, y, states
 
@@ -149,21 +159,19 @@ def launch_backward(
     """(du, ddelta [k, b, L, d], dA [k, d, N], dD, ddelta_bias [k, d]), the last three fp32."""
     k, b, length, d = u.shape
     N = A.shape[-1]
-    block = backward_block(u.dtype, N, k * b * length)
-    blocks = triton.cdiv(d, block["BD"])
+    program = backward_program(u.dtype, N, k * b * length, u.device)
+    blocks = triton.cdiv(d, program["BD"])
     du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
     partial_bc = A.new_empty(blocks, k, b, length, 2 * N)
     partial_params = A.new_empty(k, b, d * (N + 2))
     dA, dD, dbias = A.new_empty(A.shape), A.new_empty(k, d), A.new_empty(k, d)
     gate = z is not None
-    narrow = N <= 16 and u.dtype == torch.bfloat16
     scan_backward[(blocks, b, k)](
         u, delta, B, C, z if gate else u, A, D, delta_bias, y, states, dout,
         du, ddelta, dz if gate else du, du if out is None else out, partial_bc, partial_params, length, scale,
         *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *(_strides(z) if z is not None else (0, 0)),
         *_strides(dout), *(_strides(dz) if dz is not None else (0, 0)), *(_strides(out) if out is not None else (0, 0)),
-        DIRS=k, OUT=out is not None, num_warps=block["WARPS"], maxnreg=BACKWARD_REGISTERS if narrow else None,
-        enable_fp_fusion=True, **block, **_meta(u, N, reverse, gate),
+        DIRS=k, OUT=out is not None, **program, **_meta(u, N, reverse, gate),
     )  # fmt: skip
     rows, columns = 64, 128
     grid = triton.cdiv(k * b * length, rows) + k * triton.cdiv(d * (N + 2), columns)

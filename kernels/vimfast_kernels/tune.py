@@ -1,0 +1,185 @@
+"""Time every choice of :mod:`vimfast_kernels.tuning` on this GPU and keep the fastest.
+
+    python -m vimfast_kernels.tune
+
+Each kernel is timed by itself on the shapes of a Vision Mamba of width 192 at 224 pixels and batch 128. The trainer
+does this once for each kind of GPU that nobody has measured, before its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vimfast_kernels import tuning
+from vimfast_kernels.tuning import CHOICES, DEFAULT, Tuning
+
+BATCH, LENGTH, CHANNELS, STATES, RANK = 128, 197, 384, 16, 16
+GAIN = 0.98  # what a choice's time must be of the best before it, to be taken instead
+REPEATS = 15
+
+Tell = Callable[[str], None]
+
+
+def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> float:
+    """Median time of a CUDA graph's replay that finds the L2 cache cold: `flush`, larger than it, is written before."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return sorted(a.elapsed_time(b) for a, b in times)[repeats // 2]
+
+
+def kernels() -> dict[str, Callable[[], Any]]:
+    """What is timed for each name of CHOICES."""
+    from vimfast_kernels import conv_triton, mixer_gluon, norm_triton, scan_gluon
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=dtype) / 8
+
+    def scan(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        rows = (2, BATCH, LENGTH)
+        A = -torch.rand(2, CHANNELS, STATES, device="cuda") * 8
+        D, bias = random(2, CHANNELS, dtype=torch.float32), random(2, CHANNELS, dtype=torch.float32) - 3
+        u, delta = (random(*rows, CHANNELS, dtype=dtype) for _ in range(2))
+        B, C = (random(*rows, STATES, dtype=dtype) for _ in range(2))
+        return u, delta, A, B, C, D, random(BATCH, LENGTH, CHANNELS, dtype=dtype), bias
+
+    def scan_forward(dtype: torch.dtype) -> Callable[[], Any]:
+        inputs = scan(dtype)
+        return lambda: scan_gluon.launch_forward(*inputs, both, 0.5, True)
+
+    def scan_backward(dtype: torch.dtype) -> Callable[[], Any]:
+        inputs = scan(dtype)
+        _, y, states = scan_gluon.launch_forward(*inputs, both, 0.5, True)
+        dB, dC, dz, out = (torch.empty_like(inputs[i]) for i in (3, 4, 6, 6))
+        grad = random(BATCH, LENGTH, CHANNELS, dtype=dtype)
+        return lambda: scan_gluon.launch_backward(grad, *inputs, y, states, both, 0.5, dB, dC, dz, out)
+
+    def conv() -> None:
+        conv_triton.launch_forward(x, taps, tap_bias, both)
+        conv_triton.launch_backward(dout, x, taps, tap_bias, both, dx)
+
+    def norm() -> None:
+        norm_triton.launch_forward(h, residual, None, weight, None, 0.0, 1e-5, True, normed, total)
+        norm_triton.launch_backward(h, residual, total, None, weight, None, 0.0, 1e-5, True, normed, again)
+
+    def products(dtype: torch.dtype) -> Callable[[], Any]:
+        rows = BATCH * LENGTH
+        pairs = [
+            (random(1, rows, 2 * CHANNELS, dtype=dtype), random(1, rows, CHANNELS // 2, dtype=dtype)),
+            (random(2, rows, RANK + 2 * STATES, dtype=dtype), random(2, rows, CHANNELS, dtype=dtype)),
+        ]
+        return lambda: [mixer_gluon.sum_of_products(*pair) for pair in pairs]
+
+    both = [False, True]
+    x, dx = random(BATCH, LENGTH, 2 * CHANNELS)[..., :CHANNELS], random(BATCH, LENGTH, CHANNELS)
+    dout, taps, tap_bias = random(2, BATCH, LENGTH, CHANNELS), random(2, CHANNELS, 4), random(2, CHANNELS)
+    h, normed = random(BATCH, LENGTH, CHANNELS // 2), random(BATCH, LENGTH, CHANNELS // 2)
+    residual, total, again = (random(*h.shape, dtype=torch.float32) for _ in range(3))
+    weight = random(CHANNELS // 2, dtype=torch.float32)
+    return {
+        "scan_forward": scan_forward(torch.bfloat16),
+        "scan_backward": scan_backward(torch.bfloat16),
+        "scan_backward_fp32": scan_backward(torch.float32),
+        "conv": conv,
+        "norm": norm,
+        "products": products(torch.bfloat16),
+        "products_fp32": products(torch.float32),
+    }
+
+
+def tune(device: int, tell: Tell) -> Tuning:
+    """The fastest choice for each kernel on this GPU, which this process launches from here on.
+
+    What stands first in CHOICES stays unless another is faster beyond the noise; a choice that the GPU or the compiler
+    refuses is passed over.
+    """
+    best = DEFAULT
+    with torch.cuda.device(device), torch.random.fork_rng([device]):  # a run draws the same after as without
+        flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        for name, run in kernels().items():
+            fastest = math.inf
+            for choice in CHOICES[name]:
+                tuning.use(device, replace(best, **{name: choice}))
+                try:
+                    taken = milliseconds(run, flush, REPEATS)
+                except Exception as error:  # too much shared memory, too few registers, a compiler's own: many kinds
+                    tell(f"{name} {choice}: {type(error).__name__}")
+                    continue
+                tell(f"{name} {choice}: {taken:.4f} ms")
+                if taken < GAIN * fastest:
+                    best, fastest = replace(best, **{name: choice}), taken
+    tuning.use(device, best)
+    torch.cuda.empty_cache()
+    return best
+
+
+def tune_once(device: int, tell: Tell, step: Tell | None = None) -> None:
+    """Tune and keep the outcome, unless this kind of GPU was measured before.
+
+    Args:
+        tell: is told the two sentences that a user of the trainer should read.
+        step: is told each time measured.
+    """
+    if tuning.is_tuned(device):
+        return
+    tell(f"timing the kernels on {torch.cuda.get_device_name(device)}: a minute or two, once for this kind of GPU")
+    keep(tune(device, step or (lambda line: None)), device, tell)
+
+
+def keep(found: Tuning, device: int, tell: Tell) -> None:
+    path = tuning.cache_file(device)
+    try:
+        tuning.save(found, path)
+    except OSError as error:
+        warnings.warn(
+            f"{path} cannot be written ({error.strerror}), so the kernels run as on an H200 and the next run times "
+            "them again; set XDG_CACHE_HOME to a folder that can be written",
+            stacklevel=2,
+        )
+        return
+    changed = [f"{name} {getattr(found, name)}" for name in CHOICES if getattr(found, name) != getattr(DEFAULT, name)]
+    tell(f"{path}: {'; '.join(changed) if changed else 'as on an H200'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--again", action="store_true", help="even if this kind of GPU was measured before")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA device here, and nothing but a GPU is tuned")
+    device = torch.cuda.current_device()
+    say: Tell = functools.partial(print, flush=True)
+    if args.again:
+        keep(tune(device, say), device, say)
+    elif tuning.is_tuned(device):
+        say(f"{torch.cuda.get_device_name(device)} is tuned already; --again does it again")
+    else:
+        tune_once(device, say, say)
+
+
+if __name__ == "__main__":
+    main()

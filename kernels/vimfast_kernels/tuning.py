@@ -1,0 +1,159 @@
+"""What may differ from one GPU to another in how the kernels are launched: the choices, and the file that keeps them.
+
+A choice is a shape of program, never another result beyond the order of a sum. What stands first in CHOICES is the
+fastest on an H200. For another GPU :mod:`vimfast_kernels.tune` times all of them once and writes the fastest down; a
+process reads that file when it first launches a kernel, and keeps to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class ScanForward(NamedTuple):
+    """Of a program where the GPU has many to run, at state size 16."""
+
+    channels: int
+    lanes: int  # threads a channel
+    unroll: int  # steps at once
+    registers: int  # that a thread may have
+
+
+class ScanBackward(NamedTuple):
+    """Of a program at state size 16; a warp has 32 channels."""
+
+    warps: int
+    unroll: int
+    registers: int | None  # None: as many as the compiler likes
+
+
+class Conv(NamedTuple):
+    channels: int  # of a program of one warp
+    forward_steps: int  # outputs made from one window of rows held in registers
+    backward_steps: int
+    segments: int  # programs that share a sequence in backward
+
+
+class Norm(NamedTuple):
+    entries: int  # that a program works on at a time
+    warps: int
+    programs: int  # of the backward pass, a multiprocessor: each leaves one row of partial sums
+
+
+class Products(NamedTuple):
+    """Into how many products a weight's gradient is cut over the rows, to fill the GPU."""
+
+    parts: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One choice for each kernel."""
+
+    scan_forward: ScanForward
+    scan_backward: ScanBackward  # bf16, sums over channels as products with bf16 states
+    scan_backward_fp32: ScanBackward  # all else
+    conv: Conv
+    norm: Norm
+    products: Products
+    products_fp32: Products
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    # 168 registers let 6 programs of 2 warps reside on a multiprocessor, which on an H200 does batch 128 in one wave.
+    "scan_forward": tuple(
+        ScanForward(*v) for v in ((64, 1, 4, 168), (64, 1, 2, 128), (32, 1, 4, 168), (32, 1, 4, 128), (32, 2, 4, 128))
+    ),
+    # 168 let 12 warps reside. Shared memory, which GeForce cards have half as much of, allows them 6 in any case.
+    "scan_backward": tuple(ScanBackward(*v) for v in ((2, 2, 168), (1, 2, 168), (2, 4, 168), (1, 2, 255), (4, 2, 168))),
+    "scan_backward_fp32": tuple(ScanBackward(*v) for v in ((2, 4, None), (1, 4, None), (2, 4, 168), (1, 4, 168))),
+    "conv": tuple(Conv(*v) for v in ((64, 16, 8, 2), (64, 8, 8, 2), (64, 16, 8, 1), (64, 16, 8, 4), (32, 16, 8, 2))),
+    "norm": tuple(Norm(*v) for v in ((1024, 2, 8), (512, 2, 16), (1024, 4, 8), (2048, 4, 8))),
+    "products": tuple(Products(v) for v in (8, 4, 16, 32)),
+    "products_fp32": tuple(Products(v) for v in (32, 8, 16)),
+}
+DEFAULT = Tuning(**{name: choices[0] for name, choices in CHOICES.items()})
+MEASURED = ((9, 0),)  # compute capabilities whose choices stand first
+
+
+def cache_file(device: int) -> Path:
+    """Where this GPU's choices are kept: another GPU, torch, Triton or version of the kernels has another file."""
+    import triton
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
+    versions = f"torch-{torch.__version__.split('+')[0]}-triton-{triton.__version__}"
+    return home / "vimfast" / f"kernels-{name}-{versions}-{_sources()}.json"
+
+
+@functools.cache
+def _sources() -> str:
+    """A short name for the text of all kernels."""
+    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:10]
+
+
+def save(tuning: Tuning, path: Path) -> None:
+    """Write aside, then rename: whoever reads meanwhile finds the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps({name: value._asdict() for name, value in _items(tuning)}, indent=1) + "\n")
+    aside.replace(path)
+
+
+def load(path: Path) -> Tuning | None:
+    """The choices in a file that :func:`save` wrote; None where there is none, or one that holds anything else."""
+    try:
+        written = json.loads(path.read_text())
+        found = {name: next(c for c in CHOICES[name] if c._asdict() == value) for name, value in written.items()}
+        return Tuning(**found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return None
+
+
+def is_tuned(device: int) -> bool:
+    """Whether the choices for this GPU are known, and not only guessed from another's."""
+    return torch.cuda.get_device_capability(device) in MEASURED or load(cache_file(device)) is not None
+
+
+_chosen: dict[int, Tuning] = {}
+
+
+def tuning_of(device: torch.device) -> Tuning:
+    """The choices for the GPU that a tensor is on, read from disk but once in a process."""
+    if device.type != "cuda":  # Triton's interpreter
+        return DEFAULT
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _chosen:
+        _chosen[index] = load(cache_file(index)) or DEFAULT
+    return _chosen[index]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of a CPU, where Triton's interpreter works: few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def use(device: int, tuning: Tuning) -> None:
+    """Launch with these from here on, in this process."""
+    _chosen[device] = tuning
+
+
+def read_again() -> None:
+    """Read the files again: another process may have written one."""
+    _chosen.clear()
+
+
+def _items(tuning: Tuning) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(tuning, field.name)) for field in dataclasses.fields(tuning)]

@@ -1,0 +1,87 @@
+"""Choices of program shapes: kept on disk, read back exactly, and never believed where they are anything else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vimfast_kernels import tune, tuning
+from vimfast_kernels.tuning import CHOICES, DEFAULT, load, save, tuning_of
+
+OTHER = replace(DEFAULT, **{name: choices[-1] for name, choices in CHOICES.items()})
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What torch tells of a GPU that nobody has measured; the folder of its cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    return tmp_path
+
+
+def test_choices_come_back_as_they_were_written(tmp_path: Path) -> None:
+    for kept in (DEFAULT, OTHER):
+        save(kept, tmp_path / "new folder" / "kept.json")
+        assert load(tmp_path / "new folder" / "kept.json") == kept
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["kept.json"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no object", "one less", "one more", "no choice", "a number"])
+def test_a_file_that_holds_anything_else_is_no_tuning(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "kept.json"
+    save(OTHER, path)
+    written = json.loads(path.read_text())
+    if damage == "one less":
+        del written["conv"]
+    if damage == "one more":
+        written["convolution"] = written["conv"]
+    if damage == "no choice":
+        written["scan_forward"]["channels"] = 4096
+    if damage == "a number":
+        written["conv"] = 7
+    path.write_text({"cut": path.read_text()[:40], "no object": "[]"}.get(damage, json.dumps(written)))
+    assert load(path) is None
+
+
+def test_a_gpu_is_tuned_once(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    runs = []
+    monkeypatch.setattr(tune, "tune", lambda device, tell: runs.append(device) or OTHER)
+    gpu, told = torch.device("cuda", 0), list[str]()
+    assert tuning_of(gpu) == DEFAULT
+    for _ in range(2):
+        tune.tune_once(0, told.append)
+    assert runs == [0]
+    assert "NVIDIA GeForce RTX 4090" in told[0]
+    assert "ScanForward" in told[1]
+    assert tuning_of(gpu) == DEFAULT  # not in the middle of a run
+    tuning.read_again()
+    assert tuning_of(gpu) == OTHER
+    assert [path.parent.name for path in a_gpu.rglob("*.json")] == ["vimfast"]
+
+
+def test_other_kernels_are_tuned_again(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    save(OTHER, tuning.cache_file(0))
+    assert tuning.is_tuned(0)
+    monkeypatch.setattr(tuning, "_sources", lambda: "changed")
+    assert not tuning.is_tuned(0)
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    (a_gpu / "vimfast").write_text("a file where the folder should be")
+    monkeypatch.setattr(tune, "tune", lambda device, tell: OTHER)
+    with pytest.warns(UserWarning, match="set XDG_CACHE_HOME"):
+        tune.tune_once(0, lambda line: None)
+
+
+def test_an_h200_was_measured_by_hand(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert tuning.is_tuned(0)
