@@ -64,11 +64,13 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
         "D": 384, "N": n, "DIRS": directions, "CHUNK": scan_gluon.CHUNK, "FLIP": 0, "GATE": True,
         "PRECISE": element != "bf16",
     }  # fmt: skip
+    dtype = torch.bfloat16 if element == "bf16" else torch.float32
+    name = "scan_forward" if element == "bf16" else "scan_forward_fp32"
     programs = [
         options
-        for choice in tuning.CHOICES["scan_forward"]
+        for choice in tuning.CHOICES[name]
         for batch in (1024, 1)
-        for options in [shape_of(scan_gluon.forward_program, "scan_forward", choice, batch, 384, n)]
+        for options in [shape_of(scan_gluon.forward_program, name, choice, dtype, batch, 384, n)]
     ]
     for program in programs if n == 16 else programs[:2]:
         forward = compiled(scan_gluon.scan_forward, arch, element, directions, SAVE=True, **program, **constants)
@@ -76,7 +78,6 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
         # A loop that lost its body compiles too, and is fast: the exponentials of all states must be there.
         states_a_thread = program["BD"] * n // 32
         assert forward.asm["ptx"].count("ex2.approx") >= program["UNROLL"] * states_a_thread
-    dtype = torch.bfloat16 if element == "bf16" else torch.float32
     for sums, name in ((scan_gluon.PRODUCTS_SUMS, "scan_backward"), (1, "scan_backward_fp32")):
         for choice in tuning.CHOICES[name] if n == 16 else tuning.CHOICES[name][:1]:
             program = shape_of(scan_gluon.backward_program, name, choice, dtype, n, sums)

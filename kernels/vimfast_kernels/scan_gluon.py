@@ -12,17 +12,21 @@ from torch import Tensor
 
 from vimfast_kernels.scan_backward_gluon import scan_backward, sum_partials
 from vimfast_kernels.scan_forward_gluon import scan_forward
-from vimfast_kernels.tuning import multiprocessors, tuning_of
+from vimfast_kernels.tuning import ScanForward, multiprocessors, tuning_of
 
 CHUNK = 8  # steps between saved states, and steps worked on at a time
-# Channels, threads a channel and steps at once of a forward program. Wide: 32 states a thread (16 at state size 8), the
-# fewest instructions; at state size 16 the tuning has it. Narrow: fewer states a thread, more threads and loads further
-# ahead, for a GPU that wide programs would leave mostly empty, as few long sequences do.
-FORWARD_WIDE = {8: (64, 1, 4), 32: (32, 1, 2), 64: (16, 2, 2)}
-FORWARD_NARROW = {8: (32, 1, 4), 16: (16, 2, 8), 32: (16, 2, 2), 64: (16, 2, 2)}
+# Forward programs by state size. Wide: 32 states a thread (16 at state size 8), the fewest instructions; for state size
+# 16 the tuning has it. Narrow: fewer states a thread, more threads and loads further ahead, for a GPU that wide programs
+# would leave mostly empty, as few long sequences do.
+FORWARD_WIDE = {
+    8: ScanForward(64, 1, 4, 168), 32: ScanForward(32, 1, 2, 168), 64: ScanForward(16, 2, 2, 168),
+}  # fmt: skip
+FORWARD_NARROW = {
+    8: ScanForward(32, 1, 4, 168), 16: ScanForward(16, 2, 8, 168), 32: ScanForward(16, 2, 2, 168),
+    64: ScanForward(16, 2, 2, 168),
+}  # fmt: skip
 WIDE_PROGRAMS = 6  # at once on a multiprocessor
-FORWARD_REGISTERS = 168
-# Channels, warps and states a thread of a backward program, by state size: 16 states a thread (32 at the larger sizes).
+# Backward programs by state size: 16 states a thread (32 at the larger sizes); for state size 16 the tuning has it.
 BACKWARD = {
     8: {"BD": 64, "WARPS": 1, "PER_THREAD": 8, "UNROLL": 4, "PRODUCTS": False},
     32: {"BD": 32, "WARPS": 1, "PER_THREAD": 16, "UNROLL": 2, "PRODUCTS": False},
@@ -79,29 +83,27 @@ def empty_saved(
     return y, like.new_empty((k, b, (length + CHUNK - 1) // CHUNK, d, n) if save else (0,), dtype=keep)
 
 
-def forward_program(batch: int, channels: int, states: int, device: torch.device) -> dict[str, Any]:
+def forward_program(dtype: torch.dtype, batch: int, channels: int, states: int, device: torch.device) -> dict[str, Any]:
     """Shape and launch options of a forward program."""
-    *wide, registers = tuning_of(device).scan_forward if states == 16 else (*FORWARD_WIDE[states], FORWARD_REGISTERS)
-    programs = batch * triton.cdiv(channels, wide[0])
-    if 3 * programs <= WIDE_PROGRAMS * multiprocessors(device):
-        wide, registers = list(FORWARD_NARROW[states]), FORWARD_REGISTERS
-    # Newer Tritons fuse multiply and add only if told to.
-    return dict(zip(("BD", "LANES", "UNROLL"), wide, strict=True)) | {"maxnreg": registers, "enable_fp_fusion": True}
+    tuning = tuning_of(device)
+    program = FORWARD_WIDE.get(states) or (tuning.scan_forward_fp32 if dtype == torch.float32 else tuning.scan_forward)
+    if 3 * batch * triton.cdiv(channels, program.channels) <= WIDE_PROGRAMS * multiprocessors(device):
+        program = FORWARD_NARROW[states]
+    shape = {"BD": program.channels, "LANES": program.lanes, "UNROLL": program.unroll}
+    return shape | {"maxnreg": program.registers, "enable_fp_fusion": True}  # newer Tritons fuse only if told to
 
 
 def backward_program(dtype: torch.dtype, states: int, sums: int, device: torch.device) -> dict[str, Any]:
     """Shape and launch options of a backward program where dB and dC are so many sums over channels for each state."""
-    if states != 16:
-        narrow = states < 16 and dtype == torch.bfloat16
-        program: dict[str, Any] = dict(BACKWARD[states])
-        registers = BACKWARD_REGISTERS if narrow else None
-    else:
-        products = dtype == torch.bfloat16 and sums >= PRODUCTS_SUMS
-        tuning = tuning_of(device)
-        warps, unroll, registers = tuning.scan_backward if products else tuning.scan_backward_fp32
-        if dtype == torch.bfloat16:
-            registers = registers or BACKWARD_REGISTERS
-        program = {"BD": 32 * warps, "WARPS": warps, "PER_THREAD": 8, "UNROLL": unroll, "PRODUCTS": products}
+    products = dtype == torch.bfloat16 and states == 16 and sums >= PRODUCTS_SUMS
+    tuning = tuning_of(device)
+    tuned = tuning.scan_backward if products else tuning.scan_backward_fp32
+    program = BACKWARD.get(states) or {
+        "BD": 32 * tuned.warps, "WARPS": tuned.warps, "PER_THREAD": 8, "UNROLL": tuned.unroll, "PRODUCTS": products,
+    }  # fmt: skip
+    registers = tuned.registers if states == 16 else None
+    if dtype == torch.bfloat16 and states <= 16:
+        registers = registers or BACKWARD_REGISTERS
     return program | {"num_warps": program["WARPS"], "maxnreg": registers, "enable_fp_fusion": True}
 
 
@@ -127,7 +129,7 @@ def launch_forward(
     out = u.new_empty(b, length, d) if out is None else out
     y, states = empty_saved(u, k, b, length, d, N, save, z is not None)
     sums = y if y.numel() else out  # where a direction leaves its share for the other
-    program = forward_program(b, d, N, u.device)
+    program = forward_program(u.dtype, b, d, N, u.device)
     scan_forward[(triton.cdiv(d, program["BD"]), b)](
         u, delta, B, C, u if z is None else z, A, D, delta_bias, out, sums, states,
         length, scale, *_strides(u), *_strides(delta), *_strides(B), *_strides(C),

@@ -102,6 +102,7 @@ def kernels() -> dict[str, Callable[[], Any]]:
     weight = random(CHANNELS // 2, dtype=torch.float32)
     return {
         "scan_forward": scan_forward(torch.bfloat16),
+        "scan_forward_fp32": scan_forward(torch.float32),
         "scan_backward": scan_backward(torch.bfloat16),
         "scan_backward_fp32": scan_backward(torch.float32),
         "conv": conv,

@@ -61,6 +61,7 @@ class Tuning:
     """One choice for each kernel."""
 
     scan_forward: ScanForward
+    scan_forward_fp32: ScanForward
     scan_backward: ScanBackward  # bf16, sums over channels as products with bf16 states
     scan_backward_fp32: ScanBackward  # all else
     conv: Conv
@@ -73,6 +74,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     # 168 registers let 6 programs of 2 warps reside on a multiprocessor, which on an H200 does batch 128 in one wave.
     "scan_forward": tuple(
         ScanForward(*v) for v in ((64, 1, 4, 168), (64, 1, 2, 128), (32, 1, 4, 168), (32, 1, 4, 128), (32, 2, 4, 128))
+    ),
+    "scan_forward_fp32": tuple(
+        ScanForward(*v) for v in ((64, 1, 4, 168), (64, 1, 4, 255), (64, 1, 2, 168), (32, 1, 4, 168), (32, 2, 4, 128))
     ),
     # 168 let 12 warps reside. Shared memory, which GeForce cards have half as much of, allows them 6 in any case.
     "scan_backward": tuple(ScanBackward(*v) for v in ((2, 2, 168), (1, 2, 168), (2, 4, 168), (1, 2, 255), (4, 2, 168))),
