@@ -76,7 +76,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
         ScanForward(*v) for v in ((64, 1, 4, 168), (64, 1, 2, 128), (32, 1, 4, 168), (32, 1, 4, 128), (32, 2, 4, 128))
     ),
     "scan_forward_fp32": tuple(
-        ScanForward(*v) for v in ((64, 1, 4, 168), (64, 1, 4, 255), (64, 1, 2, 168), (32, 1, 4, 168), (32, 2, 4, 128))
+        ScanForward(*v) for v in ((32, 1, 4, 168), (64, 1, 4, 168), (64, 1, 2, 168), (32, 1, 4, 255), (32, 2, 4, 128))
     ),
     # 168 let 12 warps reside. Shared memory, which GeForce cards have half as much of, allows them 6 in any case.
     "scan_backward": tuple(ScanBackward(*v) for v in ((2, 2, 168), (1, 2, 168), (2, 4, 168), (1, 2, 255), (4, 2, 168))),
