@@ -13,13 +13,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
+from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.trainer import Trainer
@@ -224,6 +227,23 @@ def test_a_run_that_only_skips_ends_and_leaves_sound_weights(recipe: str, shards
         train(*flags, "--log-every", "1000", "--skip-limit", "2", kind=Diverges)
     state = load_checkpoint(tmp_path / "checkpoint.pth")
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+
+
+def test_small_pictures_are_evaluated_as_they_are(recipe: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        for i, pixels in enumerate(noise):
+            path = tmp_path / split / f"class{i}" / "picture.JPEG"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(pixels).save(path, quality=95)
+    trainer = Trainer(load_config(["--config", recipe, "--data-path", str(tmp_path)]), World())
+    (images, labels), *_ = trainer.val_loader.epoch(0)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    shown = (255 * (images * std + mean)).permute(0, 2, 3, 1)
+    files = [tmp_path / "val" / f"class{label}" / "picture.JPEG" for label in labels]
+    stored = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
+    assert (shown - stored).abs().max() < 1.01  # a level: two decoders
+    trainer.close()
 
 
 def test_accumulated_batches_train_as_one(recipe: str, shards: Path) -> None:

@@ -5,7 +5,8 @@
 
 Every op is first compared with float64 on a small batch, outputs and all gradients. Times are medians of CUDA graph
 replays with the L2 cache flushed before each. The floor of an op is the larger of the bytes it must move over this
-GPU's measured copy rate and the exponentials it must take over 16 a clock and multiprocessor. Where mamba_ssm and
+GPU's measured copy rate and the exponentials it must take over 16 a clock and multiprocessor; that of a whole block
+the sum over its ops, matrix products included (tools/floors.py). Where mamba_ssm and
 causal-conv1d are installed, the same is done by them in the same run, their flips and copies included.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from floors import Gpu, this_gpu
+from floors import Gpu, Op, layer, this_gpu
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -48,6 +49,7 @@ class Case(NamedTuple):
     backward_bytes: int
     exponentials: int  # of a forward pass; backward takes twice as many
     mamba: Callable[..., Any] | None = None  # the same through mamba_ssm or causal-conv1d
+    whole: tuple[list[Op], list[Op]] | None = None  # the ops of forward, and of forward and backward, if several
 
 
 def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
@@ -112,9 +114,10 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
             block,
             None,
             [h, r, torch.ones(d // 2, **f32), in_weight, *directions, out_weight],
-            tokens * (d // 2) * (2 * size + 8),
-            tokens * (d // 2) * (2 * size + 12),
-            2 * tokens * d * STATES,
+            0,
+            0,
+            0,
+            whole=(layer(tokens, d // 2, size, training=False), layer(tokens, d // 2, size, training=True)),
         ),
     ]
 
@@ -145,20 +148,25 @@ def worst_error(case: Case) -> float:
 def measure(case: Case, error: float | None, gpu: Gpu, flush: Tensor, repeats: int, mamba: bool) -> dict[str, Any]:
     """Times and floors of one op, milliseconds."""
     forward, both = (milliseconds(f, flush, repeats) for f in passes(case.kernel, case.inputs))
-    floors = [
-        1e3 * max(moved / gpu.copy, taken / gpu.exponentials)
-        for moved, taken in (
-            (case.forward_bytes, case.exponentials),
-            (case.backward_bytes, 2 * case.exponentials),
+    if case.whole is None:
+        there, back = (
+            max(moved / gpu.copy, taken / gpu.exponentials)
+            for moved, taken in (
+                (case.forward_bytes, case.exponentials),
+                (case.backward_bytes, 2 * case.exponentials),
+            )
         )
-    ]
+        floors = there, there + back
+    else:
+        fp32 = case.inputs[0].dtype == torch.float32
+        floors = gpu.seconds(case.whole[0], fp32), gpu.seconds(case.whole[1], fp32)
     found = {
         "op": case.name,
         "worst_error": error,
         "forward_ms": forward,
         "forward_backward_ms": both,
-        "forward_floor_ms": floors[0],
-        "forward_backward_floor_ms": sum(floors),
+        "forward_floor_ms": 1e3 * floors[0],
+        "forward_backward_floor_ms": 1e3 * floors[1],
     }
     if mamba and case.mamba is not None:
         found["mamba_forward_ms"], found["mamba_forward_backward_ms"] = (
@@ -220,7 +228,7 @@ def plot(source: Path) -> None:
     axes.set_xlabel("milliseconds")
     axes.set_title(f"{record['gpu']}, {record['date']}: ops of one layer, both directions", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center right")
     figure.savefig(source.with_suffix(".png"), dpi=130)
 
 

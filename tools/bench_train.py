@@ -12,6 +12,7 @@ time of steps as they come, against that of steps that were queued while the GPU
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -161,6 +162,7 @@ def peak_gib() -> float:
 
 
 def measure(row: Row, args: argparse.Namespace, backend: str, gpu: Gpu) -> dict[str, Any]:
+    gc.collect()  # the row before may have left its model in a cycle
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run, capture = (training if row.training else inference)(row, args, backend)

@@ -91,7 +91,9 @@ class DataConfig:
     train_interpolation: str = option(
         "bicubic", "filter of crops and warps in training", choices=("bicubic", "bilinear", "random")
     )
-    eval_crop_ratio: float = option(0.875, "validation resizes the short side to input size / this, then crops")
+    eval_crop_ratio: float = option(
+        0.875, "validation resizes the short side to input size / this, then crops; 1 for inputs up to 32 pixels"
+    )
     num_workers: int | None = option(
         None, "decoding threads of each process; default: as many as help, of the cores it may use", least=1
     )

@@ -28,6 +28,7 @@ from vimfast.checkpoint import (
 from vimfast.config import Config, plan_batches
 from vimfast.data.loader import Batch, Loader
 from vimfast.data.mixup import Mixup
+from vimfast.data.recipe import LARGEST_PADDED
 from vimfast.data.sampler import Order
 from vimfast.data.source import Source, open_source
 from vimfast.dist import World
@@ -155,7 +156,8 @@ class Trainer:
             ratio=data.ratio,
             hflip=data.hflip,
             interpolation=data.train_interpolation if training else "bicubic",
-            crop_ratio=data.eval_crop_ratio,
+            # The original evaluates small inputs as they are. For those of another size that means the short side.
+            crop_ratio=1.0 if self.cfg.model.input_size <= LARGEST_PADDED else data.eval_crop_ratio,
             threads=data.num_workers,
             prefetch=data.prefetch,
             decoder=data.decoder,
