@@ -52,44 +52,49 @@ def test_a_containers_share_of_time_counts(
 
 def test_decoders_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 12, 12)
-    assert choose_decoding("auto", None, CPU, True) == ("cpu", 12, 0.0)
-    assert choose_decoding("cpu", 3, CPU, False) == ("cpu", 3, 0.0)
+    assert choose_decoding("auto", None, CPU, 110e3) == ("cpu", 12, 0.0)
+    assert choose_decoding("cpu", 3, CPU, None) == ("cpu", 3, 0.0)
     with pytest.raises(UserError, match="'hardwear'; did you mean 'hardware'"):
-        choose_decoding("hardwear", None, CPU, True)
+        choose_decoding("hardwear", None, CPU, 110e3)
     with pytest.raises(UserError, match="--decoder cuda needs a GPU, and this run is on cpu"):
-        choose_decoding("cuda", None, CPU, True)
+        choose_decoding("cuda", None, CPU, 110e3)
 
 
+ORIGINALS, SHORT_256 = 110e3, 30e3  # bytes
 H200, A100, RTX_4090, RTX_3090 = (9, 0), (8, 0), (8, 9), (8, 6)
 
 
 @pytest.mark.parametrize(
-    ("capability", "cores_here", "training", "decoder", "threads"),
+    ("capability", "cores_here", "picture_bytes", "decoder", "threads"),
     [
-        (H200, 16, True, "cpu", 14),
-        (H200, 24, True, "cpu", 22),
-        (H200, 12, True, "cuda", 11),
-        (H200, 4, True, "hardware", 4),
-        (H200, 16, False, "hardware", 8),
-        (A100, 16, False, "hardware", 8),
-        (RTX_4090, 16, True, "cpu", 14),
-        (RTX_4090, 8, True, "cpu", 6),
-        (RTX_4090, 4, True, "cuda", 4),
-        (RTX_4090, 16, False, "cuda", 11),
-        (RTX_3090, 1, True, "cuda", 1),
+        (H200, 16, ORIGINALS, "cpu", 14),
+        (H200, 24, ORIGINALS, "cpu", 22),
+        (H200, 12, ORIGINALS, "cuda", 11),
+        (H200, 4, ORIGINALS, "hardware", 4),
+        (H200, 16, None, "hardware", 8),
+        (A100, 16, None, "hardware", 8),
+        (RTX_4090, 16, ORIGINALS, "cpu", 14),
+        (RTX_4090, 8, ORIGINALS, "cpu", 6),
+        (RTX_4090, 4, ORIGINALS, "cuda", 4),
+        (RTX_4090, 16, None, "cuda", 11),
+        (RTX_3090, 1, ORIGINALS, "cuda", 1),
+        (H200, 12, SHORT_256, "cpu", 10),
+        (H200, 8, SHORT_256, "cpu", 6),
+        (RTX_4090, 4, SHORT_256, "cpu", 2),
+        (H200, 16, 500e3, "cuda", 11),
     ],
 )
 def test_who_decodes_follows_from_gpu_and_cores(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     cores_here: int,
-    training: bool,
+    picture_bytes: float | None,
     decoder: str,
     threads: int,
 ) -> None:
     cores(monkeypatch, cores_here, cores_here)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    chosen = choose_decoding("auto", None, torch.device("cuda", 0), training)
+    chosen = choose_decoding("auto", None, torch.device("cuda", 0), picture_bytes)
     assert (chosen.decoder, chosen.threads) == (decoder, threads)
     assert (chosen.engine_share > 0) == (decoder == "hardware")
 
@@ -97,7 +102,7 @@ def test_who_decodes_follows_from_gpu_and_cores(
 def test_more_threads_leave_less_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
     gpu = torch.device("cuda", 0)
-    shares = [choose_decoding("hardware", threads, gpu, True).engine_share for threads in (1, 8, 16, 64)]
+    shares = [choose_decoding("hardware", threads, gpu, ORIGINALS).engine_share for threads in (1, 8, 16, 64)]
     assert all(0 < share < 1 for share in shares)
     assert shares == sorted(shares, reverse=True)
 
@@ -105,4 +110,4 @@ def test_more_threads_leave_less_to_the_engine(monkeypatch: pytest.MonkeyPatch) 
 def test_threads_asked_for_decide_who_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 16, 16)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
-    assert choose_decoding("auto", 8, torch.device("cuda", 0), True)[:2] == ("cuda", 8)
+    assert choose_decoding("auto", 8, torch.device("cuda", 0), ORIGINALS)[:2] == ("cuda", 8)

@@ -80,6 +80,16 @@ def test_bounds_are_those_of_the_shards(odd_tree: Path, odd_shards: Path) -> Non
         open_source(odd_tree, "train").bounds()
 
 
+def test_mean_bytes(odd_tree: Path, odd_shards: Path) -> None:
+    for source in (open_source(odd_tree, "train"), open_source(odd_shards, "train")):
+        paths = [source.name(i) for i in range(len(source))]
+        if isinstance(source, FolderSource):
+            sizes = [Path(path).stat().st_size for path in paths]
+        else:
+            sizes = [len(encoded) for encoded in source.read(np.arange(len(source))).encoded]
+        assert source.mean_bytes() == pytest.approx(np.mean(sizes))
+
+
 def folder_ids(folder: Source, shards: Source) -> np.ndarray:
     """For each picture of the shards, its id in the folder, by name."""
     ids = {stem(folder.name(i)): i for i in range(len(folder))}

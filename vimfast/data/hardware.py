@@ -25,9 +25,11 @@ _LARGEST_SHARE = 0.9
 _MOST_THREADS = {"hardware": 8, "cuda": 11}
 _OWN_CORES = 2  # left to the threads that launch the step and that read ahead, where the others decode on the CPU
 
-# Threads that decode ImageNet's originals on the CPU as fast as Vim-Tiny trains: with an engine the GPU is one of those
-# that train 5,600 pictures a second (H200), without one at most half that.
-_ENOUGH_THREADS, _ENOUGH_WITHOUT_ENGINE = 12, 6
+# A core decodes 584 originals (110 KB) a second on the CPU beside others, or 1,772 pictures of short side 256 (30 KB).
+_PICTURE_SECONDS, _BYTE_SECONDS = 0.14e-3, 14.2e-9
+# Pictures a second that Vim-Tiny trains at on an H200, for GPUs with an engine, and half of that for those without; and
+# how much faster decoding must be, so that no step waits.
+_TRAINED, _TRAINED_WITHOUT_ENGINE, _ROOM = 5_600, 2_800, 1.25
 _FEW_THREADS = 6  # fewer than these leave the JPEG engine most of the work in training too
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -41,7 +43,7 @@ class Decoding(NamedTuple):
     engine_share: float  # of the pictures, for the JPEG engine
 
 
-def choose_decoding(wanted: str, threads: int | None, device: torch.device, training: bool) -> Decoding:
+def choose_decoding(wanted: str, threads: int | None, device: torch.device, picture_bytes: float | None) -> Decoding:
     """The decoder, its threads and the JPEG engine's share, for what was asked for: a decoder, or ``"auto"``.
 
     Beside a training step the GPU is the wrong place to decode: its decoders launch kernels picture by picture, wait
@@ -51,6 +53,7 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, trai
 
     Args:
         threads: None for as many as help.
+        picture_bytes: mean size of an encoded picture in training; None in evaluation.
 
     Raises:
         UserError: no such decoder, or not on this device.
@@ -66,14 +69,20 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, trai
     decoder = wanted
     if wanted == "auto":
         own = threads or cores - _OWN_CORES
-        if training and own >= (_ENOUGH_THREADS if engine else _ENOUGH_WITHOUT_ENGINE):
+        if picture_bytes is not None and _keeps_up(own, picture_bytes, engine > 0):
             decoder = "cpu"
         else:
-            decoder = "hardware" if engine and (not training or own < _FEW_THREADS) else "cuda"
+            decoder = "hardware" if engine and (picture_bytes is None or own < _FEW_THREADS) else "cuda"
     if threads is None:
         threads = min(cores, _MOST_THREADS[decoder]) if decoder in _MOST_THREADS else max(1, cores - _OWN_CORES)
     share = min(engine / (engine + _THREAD * threads), _LARGEST_SHARE) if decoder == "hardware" else 0.0
     return Decoding(decoder, threads, share)
+
+
+def _keeps_up(threads: int, picture_bytes: float, engine: bool) -> bool:
+    """Whether so many threads decode on the CPU as fast as a GPU trains a Vim-Tiny."""
+    needed = _ROOM * (_TRAINED if engine else _TRAINED_WITHOUT_ENGINE)
+    return threads / (_PICTURE_SECONDS + _BYTE_SECONDS * picture_bytes) >= needed
 
 
 def available_cores() -> int:

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -72,6 +73,9 @@ class Source(Protocol):
 
     def name(self, i: int) -> str:
         """Where picture i lies, for a person to find it."""
+
+    def mean_bytes(self) -> float:
+        """Of a picture, from a few of them; 0 where there is none."""
 
     def bounds(self) -> tuple[int, ...]:
         """The first picture of each shard, and the number of all pictures.
@@ -151,6 +155,10 @@ class ShardSource:
             except OSError as error:
                 raise UserError(f"{path} cannot be opened ({error.strerror}); run vimfast-prepare again") from None
         return known
+
+    def mean_bytes(self) -> float:
+        """Of a picture, from a few of them; 0 where there is none."""
+        return float(self._index["size"][_few(len(self))].mean()) if len(self) else 0.0
 
     def bounds(self) -> tuple[int, ...]:
         """The first picture of each shard, and the number of all pictures."""
@@ -250,6 +258,14 @@ class FolderSource:
             raise BadPicture(i, f"{path} is no readable picture ({error})") from None
         return np.frombuffer(data if jpeg.is_plain(info) else converted, np.uint8), size
 
+    def mean_bytes(self) -> float:
+        """Of a picture, from a few of them; 0 where there is none. What cannot be looked at does not count."""
+        sizes = []
+        for i in _few(len(self)).tolist():
+            with suppress(OSError):
+                sizes.append(self._files.path(i).stat().st_size)
+        return sum(sizes) / max(len(sizes), 1)
+
     def bounds(self) -> tuple[int, ...]:
         """No shards here.
 
@@ -264,6 +280,11 @@ class FolderSource:
     def name(self, i: int) -> str:
         """The file's path."""
         return str(self._files.path(i))
+
+
+def _few(count: int) -> np.ndarray:
+    """At most 64 ids, spread over all."""
+    return np.linspace(0, count - 1, min(count, 64)).astype(np.int64)
 
 
 def _read_file(path: Path) -> bytes:
