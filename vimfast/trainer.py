@@ -390,13 +390,14 @@ class Trainer:
         read_again()
 
     def _introduce(self, parameters: int) -> None:
-        cfg, world = self.cfg, self.world
+        cfg, world, decoding = self.cfg, self.world, self.train_loader.settings
         kernels = self._kernels() and f", kernels {self._kernels()}"
         self.report.say(
             f"{cfg.model.model}: {parameters:,} parameters{kernels}, "
             f"{self.precision} on {world.size} x {world.device.type}"
             f"{', steps as a CUDA graph' if self.train_step.captured else ''}; "
-            f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes, "
+            f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes "
+            f"(decoder {decoding.decoder}, {decoding.threads} threads), "
             f"{len(self.val_source):,} to validate; {self.steps} steps an epoch of {self.global_batch} pictures, "
             f"learning rate {peak_lr(cfg.optim, self.global_batch):.3g}"
         )
