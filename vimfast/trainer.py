@@ -397,7 +397,7 @@ class Trainer:
             f"{self.precision} on {world.size} x {world.device.type}"
             f"{', steps as a CUDA graph' if self.train_step.captured else ''}; "
             f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes "
-            f"(decoder {decoding.decoder}, {decoding.threads} threads), "
+            f"(decoder {decoding.decoder}, threads {decoding.threads}), "
             f"{len(self.val_source):,} to validate; {self.steps} steps an epoch of {self.global_batch} pictures, "
             f"learning rate {peak_lr(cfg.optim, self.global_batch):.3g}"
         )
