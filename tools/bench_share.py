@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
+from comparison import cross_entropy
 from torch import Tensor
 
 from vimfast.cli import run_main
@@ -104,10 +104,6 @@ def build(args: argparse.Namespace, device: torch.device) -> TrainStep:
         images, targets = torch.zeros(args.batch_size, 3, args.input_size, args.input_size), torch.zeros(1, CLASSES)
         step.capture(images.to(device), targets.repeat(args.batch_size, 1).to(device))
     return step
-
-
-def cross_entropy(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits, targets)
 
 
 def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:

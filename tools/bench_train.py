@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from comparison import cross_entropy
 from floors import Gpu, step, this_gpu
 from rich.console import Console
 from rich.table import Table
@@ -103,10 +103,6 @@ def queued_milliseconds(run: Run, calls: int = 2) -> float:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / calls)
     return statistics.median(times)
-
-
-def cross_entropy(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits, targets)
 
 
 def build_model(row: Row, args: argparse.Namespace, backend: str) -> torch.nn.Module:
