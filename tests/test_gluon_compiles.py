@@ -67,10 +67,9 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
     dtype = torch.bfloat16 if element == "bf16" else torch.float32
     name = "scan_forward" if element == "bf16" else "scan_forward_fp32"
     programs = [
-        options
+        shape_of(scan_gluon.forward_program, name, choice, dtype, batch, 384, n)
         for choice in tuning.CHOICES[name]
         for batch in (1024, 1)
-        for options in [shape_of(scan_gluon.forward_program, name, choice, dtype, batch, 384, n)]
     ]
     for program in programs if n == 16 else programs[:2]:
         forward = compiled(scan_gluon.scan_forward, arch, element, directions, SAVE=True, **program, **constants)

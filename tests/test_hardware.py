@@ -52,12 +52,12 @@ def test_a_containers_share_of_time_counts(
 
 def test_decoders_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 12, 12)
-    assert choose_decoding("auto", None, CPU, 110e3) == ("cpu", 12, 0.0)
+    assert choose_decoding("auto", None, CPU, lambda: ORIGINALS) == ("cpu", 12, 0.0)
     assert choose_decoding("cpu", 3, CPU, None) == ("cpu", 3, 0.0)
     with pytest.raises(UserError, match="'hardwear'; did you mean 'hardware'"):
-        choose_decoding("hardwear", None, CPU, 110e3)
+        choose_decoding("hardwear", None, CPU, lambda: ORIGINALS)
     with pytest.raises(UserError, match="--decoder cuda needs a GPU, and this run is on cpu"):
-        choose_decoding("cuda", None, CPU, 110e3)
+        choose_decoding("cuda", None, CPU, lambda: ORIGINALS)
 
 
 ORIGINALS, SHORT_256 = 110e3, 30e3  # bytes
@@ -94,7 +94,7 @@ def test_who_decodes_follows_from_gpu_and_cores(
 ) -> None:
     cores(monkeypatch, cores_here, cores_here)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    chosen = choose_decoding("auto", None, torch.device("cuda", 0), picture_bytes)
+    chosen = choose_decoding("auto", None, torch.device("cuda", 0), picture_bytes and (lambda: picture_bytes))
     assert (chosen.decoder, chosen.threads) == (decoder, threads)
     assert (chosen.engine_share > 0) == (decoder == "hardware")
 
@@ -102,7 +102,7 @@ def test_who_decodes_follows_from_gpu_and_cores(
 def test_more_threads_leave_less_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
     gpu = torch.device("cuda", 0)
-    shares = [choose_decoding("hardware", threads, gpu, ORIGINALS).engine_share for threads in (1, 8, 16, 64)]
+    shares = [choose_decoding("hardware", threads, gpu, lambda: ORIGINALS).engine_share for threads in (1, 8, 16, 64)]
     assert all(0 < share < 1 for share in shares)
     assert shares == sorted(shares, reverse=True)
 
@@ -110,4 +110,4 @@ def test_more_threads_leave_less_to_the_engine(monkeypatch: pytest.MonkeyPatch) 
 def test_threads_asked_for_decide_who_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 16, 16)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
-    assert choose_decoding("auto", 8, torch.device("cuda", 0), ORIGINALS)[:2] == ("cuda", 8)
+    assert choose_decoding("auto", 8, torch.device("cuda", 0), lambda: ORIGINALS)[:2] == ("cuda", 8)

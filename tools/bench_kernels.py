@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import floors
 import torch
-from floors import Gpu, Op, layer, this_gpu
+from floors import Gpu, Op, this_gpu
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -45,18 +46,16 @@ class Case(NamedTuple):
     kernel: Callable[..., Any]
     plain: Callable[..., Any] | None  # the same in plain torch, or None where its parts are checked by themselves
     inputs: list[Tensor]
-    forward_bytes: int
-    backward_bytes: int
-    exponentials: int  # of a forward pass; backward takes twice as many
+    forward: list[Op]  # whose floors are its own
+    both: list[Op]  # with backward
     mamba: Callable[..., Any] | None = None  # the same through mamba_ssm or causal-conv1d
-    whole: tuple[list[Op], list[Op]] | None = None  # the ops of forward, and of forward and backward, if several
 
 
 def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
     """The ops of one layer of inner width d, on random inputs of a trained model's scale."""
     torch.manual_seed(0)
     rank, size = -(-d // 32), torch.finfo(dtype).bits // 8
-    row, tokens = d * size, batch * length
+    tokens = batch * length
     on: dict[str, Any] = {"device": "cuda", "dtype": dtype}
     f32: dict[str, Any] = {"device": "cuda"}
     u, delta = torch.randn(2, batch, length, d, **on), torch.randn(2, batch, length, d, **on) / 2
@@ -78,16 +77,17 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
 
     h, r = torch.randn(batch, length, d // 2, **on), torch.randn(batch, length, d // 2, **f32)
     both = [False, True]
-    states = 2 * tokens * 2 * STATES * size  # B and C
+    scan = [floors.scan_forward(tokens, d, size, save=False), floors.scan_backward(tokens, d, size)]
+    conv = [floors.convolution(tokens, d, size), floors.convolution_backward(tokens, d, size)]
+    norms = [floors.norm(tokens, d // 2, size), floors.norm_backward(tokens, d // 2, size)]
     return [
         Case(
             "scan",
             lambda *v: selective_scan(*v, scale=0.5),
             lambda *v: reference.scan(*v, both, 0.5)[0],
             [u, delta, A, B, C, D, xz[..., d:], bias],
-            tokens * 6 * row + states,
-            tokens * 11 * row + 2 * states,
-            2 * tokens * d * STATES,
+            scan[:1],
+            scan,
             lambda *v: bidirectional_scan(*v, scale=0.5, backend="mamba_ssm"),
         ),
         Case(
@@ -95,9 +95,8 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
             lambda *v: causal_conv_silu(*v),
             lambda *v: reference.conv_silu(*v, both),
             [xz[..., :d], weight, conv_bias],
-            tokens * 3 * row,
-            tokens * 4 * row,
-            2 * tokens * d,
+            conv[:1],
+            conv,
             lambda *v: bidirectional_conv1d_silu(*v, backend="mamba_ssm"),
         ),
         Case(
@@ -105,19 +104,16 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
             lambda *v: add_norm(*v),
             reference.add_rms_norm,
             [h, r, torch.ones(d // 2, **f32)],
-            tokens * (d // 2) * (2 * size + 8),
-            tokens * (d // 2) * (2 * size + 12),
-            0,
+            norms[:1],
+            norms,
         ),
         Case(
             "block",
             block,
             None,
             [h, r, torch.ones(d // 2, **f32), in_weight, *directions, out_weight],
-            0,
-            0,
-            0,
-            whole=(layer(tokens, d // 2, size, training=False), layer(tokens, d // 2, size, training=True)),
+            floors.layer(tokens, d // 2, size, training=False),
+            floors.layer(tokens, d // 2, size, training=True),
         ),
     ]
 
@@ -148,25 +144,14 @@ def worst_error(case: Case) -> float:
 def measure(case: Case, error: float | None, gpu: Gpu, flush: Tensor, repeats: int, mamba: bool) -> dict[str, Any]:
     """Times and floors of one op, milliseconds."""
     forward, both = (milliseconds(f, flush, repeats) for f in passes(case.kernel, case.inputs))
-    if case.whole is None:
-        there, back = (
-            max(moved / gpu.copy, taken / gpu.exponentials)
-            for moved, taken in (
-                (case.forward_bytes, case.exponentials),
-                (case.backward_bytes, 2 * case.exponentials),
-            )
-        )
-        floors = there, there + back
-    else:
-        fp32 = case.inputs[0].dtype == torch.float32
-        floors = gpu.seconds(case.whole[0], fp32), gpu.seconds(case.whole[1], fp32)
+    fp32 = case.inputs[0].dtype == torch.float32
     found = {
         "op": case.name,
         "worst_error": error,
         "forward_ms": forward,
         "forward_backward_ms": both,
-        "forward_floor_ms": 1e3 * floors[0],
-        "forward_backward_floor_ms": 1e3 * floors[1],
+        "forward_floor_ms": 1e3 * gpu.seconds(case.forward, fp32),
+        "forward_backward_floor_ms": 1e3 * gpu.seconds(case.both, fp32),
     }
     if mamba and case.mamba is not None:
         found["mamba_forward_ms"], found["mamba_forward_backward_ms"] = (

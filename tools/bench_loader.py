@@ -25,7 +25,7 @@ import torch
 from vimfast.cli import run_main
 from vimfast.config import AugmentConfig
 from vimfast.data.hardware import DECODERS, choose_decoding
-from vimfast.data.loader import Loader
+from vimfast.data.loader import Batch, Loader
 from vimfast.data.sampler import Order
 from vimfast.data.source import Source, open_source
 from vimfast.errors import UserError
@@ -81,7 +81,7 @@ def main() -> None:
                 hw_decoder_load=args.hw_decoder_load,
             )
             finish = torch.cuda.synchronize if device.type == "cuda" else None
-            rate, cores = measure(decoding(loader), args.seconds, finish)
+            rate, cores = measure((len(b.labels) for b in endless(loader)), args.seconds, finish)
             memory = None if before is None else (used(device) or 0) - before
             chosen = loader.settings
             rows.append(Row(data, chosen.decoder, chosen.threads, augmentation, copies, rate, cores, memory))
@@ -128,11 +128,10 @@ def reading(source: Source, order: Order) -> Iterator[int]:
             yield len(pictures.labels)
 
 
-def decoding(loader: Loader) -> Iterator[int]:
-    """Sizes of the loader's batches, without end."""
+def endless(loader: Loader) -> Iterator[Batch]:
+    """The loader's batches, epoch after epoch."""
     for epoch in itertools.count():
-        for batch in loader.epoch(epoch):
-            yield len(batch.labels)
+        yield from loader.epoch(epoch)
 
 
 def measure(batches: Iterator[int], seconds: float, finish: Callable[[], None] | None = None) -> tuple[float, float]:

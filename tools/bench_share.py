@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from bench_loader import endless
 from comparison import cross_entropy
 from torch import Tensor
 
@@ -104,11 +105,6 @@ def build(args: argparse.Namespace, device: torch.device) -> TrainStep:
         images, targets = torch.zeros(args.batch_size, 3, args.input_size, args.input_size), torch.zeros(1, CLASSES)
         step.capture(images.to(device), targets.repeat(args.batch_size, 1).to(device))
     return step
-
-
-def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    for epoch in itertools.count():
-        yield from loader.epoch(epoch)
 
 
 def show_plain(step: TrainStep, mix: Mixup, args: argparse.Namespace, device: torch.device) -> float:

@@ -82,6 +82,22 @@ def scan_backward(tokens: int, d: int, size: int) -> Op:
     return Op("scan backward", moved, 4 * tokens * d * STATES)
 
 
+def norm(tokens: int, dim: int, size: int) -> Op:
+    return Op("norm", tokens * dim * (2 * size + 8))
+
+
+def norm_backward(tokens: int, dim: int, size: int) -> Op:
+    return Op("norm backward", tokens * dim * (2 * size + 12))
+
+
+def convolution(tokens: int, d: int, size: int) -> Op:
+    return Op("convolution", tokens * d * 3 * size, 2 * tokens * d, 4 * tokens * d * TAPS)
+
+
+def convolution_backward(tokens: int, d: int, size: int) -> Op:
+    return Op("convolution backward", tokens * d * 4 * size, 2 * tokens * d, 12 * tokens * d * TAPS)
+
+
 def layer(tokens: int, dim: int, size: int, training: bool) -> list[Op]:
     """One block: norm, projections, convolution, scan; with ``training`` its backward pass too."""
     d, rank = 2 * dim, -(-dim // 16)
@@ -92,15 +108,15 @@ def layer(tokens: int, dim: int, size: int, training: bool) -> list[Op]:
         product("out", tokens, d, dim, size),
     ]
     ops = [
-        Op("norm", tokens * dim * (2 * size + 8)),
-        Op("convolution", tokens * d * 3 * size, 2 * tokens * d, 4 * tokens * d * TAPS),
+        norm(tokens, dim, size),
+        convolution(tokens, d, size),
         scan_forward(tokens, d, size, training),
         *projections,
     ]
     if training:
         ops += [
-            Op("norm backward", tokens * dim * (2 * size + 12)),
-            Op("convolution backward", tokens * d * 4 * size, 2 * tokens * d, 12 * tokens * d * TAPS),
+            norm_backward(tokens, dim, size),
+            convolution_backward(tokens, d, size),
             scan_backward(tokens, d, size),
             *projections,  # the gradient of the input
             *projections,  # the gradient of the weight

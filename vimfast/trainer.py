@@ -391,9 +391,9 @@ class Trainer:
 
     def _introduce(self, parameters: int) -> None:
         cfg, world, decoding = self.cfg, self.world, self.train_loader.settings
-        kernels = self._kernels() and f", kernels {self._kernels()}"
+        kernels = self._kernels()
         self.report.say(
-            f"{cfg.model.model}: {parameters:,} parameters{kernels}, "
+            f"{cfg.model.model}: {parameters:,} parameters{kernels and f', kernels {kernels}'}, "
             f"{self.precision} on {world.size} x {world.device.type}"
             f"{', steps as a CUDA graph' if self.train_step.captured else ''}; "
             f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes "

@@ -37,7 +37,6 @@ BACKWARD = {
 # So only where there are this many sums.
 PRODUCTS_SUMS = 128
 BACKWARD_REGISTERS = 168  # in bf16: 12 warps reside on a multiprocessor
-STATE_SIZES = (8, 16, 32, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -68,8 +67,8 @@ def check(dtype: torch.dtype, states: int, length: int) -> None:
     """A ValueError for what no kernel takes."""
     if dtype not in DTYPES:
         raise ValueError(f"u is {dtype}; this scan takes bfloat16, float16 or float32")
-    if states not in STATE_SIZES:
-        raise ValueError(f"state size {states} has no kernel; take one of {list(STATE_SIZES)}")
+    if states not in FORWARD_NARROW:
+        raise ValueError(f"state size {states} has no kernel; take one of {sorted(FORWARD_NARROW)}")
     if length == 0:
         raise ValueError("the sequence is empty; L must be at least 1")
 

@@ -38,7 +38,7 @@ def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> fl
             function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU: NCCL's does
         function()
     times = []
     for _ in range(repeats):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,9 @@ class Decoding(NamedTuple):
     engine_share: float  # of the pictures, for the JPEG engine
 
 
-def choose_decoding(wanted: str, threads: int | None, device: torch.device, picture_bytes: float | None) -> Decoding:
+def choose_decoding(
+    wanted: str, threads: int | None, device: torch.device, picture_bytes: Callable[[], float] | None
+) -> Decoding:
     """The decoder, its threads and the JPEG engine's share, for what was asked for: a decoder, or ``"auto"``.
 
     Beside a training step the GPU is the wrong place to decode: its decoders launch kernels picture by picture, wait
@@ -53,7 +56,8 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, pict
 
     Args:
         threads: None for as many as help.
-        picture_bytes: mean size of an encoded picture in training; None in evaluation.
+        picture_bytes: tells the mean size of an encoded picture in training, asked where it matters; None in
+            evaluation.
 
     Raises:
         UserError: no such decoder, or not on this device.
@@ -69,7 +73,7 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, pict
     decoder = wanted
     if wanted == "auto":
         own = threads or cores - _OWN_CORES
-        if picture_bytes is not None and _keeps_up(own, picture_bytes, engine > 0):
+        if picture_bytes is not None and _keeps_up(own, picture_bytes(), engine > 0):
             decoder = "cpu"
         else:
             decoder = "hardware" if engine and (picture_bytes is None or own < _FEW_THREADS) else "cuda"

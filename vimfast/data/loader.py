@@ -135,7 +135,7 @@ class Loader:
         self._recipe = Recipe(augmentation, size, interpolation)
         together = training and (order.neighbours or order.world == 1) and self._recipe.crop == "resized"
         self._copies = order.repeats if together else 1
-        decoding = choose_decoding(decoder, threads, self.device, source.mean_bytes() if training else None)
+        decoding = choose_decoding(decoder, threads, self.device, source.mean_bytes if training else None)
         self._settings = GraphSettings(
             batch_size=_most_pictures(order.batch_size, self._copies),
             size=size,
