@@ -18,7 +18,7 @@ FLOORS = (
         *(
             "vimfast.dist",
             "vimfast.optim",
-            "vimfast.step",
+            "vimfast.gradients",
             "vimfast.checkpoint",
             "vimfast.models.mixer",
             "vimfast.models.pos_embed",
@@ -27,7 +27,7 @@ FLOORS = (
         *(f"vimfast.data.{m}" for m in ("shards", "source", "sampler", "augment", "pipeline", "mixup", "randaugment")),
         "vimfast.data.hardware",
     ),
-    ("vimfast.data.erasing", "vimfast.data.reader"),
+    ("vimfast.step", "vimfast.data.erasing", "vimfast.data.exchange", "vimfast.data.reader"),
     ("vimfast.data.recipe",),
     ("vimfast.metrics", "vimfast.finetune", "vimfast.data.loader", "vimfast.models.vision_mamba"),
     ("vimfast.models.registry",),

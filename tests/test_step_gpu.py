@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from vimfast.config import EmaConfig, OptimConfig
+from vimfast.gradients import GradientSum
 from vimfast.models import create_model
 from vimfast.optim import build_ema, build_optimizer
-from vimfast.step import TrainStep, side_stream
+from vimfast.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
@@ -24,20 +24,21 @@ def criterion(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets)
 
 
-def build(drop_path: float = 0.0, accum_steps: int = 1, wrapped: bool = False, compiled: bool = False) -> TrainStep:
+def build(drop_path: float = 0.0, accum_steps: int = 1, reducing: bool = False, compiled: bool = False) -> TrainStep:
     torch.manual_seed(0)
     options = {"img_size": 64, "depth": 3, "embed_dim": 64, "num_classes": 10, "drop_path_rate": drop_path}
     model = create_model("vim_tiny_patch16_224", **options).to(DEVICE).train()
-    average = build_ema(EmaConfig(model_ema_decay=0.9), model)
-    net: nn.Module = model
-    if wrapped:
-        with torch.cuda.stream(side_stream(DEVICE)):
-            net = DistributedDataParallel(model, device_ids=[DEVICE], gradient_as_bucket_view=True)
     if compiled:
-        net.compile()
-    amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
-    optimizer = build_optimizer(OptimConfig(), model, 1e-3)
-    return TrainStep(net, optimizer, criterion, amp=amp, average=average, model=model, accum_steps=accum_steps)
+        model.compile()
+    return TrainStep(
+        model,
+        build_optimizer(OptimConfig(), model, 1e-3),
+        criterion,
+        amp=torch.autocast("cuda", torch.bfloat16, cache_enabled=False),
+        average=build_ema(EmaConfig(model_ema_decay=0.9), model),
+        gradients=GradientSum(list(model.parameters()), bucket_bytes=100_000) if reducing else None,
+        accum_steps=accum_steps,
+    )
 
 
 def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,20 +109,20 @@ def test_a_replayed_step_without_numbers_is_skipped() -> None:
     assert step.health().names
 
 
-def test_under_ddp_the_exchange_is_in_the_graph() -> None:
+def test_the_sum_over_processes_is_in_the_graph() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     torch.distributed.init_process_group("nccl", rank=0, world_size=1)
     try:
-        eager, graph = build(wrapped=True), build(wrapped=True)
+        eager, graph = build(reducing=True), build(reducing=True)
         expected = run(eager, capture=False)
         assert run(graph, capture=True) == pytest.approx(expected, rel=1e-4)
         agree(eager, graph)
-        halves = build(wrapped=True, accum_steps=2)
+        halves, whole = build(reducing=True, accum_steps=2), build(accum_steps=2)
         run(halves, capture=True)
-        whole = build(accum_steps=2)
         run(whole, capture=False)
         agree(whole, halves)
-        del eager, graph, halves
+        for step in (graph, halves):
+            step.forget()  # else the group would wait for the graphs without end
     finally:
         torch.distributed.destroy_process_group()
 

@@ -22,6 +22,8 @@ class World:
     size: int = 1
     local_size: int = 1
     device: torch.device = torch.device("cpu")
+    neighbours: int = 1  # ranks of this host, this one among them, that can decode for each other; they are consecutive
+    host: dist.ProcessGroup | None = None  # those ranks; None: all of the run
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +50,19 @@ def start(device: str) -> World:
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo", device_id=where if where.type == "cuda" else None
         )
-    return World(rank, local_rank, size, local_size, where)
+    return World(rank, local_rank, size, local_size, where, *_neighbours(rank, local_rank, size, local_size))
+
+
+def _neighbours(rank: int, local_rank: int, size: int, local_size: int) -> tuple[int, dist.ProcessGroup | None]:
+    regular = {(local_size, rank % local_size == local_rank)}
+    if set().union(*gather_objects(regular)) != {(local_size, True)}:
+        return 1, None  # hosts with different numbers of processes, or ranks dealt out in turn
+    if local_size in (1, size):
+        return local_size, None
+    groups = [dist.new_group(list(range(first, first + local_size))) for first in range(0, size, local_size)]
+    group = groups[rank // local_size]
+    assert isinstance(group, dist.ProcessGroup)
+    return local_size, group
 
 
 def _device(device: str, local_rank: int, local_size: int) -> torch.device:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import statistics
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,17 +13,20 @@ from typing import NamedTuple
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from vimfast.gradients import GradientSum
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (pictures, logits, targets) -> scalar
 
 IN_FLIGHT = 2  # steps the host may be ahead of the GPU
+WARM_UP = 2  # launched steps before capture: libraries make their handles, gradients find their buckets
+TIMED = 5  # replays after capture, to know how fast data has to come
 
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which steps are captured. DDP must be built on it: autograd goes on where a gradient began."""
+    """The stream on which steps are captured."""
     return torch.cuda.Stream(device)
 
 
@@ -34,46 +39,48 @@ class Health(NamedTuple):
 
 
 class TrainStep:
-    """Trains `net` on batches of one size and dtype; the host waits for nothing in a step but the GPU's lead.
+    """Trains `model` on batches of one size and dtype; the host waits for nothing in a step but the GPU's lead.
 
-    With :meth:`capture`, forward and backward are recorded once as a CUDA graph and replayed from then on, with DDP's
+    With :meth:`capture`, forward and backward are recorded once as a CUDA graph and replayed from then on, with the
     all-reduces in it: hundreds of launches become one. The update stays outside, so that any optimizer and any learning
     rate will do; it is queued while the GPU still works on the graph.
 
-    A step whose gradients hold an infinity or a NaN, which after DDP's all-reduce is so on all processes or on none,
+    A step whose gradients hold an infinity or a NaN, which after the all-reduce is so on all processes or on none,
     leaves weights and optimizer state as they are, and is counted.
 
     Args:
-        net: the model as it is trained, pictures [B, 3, S, S] to logits [B, K]; under DDP or not, compiled or not.
+        model: images [B, 3, S, S] to logits [B, K]; compiled or not.
         optimizer: over its parameters.
-        criterion: pictures, logits (fp32) and targets to a scalar.
+        criterion: images, logits (fp32) and targets to a scalar.
         amp: the autocast context of the forward pass; without a weight cache (``cache_enabled=False``).
-        average: of `model`'s weights, updated behind each step.
-        model: the module that `net` wraps.
+        average: of `model`'s weights, updated after each step.
+        gradients: sums them over processes that all run this step; None: this one is alone.
         clip_grad: largest norm of all gradients together; None for no clipping.
         accum_steps: batches whose mean gradient makes one update.
     """
 
     def __init__(
         self,
-        net: nn.Module,
+        model: nn.Module,
         optimizer: Optimizer,
         criterion: Criterion,
         *,
         amp: torch.autocast,
         average: ModelEmaV3 | None = None,
-        model: nn.Module | None = None,
+        gradients: GradientSum | None = None,
         clip_grad: float | None = None,
         accum_steps: int = 1,
     ) -> None:
-        self.net, self.optimizer, self.criterion, self.amp = net, optimizer, criterion, amp
-        self.average, self.model = average, net if model is None else model
-        self.clip_grad, self.accum_steps = clip_grad, accum_steps
+        self.model, self.optimizer, self.criterion, self.amp = model, optimizer, criterion, amp
+        self.average, self.clip_grad, self.accum_steps = average, clip_grad, accum_steps
+        self._gradients = gradients
+        self._parts = accum_steps * (1 if gradients is None else gradients.processes)  # batches that make an update
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
         device = self._parameters[0].device
         self._on_gpu = device.type == "cuda"
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.seconds: float | None = None  # of a captured forward and backward pass on the GPU
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._loss = torch.zeros((), device=device)
         self._skipped = torch.zeros(3, device=device)  # in all, in a row up to now, longest row
@@ -96,20 +103,17 @@ class TrainStep:
         random_state = torch.cuda.get_rng_state(images.device)
         updates = [True] if self.accum_steps == 1 else [False, True]
         side = side_stream(images.device)
-        warm_up = (
-            11 if isinstance(self.net, DistributedDataParallel) else 3
-        )  # DDP settles its buckets within eleven steps
         side.wait_stream(torch.cuda.current_stream(images.device))
         try:
             with torch.cuda.stream(side):
-                for _ in range(warm_up):
+                for _ in range(WARM_UP):
                     self._drop_gradients()
                     self._forward_backward(*self._inputs, True)
             torch.cuda.synchronize(images.device)
             if self.accum_steps == 1:
                 self._drop_gradients()  # backward makes them, in the graph's memory
             else:
-                self._zero_gradients()  # to be added to, in DDP's buckets where there are any
+                self._zero_gradients()  # to be added to, in their buckets where there are any
             torch.cuda.empty_cache()  # what warming up took is free for the graph's own pool
             for update in updates:
                 graph = torch.cuda.CUDAGraph()
@@ -117,6 +121,7 @@ class TrainStep:
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     self._loss.copy_(self._forward_backward(*self._inputs, update))
                 self._graphs[update] = graph
+            self.seconds = self._time_replays(images.device)
         except BaseException:
             self._graphs, self._inputs = {}, None
             torch.cuda.synchronize(images.device)
@@ -129,6 +134,24 @@ class TrainStep:
     @property
     def captured(self) -> bool:
         return bool(self._graphs)
+
+    def forget(self) -> None:
+        """Drop the graphs; the step is launched from then on. NCCL's communicator neither ends nor aborts before: it
+        waits for every graph that captured one of its collectives."""
+        self._graphs, self._inputs = {}, None
+        gc.collect()
+
+    def _time_replays(self, device: torch.device) -> float:
+        """Median time on the GPU of a forward and backward pass; the other processes replay as often."""
+        times = []
+        for _ in range(TIMED):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            self._graphs[True].replay()
+            end.record()
+            torch.cuda.synchronize(device)
+            times.append(begin.elapsed_time(end) / 1000)
+        return statistics.median(times)
 
     # Running
 
@@ -162,16 +185,16 @@ class TrainStep:
         return loss, sound
 
     def _forward_backward(self, images: Tensor, targets: Tensor, last: bool) -> Tensor:
-        with self._exchange(last):
-            with self.amp:
-                logits = self.net(images)
-            loss = self.criterion(images, logits.float(), targets)
-            (loss if self.accum_steps == 1 else loss / self.accum_steps).backward()
+        with self.amp:
+            logits = self.model(images)
+        loss = self.criterion(images, logits.float(), targets)
+        with self._reducing(last):
+            (loss if self._parts == 1 else loss / self._parts).backward()
         return loss.detach()
 
-    def _exchange(self, last: bool) -> AbstractContextManager[None]:
+    def _reducing(self, last: bool) -> AbstractContextManager[None]:
         """Only the last batch's backward pass all-reduces."""
-        return nullcontext() if last or not isinstance(self.net, DistributedDataParallel) else self.net.no_sync()
+        return self._gradients.reducing() if last and self._gradients is not None else nullcontext()
 
     def _update(self) -> Tensor:
         parameters = [p for p in self._parameters if p.grad is not None]

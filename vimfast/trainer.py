@@ -7,14 +7,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vimfast import dist
 from vimfast.checkpoint import (
@@ -35,11 +34,12 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.evaluate import Scores, evaluate
 from vimfast.finetune import freeze
+from vimfast.gradients import GradientSum, copy_from_first
 from vimfast.losses import Objective, build_teacher
 from vimfast.metrics import Pace, Reporter, Sums, duration, memory_gib
 from vimfast.models import create_model
 from vimfast.optim import LearningRate, build_ema, build_optimizer, peak_lr
-from vimfast.step import TrainStep, side_stream
+from vimfast.step import TrainStep
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again
 
@@ -110,13 +110,18 @@ class Trainer:
             self._load_place(state)
         if cfg.run.start_epoch is not None:
             self.epoch, self.step = cfg.run.start_epoch, 0
+        if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
+            self.model.compile()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for module in (self.model, self.ema.module) if self.ema else (self.model,):
+            copy_from_first(module)
         self.train_step = TrainStep(
-            self._wrap(self.model),
+            self.model,
             self.optimizer,
             self._criterion,
             amp=self.amp,
             average=self.ema,
-            model=self.model,
+            gradients=GradientSum(trained) if world.size > 1 else None,
             clip_grad=cfg.optim.clip_grad,
             accum_steps=self.accum_steps,
         )
@@ -136,6 +141,7 @@ class Trainer:
             drop_last=training,
             limit=None if training else self.cfg.run.eval_steps,
             neighbours=training and data.repeated_aug_on == "one-rank",
+            node=world.neighbours if training and data.repeated_aug and data.repeated_aug_on == "all-ranks" else 1,
             bounds=source.bounds() if training and data.order == "window" else None,
             window=data.order_window,
         )
@@ -163,20 +169,10 @@ class Trainer:
             decoder=data.decoder,
             readahead=data.readahead,
             on_bad_image=data.on_bad_image,
+            group=world.host,
         )
         self._loaders.append(loader)
         return loader
-
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        """The model as it is trained: under DDP with several processes, compiled if asked for."""
-        device = self.world.device
-        if self.world.size > 1:
-            ids = [device] if device.type == "cuda" else None
-            with torch.cuda.stream(side_stream(device)) if self._captures else nullcontext():
-                model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        if self.cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
-            model.compile()
-        return model
 
     def _autocast(self) -> torch.autocast:
         on_gpu = self.world.device.type == "cuda"
@@ -528,6 +524,7 @@ class Trainer:
         self.save(*([BEST, CHECKPOINT] if best else [CHECKPOINT]), evaluated=True)
 
     def _evaluate(self, model: nn.Module, name: str) -> Scores:
+        copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with self._memory_for(self.val_loader, "--eval-batch-size"):
             scores = evaluate(model, self.val_loader, self.amp, self.report, f"evaluate {name}")
         self.report.say(f"{scores} ({'averaged' if name.startswith('ema') else 'raw'} weights)")
@@ -556,6 +553,9 @@ class Trainer:
         return bool(dist.all_sum(told) > 0)
 
     def close(self) -> None:
+        """Let go of graphs, loaders and threads; the process group may be ended after this, and not before."""
+        if not self.cfg.run.eval:
+            self.train_step.forget()
         for loader in self._loaders:
             loader.close()
 

@@ -6,6 +6,7 @@ them, and the caller's thread only takes finished ones.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections import deque
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vimfast.config import AugmentConfig
 from vimfast.data import augment, pipeline
+from vimfast.data.exchange import Exchange
 from vimfast.data.hardware import choose_decoding
 from vimfast.data.pipeline import (
     IMAGENET_MEAN,
@@ -54,7 +57,7 @@ class _Work(NamedTuple):
     ids: np.ndarray  # int64 [n]
     inputs: tuple[Any, ...]  # as the graph's docstring lists them
     plan: Plan | None = None  # what is done to the pictures that come out; None in evaluation
-    cut: slice = slice(None)  # the batch among what comes out
+    places: np.ndarray | None = None  # int64 [b], the batch among what comes out; None: all of it
 
 
 class Loader:
@@ -65,7 +68,9 @@ class Loader:
     memory back; its last batch may be short, and a rank for which nothing is left has fewer batches than ``steps``.
 
     Where the copies of repeated augmentation come to one rank (``order.neighbours``, or a single process), a picture is
-    read and decoded once and then cropped, mirrored and augmented as often as it is repeated.
+    read and decoded once and then cropped, mirrored and augmented as often as it is repeated. So it is where the ranks
+    of a host decode for each other (``order.node``): each decodes its share with all copies, and they exchange the
+    crops before they are augmented. Every rank of the host must then take the same batches.
 
     Batches stay valid for as long as they are held.
 
@@ -91,6 +96,8 @@ class Loader:
         hw_decoder_load: share of the pictures for the JPEG engine; default: what fits the GPU and the threads.
         on_bad_image: ``"stop"`` at a picture that does not decode, or ``"skip"`` it (:class:`Reader`).
         report: is told of each picture skipped; default: a warning on stderr.
+        steps_at_once: batches that DALI decodes together, which spares the waits of a GPU's decoders.
+        group: the processes that ``order.node`` counts; None: all.
 
     Raises:
         UserError: training pictures that do not fill one step, or a setting out of its range.
@@ -120,6 +127,8 @@ class Loader:
         hw_decoder_load: float | None = None,
         on_bad_image: str = "stop",
         report: Callable[[str], None] | None = None,
+        steps_at_once: int = 1,
+        group: ProcessGroup | None = None,
     ) -> None:
         if training and order.steps == 0:
             _refuse_small_split(order)
@@ -133,11 +142,14 @@ class Loader:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._scale, self._ratio, self._hflip, self._crop_ratio = scale, ratio, hflip, crop_ratio
         self._recipe = Recipe(augmentation, size, interpolation)
-        together = training and (order.neighbours or order.world == 1) and self._recipe.crop == "resized"
+        alone = order.world == 1 or order.neighbours
+        together = training and (alone or order.node > 1) and self._recipe.crop == "resized"
         self._copies = order.repeats if together else 1
+        self._exchange = Exchange(order, group) if self._copies > 1 and order.node > 1 else None
+        self._steps_at_once = steps_at_once
         decoding = choose_decoding(decoder, threads, self.device, source.mean_bytes if training else None)
         self._settings = GraphSettings(
-            batch_size=_most_pictures(order.batch_size, self._copies),
+            batch_size=steps_at_once * _most_pictures(order, self._copies),
             size=size,
             device=self.device,
             interpolation=interpolation,
@@ -153,7 +165,8 @@ class Loader:
         self._readahead = readahead
         self._graph: Graph | None = None  # built with the first epoch
         self._ahead: _ReadAhead | None = None
-        self._in_work: deque[_Work] = deque()  # oldest first: the batches that DALI holds
+        self._in_work: deque[list[_Work]] = deque()  # oldest first: what DALI holds, batches that it decodes together
+        self._decoded: deque[tuple[_Work, Tensor, Tensor]] = deque()  # oldest first: batches, their images and labels
         self._next_place: tuple[int, int] | None = None  # (epoch, step) that comes next out of DALI
         self._owner = object()  # the iterator that may take batches
 
@@ -202,36 +215,49 @@ class Loader:
 
     def _take(self) -> Batch | None:
         """The oldest batch in work; None at the end of an evaluation."""
+        if not self._decoded and not self._decode():
+            return None
+        work, images, labels = self._decoded.popleft()
+        if self._exchange is not None:
+            assert work.places is not None
+            images, labels = self._exchange(images, labels, work.places)
+        elif work.places is not None:
+            whole = slice(int(work.places[0]), int(work.places[-1]) + 1)
+            images, labels = images[whole], labels[whole]
+        if work.plan is not None:
+            settings = self._settings
+            images = carry_out(images, work.plan, mean=settings.mean, std=settings.std, dtype=settings.dtype)
+        return Batch(images, labels)
+
+    def _decode(self) -> bool:
+        """Take what DALI has had in work for longest; False at the end of an evaluation."""
         while True:
             assert self._graph is not None
             try:
                 images, labels = self._graph.next()
                 break
             except StopIteration:
-                return None
+                return False
             except UserError:
                 self.close()  # should the caller mend it and ask again, everything starts afresh
                 raise
             except DecodeError as error:
-                failed = list(self._in_work)
+                failed = list(itertools.chain.from_iterable(self._in_work))
                 self.close()
                 self._explain(error, failed)
             self._restart(*failed[0].place)
-        work = self._in_work.popleft()
-        if self._copies > 1:
-            images, labels = images[work.cut], labels[work.cut]
-        if work.plan is not None:
-            settings = self._settings
-            images = carry_out(images, work.plan, mean=settings.mean, std=settings.std, dtype=settings.dtype)
-        return Batch(images, labels)
+        works = self._in_work.popleft()
+        counts = [len(work.ids) * self._copies for work in works]
+        self._decoded += zip(works, images.split(counts), labels.split(counts), strict=True)
+        return True
 
     def _feed(self) -> tuple[Any, ...]:
-        """Hands DALI the next batch to work on. DALI calls this inside ``Graph.next``."""
+        """Hands DALI the next batches to work on. DALI calls this inside ``Graph.next``."""
         if self._ahead is None:
             raise StopIteration
-        work = next(self._ahead)
-        self._in_work.append(work)
-        return work.inputs
+        works = next(self._ahead)
+        self._in_work.append(works)
+        return _joined([work.inputs for work in works])
 
     def _restart(self, epoch: int, start: int) -> None:
         if self._ahead is not None:
@@ -240,9 +266,12 @@ class Loader:
         if self._graph is not None:
             self._drain(self._graph)
         self._in_work.clear()
+        self._decoded.clear()
         if self._graph is None:
             self._graph = Graph(self._definition(), self._settings, self._feed)
-        self._ahead = _ReadAhead(self._works(epoch, start), self._readahead)
+        works = self._works(epoch, start)
+        together = iter(lambda: list(itertools.islice(works, self._steps_at_once)), [])
+        self._ahead = _ReadAhead(together, -(-self._readahead // self._steps_at_once))
         self._next_place = (epoch, start)
 
     def _definition(self) -> Callable[..., tuple[Any, ...]]:
@@ -267,14 +296,15 @@ class Loader:
         make = self._work if self._copies == 1 else self._work_of_copies
         while True:
             for step in range(start, self.steps):
-                work = make((epoch, step), *self.order.step(epoch, step))
+                work = make((epoch, step))
                 if len(work.ids):
                     yield work
             if not self.training:
                 return
             epoch, start = epoch + 1, 0
 
-    def _work(self, place: tuple[int, int], positions: np.ndarray, ids: np.ndarray) -> _Work:
+    def _work(self, place: tuple[int, int]) -> _Work:
+        positions, ids = self.order.step(*place)
         ids, (encoded, sizes, labels) = self._reader.read(ids)
         if self.training:
             epoch = place[0]
@@ -289,12 +319,13 @@ class Loader:
         resized, corner = augment.resize_and_centre_crop(sizes, self._settings.size, self._crop_ratio)
         return _Work(place, ids, (encoded, labels, resized.astype(np.float32), corner))
 
-    def _work_of_copies(self, place: tuple[int, int], positions: np.ndarray, ids: np.ndarray) -> _Work:
+    def _work_of_copies(self, place: tuple[int, int]) -> _Work:
         """Each picture once. All its copies are drawn, also those in the batches before and behind this one."""
         epoch, copies = place[0], self._copies
-        shown = positions // copies
-        drawn = np.arange(shown[0] * copies, (shown[-1] + 1) * copies)
-        ids, (encoded, sizes, labels) = self._reader.read(ids[np.searchsorted(shown, np.unique(shown))])
+        positions, ids = self.order.decoded(*place)
+        shown, first, which = np.unique(positions // copies, return_index=True, return_inverse=True)
+        drawn = (shown[:, None] * copies + np.arange(copies)).ravel()
+        ids, (encoded, sizes, labels) = self._reader.read(ids[first])
         u = augment.uniforms(self.order.seed, epoch, drawn)
         boxes = augment.random_resized_crop(u, np.repeat(sizes, copies, axis=0), self._scale, self._ratio)
         boxes = boxes.reshape(len(ids), copies, 4)
@@ -306,9 +337,9 @@ class Loader:
         for copy in range(copies):
             parts = (low[:, copy] - corner, extents[:, copy], flip[:, copy], cubic[:, copy])
             inputs += map(np.ascontiguousarray, parts)
-        first = int(positions[0] - drawn[0])
-        plan = self._recipe.draw(self.order.seed, epoch, positions)
-        return _Work(place, ids, tuple(inputs), plan, slice(first, first + len(positions)))
+        own, _ = self.order.step(*place)
+        plan = self._recipe.draw(self.order.seed, epoch, own)
+        return _Work(place, ids, tuple(inputs), plan, which * copies + positions % copies)
 
     def _boxes(self, u: np.ndarray, sizes: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray | None]:
         """Where to cut, as the graph of this kind of crop takes it, and what the recipe is to shift behind that."""
@@ -340,6 +371,7 @@ class Loader:
         built = self._graph is not None
         self._ahead = self._graph = self._next_place = None
         self._in_work.clear()
+        self._decoded.clear()
         if built and self._settings.on_gpu:
             pipeline.release_memory()
 
@@ -347,13 +379,13 @@ class Loader:
 class _ReadAhead:
     """An iterator whose items are made by a background thread, up to `depth` of them ahead."""
 
-    def __init__(self, items: Iterator[_Work], depth: int) -> None:
-        self._done: queue.SimpleQueue[_Work | BaseException] = queue.SimpleQueue()
+    def __init__(self, items: Iterator[list[_Work]], depth: int) -> None:
+        self._done: queue.SimpleQueue[list[_Work] | BaseException] = queue.SimpleQueue()
         self._free = threading.Semaphore(depth)
         self._closed = False
         threading.Thread(target=self._make, args=(items,), name="read-ahead", daemon=True).start()
 
-    def _make(self, items: Iterator[_Work]) -> None:
+    def _make(self, items: Iterator[list[_Work]]) -> None:
         try:
             for item in items:
                 self._free.acquire()
@@ -364,7 +396,7 @@ class _ReadAhead:
         except BaseException as error:  # raised where the item is asked for
             self._done.put(error)
 
-    def __next__(self) -> _Work:
+    def __next__(self) -> list[_Work]:
         item = self._done.get()
         if isinstance(item, BaseException):
             self._done.put(item)  # for whoever asks again
@@ -378,9 +410,22 @@ class _ReadAhead:
         self._free.release()
 
 
-def _most_pictures(batch_size: int, copies: int) -> int:
-    """How many pictures a batch of neighbouring positions can show: it may begin with the last copy of one."""
-    return 1 + -(-(batch_size - 1) // copies)
+def _joined(inputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The inputs of several batches as those of one."""
+    if len(inputs) == 1:
+        return inputs[0]
+    return tuple(
+        list(itertools.chain.from_iterable(parts)) if isinstance(parts[0], list) else np.concatenate(parts)
+        for parts in zip(*inputs, strict=True)
+    )
+
+
+def _most_pictures(order: Order, copies: int) -> int:
+    """How many pictures the positions of a step can show that a rank decodes. Each run of neighbouring positions may
+    begin with the last copy of one."""
+    run = order.batch_size if order.node in (1, order.world) else order.node
+    runs = 1 if run == order.batch_size else 1 + -(-order.batch_size // run)
+    return min(order.batch_size, runs * (1 + -(-(run - 1) // copies)))
 
 
 def _refuse_small_split(order: Order) -> None:

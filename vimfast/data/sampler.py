@@ -64,6 +64,8 @@ class Order:
         limit: end an epoch after this many steps.
         neighbours: a rank takes neighbouring positions of a step rather than every `world`-th. The pictures of all
             ranks together stay the same; the copies of a picture then come to one rank.
+        node: ranks of this rank's host, of `world` ranks in all; they have consecutive numbers and decode for each
+            other (:meth:`decoded`).
         bounds, window: shuffle as :func:`windowed_permutation` does; without bounds, all pictures at once.
     """
 
@@ -77,6 +79,7 @@ class Order:
     drop_last: bool = True
     limit: int | None = None
     neighbours: bool = False
+    node: int = 1
     bounds: tuple[int, ...] | None = None
     window: int = 64
 
@@ -85,6 +88,8 @@ class Order:
             raise ValueError(f"sizes and repeats must be positive and the seed not negative: {self}")
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank {self.rank} is not one of {self.world}")
+        if self.world % self.node or (self.node > 1 and (self.neighbours or not self.drop_last)):
+            raise ValueError(f"{self.node} ranks of {self.world} cannot decode for each other: {self}")
         if self.bounds is not None and (self.bounds[-1] != self.samples or self.window < 1):
             raise ValueError(f"{self.samples} pictures, shards up to {self.bounds[-1]}, a window of {self.window}")
 
@@ -119,10 +124,33 @@ class Order:
             positions = np.arange(first, min(first + self.batch_size, last), dtype=np.int64)
         else:
             positions = np.arange(first + self.rank, last, self.world, dtype=np.int64)
+        return positions, self._ids(epoch, positions)
+
+    def decoded(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """What this rank decodes at one step, for itself and the others of its host.
+
+        The host's positions of the step, in ascending order, are cut into as many equal stretches as it has ranks, so
+        that the copies of a picture come to one of them. Place i of all of them is wanted by the host's rank i % node
+        (:meth:`step`); this rank's stretch begins at i = (rank % node) * batch_size.
+
+        Returns:
+            positions, ids: as :meth:`step` returns them, int64 [batch_size].
+
+        Raises:
+            IndexError: the epoch has no such step.
+        """
+        if self.node == 1:
+            return self.step(epoch, step)
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of an epoch of {self.steps} steps")
+        local = self.rank % self.node
+        turn, place = np.divmod(np.arange(local * self.batch_size, (local + 1) * self.batch_size), self.node)
+        positions = step * self.global_batch + turn * self.world + (self.rank - local) + place
+        return positions, self._ids(epoch, positions)
+
+    def _ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         drawn = positions // self.repeats
-        if self.shuffle:
-            drawn = self._shuffled(epoch)[drawn].astype(np.int64)
-        return positions, drawn
+        return self._shuffled(epoch)[drawn].astype(np.int64) if self.shuffle else drawn
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         if self.bounds is None:
