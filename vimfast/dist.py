@@ -23,7 +23,7 @@ class World:
     local_size: int = 1
     device: torch.device = torch.device("cpu")
     neighbours: int = 1  # ranks of this host, this one among them, that can decode for each other; they are consecutive
-    host: dist.ProcessGroup | None = None  # those ranks; None: all of the run
+    host: dist.ProcessGroup | None = None  # those ranks: a communicator of their own, free to work beside the step's
 
     @property
     def is_main(self) -> bool:
@@ -55,10 +55,8 @@ def start(device: str) -> World:
 
 def _neighbours(rank: int, local_rank: int, size: int, local_size: int) -> tuple[int, dist.ProcessGroup | None]:
     regular = {(local_size, rank % local_size == local_rank)}
-    if set().union(*gather_objects(regular)) != {(local_size, True)}:
+    if local_size == 1 or set().union(*gather_objects(regular)) != {(local_size, True)}:
         return 1, None  # hosts with different numbers of processes, or ranks dealt out in turn
-    if local_size in (1, size):
-        return local_size, None
     groups = [dist.new_group(list(range(first, first + local_size))) for first in range(0, size, local_size)]
     group = groups[rank // local_size]
     assert isinstance(group, dist.ProcessGroup)

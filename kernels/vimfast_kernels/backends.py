@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "gluon", "mamba_ssm", "reference")
 OLDEST_GPU = (8, 0)  # compute capability of the first GPUs with cp.async, which the Gluon kernels use
@@ -75,20 +77,26 @@ def _tell_trial(device: int, dtype: torch.dtype, states: int) -> bool:
     return trouble is None
 
 
-# The compiler looks through a cache, but not through a function that it was told to take as a constant.
+def _constant(function: F) -> F:
+    """For the compiler, which looks through a cache, but not through a function that it is told to take as a constant.
+
+    ``torch.compiler.assume_constant_result`` does no more, and imports the whole compiler for it: seconds at each start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _gluon_trouble(device: int, dtype: torch.dtype, states: int) -> str | None:
     return _trial(device, dtype, states)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _gluon_serves(device: int, dtype: torch.dtype, states: int) -> bool:
     return dtype != torch.float64 and _tell_trial(device, dtype, states)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _mamba_loads() -> bool:
     return isinstance(_load_mamba(), _Mamba)
 

@@ -169,6 +169,8 @@ class Loader:
         self._decoded: deque[tuple[_Work, Tensor, Tensor]] = deque()  # oldest first: batches, their images and labels
         self._next_place: tuple[int, int] | None = None  # (epoch, step) that comes next out of DALI
         self._owner = object()  # the iterator that may take batches
+        # What is done to a batch here runs beside the step that the GPU is still busy with, not behind it.
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def steps(self) -> int:
@@ -205,13 +207,25 @@ class Loader:
         for step in range(start, self.steps):
             if owner is not self._owner:
                 raise RuntimeError("this loader has been asked for another epoch since")
-            batch = self._take()
+            batch = self._take_beside()
             if batch is None:
                 break
             self._next_place = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
             yield batch
         if not self.training and owner is self._owner:
             self.close()
+
+    def _take_beside(self) -> Batch | None:
+        """:meth:`_take` on the loader's stream; what the current stream is given from here on waits for it."""
+        if self._stream is None:
+            return self._take()
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            batch = self._take()
+        current.wait_stream(self._stream)
+        for tensor in batch or ():
+            tensor.record_stream(current)
+        return batch
 
     def _take(self) -> Batch | None:
         """The oldest batch in work; None at the end of an evaluation."""
