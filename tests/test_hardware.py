@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vimfast.data import hardware
-from vimfast.data.hardware import available_cores, choose_decoding
+from vimfast.data.hardware import Demand, available_cores, choose_decoding, next_decoder
 from vimfast.errors import UserError
 
 CPU = torch.device("cpu")
@@ -52,15 +52,16 @@ def test_a_containers_share_of_time_counts(
 
 def test_decoders_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 12, 12)
-    assert choose_decoding("auto", None, CPU, lambda: ORIGINALS) == ("cpu", 12, 0.0)
-    assert choose_decoding("cpu", 3, CPU, None) == ("cpu", 3, 0.0)
+    assert choose_decoding("auto", None, CPU, TINY) == ("cpu", 12, 0.0, 1)
+    assert choose_decoding("cpu", 3, CPU, None) == ("cpu", 3, 0.0, 1)
     with pytest.raises(UserError, match="'hardwear'; did you mean 'hardware'"):
-        choose_decoding("hardwear", None, CPU, lambda: ORIGINALS)
+        choose_decoding("hardwear", None, CPU, TINY)
     with pytest.raises(UserError, match="--decoder cuda needs a GPU, and this run is on cpu"):
-        choose_decoding("cuda", None, CPU, lambda: ORIGINALS)
+        choose_decoding("cuda", None, CPU, TINY)
 
 
 ORIGINALS, SHORT_256 = 110e3, 30e3  # bytes
+TINY = Demand(128, 128, None, lambda: ORIGINALS)  # an epoch's step of Vim-Tiny, one crop from each image
 H200, A100, RTX_4090, RTX_3090 = (9, 0), (8, 0), (8, 9), (8, 6)
 
 
@@ -94,7 +95,8 @@ def test_who_decodes_follows_from_gpu_and_cores(
 ) -> None:
     cores(monkeypatch, cores_here, cores_here)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    chosen = choose_decoding("auto", None, torch.device("cuda", 0), picture_bytes and (lambda: picture_bytes))
+    demand = None if picture_bytes is None else Demand(128, 128, None, lambda: picture_bytes)
+    chosen = choose_decoding("auto", None, torch.device("cuda", 0), demand)
     assert (chosen.decoder, chosen.threads) == (decoder, threads)
     assert (chosen.engine_share > 0) == (decoder == "hardware")
 
@@ -102,7 +104,7 @@ def test_who_decodes_follows_from_gpu_and_cores(
 def test_more_threads_leave_less_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
     gpu = torch.device("cuda", 0)
-    shares = [choose_decoding("hardware", threads, gpu, lambda: ORIGINALS).engine_share for threads in (1, 8, 16, 64)]
+    shares = [choose_decoding("hardware", threads, gpu, TINY).engine_share for threads in (1, 8, 16, 64)]
     assert all(0 < share < 1 for share in shares)
     assert shares == sorted(shares, reverse=True)
 
@@ -110,4 +112,34 @@ def test_more_threads_leave_less_to_the_engine(monkeypatch: pytest.MonkeyPatch) 
 def test_threads_asked_for_decide_who_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 16, 16)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
-    assert choose_decoding("auto", 8, torch.device("cuda", 0), lambda: ORIGINALS)[:2] == ("cuda", 8)
+    assert choose_decoding("auto", 8, torch.device("cuda", 0), TINY)[:2] == ("cuda", 8)
+
+
+@pytest.mark.parametrize(
+    ("cores_here", "demand", "decoder", "steps_at_once"),
+    [
+        (16, Demand(44, 128, 22.7e-3, lambda: ORIGINALS), "cpu", 2),  # Vim-Tiny, three crops from each
+        (8, Demand(44, 128, 22.7e-3, lambda: ORIGINALS), "cpu", 2),
+        (4, Demand(44, 128, 22.7e-3, lambda: ORIGINALS), "cuda", 4),
+        (8, Demand(128, 128, 22.7e-3, lambda: ORIGINALS), "cuda", 4),
+        (8, Demand(128, 128, 47.6e-3, lambda: ORIGINALS), "cpu", 2),  # Vim-Small
+        (4, Demand(64, 64, None, lambda: ORIGINALS), "hardware", 4),
+        (8, Demand(1000, 1000, 22.7e-3, lambda: ORIGINALS), "cuda", 1),
+    ],
+)
+def test_the_models_own_step_decides(
+    monkeypatch: pytest.MonkeyPatch, cores_here: int, demand: Demand, decoder: str, steps_at_once: int
+) -> None:
+    cores(monkeypatch, cores_here, cores_here)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
+    chosen = choose_decoding("auto", None, torch.device("cuda", 0), demand)
+    assert (chosen.decoder, chosen.steps_at_once) == (decoder, steps_at_once)
+
+
+def test_what_to_try_where_training_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: H200)
+    assert [next_decoder(now, gpu) for now in ("cpu", "cuda", "hardware")] == ["cuda", "hardware", None]
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: RTX_4090)
+    assert [next_decoder(now, gpu) for now in ("cpu", "cuda")] == ["cuda", None]
+    assert next_decoder("cpu", CPU) is None

@@ -112,7 +112,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     device = torch.device(args.device)
     if args.decoders is None:
-        found = choose_decoding("auto", None, device, picture_bytes=None).decoder
+        found = choose_decoding("auto", None, device, demand=None).decoder
         args.decoders = [found] if device.type == "cpu" else list(dict.fromkeys([found, "cuda", "cpu"]))
     args.threads = args.threads or [None]
     return args

@@ -78,9 +78,9 @@ def _tell_trial(device: int, dtype: torch.dtype, states: int) -> bool:
 
 
 def _constant(function: F) -> F:
-    """For the compiler, which looks through a cache, but not through a function that it is told to take as a constant.
+    """For the compiler, which looks through a cache, but not through a function that it is told to take for a constant.
 
-    ``torch.compiler.assume_constant_result`` does no more, and imports the whole compiler for it: seconds at each start.
+    ``torch.compiler.assume_constant_result`` does no more, and imports the whole compiler for it, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -26,12 +26,19 @@ _LARGEST_SHARE = 0.9
 _MOST_THREADS = {"hardware": 8, "cuda": 11}
 _OWN_CORES = 2  # left to the threads that launch the step and that read ahead, where the others decode on the CPU
 
-# A core decodes 584 originals (110 KB) a second on the CPU beside others, or 1,772 pictures of short side 256 (30 KB).
+# A core decodes 584 originals (110 KB) a second on the CPU beside others, or 1,772 pictures of short side 256 (30 KB),
+# where one crop is wanted; 390 originals where several crops together cover nearly all of a picture.
 _PICTURE_SECONDS, _BYTE_SECONDS = 0.14e-3, 14.2e-9
-# Pictures a second that Vim-Tiny trains at on an H200, for GPUs with an engine, and half of that for those without; and
-# how much faster decoding must be, so that no step waits.
-_TRAINED, _TRAINED_WITHOUT_ENGINE, _ROOM = 5_600, 2_800, 1.25
-_FEW_THREADS = 6  # fewer than these leave the JPEG engine most of the work in training too
+_WHOLE = 1.45
+# An unknown model's step is taken for a Vim-Tiny's on an H200 (22.9 ms for 128 pictures), on GPUs without an engine for
+# one of twice that; and how much faster decoding must be, so that no step waits.
+_UNKNOWN_STEP, _WITHOUT_ENGINE, _ROOM = 22.9e-3 / 128, 2, 1.2
+_FEW_THREADS = 6  # fewer than these leave the JPEG engine most of the work in training too, where it has most to do
+
+# A GPU's decoders wait about a step's time for each batch, whatever is in it, so they get the pictures of several steps
+# at once; the CPU's wait is short, and evens out over two.
+_STEPS_AT_ONCE = {"hardware": 4, "cuda": 4, "cpu": 2}
+_MOST_AT_ONCE = 512  # pictures
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -42,11 +49,19 @@ class Decoding(NamedTuple):
     decoder: str  # "hardware", "cuda" or "cpu"
     threads: int  # on the CPU, whoever decodes
     engine_share: float  # of the pictures, for the JPEG engine
+    steps_at_once: int = 1  # whose pictures are decoded together
 
 
-def choose_decoding(
-    wanted: str, threads: int | None, device: torch.device, picture_bytes: Callable[[], float] | None
-) -> Decoding:
+class Demand(NamedTuple):
+    """What training asks of the decoder."""
+
+    pictures: int  # to decode for a step
+    crops: int  # that it trains on; more than pictures where several are cut from one
+    seconds: float | None  # that it takes the GPU; None: unknown
+    picture_bytes: Callable[[], float]  # tells the mean size of an encoded picture, asked where it matters
+
+
+def choose_decoding(wanted: str, threads: int | None, device: torch.device, demand: Demand | None) -> Decoding:
     """The decoder, its threads and the JPEG engine's share, for what was asked for: a decoder, or ``"auto"``.
 
     Beside a training step the GPU is the wrong place to decode: its decoders launch kernels picture by picture, wait
@@ -56,8 +71,7 @@ def choose_decoding(
 
     Args:
         threads: None for as many as help.
-        picture_bytes: tells the mean size of an encoded picture in training, asked where it matters; None in
-            evaluation.
+        demand: of training; None in evaluation.
 
     Raises:
         UserError: no such decoder, or not on this device.
@@ -73,20 +87,33 @@ def choose_decoding(
     decoder = wanted
     if wanted == "auto":
         own = threads or cores - _OWN_CORES
-        if picture_bytes is not None and _keeps_up(own, picture_bytes(), engine > 0):
+        if demand is not None and _keeps_up(own, demand, engine > 0):
             decoder = "cpu"
         else:
-            decoder = "hardware" if engine and (picture_bytes is None or own < _FEW_THREADS) else "cuda"
+            by_engine = demand is None or (own < _FEW_THREADS and demand.pictures == demand.crops)
+            decoder = "hardware" if engine and by_engine else "cuda"
     if threads is None:
         threads = min(cores, _MOST_THREADS[decoder]) if decoder in _MOST_THREADS else max(1, cores - _OWN_CORES)
     share = min(engine / (engine + _THREAD * threads), _LARGEST_SHARE) if decoder == "hardware" else 0.0
-    return Decoding(decoder, threads, share)
+    at_once = 1 if demand is None else min(_STEPS_AT_ONCE[decoder], max(1, _MOST_AT_ONCE // demand.pictures))
+    return Decoding(decoder, threads, share, at_once)
 
 
-def _keeps_up(threads: int, picture_bytes: float, engine: bool) -> bool:
-    """Whether so many threads decode on the CPU as fast as a GPU trains a Vim-Tiny."""
-    needed = _ROOM * (_TRAINED if engine else _TRAINED_WITHOUT_ENGINE)
-    return threads / (_PICTURE_SECONDS + _BYTE_SECONDS * picture_bytes) >= needed
+def next_decoder(decoder: str, device: torch.device) -> str | None:
+    """What to try where `decoder` turned out too slow: more of the GPU's help; None where there is no more."""
+    if device.type != "cuda":
+        return None
+    engine = torch.cuda.get_device_capability(device) in _ENGINES
+    return {"cpu": "cuda", "cuda": "hardware" if engine else None}.get(decoder)
+
+
+def _keeps_up(threads: int, demand: Demand, engine: bool) -> bool:
+    """Whether so many threads decode on the CPU as fast as the GPU trains."""
+    each = _PICTURE_SECONDS + _BYTE_SECONDS * demand.picture_bytes()
+    if demand.pictures < demand.crops:
+        each *= _WHOLE
+    step = demand.seconds or _UNKNOWN_STEP * demand.crops * (1 if engine else _WITHOUT_ENGINE)
+    return threads / each >= _ROOM * demand.pictures / step
 
 
 def available_cores() -> int:

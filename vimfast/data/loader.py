@@ -11,6 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch.distributed import ProcessGroup
 from vimfast.config import AugmentConfig
 from vimfast.data import augment, pipeline
 from vimfast.data.exchange import Exchange
-from vimfast.data.hardware import choose_decoding
+from vimfast.data.hardware import Decoding, Demand, choose_decoding, next_decoder
 from vimfast.data.pipeline import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -96,7 +97,8 @@ class Loader:
         hw_decoder_load: share of the pictures for the JPEG engine; default: what fits the GPU and the threads.
         on_bad_image: ``"stop"`` at a picture that does not decode, or ``"skip"`` it (:class:`Reader`).
         report: is told of each picture skipped; default: a warning on stderr.
-        steps_at_once: batches that DALI decodes together, which spares the waits of a GPU's decoders.
+        steps_at_once: batches that DALI decodes together; default: what fits the decoder.
+        step_seconds: that a training step keeps the GPU busy, which tells how fast decoding has to be.
         group: the processes that ``order.node`` counts; None: all.
 
     Raises:
@@ -127,7 +129,8 @@ class Loader:
         hw_decoder_load: float | None = None,
         on_bad_image: str = "stop",
         report: Callable[[str], None] | None = None,
-        steps_at_once: int = 1,
+        steps_at_once: int | None = None,
+        step_seconds: float | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         if training and order.steps == 0:
@@ -146,21 +149,24 @@ class Loader:
         together = training and (alone or order.node > 1) and self._recipe.crop == "resized"
         self._copies = order.repeats if together else 1
         self._exchange = Exchange(order, group) if self._copies > 1 and order.node > 1 else None
-        self._steps_at_once = steps_at_once
-        decoding = choose_decoding(decoder, threads, self.device, source.mean_bytes if training else None)
+        self._asked = (decoder, threads, hw_decoder_load, steps_at_once)
+        self._demand = (
+            Demand(_most_pictures(order, self._copies), order.batch_size, step_seconds, source.mean_bytes)
+            if training
+            else None
+        )
+        decoding = choose_decoding(decoder, threads, self.device, self._demand)
         self._settings = GraphSettings(
-            batch_size=steps_at_once * _most_pictures(order, self._copies),
+            batch_size=_most_pictures(order, self._copies),
             size=size,
             device=self.device,
             interpolation=interpolation,
             mean=mean,
             std=std,
             dtype=dtype,
-            threads=decoding.threads,
             prefetch=prefetch,
-            decoder=decoding.decoder,
-            hw_decoder_load=decoding.engine_share if hw_decoder_load is None else hw_decoder_load,
         )
+        self._decode_by(decoding)
         self._reader = Reader(source, skip=on_bad_image == "skip", stand_in=training, report=report)
         self._readahead = readahead
         self._graph: Graph | None = None  # built with the first epoch
@@ -171,6 +177,33 @@ class Loader:
         self._owner = object()  # the iterator that may take batches
         # What is done to a batch here runs beside the step that the GPU is still busy with, not behind it.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _decode_by(self, decoding: Decoding) -> None:
+        _, _, engine_share, steps_at_once = self._asked
+        self._steps_at_once = steps_at_once or decoding.steps_at_once
+        self._settings = replace(
+            self._settings,
+            batch_size=self._steps_at_once * _most_pictures(self.order, self._copies),
+            threads=decoding.threads,
+            decoder=decoding.decoder,
+            hw_decoder_load=decoding.engine_share if engine_share is None else engine_share,
+        )
+
+    def reconsider(self) -> str | None:
+        """Decode otherwise from the next batch on, because training waits; the batches stay what they are.
+
+        Returns:
+            The decoder now, or None where nothing changes: one was asked for, or there is no other to try.
+        """
+        decoder = next_decoder(self._settings.decoder, self.device)
+        if self._asked[0] != "auto" or decoder is None:
+            return None
+        place = self._next_place
+        self.close()
+        self._decode_by(choose_decoding(decoder, self._asked[1], self.device, self._demand))
+        if place is not None:
+            self._restart(*place)
+        return decoder
 
     @property
     def steps(self) -> int:
