@@ -130,6 +130,9 @@ class TrainStep:
     def captured(self) -> bool:
         return bool(self._graphs)
 
+    def forget(self) -> None:
+        self._graphs, self._inputs = {}, None
+
     # Running
 
     def __call__(
