@@ -1,4 +1,4 @@
-"""``python -m vimfast.train`` with steps of a second and more, so that no test of signals depends on the machine's pace.
+"""``python -m vimfast.train`` with steps of a second and more: no test of signals depends on the pace of the machine.
 
 It also does what a test asks for by the environment: ``FAULT="rank:step:deed"`` makes one rank do a deed in one step.
 """

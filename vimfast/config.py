@@ -228,7 +228,7 @@ class RunConfig:
         None, "steps between two checkpoints inside an epoch; default: epoch ends only", least=1
     )
     stall_timeout: float = option(
-        600.0, "seconds without progress after which the run ends and names the rank", least=1
+        600.0, "seconds without progress after which the run ends naming the process at fault", least=1
     )
 
 

@@ -137,7 +137,7 @@ class Control:
         exit_now(self.status)
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Tell the hub; its word ends this process. What it says may be another process's failure, the cause of ours."""
+        """Tell the hub; its word, which may be another process's failure as the cause of this one, ends the process."""
         text = " ".join(str(error).split())
         if isinstance(error, UserError):
             kind = "user"
@@ -187,7 +187,7 @@ class Control:
         try:
             beaten = looked = time.monotonic()
             while not self._left.is_set():
-                sources = [self._wake, *self._connections]
+                sources: list[Any] = [self._wake, *self._connections]
                 if self._hub_connection is not None:
                     sources.append(self._hub_connection)
                 ready = wait(sources, timeout=self._beat / 2)
@@ -386,7 +386,7 @@ class Control:
             for connection in wait(list(self._connections), timeout=end - time.monotonic()):
                 try:
                     connection.recv_bytes()  # type: ignore[union-attr]
-                except (EOFError, OSError):
+                except (EOFError, OSError):  # noqa: PERF203
                     del self._connections[connection]  # type: ignore[arg-type]
 
     def _report(self, sentence: str, error: BaseException | None = None) -> None:
@@ -461,7 +461,7 @@ def _connect(address: tuple[str, int], rank: int, key: bytes) -> Connection:
             nonce = connection.recv_bytes(256)
             connection.send_bytes(f"{rank} ".encode() + _sign(nonce, rank, key))
             return connection
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError) as error:  # noqa: PERF203
             if time.monotonic() > end:
                 raise UserError(
                     f"rank {rank} does not reach rank 0 at {address[0]}, port {address[1]} ({error}); "
