@@ -59,7 +59,7 @@ class Run:
                     state = re.search(r"^State:\s+(\w)", (path / "status").read_text(), re.MULTILINE)
                     if state and state[1] != "Z":
                         found.append(int(path.name))
-            except OSError:
+            except OSError:  # noqa: PERF203  # it has ended
                 continue
         return found
 

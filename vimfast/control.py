@@ -280,13 +280,20 @@ class Control:
                 "place": self.place(),
                 "doing": self._doing,
                 "idle": now - self._since,
+                "line": self._line(),
             }
         )
         if self._hub is not None:
             for rank in list(self._connections.values()):
                 self._send(rank, {"do": "ping"})
         elif now - self._heard > self.stall_timeout + 5 * self._beat:  # the hub's own word would come first
-            self._hub_is_lost(f"has been silent for {now - self._heard:.0f} s (--stall-timeout)", STALLED)
+            state = self._state(self._peers[0])
+            self._hub_is_lost(f"has not answered for {now - self._heard:.0f} s (--stall-timeout){state}", STALLED)
+
+    def _line(self) -> str:
+        """The main thread's line of code."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
     def _tell_hub(self, message: Message) -> None:
         if self._leaving:  # unread words would cost the answer to the goodbye, see _let_others_read
@@ -338,11 +345,13 @@ class Control:
             exit_now(COME_AGAIN)
         first, here = self._peers[0], self._peers[self.world.rank]
         told = first_on_host(self._token)
-        sentence = f"error: {first} {what}; this process stands at {self.place() or self._doing} ({self._doing})"
+        sentence = f"error: {first} {what}; rank {here.rank} stands at {self.place()} ({self._doing})"
         sentence += "; resume with --resume auto" if self.folder else ""
-        message = {"status": status, "sentence": sentence, "say": told is not None}
+        message: Message = {"status": status, "sentence": sentence, "say": told is not None}
+        if status == STALLED:
+            message["stacks"] = 0
         if status == STALLED and first.host == here.host:
-            message["kill"] = {"rank": self.world.rank, "pid": first.pid}
+            message |= {"killer": self.world.rank, "victim": first.pid}
         self._end(message)
 
     def _end(self, message: Message) -> NoReturn:
@@ -355,9 +364,9 @@ class Control:
 
     def _say_farewell(self, message: Message) -> None:
         me = self.world.rank
-        if me == message.get("kill", {}).get("rank"):
+        if message.get("killer") == me:
             with suppress(OSError):
-                os.kill(message["kill"]["pid"], signal.SIGKILL)
+                os.kill(message["victim"], signal.SIGKILL)
         sentence = message["sentence"]
         if "stacks" in message and self.folder is not None:
             sentence += f"; the ranks' stacks are in {self.folder}/stall-rank*.txt"
@@ -367,6 +376,8 @@ class Control:
             self._report(sentence)
         if "stacks" in message:
             self._dump_stacks(to_console=me == message["stacks"])
+        if message.get("say"):  # the name that makes it the one to tell is held until the others know
+            time.sleep(FAREWELL / 3)
         self._let_others_read()
         if self.world.device.type == "cuda":
             dist.abort()
@@ -401,7 +412,7 @@ class Control:
 
     def _state(self, peer: Peer) -> str:
         """Of a process that does not answer, where it can be seen from here."""
-        if peer.host != self._peers[0].host:
+        if peer.host != self._peers[self.world.rank].host:
             return ""
         with suppress(OSError):
             for line in Path(f"/proc/{peer.pid}/status").read_text().splitlines():

@@ -63,9 +63,18 @@ def start(device: str, timeout: float = 1800.0) -> World:
     if size > 1:
         # NCCL's monitor ends the process, without a word on why, when a call of NCCL's own stands still for so long.
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(timeout)))
+        limit = timedelta(seconds=timeout)
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        if local_size == size:
+            # torchrun restarts processes with the store that they had, in which the last ones' addresses still stand.
+            # Between hosts this number may differ: docs/stopping.md has the setting for them.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout),
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=limit,
             device_id=where if where.type == "cuda" else None,
         )
     return World(rank, local_rank, size, local_size, where)

@@ -77,6 +77,7 @@ class Peer:
     place: str = ""  # in the run
     doing: str = "starting"
     idle: float = 0.0  # seconds since that changed, when last heard
+    line: str = ""  # of code, at which the main thread was
     left: bool = False  # has said goodbye
 
     def __str__(self) -> str:
@@ -85,6 +86,12 @@ class Peer:
     @property
     def where(self) -> str:
         return f"{self.place} ({self.doing})" if self.place else self.doing
+
+
+def _innocence(peer: Peer) -> tuple[bool, bool, bool, float]:
+    """Sorts those that came to a stand: who waits for the others, in words or inside torch, comes last."""
+    waits = peer.doing.startswith("waiting for rank")
+    return waits, "/torch/" in peer.line, peer.doing != "waiting for data", -peer.idle
 
 
 class _Failure(NamedTuple):
@@ -129,7 +136,7 @@ class Hub:
         peer.heard = now
         if kind == "beat":
             peer.ticks, peer.place = message["ticks"], message["place"]
-            peer.doing, peer.idle = message["doing"], message["idle"]
+            peer.doing, peer.idle, peer.line = message["doing"], message["idle"], message["line"]
         elif kind == "stop":
             self._stop(rank, message["why"])
         elif kind == "force":
@@ -228,10 +235,8 @@ class Hub:
         # Those that wait for another are no culprits; of the rest, the one that came to a stand first.
         culprit = silent
         if answers:
-            culprit = min(
-                last, key=lambda p: (p.doing.startswith("waiting for rank"), p.doing != "waiting for data", -p.idle)
-            )
-        state = "" if answers else f", and does not answer{self._state(culprit)}"
+            culprit = min(last, key=_innocence)
+        state = f", in {culprit.line}" if answers else f", and does not answer{self._state(culprit)}"
         sentence = (
             f"error: no progress for {culprit.idle + now - culprit.heard:.0f} s (--stall-timeout): {culprit} "
             f"stands at {culprit.where}{state}{self.advice}"
@@ -243,7 +248,8 @@ class Hub:
             sentence,
             stacks=culprit.rank,
             # A frozen process cannot end itself; whoever shares its host does it.
-            kill=None if answers or not neighbours else {"rank": neighbours[0].rank, "pid": culprit.pid},
+            killer=None if answers or not neighbours else neighbours[0].rank,
+            victim=culprit.pid,
         )
 
     def _end(self, status: int, sentence: str, **more: Any) -> None:
