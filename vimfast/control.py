@@ -109,7 +109,8 @@ class Control:
             # The handlers do nothing. What counts is the number that Python's C handler writes into the socket, at
             # once, also while the main thread sits in a collective or waits for the device.
             for number in SIGNALS:
-                signal.signal(number, lambda *_: None)
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's word stands
+                    signal.signal(number, lambda *_: None)
             signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
@@ -284,8 +285,9 @@ class Control:
             }
         )
         if self._hub is not None:
-            for rank in list(self._connections.values()):
-                self._send(rank, {"do": "ping"})
+            for connection in self._connections:
+                with suppress(OSError):
+                    connection.send_bytes(b'{"do": "ping"}')
         elif now - self._heard > self.stall_timeout + 5 * self._beat:  # the hub's own word would come first
             state = self._state(self._peers[0])
             self._hub_is_lost(f"has not answered for {now - self._heard:.0f} s (--stall-timeout){state}", STALLED)
