@@ -112,8 +112,11 @@ class Stops(Control):
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir")
     whole = train(*flags, str(tmp_path / "whole"))
-    train(*flags, str(tmp_path / "parts"), control=Stops("epoch 1, step 1 "))
+    train(*flags, str(tmp_path / "parts"), control=Stops(f"epoch 0, step {whole.steps} "))  # in the evaluation
+    assert not (tmp_path / "parts" / "log.txt").exists()
     torch.manual_seed(123)  # whatever happens in between
+    train(*flags, str(tmp_path / "parts"), "--resume", "auto", control=Stops("epoch 1, step 1 "))
+    torch.manual_seed(456)
     parts = train(*flags, str(tmp_path / "parts"), "--resume", "auto")
     assert parts.steps > 1
     assert same(whole.model.state_dict(), parts.model.state_dict())

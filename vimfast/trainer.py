@@ -289,11 +289,11 @@ class Trainer:
         if len(processes) != self.world.size:  # sums are the run's, random states a process's own
             totals = [sum(values) for values in zip(*(p["sums"] for p in processes), strict=True)]
             if self.world.is_main and totals and self.step:
-                self.sums.values.copy_(torch.tensor(totals))
+                self.sums.values.copy_(torch.tensor(totals, dtype=torch.float64))
             return
         own = processes[self.world.rank]
         if self.step:
-            self.sums.values.copy_(torch.tensor(own["sums"]))
+            self.sums.values.copy_(torch.tensor(own["sums"], dtype=torch.float64))
         torch.set_rng_state(own["torch"])
         if own["cuda"] is not None and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], self.world.device)
