@@ -6,6 +6,7 @@ import argparse
 import atexit
 import errno
 import faulthandler
+import hashlib
 import multiprocessing
 import os
 import socket
@@ -75,6 +76,7 @@ def end_process(status: int) -> NoReturn:
 
 
 def exit_now(status: int) -> NoReturn:
+    """End with `status` at once."""
     backstop(2.0)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
@@ -109,12 +111,11 @@ def first_on_host(name: str) -> socket.socket | None:
     """A lock that dies with its process: held by the first on this host that asks, None for the others."""
     lock = socket.socket(socket.AF_UNIX)
     try:
-        lock.bind(f"\0vimfast-{name}")
+        lock.bind(f"\0vimfast-{hashlib.sha256(name.encode()).hexdigest()}")
     except OSError as error:
-        lock.close()
         if error.errno == errno.EADDRINUSE:
+            lock.close()
             return None
-        raise
     return lock
 
 
