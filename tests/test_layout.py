@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("vimfast_kernels", "vimfast.errors"),
+    ("vimfast_kernels", "vimfast.errors", "vimfast.hub"),
     ("vimfast.cli", "vimfast.original"),
     ("vimfast.config", "vimfast.data.index", "vimfast.data.jpeg", "vimfast.data.tree"),
     (
@@ -29,7 +29,7 @@ FLOORS = (
     ),
     ("vimfast.step", "vimfast.data.erasing", "vimfast.data.exchange", "vimfast.data.reader"),
     ("vimfast.data.recipe",),
-    ("vimfast.metrics", "vimfast.finetune", "vimfast.data.loader", "vimfast.models.vision_mamba"),
+    ("vimfast.metrics", "vimfast.control", "vimfast.finetune", "vimfast.data.loader", "vimfast.models.vision_mamba"),
     ("vimfast.models.registry",),
     ("vimfast.models",),
     ("vimfast.evaluate", "vimfast.losses", "vimfast.checks"),

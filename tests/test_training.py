@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
+from vimfast.control import Control
 from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.dist import World
 from vimfast.errors import UserError
@@ -64,9 +65,9 @@ def call(module: str, *flags: str, processes: int = 0, ok: bool = True) -> subpr
     return done
 
 
-def train(*flags: str, kind: type[Trainer] = Trainer) -> Trainer:
+def train(*flags: str, kind: type[Trainer] = Trainer, control: Control | None = None) -> Trainer:
     """A run inside this process."""
-    trainer = kind(load_config(list(flags)), World())
+    trainer = kind(load_config(list(flags)), World(), control)
     try:
         trainer.run()
     finally:
@@ -97,19 +98,25 @@ def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path:
     assert "Accuracy of the ema network on the 15 test images" in told
 
 
-class Stops(Trainer):
-    """Told to stop behind step 1 of epoch 1, as a signal would tell it."""
+class Stops(Control):
+    """Told to stop at a place, as a signal would tell it."""
 
-    def _should_stop(self) -> bool:
-        return (self.epoch, self.step) == (1, 1)
+    def __init__(self, place: str) -> None:
+        super().__init__(World())
+        self.at = place
+
+    def should_stop(self) -> bool:
+        return self.place().startswith(self.at)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir")
     whole = train(*flags, str(tmp_path / "whole"))
-    with pytest.raises(KeyboardInterrupt):
-        train(*flags, str(tmp_path / "parts"), kind=Stops)
+    train(*flags, str(tmp_path / "parts"), control=Stops(f"epoch 0, step {whole.steps} "))  # in the evaluation
+    assert not (tmp_path / "parts" / "log.txt").exists()
     torch.manual_seed(123)  # whatever happens in between
+    train(*flags, str(tmp_path / "parts"), "--resume", "auto", control=Stops("epoch 1, step 1 "))
+    torch.manual_seed(456)
     parts = train(*flags, str(tmp_path / "parts"), "--resume", "auto")
     assert parts.steps > 1
     assert same(whole.model.state_dict(), parts.model.state_dict())
@@ -141,7 +148,8 @@ def test_a_signal_saves_the_place(recipe: str, shards: Path, tmp_path: Path) -> 
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 143, err
+    assert out.count("SIGTERM received: finishing the step, then saving") == 1
     place = re.search(r"stopped at epoch (\d+), step (\d+)", out)
     state = load_checkpoint(run / "checkpoint.pth")
     assert place is not None

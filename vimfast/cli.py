@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import errno
+import faulthandler
+import hashlib
 import multiprocessing
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from vimfast.errors import UserError, did_you_mean
@@ -46,19 +53,70 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def run_main(main: Callable[[], int | None]) -> None:
+def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> None:
     """Run an entry point: a ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C becomes 130.
 
     Anything else is a bug of ours and keeps its traceback.
     """
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _tell_once(error)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    end(status)
+
+
+def end_process(status: int) -> NoReturn:
+    """End with `status`, without the interpreter's own end: libraries that hold the device have hung in it."""
+    atexit._run_exitfuncs()
+    exit_now(status)
+
+
+def exit_now(status: int) -> NoReturn:
+    """End with `status` at once."""
+    backstop(2.0)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(status)
+
+
+def backstop(seconds: float) -> None:
+    """End the process with status 1 by then, whatever holds the interpreter's lock."""
+    global _nowhere
+    with suppress(OSError):
+        _nowhere = open(os.devnull, "w")  # noqa: SIM115  # held open until the end
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_nowhere)
+
+
+_nowhere: Any = None
+
+
+def _tell_once(error: UserError) -> None:
+    """Tell of an error that came before the control was there: once on each host, as it is mostly everyone's."""
+    run = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
+    held = None if alone else first_on_host("-".join(run))
+    if alone or held is not None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if held is not None:
+        time.sleep(1)  # by then the others have failed too, or torchrun has ended them
+        held.close()
+
+
+def first_on_host(name: str) -> socket.socket | None:
+    """A lock that dies with its process: held by the first on this host that asks, None for the others."""
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind(f"\0vimfast-{hashlib.sha256(name.encode()).hexdigest()}")
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            lock.close()
+            return None
+    return lock
 
 
 def end_with_parent() -> None:

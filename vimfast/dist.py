@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,11 +33,24 @@ class World:
         return self.rank == 0
 
 
-def start(device: str) -> World:
+@contextmanager
+def processes(device: str, timeout: float = 1800.0) -> Iterator[World]:
+    """The process group while the block runs: left in peace behind it, aborted on an error. Arguments of `start`."""
+    world = start(device, timeout)
+    try:
+        yield world
+    except BaseException:
+        abort()  # leaving in peace would wait for the others
+        raise
+    stop()
+
+
+def start(device: str, timeout: float = 1800.0) -> World:
     """Join the processes that torchrun started (or be the only one) and take a device.
 
     Args:
         device: ``auto`` (a GPU if there is one), ``cuda``, ``cuda:N`` or ``cpu``.
+        timeout: seconds that a collective may take.
 
     Raises:
         UserError: a GPU is asked for where there is none, or there are more processes than GPUs.
@@ -47,8 +63,21 @@ def start(device: str) -> World:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if size > 1:
+        # NCCL's monitor ends the process, without a word on why, when a call of NCCL's own stands still for so long.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(timeout)))
+        limit = timedelta(seconds=timeout)
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        if local_size == size:
+            # torchrun restarts processes with the store that they had, in which the last ones' addresses still stand.
+            # Between hosts this number may differ: docs/stopping.md has the setting for them.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
-            "nccl" if where.type == "cuda" else "gloo", device_id=where if where.type == "cuda" else None
+            "nccl" if where.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=limit,
+            device_id=where if where.type == "cuda" else None,
         )
     return World(rank, local_rank, size, local_size, where, *_neighbours(rank, local_rank, size, local_size))
 
@@ -87,6 +116,13 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Give up what the group is in the middle of: for the end of a process whose others may be gone."""
+    give_up = getattr(dist.distributed_c10d, "_abort_process_group", None)  # torch 2.6 and later
+    if dist.is_initialized() and dist.get_backend() == "nccl" and give_up is not None:
+        give_up()
 
 
 def all_sum(tensor: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vimfast.control import Control, Stopped
 from vimfast.data.loader import Loader
+from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.metrics import Reporter, Sums
 
@@ -27,7 +29,12 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, amp: torch.autocast, report: Reporter, title: str = "evaluate"
+    model: nn.Module,
+    loader: Loader,
+    amp: torch.autocast,
+    report: Reporter,
+    title: str = "evaluate",
+    control: Control | None = None,
 ) -> Scores:
     """Scores of `model` on all that `loader` hands out on all processes.
 
@@ -37,12 +44,26 @@ def evaluate(
         model: pictures [B, 3, S, S] to logits [B, K].
         loader: an evaluation loader; processes may have different numbers of batches.
         amp: the autocast context to run under.
+        control: is asked in front of every step whether to stop.
+
+    Raises:
+        Stopped: it said so.
     """
+    control = control or Control(World())
     training = model.training
     model.eval()
     sums = Sums(("top1", "top5", "loss", "count"), loader.device)
     with report.steps(title, loader.steps):
-        for images, labels in loader.epoch(0):
+        batches = loader.epoch(0)
+        for _ in range(loader.steps):  # every process asks as often, also one that has no pictures left
+            if control.should_stop():
+                raise Stopped
+            control.doing("waiting for data")
+            batch = next(batches, None)
+            control.doing("evaluating")
+            if batch is None:
+                continue
+            images, labels = batch
             with amp:
                 logits = model(images)
             logits = logits.float()
@@ -50,6 +71,7 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums.add(hits[:, 0].sum(), hits.sum(), loss, len(labels))
             report.advance()
+    loader.close()  # gives its memory back
     model.train(training)
     total = sums.read()
     count = round(total["count"])

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -105,12 +105,14 @@ class Reporter:
             self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        with suppress(OSError):  # a terminal that has gone must not end a run that is to save its place
+            self.console.print(text, markup=False)
         self._log(text)
 
     def warn(self, text: str) -> None:
         if self.active:
-            print(f"warning: {text}", file=sys.stderr)
+            with suppress(OSError):
+                print(f"warning: {text}", file=sys.stderr)
             self._log(f"warning: {text}")
 
     def _log(self, text: str) -> None:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import sys
-import time
+from pathlib import Path
 
-from vimfast import dist
-from vimfast.cli import run_main
+from vimfast.cli import end_process, run_main
 from vimfast.config import load_config
 from vimfast.errors import UserError
 
 
-def main() -> None:
+def main() -> int:
     cfg = load_config(sys.argv[1:])
     if not cfg.data.data_path:
         raise UserError("--data-path is missing; give the folder of shards, or of train/ and val/")
-    from vimfast.trainer import Trainer  # behind the flags, so that --help and a misspelt one answer at once
+    # Behind the flags, so that --help and a misspelt one answer at once.
+    from vimfast.control import Control
+    from vimfast.dist import processes
+    from vimfast.trainer import Trainer
 
-    world = dist.start(cfg.run.device)
-    try:
-        trainer = Trainer(cfg, world)
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
-    except UserError:
-        # What is wrong on every process is told by the first; torchrun ends the others while they wait here.
-        time.sleep(0 if world.is_main else 3)
-        raise
-    finally:
-        dist.stop()
+    run = cfg.run
+    folder = Path(run.output_dir) if run.output_dir and not run.eval else None
+    # What is started first ends last: CUDA graphs and loaders, then the control, then the process group, whose end
+    # waits for graphs that use it. On an error the control ends all processes, and nothing is waited for.
+    with (
+        processes(run.device, timeout=run.stall_timeout + 120) as world,  # the control's sentence comes first
+        Control(world, run.stall_timeout, folder) as control,
+        Trainer(cfg, world, control) as trainer,
+    ):
+        trainer.run()
+    return control.status
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, end_process)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +24,7 @@ from vimfast.checkpoint import (
     weights_held,
 )
 from vimfast.config import Config, plan_batches
+from vimfast.control import Control, Stopped
 from vimfast.data.loader import Batch, Loader
 from vimfast.data.mixup import Mixup
 from vimfast.data.recipe import LARGEST_PADDED
@@ -46,23 +46,24 @@ from vimfast_kernels.tuning import read_again
 CHECKPOINT, BEST, RESOLVED_CONFIG = "checkpoint.pth", "best_checkpoint.pth", "config.yaml"
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it did so behind a whole step."""
-
-
 class Trainer:
     """One run of training, or of evaluation alone.
 
     The place in the run is (``epoch``, ``step``): the epoch in progress and the steps done in it. With the seed it
     fixes the pictures, their crops and their mixing, so a checkpoint needs no more than it, the weights, the
     optimizer and torch's random states to go on exactly where it stopped.
+
+    Args:
+        control: tells the trainer when to stop; without one it trains to the end.
     """
 
-    def __init__(self, cfg: Config, world: World) -> None:
+    def __init__(self, cfg: Config, world: World, control: Control | None = None) -> None:
         self.cfg, self.world = cfg, world
+        self.control = control or Control(world)
         self.folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
         resume = self._resume_path()
         self.report = Reporter(None if cfg.run.eval else self._make_folder(), world.is_main)
+        self.control.say = self.report.say
         state = load_checkpoint(resume) if resume else None
         self.batches = plan_batches(cfg, world.size)
 
@@ -126,7 +127,12 @@ class Trainer:
             accum_steps=self.accum_steps,
         )
         self.skipped = 0
-        self.stop_signal: int | None = None
+        self._saved: tuple[int, int] | None = None  # the place that the checkpoint holds
+        self.control.place = lambda: f"epoch {self.epoch}, step {self.step} of {self.steps}"
+        kept = (
+            f"saving the place in {self.folder / CHECKPOINT}" if self.folder else "ending; no --output_dir, no saving"
+        )
+        self.control.promise = f"finishing the step, then {kept}"
 
     def _loader(self, source: Source, training: bool) -> Loader:
         data, world = self.cfg.data, self.world
@@ -278,11 +284,11 @@ class Trainer:
         if len(processes) != self.world.size:  # sums are the run's, random states a process's own
             totals = [sum(values) for values in zip(*(p["sums"] for p in processes), strict=True)]
             if self.world.is_main and totals and self.step:
-                self.sums.values.copy_(torch.tensor(totals))
+                self.sums.values.copy_(torch.tensor(totals, dtype=torch.float64))
             return
         own = processes[self.world.rank]
         if self.step:
-            self.sums.values.copy_(torch.tensor(own["sums"]))
+            self.sums.values.copy_(torch.tensor(own["sums"], dtype=torch.float64))
         torch.set_rng_state(own["torch"])
         if own["cuda"] is not None and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], self.world.device)
@@ -295,6 +301,7 @@ class Trainer:
         """
         if self.folder is None:
             return
+        self.control.doing("saving")
         self._check_health()
         cuda = torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None
         own = {"torch": torch.get_rng_state(), "cuda": cuda, "sums": self.sums.values.tolist()}
@@ -316,19 +323,39 @@ class Trainer:
             }
             for name in names:
                 save_checkpoint(self.folder / name, state)
+        else:
+            self.control.doing("waiting for rank 0 to save")
         dist.barrier()
+        self._saved = self.epoch, self.step
 
     # Running
 
-    def run(self) -> None:
-        """Train to the last epoch (or evaluate, if that is all that was asked for)."""
+    def run(self) -> bool:
+        """Train to the last epoch (or evaluate, if that is all that was asked for).
+
+        Returns:
+            whether it got there; False: it was told to stop, and has saved its place.
+        """
         try:
             if self.cfg.run.eval:
                 self._evaluate_only()
             else:
-                self._train_until_stopped()
+                self._train()
+        except Stopped:
+            self._keep_place()
+            return False
         finally:
             self.report.close()
+        return True
+
+    def _keep_place(self) -> None:
+        if self.cfg.run.eval:
+            self.report.say("stopped")
+            return
+        if self._saved != (self.epoch, self.step):
+            self.save(CHECKPOINT)
+        kept = f"; {self.folder / CHECKPOINT} holds it, resume with --resume auto" if self.folder else ""
+        self.report.say(f"stopped at {self.control.place()}{kept}")
 
     @contextmanager
     def _memory_for(self, loader: Loader, flag: str, more: str = "") -> Iterator[None]:
@@ -342,23 +369,10 @@ class Trainer:
                 f"try {flag} {max(batch // 2, 1)}{more}"
             ) from None
 
-    def _train_until_stopped(self) -> None:
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            self._train()
-        except Interrupted:
-            self.save(CHECKPOINT)
-            place = f"epoch {self.epoch}, step {self.step} of {self.steps}"
-            kept = f"; {self.folder / CHECKPOINT} holds it, go on with --resume auto" if self.folder else ""
-            self.report.say(f"stopped at {place}{kept}")
-            raise KeyboardInterrupt from None
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-
     def _train(self) -> None:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._tune()
+        self.control.doing("preparing the training step")
         with self._training_memory():
             self._capture()
         self._introduce(parameters)
@@ -381,7 +395,10 @@ class Trainer:
         if self.world.device.type != "cuda":
             return
         if self._kernels() == "gluon" and self.world.local_rank == 0:
+            self.control.doing("tuning kernels")
             tune_once(torch.cuda.current_device(), self.report.say)
+        else:
+            self.control.doing("waiting for rank 0 of its host to tune kernels")
         dist.barrier()
         read_again()
 
@@ -431,6 +448,8 @@ class Trainer:
         before = self.sums.read() if self.step else {"loss": 0.0, "steps": 0.0}
         with self._training_memory(), self.report.steps(f"epoch {self.epoch}", self.steps, self.step):
             while self.step < self.steps:
+                if self.control.should_stop():
+                    raise Stopped
                 self.rate.set(self.epoch, self.step)
                 for part in range(self.accum_steps):
                     batch = self._next(pace, batches)
@@ -440,8 +459,6 @@ class Trainer:
                 self.report.advance()
                 if self.step % run.log_every == 0 or self.step == self.steps:
                     before = self._tell(pace, before)
-                if self._should_stop():
-                    raise Interrupted
                 if run.save_every and self.step % run.save_every == 0 and self.step < self.steps:
                     self.save(CHECKPOINT)
 
@@ -449,8 +466,11 @@ class Trainer:
         return self._memory_for(self.train_loader, "--batch-size", ", or --use-checkpoint")
 
     def _next(self, pace: Pace, batches: Iterator[Batch]) -> Batch:
+        self.control.doing("waiting for data")
         try:
-            return pace.wait_for(batches)
+            batch = pace.wait_for(batches)
+            self.control.doing("training step")
+            return batch
         except UserError:  # a picture that cannot be read; the weights are sound, so keep them
             if self.world.size == 1:
                 self.save(CHECKPOINT)
@@ -526,7 +546,7 @@ class Trainer:
     def _evaluate(self, model: nn.Module, name: str) -> Scores:
         copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with self._memory_for(self.val_loader, "--eval-batch-size"):
-            scores = evaluate(model, self.val_loader, self.amp, self.report, f"evaluate {name}")
+            scores = evaluate(model, self.val_loader, self.amp, self.report, f"evaluate {name}", self.control)
         self.report.say(f"{scores} ({'averaged' if name.startswith('ema') else 'raw'} weights)")
         self.report.say(f"Accuracy of the {name} on the {scores.pictures} test images: {scores.acc1:.1f}%")
         return scores
@@ -536,28 +556,30 @@ class Trainer:
         if self.ema is not None:
             self._evaluate(self.ema.module, "ema network")
 
-    # Stopping
+    # Ending
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.stop_signal is not None:
-            raise KeyboardInterrupt
-        self.stop_signal = number
+    def close(self, failing: bool = False) -> None:
+        """Let go of the GPU: CUDA graphs, then loaders.
 
-    def _should_stop(self) -> bool:
-        """Whether any process was told to stop. On GPUs asked at reports only: the answer waits for the device."""
-        if self.world.size == 1:
-            return self.stop_signal is not None
-        if self.world.device.type == "cuda" and self.step % self.cfg.run.log_every:
-            return False
-        told = torch.tensor(float(self.stop_signal is not None), device=self.world.device)
-        return bool(dist.all_sum(told) > 0)
-
-    def close(self) -> None:
-        """Let go of graphs, loaders and threads; the process group may be ended after this, and not before."""
-        if not self.cfg.run.eval:
+        Graphs have to go before the process group does: NCCL's end, in peace or not, waits for the last graph that has
+        a collective in it. A process that fails gives up no more than them, as all else may wait for the device, and
+        the device for a process that is gone.
+        """
+        self.control.doing("closing")
+        if hasattr(self, "train_step"):
             self.train_step.forget()
+        if failing:
+            return
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
         for loader in self._loaders:
             loader.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.close(failing=kind is not None)
 
 
 def _build_model(cfg: Config, num_classes: int) -> nn.Module:

@@ -1,0 +1,187 @@
+"""The vote and the hub without processes: many interleavings, and what is told of whom."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from vimfast.control import Control
+from vimfast.dist import World
+from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, USER_ERROR, Hub, Message, Peer, Ticks
+
+
+class Told:
+    """A hub of so many ranks, and what it tells them."""
+
+    def __init__(self, size: int, **settings: Any) -> None:
+        self.messages: list[tuple[int, Message]] = []
+        peers = [Peer(rank, "host" if rank < 2 else "other", 100 + rank) for rank in range(size)]
+        self.hub = Hub(peers, lambda rank, message: self.messages.append((rank, message)), 10.0, **settings)
+
+    def end(self) -> Message:
+        """The one word that ends them all."""
+        ends = [message for _, message in self.messages if message["do"] == "end"]
+        assert len(ends) == len(self.hub.peers)
+        assert all(end == ends[0] for end in ends)
+        return ends[0]
+
+    @property
+    def ended(self) -> bool:
+        return any(message["do"] == "end" for _, message in self.messages)
+
+
+def beat(ticks: int, idle: float = 0.0, doing: str = "training step", line: str = "") -> Message:
+    return {"say": "beat", "ticks": ticks, "place": f"step {ticks}", "doing": doing, "idle": idle, "line": line}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_ranks_stop_at_the_same_tick(seed: int) -> None:
+    """Threads for ranks, a barrier for each step's collective; messages take their time; one rank has long steps."""
+    draw = random.Random(seed)
+    size, length = draw.randint(2, 5), 60
+    ranks = [Ticks() for _ in range(size)]
+    meeting = threading.Barrier(size)
+    free = draw.random() < 0.3  # as in evaluation: no collective holds the ranks together
+    stopped: dict[int, int] = {}
+    slow = draw.randrange(size)
+    mail: list[tuple[int, Message]] = []
+    hub = Hub([Peer(r, "host", r) for r in range(size)], lambda rank, message: mail.append((rank, message)), 1e9)
+
+    def run(rank: int) -> None:
+        for step in range(length):
+            if ranks[rank].stop_here():
+                stopped[rank] = step
+                return
+            time.sleep(0.004 if rank == slow else 0.001)
+            if not free:
+                meeting.wait(10)
+        stopped[rank] = length
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    time.sleep(draw.uniform(0.01, 0.1))
+    for rank in draw.sample(range(size), draw.randint(1, size)):  # one is told, or some are
+        hub.hear(rank, {"say": "stop", "why": "SIGTERM"}, 0)
+    while mail:
+        rank, message = mail.pop(draw.randrange(len(mail)) if mail[0][1]["do"] == "vote" else 0)
+        time.sleep(draw.uniform(0, 0.01))
+        if message["do"] == "vote":
+            hub.hear(rank, {"say": "vote", "ticks": ranks[rank].vote()}, 0)
+        elif message["do"] == "stop":
+            ranks[rank].decide(message["ticks"])
+    for thread in threads:
+        thread.join(10)
+    assert len(stopped) == size
+    assert len(set(stopped.values())) == 1
+
+
+def test_a_run_told_to_stop_before_its_first_step_ends_at_once() -> None:
+    told = Told(2)
+    told.hub.hear(1, {"say": "stop", "why": "SIGUSR1"}, 0)
+    for rank in range(2):
+        told.hub.hear(rank, {"say": "vote", "ticks": 0}, 0)
+    assert told.end()["status"] == COME_AGAIN
+
+
+def test_who_has_said_goodbye_is_not_lost_and_counts_in_a_vote() -> None:
+    told = Told(3)
+    told.hub.hear(2, {"say": "bye", "ticks": 9}, 0)
+    told.hub.lost(2, 1)
+    told.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 2)
+    for rank in (0, 1):
+        told.hub.hear(rank, {"say": "vote", "ticks": 8}, 2)
+    assert (0, {"do": "stop", "ticks": 9}) in told.messages
+    for rank in (1, 0):
+        assert not told.hub.all_left
+        told.hub.hear(rank, {"say": "bye", "ticks": 9}, 3)
+    assert told.hub.all_left
+    told.hub.lost(1, 4)
+    told.hub.look(1000)
+    assert not told.ended
+    assert [rank for rank, message in told.messages if message["do"] == "leave"] == [0, 1, 2]
+
+
+def test_a_death_is_told_before_the_errors_that_it_causes() -> None:
+    told = Told(3)
+    told.hub.hear(0, {"say": "failed", "kind": "collective", "text": "RuntimeError: gloo"}, 1.0)
+    told.hub.hear(1, {"say": "failed", "kind": "crash", "text": "RuntimeError: odd"}, 1.1)
+    told.hub.look(1.5)
+    assert not told.ended
+    told.hub.lost(2, 1.6)
+    told.hub.lost(0, 1.7)  # it has said why, so it is no death
+    told.hub.look(2.5)
+    assert told.end()["status"] == RANK_LOST
+    assert told.end()["sentence"].startswith("error: rank 2 (pid 102 on other) ended without a word, at starting")
+
+
+@pytest.mark.parametrize(
+    ("failures", "status", "sentence"),
+    [
+        ([(2, "user", "x is 1; want 2")], USER_ERROR, "error: rank 2: x is 1; want 2"),
+        ([(1, "user", "x"), (0, "user", "x"), (2, "user", "x")], USER_ERROR, "error: x"),
+        ([(1, "collective", "c"), (0, "crash", "b"), (2, "user", "x")], USER_ERROR, "error: rank 2: x"),
+        ([(1, "collective", "c"), (2, "crash", "b")], CRASHED, "error: rank 2: b"),
+        ([(1, "collective", "c")], CRASHED, "error: rank 1: c"),
+    ],
+)
+def test_the_cause_is_told(failures: list[tuple[int, str, str]], status: int, sentence: str) -> None:
+    told = Told(3)
+    for rank, kind, text in failures:
+        told.hub.hear(rank, {"say": "failed", "kind": kind, "text": text}, 1.0)
+    assert told.ended == (len(failures) == 3)  # nobody is left who could know more
+    told.hub.look(2.1)
+    assert (told.end()["status"], told.end()["sentence"]) == (status, sentence)
+
+
+def test_a_rank_that_does_not_answer_is_the_one_to_blame() -> None:
+    told = Told(2, state=lambda peer: " (frozen)", advice="; try again")
+    for now in range(1, 15):
+        told.hub.hear(0, beat(5, idle=now), now)
+        if now < 3:
+            told.hub.hear(1, beat(5, idle=0), now)
+        told.hub.look(now)
+    end = told.end()
+    assert end["status"] == STALLED
+    assert (
+        "rank 1 (pid 101 on host) stands at step 5 (training step), and does not answer (frozen); try"
+        in end["sentence"]
+    )
+    assert (end["killer"], end["victim"]) == (0, 101)
+
+
+@pytest.mark.parametrize(
+    ("beats", "culprit"),
+    [
+        ([beat(5, 11), beat(5, 11, "waiting for data")], 1),
+        ([beat(7, 12), beat(5, 11)], 1),
+        ([beat(5, 11, line="/x/torch/autograd.py:3"), beat(5, 10.5, line="/x/model.py:4")], 1),
+        ([beat(5, 11, "saving"), beat(5, 12, "waiting for rank 0 to save")], 0),
+    ],
+)
+def test_of_those_that_answer_the_one_that_waits_for_no_other_is_to_blame(beats: list[Message], culprit: int) -> None:
+    told = Told(2)
+    for rank, message in enumerate(beats):
+        told.hub.hear(rank, message, 20)
+    told.hub.look(20)
+    assert told.end()["stacks"] == culprit
+
+
+def test_a_rank_ahead_in_evaluation_waits_without_being_a_stall() -> None:
+    told = Told(2)
+    told.hub.hear(0, beat(50, 500), 20)
+    told.hub.hear(1, beat(30, 1), 20)
+    told.hub.look(20)
+    told.hub.forgive(100)  # this machine was asleep
+    told.hub.look(120)
+    assert not told.ended
+
+
+def test_a_control_that_is_not_entered_stops_nothing() -> None:
+    control = Control(World())
+    assert not any(control.should_stop() for _ in range(5))
+    assert control.status == 0

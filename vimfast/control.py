@@ -1,0 +1,500 @@
+"""The control of a run: signals, the vote on where to stop, and the end of all processes when one of them fails.
+
+One watch thread in each process waits for signals and messages while the main thread trains; rank 0's has the hub
+(:class:`vimfast.hub.Hub`), which decides for all. Nothing of this costs the training step more than a lock: there is no
+collective in it, and no waiting for the device.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import hmac
+import json
+import os
+import queue
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from vimfast import dist
+from vimfast.cli import backstop, exit_now, first_on_host
+from vimfast.dist import World
+from vimfast.errors import UserError
+from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, STOPPED, USER_ERROR, Hub, Message, Peer, Ticks
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+BEAT = 1.0  # seconds between two signs of life
+TWICE = 1.0  # seconds that the copies of one Ctrl-C may lie apart: the terminal sends one, torchrun another
+LEAVING = 5.0  # seconds for all that comes behind the last goodbye
+FAREWELL = 3.0  # seconds for the last words on an error
+CONNECTING = 60.0
+# Seconds to save the place in when torchrun is gone: it may be the scheduler that kills, or a second SIGTERM that ended
+# torchrun while its processes were saving behind the first.
+ORPHANED, ORPHANED_STOPPING = 9.0, 30.0
+
+
+class Stopped(Exception):
+    """The run was told to stop, and this is the place that all processes stop at."""
+
+
+class Control:
+    """Stops a run when it is told to, and ends it on all processes when it cannot go on.
+
+    Entered right behind the process group, by a program's main: it owns the process from then on, and on an error ends
+    it. The main thread asks :meth:`should_stop` in front of every step, at the same places on every process, and tells
+    what it is :meth:`doing`. Not entered, it is a control that nobody can reach: for a trainer inside another program.
+
+    Args:
+        world: this process among the others.
+        stall_timeout: seconds without progress after which the run ends.
+        folder: the run's, for its ``train.log`` and the stacks of a stall; None: there is none.
+    """
+
+    def __init__(self, world: World, stall_timeout: float = 600.0, folder: Path | None = None) -> None:
+        self.world, self.stall_timeout, self.folder = world, stall_timeout, folder
+        self.place: Callable[[], str] = lambda: ""  # in the run, for whoever asks
+        self.promise = "ending"  # what is done when the run is told to stop, for the answer to a signal
+        self.say: Callable[[str], None] = lambda text: print(text, flush=True)
+        self.status = 0  # what the process is to end with
+        self._ticks = Ticks()
+        self._doing, self._since = "starting", time.monotonic()
+        self._beat = min(BEAT, stall_timeout / 6)
+        self._leaving = False
+        self._error: BaseException | None = None
+        self._left = threading.Event()
+        # The watch thread's own
+        self._out: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._own: deque[Message] = deque()  # from the hub to its own rank
+        self._hub: Hub | None = None
+        self._hub_connection: Connection | None = None
+        self._connections: dict[Connection, int] = {}  # the hub's, to the ranks
+        self._heard = time.monotonic()  # the hub
+        self._stopping = ""
+        self._interrupted: float | None = None
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._orphaned: float | None = None  # the time to end at
+
+    # The main thread's
+
+    def should_stop(self) -> bool:
+        """Whether to stop here, in front of a step: all processes get the same answer at the same step."""
+        stop = self._ticks.stop_here()
+        self._since = time.monotonic()
+        if stop:
+            self.status = STOPPED[self._stopping]
+        return stop
+
+    def doing(self, what: str) -> None:
+        """What the main thread is at from now on, in words that a person reads should it never end."""
+        self._doing, self._since = what, time.monotonic()
+
+    def __enter__(self) -> Control:
+        self._wake, self._waker = socket.socketpair()
+        for end in (self._wake, self._waker):
+            end.setblocking(False)
+        self._meet()
+        if threading.current_thread() is threading.main_thread():
+            # The handlers do nothing. What counts is the number that Python's C handler writes into the socket, at
+            # once, also while the main thread sits in a collective or waits for the device.
+            for number in SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's word stands
+                    signal.signal(number, lambda *_: None)
+            signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Say goodbye and wait until all have; on an error end this process, and with it the others."""
+        if error is not None:
+            self._fail(error)
+        self.doing("waiting for the others to end")
+        self._post({"say": "bye", "ticks": self._ticks.passed})
+        self._left.wait()
+        # From here on the process has only to end. A signal that comes now, such as torchrun's to the others when the
+        # first of them is gone, must not change what it ends with.
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=self._end_late, name="end", daemon=True).start()
+
+    def _end_late(self) -> None:
+        backstop(LEAVING + 1)
+        time.sleep(LEAVING)
+        exit_now(self.status)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Tell the hub; its word, which may be another process's failure as the cause of this one, ends the process."""
+        text = " ".join(str(error).split())
+        if isinstance(error, UserError):
+            kind = "user"
+        else:
+            kind = "collective" if _is_collective(error) else "crash"
+            text = f"{type(error).__name__}{text and ': '}{text[:300]}"
+        self._error = error
+        self._post({"say": "failed", "kind": kind, "text": text})
+        time.sleep(LEAVING)
+        self._report(f"error: {text}", error)  # the hub cannot be reached
+        exit_now(USER_ERROR if kind == "user" else CRASHED)
+
+    def _post(self, message: Message) -> None:
+        self._out.put(message)
+        with suppress(OSError):
+            self._waker.send(b"\0")
+
+    # Meeting
+
+    def _meet(self) -> None:
+        """Connect every process with rank 0. Addresses and the key go through the process group, once."""
+        me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+        server = None
+        if self.world.is_main and self.world.size > 1:
+            server, me["key"] = _listen(self.world.local_size < self.world.size), secrets.token_hex(32)
+            me["port"] = server.getsockname()[1]
+        all_of_them = dist.gather_objects(me)
+        now = time.monotonic()
+        self._peers = [Peer(rank, who["host"], who["pid"], heard=now) for rank, who in enumerate(all_of_them)]
+        first = all_of_them[0]
+        self._token = hashlib.sha256(first.get("key", str(os.getpid())).encode()).hexdigest()[:16]
+        if self.world.is_main:
+            if server is not None:
+                with server:
+                    self._connections = _accept(server, self.world.size - 1, bytes.fromhex(me["key"]))
+            advice = "; resume with --resume auto" if self.folder else ""
+            self._hub = Hub(self._peers, self._send, self.stall_timeout, state=self._state, advice=advice)
+        else:
+            one_host = self.world.local_size == self.world.size
+            host = "localhost" if one_host else os.environ["MASTER_ADDR"]
+            self._hub_connection = _connect((host, first["port"]), self.world.rank, bytes.fromhex(first["key"]))
+        self._heard = time.monotonic()
+
+    # The watch thread
+
+    def _watch(self) -> None:
+        try:
+            beaten = looked = time.monotonic()
+            while not self._left.is_set():
+                sources: list[Any] = [self._wake, *self._connections]
+                if self._hub_connection is not None:
+                    sources.append(self._hub_connection)
+                ready = wait(sources, timeout=self._beat / 2)
+                now = time.monotonic()
+                gap = now - looked - self._beat / 2
+                if gap > 5:  # this process was stopped (Ctrl-Z), or its machine asleep: that is no one's stall
+                    self._since, self._heard = self._since + gap, self._heard + gap
+                    if self._hub is not None:
+                        self._hub.forgive(gap)
+                looked = now
+                for source in ready:
+                    self._receive(source, now)
+                if self._wake in ready:
+                    self._read_signals(now)
+                while not self._out.empty():
+                    self._tell_hub(self._out.get())
+                self._watch_parent(now)
+                if now - beaten >= self._beat:
+                    beaten = now
+                    self._live(now)
+                if self._hub is not None:
+                    self._hub.look(now)
+                while self._own:
+                    self._obey(self._own.popleft())
+        except BaseException as error:  # without this thread nothing would end the run any more
+            self._report("error: the control of the run failed", error)
+            exit_now(CRASHED)
+
+    def _receive(self, source: Any, now: float) -> None:
+        if source is self._wake:
+            return
+        try:
+            message = json.loads(source.recv_bytes())
+        except (EOFError, OSError):
+            source.close()
+            if source is self._hub_connection:
+                self._hub_connection = None
+                self._hub_is_lost("ended without a word", RANK_LOST)
+            elif self._hub is not None:
+                self._hub.lost(self._connections.pop(source), now)
+            return
+        if source is self._hub_connection:
+            self._heard = now
+            self._obey(message)
+        elif self._hub is not None:
+            self._hub.hear(self._connections[source], message, now)
+
+    def _read_signals(self, now: float) -> None:
+        with suppress(BlockingIOError):
+            for number in self._wake.recv(1024):
+                if number:
+                    self._signal(signal.Signals(number), now)
+
+    def _signal(self, number: signal.Signals, now: float) -> None:
+        """The first stops the run. Only a second Ctrl-C ends it at once, and torchrun hands that on as SIGTERM."""
+        again = self._interrupted is not None and now - self._interrupted > TWICE
+        if again and (number == signal.SIGINT or (number == signal.SIGTERM and self._parent is not None)):
+            self._force()
+        if number == signal.SIGINT and self._interrupted is None:
+            self._interrupted = now
+        if number in SIGNALS and not self._stopping:
+            self._tell_hub({"say": "stop", "why": number.name})
+
+    def _force(self) -> None:
+        self._tell_hub({"say": "force"})
+
+    def _watch_parent(self, now: float) -> None:
+        """A killed torchrun must not leave processes behind."""
+        if self._parent is None or self._leaving:
+            return
+        if self._orphaned is None:
+            if os.getppid() == self._parent:
+                return
+            if self._interrupted is not None and now - self._interrupted > TWICE:
+                self._force()
+            self._orphaned = now + (ORPHANED_STOPPING if self._stopping else ORPHANED)
+            # Rank 0 comes last, so that the others' ends are not deaths to it.
+            self._orphaned -= 0 if self.world.is_main else 0.5
+            self._tell_hub({"say": "stop", "why": "torchrun"})
+        elif now > self._orphaned:
+            if self.world.is_main:
+                self._report("error: torchrun is gone, and the step did not end in time to save the place")
+            exit_now(COME_AGAIN)
+
+    def _live(self, now: float) -> None:
+        self._tell_hub(
+            {
+                "say": "beat",
+                "ticks": self._ticks.passed,
+                "place": self.place(),
+                "doing": self._doing,
+                "idle": now - self._since,
+                "line": self._line(),
+            }
+        )
+        if self._hub is not None:
+            for connection in self._connections:
+                with suppress(OSError):
+                    connection.send_bytes(b'{"do": "ping"}')
+        elif now - self._heard > self.stall_timeout + 5 * self._beat:  # the hub's own word would come first
+            state = self._state(self._peers[0])
+            self._hub_is_lost(f"has not answered for {now - self._heard:.0f} s (--stall-timeout){state}", STALLED)
+
+    def _line(self) -> str:
+        """The main thread's line of code."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def _tell_hub(self, message: Message) -> None:
+        if self._leaving:  # unread words would cost the answer to the goodbye, see _let_others_read
+            return
+        self._leaving = message["say"] == "bye"
+        if self._hub is not None:
+            self._hub.hear(0, message, time.monotonic())
+        elif self._hub_connection is not None:
+            with suppress(OSError):  # its end is noticed where it is read
+                self._hub_connection.send_bytes(json.dumps(message).encode())
+
+    def _send(self, rank: int, message: Message) -> None:
+        """The hub's word to a rank. What it tells its own comes last, as it may be the end."""
+        if rank == 0:
+            self._own.append(message)
+            return
+        for connection, other in self._connections.items():
+            if other == rank:
+                with suppress(OSError):
+                    connection.send_bytes(json.dumps(message).encode())
+
+    def _obey(self, message: Message) -> None:
+        order = message["do"]
+        if order == "vote":
+            self._stopping = message["why"]
+            if self.world.is_main:
+                self._answer(message["why"], message["by"])
+            self._tell_hub({"say": "vote", "ticks": self._ticks.vote()})
+        elif order == "stop":
+            self._ticks.decide(message["ticks"])
+        elif order == "leave":
+            self._left.set()
+        elif order == "end":
+            self._end(message)
+
+    def _answer(self, why: str, by: int) -> None:
+        heard = "torchrun is gone" if why == "torchrun" else f"{why} received" + (f" by rank {by}" if by else "")
+        more = "; Ctrl-C again ends it at once" if why == "SIGINT" else ""
+        # On a thread of its own: a console that takes nothing more must not hold up this one.
+        threading.Thread(target=self.say, args=(f"{heard}: {self.promise}{more}",), daemon=True).start()
+
+    # Ending
+
+    def _hub_is_lost(self, what: str, status: int) -> None:
+        if self._leaving or self._left.is_set():
+            self._left.set()
+            return
+        if self._orphaned is not None:
+            exit_now(COME_AGAIN)
+        first, here = self._peers[0], self._peers[self.world.rank]
+        told = first_on_host(self._token)
+        sentence = f"error: {first} {what}; rank {here.rank} stands at {self.place()} ({self._doing})"
+        sentence += "; resume with --resume auto" if self.folder else ""
+        message: Message = {"status": status, "sentence": sentence, "say": told is not None}
+        if status == STALLED:
+            message["stacks"] = 0
+        if status == STALLED and first.host == here.host:
+            message |= {"killer": self.world.rank, "victim": first.pid}
+        self._end(message)
+
+    def _end(self, message: Message) -> NoReturn:
+        """Tell why, and end this process: nothing is waited for that could wait for another process or the device."""
+        self._leaving = True
+        farewell = threading.Thread(target=self._say_farewell, args=(message,), daemon=True)
+        farewell.start()
+        farewell.join(FAREWELL)
+        exit_now(message["status"])
+
+    def _say_farewell(self, message: Message) -> None:
+        me = self.world.rank
+        if message.get("killer") == me:
+            with suppress(OSError):
+                os.kill(message["victim"], signal.SIGKILL)
+        sentence = message["sentence"]
+        if "stacks" in message and self.folder is not None:
+            sentence += f"; the ranks' stacks are in {self.folder}/stall-rank*.txt"
+        if me == message.get("traceback") and self._error is not None and not isinstance(self._error, UserError):
+            traceback.print_exception(self._error, file=sys.__stderr__)
+        if message.get("say", self.world.is_main):
+            self._report(sentence)
+        if "stacks" in message:
+            self._dump_stacks(to_console=me == message["stacks"])
+        if message.get("say"):  # the name that makes it the one to tell is held until the others know
+            time.sleep(FAREWELL / 3)
+        self._let_others_read()
+        if self.world.device.type == "cuda":
+            dist.abort()
+
+    def _dump_stacks(self, to_console: bool) -> None:
+        if to_console and sys.__stderr__ is not None:
+            print(f"rank {self.world.rank} stands here:", file=sys.__stderr__, flush=True)
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        if self.folder is not None:
+            with suppress(OSError), open(self.folder / f"stall-rank{self.world.rank}.txt", "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+    def _let_others_read(self) -> None:
+        """Closing a connection on which something has come in unread would take back what was sent on it last."""
+        end = time.monotonic() + FAREWELL / 2
+        while self._connections and time.monotonic() < end:
+            for connection in wait(list(self._connections), timeout=end - time.monotonic()):
+                try:
+                    connection.recv_bytes()  # type: ignore[union-attr]
+                except (EOFError, OSError):  # noqa: PERF203
+                    del self._connections[connection]  # type: ignore[arg-type]
+
+    def _report(self, sentence: str, error: BaseException | None = None) -> None:
+        """To the console and the run's log; either may be out of order by now."""
+        with suppress(OSError, ValueError):
+            if error is not None and not isinstance(error, UserError):
+                traceback.print_exception(error, file=sys.__stderr__)
+            print(sentence, file=sys.__stderr__, flush=True)
+        if self.folder is not None and self.folder.is_dir() and self.world.is_main:
+            with suppress(OSError), open(self.folder / "train.log", "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
+
+    def _state(self, peer: Peer) -> str:
+        """Of a process that does not answer, where it can be seen from here."""
+        if peer.host != self._peers[self.world.rank].host:
+            return ""
+        with suppress(OSError):
+            for line in Path(f"/proc/{peer.pid}/status").read_text().splitlines():
+                if line.startswith("State:"):
+                    return f" (its process is in state {line.split(maxsplit=1)[1]})"
+        return ""
+
+
+def _is_collective(error: BaseException) -> bool:
+    """Whether an error says no more than that the processes have lost each other."""
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset", "process group", "processgroup")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def _listen(for_other_hosts: bool) -> socket.socket:
+    if not for_other_hosts:
+        return socket.create_server(("127.0.0.1", 0), backlog=256)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    return socket.create_server(("", 0), backlog=4096)
+
+
+def _accept(server: socket.socket, count: int, key: bytes) -> dict[Connection, int]:
+    """A connection from each of `count` ranks that know the key; whoever else calls is sent away."""
+    end = time.monotonic() + CONNECTING
+    found: dict[Connection, int] = {}
+    while len(found) < count:
+        server.settimeout(max(end - time.monotonic(), 0.01))
+        try:
+            called, _ = server.accept()
+        except TimeoutError:
+            missing = sorted(set(range(1, count + 1)) - set(found.values()))
+            raise UserError(
+                f"ranks {', '.join(map(str, missing))} did not reach rank 0 on port {server.getsockname()[1]} within "
+                f"{CONNECTING:.0f} s; open the ports between the hosts"
+            ) from None
+        connection, nonce = _wrap(called), secrets.token_bytes(32)
+        try:
+            connection.send_bytes(nonce)
+            rank = _check(connection.recv_bytes(256), nonce, key) if connection.poll(5) else None
+        except (OSError, EOFError):
+            rank = None
+        if rank is None or rank in found.values():
+            connection.close()
+        else:
+            found[connection] = rank
+    return found
+
+
+def _connect(address: tuple[str, int], rank: int, key: bytes) -> Connection:
+    end = time.monotonic() + CONNECTING
+    while True:
+        try:
+            connection = _wrap(socket.create_connection(address, timeout=5))
+            if not connection.poll(CONNECTING):
+                raise TimeoutError
+            nonce = connection.recv_bytes(256)
+            connection.send_bytes(f"{rank} ".encode() + _sign(nonce, rank, key))
+            return connection
+        except (OSError, EOFError) as error:  # noqa: PERF203
+            if time.monotonic() > end:
+                raise UserError(
+                    f"rank {rank} does not reach rank 0 at {address[0]}, port {address[1]} ({error}); "
+                    "open the ports between the hosts"
+                ) from None
+            time.sleep(0.2)
+
+
+def _wrap(connected: socket.socket) -> Connection:
+    connected.settimeout(None)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Connection(connected.detach())
+
+
+def _sign(nonce: bytes, rank: int, key: bytes) -> bytes:
+    return hmac.new(key, nonce + str(rank).encode(), "sha256").hexdigest().encode()
+
+
+def _check(answer: bytes, nonce: bytes, key: bytes) -> int | None:
+    rank, _, signature = answer.partition(b" ")
+    if not rank.isdigit() or not hmac.compare_digest(signature, _sign(nonce, int(rank), key)):
+        return None
+    return int(rank)

@@ -1,0 +1,258 @@
+"""What the processes of a run decide together, without a collective: when to stop, and whether and why to end.
+
+Nothing here reads a clock, a socket or a file: messages and the time go in, messages come out. ``vimfast.control``
+carries them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Message = dict[str, Any]  # what JSON can hold
+
+# What a run ends with, as docs/stopping.md lists it.
+CRASHED, USER_ERROR, RANK_LOST, STALLED, COME_AGAIN = 1, 2, 3, 4, 75
+STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_AGAIN, "torchrun": COME_AGAIN}
+
+# Failures come in company: where one process dies, the collectives of the others fail a moment later, or before the
+# news of its death. Seconds in which to hear of the cause before the consequence is told.
+GRACE = 1.0
+GRACE_LOST = 0.3  # a death is a cause; this is for the others that died with it
+
+START = 300.0  # seconds that anything in front of the first step may take, whatever --stall-timeout is
+
+
+class Ticks:
+    """One process's side of the vote on where to stop.
+
+    The main threads of all processes pass the same sequence of ticks, one in front of each step. A vote asks every
+    process how many it has passed, and no process passes another until the answer is there: the largest count. Those
+    behind go on until they have passed as many; so all stop in front of the same step.
+
+    It cannot deadlock. A process is asked on its watch thread, which waits for nothing, so every living process
+    answers, whatever its main thread waits for. What a process behind needs of the others, to get from its tick to the
+    one agreed on, lies in front of that tick; each of them has either passed it, and has queued its part of every
+    collective in front of it, or is itself behind and goes on. A process that does not answer is dead or frozen, which
+    is the hub's to notice.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._voting, self._target = False, -1
+        self.passed = 0
+
+    def stop_here(self) -> bool:
+        """Whether to stop at this tick; else it is passed. Waits while a vote is on."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._voting)
+            if 0 <= self._target <= self.passed:
+                return True
+            self.passed += 1
+            return False
+
+    def vote(self) -> int:
+        """Ticks passed so far; from now on none is passed before :meth:`decide`."""
+        with self._changed:
+            self._voting = True
+            return self.passed
+
+    def decide(self, target: int) -> None:
+        with self._changed:
+            self._voting, self._target = False, target
+            self._changed.notify_all()
+
+
+@dataclass
+class Peer:
+    """What the hub knows of a process."""
+
+    rank: int
+    host: str
+    pid: int
+    heard: float = 0.0  # when last
+    ticks: int = 0
+    place: str = ""  # in the run
+    doing: str = "starting"
+    idle: float = 0.0  # seconds since that changed, when last heard
+    line: str = ""  # of code, at which the main thread was
+    left: bool = False  # has said goodbye
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @property
+    def where(self) -> str:
+        return f"{self.place} ({self.doing})" if self.place else self.doing
+
+
+def _innocence(peer: Peer) -> tuple[bool, bool, bool, float]:
+    """Sorts those that came to a stand: who waits for the others, in words or inside torch, comes last."""
+    waits = peer.doing.startswith("waiting for rank")
+    return waits, "/torch/" in peer.line, peer.doing != "waiting for data", -peer.idle
+
+
+class _Failure(NamedTuple):
+    rank: int
+    kind: str  # "user", "crash"
+    text: str
+
+
+class Hub:
+    """Hears every process and tells all of them what to do. It lives on the watch thread of rank 0.
+
+    Args:
+        peers: the processes, by rank.
+        send: brings a message to a rank.
+        stall_timeout: seconds without progress that are a stall.
+        state: of a silent process, words for the sentence about it, empty if they cannot be known.
+        advice: the end of the sentences about what no one could help: how to go on.
+    """
+
+    def __init__(
+        self,
+        peers: list[Peer],
+        send: Callable[[int, Message], None],
+        stall_timeout: float,
+        *,
+        state: Callable[[Peer], str] = lambda peer: "",
+        advice: str = "",
+    ) -> None:
+        self.peers, self.advice = peers, advice
+        self._send, self._stall_timeout, self._state = send, stall_timeout, state
+        self._why = ""  # the run is told to stop
+        self._votes: dict[int, int] = {}
+        self._decided = False
+        self._failures: list[_Failure] = []
+        self._lost: list[int] = []
+        self._verdict_due: float | None = None
+        self.ended = False  # the processes are told to end at once
+        self.all_left = False
+
+    def hear(self, rank: int, message: Message, now: float) -> None:
+        peer, kind = self.peers[rank], message["say"]
+        peer.heard = now
+        if kind == "beat":
+            peer.ticks, peer.place = message["ticks"], message["place"]
+            peer.doing, peer.idle, peer.line = message["doing"], message["idle"], message["line"]
+        elif kind == "stop":
+            self._stop(rank, message["why"])
+        elif kind == "force":
+            self._end(130, "interrupted again: ending at once, what the last checkpoint does not hold is lost")
+        elif kind == "vote":
+            peer.ticks = self._votes[rank] = message["ticks"]
+            self._count()
+        elif kind == "failed":
+            self._failures.append(_Failure(rank, message["kind"], message["text"]))
+            self._expect_verdict(now + GRACE)
+        elif kind == "bye":
+            peer.left, peer.ticks = True, message["ticks"]
+            self._count()
+            if all(p.left for p in self.peers):
+                self.all_left = True
+                self._tell_all({"do": "leave"})
+        self._judge(now)
+
+    def lost(self, rank: int, now: float) -> None:
+        """The connection of a process has ended. It is a death unless it has said why."""
+        if not self.peers[rank].left and not any(f.rank == rank for f in self._failures):
+            self._lost.append(rank)
+            self._expect_verdict(now + GRACE_LOST)
+        self._judge(now)
+
+    def look(self, now: float) -> None:
+        """To be called every second or so, when messages are read: is a verdict due, does anybody stand still?"""
+        self._judge(now)
+        present = [p for p in self.peers if not p.left]
+        if self.ended or not present or self._verdict_due is not None:
+            return
+        least = min(p.ticks for p in present)
+        # In evaluation a process may be far ahead, and then waits for the others: only the last ones tell.
+        last = [p for p in present if p.ticks == least]
+        limit = self._stall_timeout if least else max(self._stall_timeout, START)
+        if all(p.idle + now - p.heard >= limit for p in last):
+            self._tell_of_stall(last, now)
+
+    def forgive(self, seconds: float) -> None:
+        """This process itself was not running for so long: no one else is to blame for the silence."""
+        for peer in self.peers:
+            peer.heard += seconds
+
+    def _tell_all(self, message: Message) -> None:
+        for peer in self.peers:
+            self._send(peer.rank, message)
+
+    # Stopping
+
+    def _stop(self, rank: int, why: str) -> None:
+        if self._why:
+            return
+        self._why = why
+        self._tell_all({"do": "vote", "why": why, "by": rank})
+
+    def _count(self) -> None:
+        if not self._why or self._decided or any(not p.left and p.rank not in self._votes for p in self.peers):
+            return
+        self._decided = True
+        target = max(p.ticks for p in self.peers)
+        if target == 0 and not any(p.left for p in self.peers):  # building, or tuning: minutes in which nothing is made
+            self._end(STOPPED[self._why], "stopped before the first step, there is nothing to save")
+        else:
+            self._tell_all({"do": "stop", "ticks": target})
+
+    # Ending
+
+    def _expect_verdict(self, due: float) -> None:
+        self._verdict_due = due if self._verdict_due is None else min(due, self._verdict_due)
+
+    def _judge(self, now: float) -> None:
+        if self.ended or self._verdict_due is None:
+            return
+        told = {f.rank for f in self._failures} | set(self._lost)
+        if now < self._verdict_due and any(not p.left and p.rank not in told for p in self.peers):
+            return
+        if self._lost:
+            first, *more = (self.peers[r] for r in self._lost)
+            others = f" (so did ranks {', '.join(str(p.rank) for p in more)})" if more else ""
+            self._end(
+                RANK_LOST,
+                f"error: {first} ended without a word{others}, at {first.where}: "
+                f"it was killed, perhaps for want of memory, or it crashed{self.advice}",
+            )
+            return
+        # A user's error is never the consequence of another failure; a crash may be.
+        cause = min(self._failures, key=lambda f: (f.kind != "user", f.kind == "collective"))
+        everywhere = any(f.rank == 0 and f.text == cause.text for f in self._failures)
+        name = "" if everywhere else f"rank {cause.rank}: "
+        rank, status = 0 if everywhere else cause.rank, USER_ERROR if cause.kind == "user" else CRASHED
+        self._end(status, f"error: {name}{cause.text}", traceback=rank)
+
+    def _tell_of_stall(self, last: list[Peer], now: float) -> None:
+        silent = max(last, key=lambda p: now - p.heard)
+        answers = now - silent.heard <= self._stall_timeout / 2
+        # Those that wait for another are no culprits; of the rest, the one that came to a stand first.
+        culprit = silent
+        if answers:
+            culprit = min(last, key=_innocence)
+        state = f", in {culprit.line}" if answers else f", and does not answer{self._state(culprit)}"
+        sentence = (
+            f"error: no progress for {culprit.idle + now - culprit.heard:.0f} s (--stall-timeout): {culprit} "
+            f"stands at {culprit.where}{state}{self.advice}"
+        )
+        awake = [p for p in self.peers if not p.left and now - p.heard <= self._stall_timeout / 2]
+        neighbours = [p for p in awake if p.host == culprit.host]
+        self._end(
+            STALLED,
+            sentence,
+            stacks=culprit.rank,
+            # A frozen process cannot end itself; whoever shares its host does it.
+            killer=None if answers or not neighbours else neighbours[0].rank,
+            victim=culprit.pid,
+        )
+
+    def _end(self, status: int, sentence: str, **more: Any) -> None:
+        if not self.ended:
+            self.ended = True
+            self._tell_all({"do": "end", "status": status, "sentence": sentence, **more})
