@@ -143,7 +143,7 @@ def stop(run: Watched, how: Callable[[], None]) -> None:
     run.wait_for(r"epoch 0 \[2/", TIMEOUT)
     how()
     assert run.wait(TIMEOUT) != 0
-    assert not run.gone_within(ENDS_WITHIN)
+    assert not run.gone_within(30)  # torchrun may be gone before its workers have saved
 
 
 def assert_stands_in_mid_epoch(folder: Path) -> None:
