@@ -30,7 +30,7 @@ from vimfast.data.sampler import Order
 
 STEPS = 8  # in an epoch, of two
 CLASSES = 3
-ENDS_WITHIN = 5.0  # seconds behind the last line
+ENDS_WITHIN = {"cuda": 5.0, "cpu": 60.0}  # seconds behind the last line; no bar where other work shares few cores
 LOST_WITHIN = 10.0  # seconds behind the death of a process
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpus)]
@@ -108,7 +108,7 @@ def undisturbed(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run to the end, whose own end is looked at."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with fleet.train(folder) as run:
-        assert_ends(run)
+        assert_ends(run, fleet)
     if fleet.device == "cuda":
         assert "steps as a CUDA graph" in run.out
     return folder
@@ -130,12 +130,13 @@ def still(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fleet.whole(tmp_path_factory.mktemp("still"), *STILL)
 
 
-def assert_ends(run: Watched) -> None:
+def assert_ends(run: Watched, fleet: Fleet) -> None:
     """It ends with status 0, and its processes all within seconds of its last line."""
     assert run.wait(TIMEOUT) == 0, run.out + run.err
     assert run.ended is not None
-    assert run.ended - run.lines[-1].at < ENDS_WITHIN, run.lines[-1]
-    assert not run.gone_within(max(0.0, run.lines[-1].at + ENDS_WITHIN - time.monotonic()))
+    last, within = run.lines[-1], ENDS_WITHIN[fleet.device]
+    assert run.ended - last.at < within, last
+    assert not run.gone_within(max(0.0, last.at + within - time.monotonic()))
 
 
 def stop(run: Watched, how: Callable[[], None]) -> None:
@@ -176,7 +177,7 @@ def test_evaluation_ends_and_counts_each_image_once(fleet: Fleet, undisturbed: P
     for processes in (fleet.size, 1):
         flags = ("--eval", "--no_amp", "--resume", str(undisturbed / "checkpoint.pth"))
         with fleet.train(tmp_path, *flags, processes=processes) as run:
-            assert_ends(run)
+            assert_ends(run, fleet)
         assert run.out.count(f"on the {fleet.val_images} test images") == 2  # the weights' and their average's
         told.append([float(v) for line in re.findall(r"Acc@1 (\S+) Acc@5 (\S+) loss (\S+)", run.out) for v in line])
     assert len(told[0]) == 6
@@ -198,7 +199,7 @@ def test_a_stopped_run_resumes_on_fewer_processes(fleet: Fleet, stopped: Path, t
     folder = shutil.copytree(stopped, tmp_path / "run")
     place = load_checkpoint(folder / "checkpoint.pth")
     with fleet.train(folder, "--resume", "auto", processes=fleet.fewer) as run:
-        assert_ends(run)
+        assert_ends(run, fleet)
     assert f"resuming at epoch 0, step {place['step']} of {STEPS}" in run.out
     assert [r["epoch"] for r in records(folder)] == [0, 1]
     # The update of each step to come shows the same images, the same copies of them, on either number of processes:

@@ -70,7 +70,8 @@ class Row:
     model: str = "vim_tiny_patch16_224"
 
     def __str__(self) -> str:
-        parts = [f"{self.gpus} GPUs" if self.gpus > 1 else "1 GPU", f"{self.cores} cores", f"batch {self.batch}"]
+        parts = [f"{self.gpus} GPU{'s' * (self.gpus > 1)}", f"{self.cores} core{'s' * (self.cores > 1)}"]
+        parts += [f"batch {self.batch}"]
         parts += [f"decoder {self.decoder}"] if self.decoder != "auto" else []
         parts += {"none": ["no repeated augmentation"], "one-rank": ["copies on one rank"]}.get(self.aug, [])
         return ", ".join([self.model.removesuffix("_patch16_224"), *parts])
@@ -425,9 +426,9 @@ def plot(source: Path) -> None:
     shares = [100 * (row.get("share") or 0.0) for row in rows]
     axes.barh(range(len(rows)), shares, 0.62, color="#2a7f62", label="trainer, from files")
     for i, (row, share) in enumerate(zip(rows, shares, strict=True)):
-        told = f" {share:.1f} %, {row['img_s']:,.0f} images/s" if share else f" {row.get('failed', 'no share')[:60]}"
-        inside = share > 60
-        axes.text(share, i, f"{told} " if inside else told, va="center", fontsize=9, ha="right" if inside else "left",
+        told = f"{share:.1f} %, {row['img_s']:,.0f} images/s" if share else f"failed: {row.get('failed', 'no share')}"
+        inside = share > 40  # at the left end, where no line crosses it
+        axes.text(1 if inside else share + 1, i, told if len(told) < 80 else f"{told[:77]}...", va="center", fontsize=9,
                   color="white" if inside else "black")  # fmt: skip
     for bar, style in zip(BARS, ("--", ":"), strict=True):
         axes.axvline(bar, color="#c0504d", linestyle=style, linewidth=1.2, label=f"{bar} %")
@@ -459,7 +460,7 @@ def this_machine(device: str) -> Machine:
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     cpu = found[1] if found else platform.machine()
     if device == "cpu":
-        return Machine("no GPU (processes)", cores, cores, cpu, memory)
+        return Machine("process without a GPU", cores, cores, cpu, memory)
     if not torch.cuda.is_available():
         raise UserError("--device cuda and there is no GPU here; use --device cpu to try the tool")
     return Machine(torch.cuda.get_device_name(0), torch.cuda.device_count(), cores, cpu, memory)
