@@ -329,12 +329,16 @@ def measure_resident(args: argparse.Namespace) -> None:
     import bench_share
 
     from vimfast.data.mixup import Mixup
+    from vimfast_kernels.tune import tune_once
+    from vimfast_kernels.tuning import read_again
 
     args.model, args.batch_size = args.resident[0], int(args.resident[1])
     args.drop_path = ModelConfig().drop_path
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # as the trainer sets them
+        tune_once(0, tell)  # as the trainer would, and in none of its rows
+        read_again()
     mixup = Mixup(MixConfig(), bench_share.CLASSES, 0, 0)
     rate = bench_share.show_plain(bench_share.build(args, device), mixup, args, device)
     print(f"resident: {rate:.1f} images/s")
