@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types format bench clean
+.PHONY: demo test test-gpus lint types format bench clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# What needs two or more GPUs, on as many as there are; without the environment: python -m pytest -m gpus
+test-gpus: $(READY)
+	$(BIN)/python -m pytest -m gpus
 
 lint: $(READY)
 	$(BIN)/ruff check .

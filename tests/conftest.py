@@ -11,10 +11,11 @@ from PIL import Image
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpus") and count < 2:
+            item.add_marker(pytest.mark.skip(reason=f"needs two or more CUDA devices; {count} here"))
+        elif item.get_closest_marker("gpu") and count == 0:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

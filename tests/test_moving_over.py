@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import RECIPE, train
+from runs import RECIPE, train
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.errors import UserError

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from watch import Line, Watched
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -55,3 +59,57 @@ def test_flags_for_training_spare_the_gpu(needed: float | None, flags: str) -> N
         )
     ]
     assert script["recommend"](rows, 3, needed) == flags
+
+
+def test_rows_of_gpus_are_measured_and_a_failed_one_is_told(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real trainer on two processes; with more images asked for than there are, the row says so."""
+
+    def run(*flags: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["bench_gpus.py", *flags])
+        runpy.run_path(str(TOOLS / "bench_gpus.py"))["main"]()
+
+    rows = ("--row", "gpus=2,batch=2,aug=none,model=test_vit", "--row", "gpus=2,batch=18,model=test_vit")
+    tiny = ("--input-size", "160", "--steps", "6", "--log-every", "2", "--warm-up", "1", "--seconds", "0.1")
+    out = tmp_path / "rows.json"
+    run(str(tree), "--device", "cpu", *tiny, "--timeout", "600", "--json", str(out), *rows)
+    assert "failed: 36 images are 1 steps" in capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert {"machine", "torch", "date", "command"} < record.keys()
+    row, failed = record["rows"]
+    assert (row["gpus"], row["batch"], row["reports"], row["processes_left"]) == (2, 2, 2, 0)
+    assert row["decoder_chosen"] == "cpu"
+    assert min(row["img_s"], row["img_s_by_arrival"], row["first_step_s"], row["exit_s"], row["threads"]) > 0
+    (resident,) = record["resident"]
+    assert row["share"] == pytest.approx(row["img_s"] / (resident["before"] + resident["after"]))  # of 2 x their mean
+    assert "img_s" not in failed
+    run("--plot", str(out))
+    assert Image.open(out.with_suffix(".png")).size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["epoch 0 [1/2]", "error: no such folder; give another", "W1 torch/distributed", "====="], "error: no such"),
+        (["[rank1]: torch.OutOfMemoryError: CUDA", "ChildFailedError:", "exitcode : 1"], "[rank1]: torch.OutOfMemory"),
+        (["epoch 0 [1/2]", ""], "epoch 0 [1/2]"),
+        ([], "no output"),
+    ],
+)
+def test_the_line_that_tells_of_a_failure(lines: list[str], told: str) -> None:
+    script = runpy.run_path(str(TOOLS / "bench_gpus.py"))
+    assert script["last_words"]([Line(0.0, text, True) for text in lines]).startswith(told)
+
+
+def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
+    hang = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True)"
+    hang += "; print('started', flush=True); time.sleep(600)"
+    with Watched([sys.executable, "-c", hang]) as run:
+        run.wait_for("started", 60)
+        assert len(run.processes()) == 2
+        assert run.usage().memory > 0
+        with pytest.raises(TimeoutError, match="started"):
+            run.wait(0.1)
+        assert not run.processes()
+    assert run.process.returncode < 0

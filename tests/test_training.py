@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from runs import RECIPE, call, same, train
 from torch import Tensor
 
 from vimfast.checkpoint import load_checkpoint
@@ -27,19 +28,6 @@ from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.trainer import Trainer
-
-RECIPE = {
-    "model": {
-        "model": "vim_tiny_patch16_224",
-        "input_size": 32,
-        "drop_path": 0.2,
-        "model_kwargs": {"patch_size": 8, "stride": 8, "depth": 2, "embed_dim": 32},
-    },
-    "data": {"batch_size": 4, "num_workers": 1},
-    "schedule": {"epochs": 2, "warmup_epochs": 0, "sched_on_updates": True},
-    "ema": {"model_ema_decay": 0.9},
-    "run": {"device": "cpu", "log_every": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,29 +42,6 @@ def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "shards"
     call("vimfast.prepare", str(tree), "--out", str(out))
     return out
-
-
-def call(module: str, *flags: str, processes: int = 0, ok: bool = True) -> subprocess.CompletedProcess:
-    """Run a module as a user would, under torchrun with `processes`."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
-    command = [sys.executable, *launcher, "-m", module, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert not ok or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def train(*flags: str, kind: type[Trainer] = Trainer, control: Control | None = None) -> Trainer:
-    """A run inside this process."""
-    trainer = kind(load_config(list(flags)), World(), control)
-    try:
-        trainer.run()
-    finally:
-        trainer.close()
-    return trainer
-
-
-def same(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path: Path) -> None:

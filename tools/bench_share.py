@@ -86,14 +86,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[None], help="default: as in training")
     parser.add_argument("--prefetch", nargs="+", type=int, default=[3], help="batches decoded ahead")
     parser.add_argument("--copies", nargs="+", type=int, default=[1], help="of each picture, decoded once")
+    parser.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth, of which the trainer has 0.1")
     parser.add_argument("--seconds", type=float, default=3.0, help="to measure each row for")
     return parser.parse_args()
 
 
 def build(args: argparse.Namespace, device: torch.device) -> TrainStep:
     """The trainer's step, captured where there is a GPU, which has to be before any loader works."""
-    model = create_model(args.model, img_size=args.input_size, num_classes=CLASSES).to(device).train()
-    amp = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    options = {"img_size": args.input_size, "num_classes": CLASSES, "drop_path_rate": args.drop_path}
+    model = create_model(args.model, **options).to(device).train()
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
     step = TrainStep(
         model,
         build_optimizer(OptimConfig(), model, 5e-4),

@@ -1,0 +1,102 @@
+"""Runs as a user starts them: the trainer inside this process, as a command, and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from watch import Watched
+
+from vimfast.checkpoint import load_checkpoint
+from vimfast.config import load_config
+from vimfast.control import Control
+from vimfast.dist import World
+from vimfast.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+PACED = str(ROOT / "tests" / "paced_train.py")
+TIMEOUT = 300.0  # seconds for what takes a few; only a run that hangs takes so long
+
+RECIPE = {
+    "model": {
+        "model": "vim_tiny_patch16_224",
+        "input_size": 32,
+        "drop_path": 0.2,
+        "model_kwargs": {"patch_size": 8, "stride": 8, "depth": 2, "embed_dim": 32},
+    },
+    "data": {"batch_size": 4, "num_workers": 1},
+    "schedule": {"epochs": 2, "warmup_epochs": 0, "sched_on_updates": True},
+    "ema": {"model_ema_decay": 0.9},
+    "run": {"device": "cpu", "log_every": 2},
+}
+
+
+def environment() -> dict[str, str]:
+    """What a run needs: this checkout's modules before any that are installed, and few threads."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def command(program: str, *flags: str, processes: int = 0) -> list[str]:
+    """The words that run a module (or a .py file), under torchrun with `processes`."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
+    return [sys.executable, *launcher, *([program] if program.endswith(".py") else ["-m", program]), *flags]
+
+
+def call(program: str, *flags: str, processes: int = 0, ok: bool = True) -> subprocess.CompletedProcess:
+    """Run a module to its end, as a user would."""
+    env = {**os.environ, **environment()}
+    done = subprocess.run(command(program, *flags, processes=processes), capture_output=True, text=True, env=env)
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def start(program: str, *flags: str, processes: int = 0, **env: str) -> Watched:
+    """A run to be followed, signalled and waited for."""
+    return Watched(command(program, *flags, processes=processes), env={**environment(), **env})
+
+
+def train(*flags: str, kind: type[Trainer] = Trainer, control: Control | None = None) -> Trainer:
+    """A run inside this process."""
+    trainer = kind(load_config(list(flags)), World(), control)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    return trainer
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The run's ``log.txt``."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """Names of the tensors and values in which the last checkpoints of two run folders differ."""
+    states = [load_checkpoint(folder / "checkpoint.pth") for folder in (one, two)]
+    flat = [dict(_leaves({part: state[part] for part in ("model", "model_ema", "optimizer")})) for state in states]
+    assert flat[0].keys() == flat[1].keys()
+    return [name for name, value in flat[0].items() if not _equal(value, flat[1][name])]
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        value = value.items()
+    elif isinstance(value, (list, tuple)):
+        value = enumerate(value)
+    else:
+        return [(name, value)]
+    return [leaf for key, inner in value for leaf in _leaves(inner, f"{name}/{key}")]
+
+
+def _equal(one: Any, two: Any) -> bool:
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two

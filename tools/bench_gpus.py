@@ -1,0 +1,474 @@
+"""How well the trainer feeds one GPU or several: images a second, against as many times one GPU on resident images.
+
+    python tools/bench_gpus.py imagenet_data/ --preset node --json bench_gpus.json
+    python tools/bench_gpus.py shards/ --row gpus=4,cores=32 --row gpus=4,cores=32,aug=none,batch=512
+    python tools/bench_gpus.py --plot bench_gpus.json      # draw what an earlier run wrote, as a PNG beside it
+
+Each row is a run of its own: torchrun and vimfast.train on the data given, for --steps of one epoch, on the first
+`cores` of the machine's cores. Its figures are the trainer's own: the median of its reports, the first ones left out.
+The share is of gpus x the images a second of the same training step on images that lie on one GPU, measured in a
+process of its own before the first row and again behind the last; it is of the mean of the two. "cores used", "host
+GiB" and "GPU GiB" are those of the whole run (the fullest GPU). "first step" runs from the command to the end of the
+first step, as the first report and the pace behind it tell; "exit" from the last line to torchrun's end.
+
+Without a GPU the rows run on processes (--device cpu), which says whether it works, and nothing of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from watch import Line, Usage, Watched
+
+from vimfast.cli import run_main
+from vimfast.config import MixConfig, ModelConfig
+from vimfast.data.hardware import DECODERS
+from vimfast.data.source import open_source
+from vimfast.data.tree import scan_split
+from vimfast.errors import UserError, did_you_mean
+
+ROOT = Path(__file__).parent.parent
+AUGMENTATIONS = {"default": (), "one-rank": ("--repeated-aug-on", "one-rank"), "none": ("--no-repeated-aug",)}
+REPORT = re.compile(
+    r"epoch 0 \[(?P<step>\d+)/\d+\].* (?P<img_s>[\d,]+) img/s, waiting for data (?P<waiting>\d+)%"
+    r", (?P<gib>[\d.]+) GiB"
+)
+DECODING = re.compile(r"decoder (?P<decoder>\w+), threads (?P<threads>\d+)")
+RESIDENT = re.compile(r"resident: ([\d.]+) images/s")
+LEAST_REPORTS = 2  # behind those that warm up
+EXIT_LIMIT = 5.0  # seconds; what is alive then counts as left behind
+BARS = (95, 90)  # percent, drawn as lines
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is run: words of --row, with the defaults of those left out."""
+
+    gpus: int = 1
+    cores: int = 0  # 0: all
+    batch: int = 128  # on each GPU
+    decoder: str = "auto"
+    aug: str = "default"  # where the copies of repeated augmentation go
+    model: str = "vim_tiny_patch16_224"
+
+    def __str__(self) -> str:
+        parts = [f"{self.gpus} GPU{'s' * (self.gpus > 1)}", f"{self.cores} core{'s' * (self.cores > 1)}"]
+        parts += [f"batch {self.batch}"]
+        parts += [f"decoder {self.decoder}"] if self.decoder != "auto" else []
+        parts += {"none": ["no repeated augmentation"], "one-rank": ["copies on one rank"]}.get(self.aug, [])
+        return ", ".join([self.model.removesuffix("_patch16_224"), *parts])
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpu: str
+    gpus: int
+    cores: int
+    cpu: str
+    memory_gib: float
+
+
+def main() -> None:
+    args = parse()
+    if args.resident:
+        measure_resident(args)
+        return
+    if args.plot:
+        plot(args.plot)
+        return
+    machine = this_machine(args.device)
+    if args.data is None:
+        raise UserError("no data is given; add the folder of shards, or of train/ and val/")
+    rows = choose_rows(args, machine)
+    record: dict[str, Any] = {
+        "machine": asdict(machine),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "tools/bench_gpus.py", *sys.argv[1:]]),
+        "resident": [],
+        "rows": [],
+    }
+    with grown(args.data, args.repeat) as data:
+        images = len(open_source(data, "train"))
+        for row in rows:
+            if too_few(row, images, args) or baseline(record, row) is not None:
+                continue
+            record["resident"].append({"model": row.model, "batch": row.batch, "before": resident(row, args)})
+            tell(f"{row.model}, batch {row.batch}: {told_rate(record['resident'][-1]['before'])} on resident images")
+        for row in rows:
+            record["rows"].append({**asdict(row), **measure(row, data, images, args)})
+            fill_in_shares(record)
+            save(record, args.json)
+            tell(one_line(row, record["rows"][-1]))
+    for kind in record["resident"]:
+        kind["after"] = resident(Row(model=kind["model"], batch=kind["batch"]), args)
+    fill_in_shares(record)
+    save(record, args.json)
+    show(record)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", help="shards, or a folder tree with train/ and val/")
+    words = "gpus=4,cores=64,batch=128,decoder=auto,aug=default|one-rank|none,model=vim_tiny_patch16_224"
+    parser.add_argument("--row", dest="rows", action="append", metavar="WORDS", help=f"such as {words}; repeatable")
+    parser.add_argument(
+        "--preset", choices=("node",), help="node: one GPU, all on fewer and fewer cores, other recipes"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--input-size", type=int, default=224)
+    parser.add_argument("--steps", type=int, default=400, help="of each row [400]")
+    parser.add_argument("--log-every", type=int, default=25, help="steps between two reports [25]")
+    parser.add_argument("--warm-up", type=int, default=3, help="reports that are left out [3]")
+    parser.add_argument("--seconds", type=float, default=3.0, help="to measure resident images for [3]")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each run [300]")
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="train on each image of a folder this often, by links [1]"
+    )
+    parser.add_argument("--json", type=Path, help="write everything here, anew with each row")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the rows of this file, as a PNG")
+    parser.add_argument("--resident", nargs=2, metavar=("MODEL", "BATCH"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# What to run
+
+
+def choose_rows(args: argparse.Namespace, machine: Machine) -> list[Row]:
+    rows = [read_row(words) for words in args.rows or []]
+    if args.preset:
+        everything = Row(machine.gpus, machine.cores)
+        rows += [
+            Row(1, min(16, machine.cores)),
+            everything,
+            *(Row(machine.gpus, max(1, machine.cores // part)) for part in (2, 4)),
+            Row(machine.gpus, machine.cores, aug="none"),
+            Row(machine.gpus, machine.cores, batch=512),
+            Row(machine.gpus, machine.cores, model="vim_small_patch16_224"),
+        ]
+    rows = [Row(**{**asdict(row), "cores": row.cores or machine.cores}) for row in rows]
+    if not rows:
+        raise UserError("no rows are given; add --preset node, or --row gpus=1")
+    for row in rows:
+        if row.cores > machine.cores or (args.device == "cuda" and row.gpus > machine.gpus):
+            raise UserError(f"{row}: this machine shows {machine.gpus} GPUs and {machine.cores} cores; ask for fewer")
+    return list(dict.fromkeys(rows))
+
+
+def read_row(words: str) -> Row:
+    defaults = asdict(Row())
+    given: dict[str, Any] = {}
+    for word in words.split(","):
+        name, _, value = word.partition("=")
+        if name not in defaults:
+            raise UserError(f"--row holds {name!r}{did_you_mean(name, defaults)}; it knows {', '.join(defaults)}")
+        try:
+            given[name] = type(defaults[name])(value)
+        except ValueError:
+            raise UserError(f"--row holds {word!r}; {name} must be a whole number") from None
+    for name, known in (("aug", AUGMENTATIONS), ("decoder", DECODERS)):
+        if given.get(name, defaults[name]) not in known:
+            raise UserError(f"--row holds {name}={given[name]}; it must be one of {', '.join(known)}")
+    return Row(**given)
+
+
+@contextlib.contextmanager
+def grown(data: str, times: int) -> Iterator[str]:
+    """A folder tree with `times` links to each training image while the block runs; with 1, the data itself."""
+    if times == 1:
+        yield data
+        return
+    root = Path(data).absolute()
+    files = scan_split(root, "train")
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(len(files)):
+            link, target = Path(folder, "train", files.name(i)), files.path(i)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            for copy in range(times):
+                os.symlink(target, link.with_name(f"{link.stem}_{copy}{link.suffix}"))
+        os.symlink(root / "val", Path(folder, "val"))
+        yield folder
+
+
+def flags(row: Row, data: str, steps: int, args: argparse.Namespace) -> list[str]:
+    return [
+        *("--data-path", data, "--model", row.model, "--input-size", str(args.input_size), "--device", args.device),
+        *("--batch-size", str(row.batch), "--decoder", row.decoder, *AUGMENTATIONS[row.aug]),
+        *("--epochs", "1", "--warmup-epochs", "0", "--steps-per-epoch", str(steps), "--eval-steps", "1"),
+        *("--log-every", str(args.log_every)),
+    ]
+
+
+# Measuring
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """This checkout's modules first, for the children as for this process; processes that share cores, one thread."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), **({"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {})}
+
+
+def too_few(row: Row, images: int, args: argparse.Namespace) -> str:
+    """Why an epoch of so many images cannot be measured; empty if it can."""
+    steps, least = images // (row.gpus * row.batch), args.log_every * (args.warm_up + LEAST_REPORTS)
+    if min(steps, args.steps) >= least:
+        return ""
+    if args.steps < least:
+        return f"--steps {args.steps} is too low for --log-every {args.log_every} and --warm-up {args.warm_up}"
+    return f"{images:,} images are {steps} steps and {least} are needed; give more, or --repeat"
+
+
+def measure(row: Row, data: str, images: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one row, or ``failed`` with the reason."""
+    if problem := too_few(row, images, args):
+        return {"failed": problem}
+    steps = min(args.steps, images // (row.gpus * row.batch))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={row.gpus}"]
+    cores = sorted(os.sched_getaffinity(0))[: row.cores]
+    command = [*torchrun, "-m", "vimfast.train", *flags(row, data, steps, args)]
+    usages: list[Usage] = []
+    gpu_memory = None
+    with Watched(command, env=environment(args), cores=cores) as run:
+        while run.ended is None:
+            if time.monotonic() - run.begin > args.timeout:
+                return {"failed": f"no end within {args.timeout:.0f} s: {last_words(run.lines)}"}
+            time.sleep(0.25)
+            count = sum(REPORT.search(line.text) is not None for line in list(run.lines))
+            if count >= args.warm_up:
+                usages.append(run.usage())
+                gpu_memory = gpu_memory or max(asked_of_gpus("memory.used")[: row.gpus], default=None)
+        status = run.wait(args.timeout)
+        left = run.gone_within(EXIT_LIMIT)
+        if status:
+            return {"failed": last_words(run.lines)}
+        return {
+            **read_reports(run, row, args),
+            **read_usage(usages, run),
+            "gpu_gib": None if gpu_memory is None else float(gpu_memory) / 1024,
+            "exit_s": run.ended - run.lines[-1].at,
+            "processes_left": len(left),
+        }
+
+
+def read_reports(run: Watched, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    found = [(line.at, match) for line in run.lines if (match := REPORT.search(line.text))]
+    kept = found[args.warm_up :]
+    if len(kept) < LEAST_REPORTS:
+        return {"failed": f"only {len(found)} reports; raise --steps or lower --log-every"}
+    before = found[args.warm_up - 1 : -1] if args.warm_up else [(run.begin, None), *found[:-1]]
+    seconds = [now - then for (now, _), (then, _) in zip(kept, before, strict=True)]
+    per_step = statistics.median(seconds) / args.log_every
+    chosen = next((match for line in run.lines if (match := DECODING.search(line.text))), None)
+    return {
+        "img_s": statistics.median(float(match["img_s"].replace(",", "")) for _, match in kept),
+        "img_s_by_arrival": row.gpus * row.batch / per_step,
+        "waiting": statistics.median(float(match["waiting"]) for _, match in kept) / 100,
+        "torch_gib": float(kept[-1][1]["gib"]),
+        "decoder_chosen": chosen and chosen["decoder"],
+        "threads": chosen and int(chosen["threads"]),
+        "first_step_s": found[0][0] - run.begin - per_step * (int(found[0][1]["step"]) - 1),
+        "reports": len(kept),
+    }
+
+
+def read_usage(usages: list[Usage], run: Watched) -> dict[str, Any]:
+    """Processor time and memory between the warm-up and the last report."""
+    end = max((line.at for line in run.lines if REPORT.search(line.text)), default=0.0)
+    inside = [usage for usage in usages if usage.at <= end]
+    if len(inside) < 2:
+        return {"cores_used": None, "host_gib": max((u.memory for u in usages), default=0.0) / 2**30 or None}
+    first, last = inside[0], inside[-1]
+    return {
+        "cores_used": (last.cpu_seconds - first.cpu_seconds) / (last.at - first.at),
+        "host_gib": max(usage.memory for usage in inside) / 2**30,
+    }
+
+
+def last_words(lines: list[Line]) -> str:
+    """The line that tells most of a failure: the last of an error, before what torchrun adds; else the last."""
+    texts = [line.text.strip() for line in list(lines) if re.search(r"\w", line.text)]
+    errors = [t for t in texts if re.match(r"(\[rank\d+\]: )?(error: |[\w.]*Error\b)", t) and "ChildFailed" not in t]
+    return ([*texts[-1:], *errors[-1:]] or ["no output"])[-1]
+
+
+def resident(row: Row, args: argparse.Namespace) -> float | None:
+    """Images a second of a training step without a loader, by a process of its own; None where it failed."""
+    size, seconds = str(args.input_size), str(args.seconds)
+    own = [sys.executable, __file__, "--resident", row.model, str(row.batch), "--device", args.device]
+    with Watched([*own, "--input-size", size, "--seconds", seconds], env=environment(args)) as run:
+        try:
+            status = run.wait(args.timeout)
+        except TimeoutError:
+            status = -1
+        found = RESIDENT.search(run.out)
+        if status or not found:
+            tell(f"no figure for resident images: {last_words(run.lines)}")
+            return None
+        return float(found[1])
+
+
+def measure_resident(args: argparse.Namespace) -> None:
+    import bench_share
+
+    from vimfast.data.mixup import Mixup
+    from vimfast_kernels.tune import tune_once
+    from vimfast_kernels.tuning import read_again
+
+    args.model, args.batch_size = args.resident[0], int(args.resident[1])
+    args.drop_path = ModelConfig().drop_path
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # as the trainer sets them
+        tune_once(0, tell)  # as the trainer would, and in none of its rows
+        read_again()
+    mixup = Mixup(MixConfig(), bench_share.CLASSES, 0, 0)
+    rate = bench_share.show_plain(bench_share.build(args, device), mixup, args, device)
+    print(f"resident: {rate:.1f} images/s")
+
+
+# Telling
+
+
+def baseline(record: dict[str, Any], row: Row) -> dict[str, Any] | None:
+    """The entry of resident images that belongs to a row."""
+    entries = (e for e in record["resident"] if (e["model"], e["batch"]) == (row.model, row.batch))
+    return next(entries, None)
+
+
+def as_row(found: dict[str, Any]) -> Row:
+    return Row(**{f.name: found[f.name] for f in fields(Row)})
+
+
+def fill_in_shares(record: dict[str, Any]) -> None:
+    """Of the mean of what was measured before and, later, after."""
+    for found in record["rows"]:
+        entry = baseline(record, as_row(found))
+        if "img_s" in found and entry is not None:
+            rates = [rate for rate in (entry["before"], entry.get("after")) if rate]
+            found["share"] = found["img_s"] / (found["gpus"] * statistics.mean(rates)) if rates else None
+
+
+def save(record: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text(json.dumps(record, indent=1) + "\n")
+        aside.replace(path)
+
+
+def tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def told_rate(rate: float | None) -> str:
+    return "no figure" if rate is None else f"{rate:,.0f} images/s"
+
+
+def one_line(row: Row, found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return f"{row}: failed: {found['failed']}"
+    return f"{row}: {found['img_s']:,.0f} images/s, {form(found['share'], '.1%')}, waiting {found['waiting']:.0%}"
+
+
+def form(value: Any, spec: str = "") -> str:
+    return "-" if value is None else format(value, spec)
+
+
+COLUMNS = (
+    ("img/s", "img_s", ",.0f"), ("share", "share", ".1%"), ("waiting", "waiting", ".0%"),
+    ("decoder", "decoder_chosen", ""), ("threads", "threads", ""), ("cores used", "cores_used", ".1f"),
+    ("host GiB", "host_gib", ".1f"), ("GPU GiB", "gpu_gib", ".1f"), ("first step, s", "first_step_s", ".1f"),
+    ("exit, s", "exit_s", ".1f"),
+)  # fmt: skip
+
+
+def show(record: dict[str, Any]) -> None:
+    machine = record["machine"]
+    title = f"{machine['gpus']} x {machine['gpu']}, {machine['cores']} cores, torch {record['torch']}, {record['date']}"
+    table = Table("row", title=title)
+    for name, _, _ in COLUMNS:
+        table.add_column(name, justify="right")
+    for found in record["rows"]:
+        row = str(as_row(found))
+        if "failed" in found:
+            table.add_row(f"{row}\nfailed: {found['failed']}")
+        else:
+            table.add_row(row, *(form(found.get(key), spec) for _, key, spec in COLUMNS))
+    Console(width=170, soft_wrap=False).print(table)
+    for kind in record["resident"]:
+        before, after = told_rate(kind["before"]), told_rate(kind["after"])
+        tell(f"one GPU on resident images, {kind['model']}, batch {kind['batch']}: {before} before, {after} after")
+
+
+def plot(source: Path) -> None:
+    """Bars of each row's share, as a PNG next to the JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    record = json.loads(source.read_text())
+    machine, rows = record["machine"], record["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(10, 0.5 * len(rows) + 1.8), layout="constrained")
+    shares = [100 * (row.get("share") or 0.0) for row in rows]
+    axes.barh(range(len(rows)), shares, 0.62, color="#2a7f62", label="trainer, from files")
+    for i, (row, share) in enumerate(zip(rows, shares, strict=True)):
+        told = f"{share:.1f} %, {row['img_s']:,.0f} images/s" if share else f"failed: {row.get('failed', 'no share')}"
+        inside = share > 40  # at the left end, where no line crosses it
+        axes.text(1 if inside else share + 1, i, told if len(told) < 80 else f"{told[:77]}...", va="center", fontsize=9,
+                  color="white" if inside else "black")  # fmt: skip
+    for bar, style in zip(BARS, ("--", ":"), strict=True):
+        axes.axvline(bar, color="#c0504d", linestyle=style, linewidth=1.2, label=f"{bar} %")
+    axes.set_yticks(range(len(rows)), [str(as_row(row)) for row in rows], fontsize=9)
+    axes.set_xlim(0, max(105.0, *(share + 5 for share in shares)))
+    axes.set_xlabel("images/s of the trainer, % of GPUs x images/s of one GPU on resident images")
+    axes.set_title(f"{machine['gpus']} x {machine['gpu']}, {machine['cores']} cores, {record['date']}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(source.with_suffix(".png"), dpi=130)
+
+
+# The machine
+
+
+def asked_of_gpus(what: str) -> list[Any]:
+    """What nvidia-smi tells of each GPU; numbers where they are some, nothing where there is no such program."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [float(value) if re.fullmatch(r"[\d.]+", value) else value for value in told.splitlines()]
+
+
+def this_machine(device: str) -> Machine:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0))
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cpu = found[1] if found else platform.machine()
+    if device == "cpu":
+        return Machine("process without a GPU", cores, cores, cpu, memory)
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda and there is no GPU here; use --device cpu to try the tool")
+    return Machine(torch.cuda.get_device_name(0), torch.cuda.device_count(), cores, cpu, memory)
+
+
+if __name__ == "__main__":
+    run_main(main)
