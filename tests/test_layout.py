@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("vimfast_kernels", "vimfast.errors", "vimfast.hub"),
     ("vimfast.cli", "vimfast.original"),
-    ("vimfast.config", "vimfast.data.index", "vimfast.data.jpeg", "vimfast.data.tree"),
+    ("vimfast.config", "vimfast.affinity", "vimfast.data.index", "vimfast.data.jpeg", "vimfast.data.tree"),
     (
         *(
             "vimfast.dist",
