@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vimfast.affinity import settle
 from vimfast.errors import UserError
 
 
@@ -62,6 +63,7 @@ def start(device: str, timeout: float = 1800.0) -> World:
     where = _device(device, local_rank, local_size)
     if where.type == "cuda":
         torch.cuda.set_device(where)
+        settle(local_rank, [torch.device("cuda", i) for i in range(local_size)] if where.index == local_rank else [])
     if size > 1:
         # NCCL's monitor ends the process, without a word on why, when a call of NCCL's own stands still for so long.
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(timeout)))

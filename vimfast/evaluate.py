@@ -1,12 +1,13 @@
-"""Top-1, top-5 and loss over a validation set: every picture once, whatever the world size."""
+"""Top-1, top-5 and loss over a validation set: every image once, whatever the world size."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from vimfast.control import Control, Stopped
 from vimfast.data.loader import Loader
@@ -16,12 +17,12 @@ from vimfast.metrics import Reporter, Sums
 
 
 class Scores(NamedTuple):
-    """Percentages, and the mean cross entropy, over so many pictures."""
+    """Percentages, and the mean cross entropy, over so many images."""
 
     acc1: float
     acc5: float
     loss: float
-    pictures: int
+    images: int
 
     def __str__(self) -> str:
         return f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}"
@@ -29,33 +30,34 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     loader: Loader,
     amp: torch.autocast,
     report: Reporter,
-    title: str = "evaluate",
     control: Control | None = None,
-) -> Scores:
-    """Scores of `model` on all that `loader` hands out on all processes.
+) -> list[Scores]:
+    """Scores of each model on all that `loader` hands out on all processes; each image is decoded once for all of them.
 
     Sums, not means of means, are added over batches and processes, so short last batches weigh what they hold.
 
     Args:
-        model: pictures [B, 3, S, S] to logits [B, K].
+        models: images [B, 3, S, S] to logits [B, K].
         loader: an evaluation loader; processes may have different numbers of batches.
         amp: the autocast context to run under.
-        control: is asked in front of every step whether to stop.
+        control: is asked before every step whether to stop.
 
     Raises:
         Stopped: it said so.
+        UserError: the split is empty.
     """
     control = control or Control(World())
-    training = model.training
-    model.eval()
-    sums = Sums(("top1", "top5", "loss", "count"), loader.device)
-    with report.steps(title, loader.steps):
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    sums = [Sums(("top1", "top5", "loss", "count"), loader.device) for _ in models]
+    with report.steps("evaluate", loader.steps):
         batches = loader.epoch(0)
-        for _ in range(loader.steps):  # every process asks as often, also one that has no pictures left
+        for _ in range(loader.steps):  # every process asks as often, also one that has no images left
             if control.should_stop():
                 raise Stopped
             control.doing("waiting for data")
@@ -63,18 +65,25 @@ def evaluate(
             control.doing("evaluating")
             if batch is None:
                 continue
-            images, labels = batch
-            with amp:
-                logits = model(images)
-            logits = logits.float()
-            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums.add(hits[:, 0].sum(), hits.sum(), loss, len(labels))
+            for model, own in zip(models, sums, strict=True):
+                with amp:
+                    logits = model(batch.images)
+                own.add(*_scored(logits.float(), batch.labels))
             report.advance()
     loader.close()  # gives its memory back
-    model.train(training)
-    total = sums.read()
+    for model, was in zip(models, training, strict=True):
+        model.train(was)
+    return [_scores(own.read()) for own in sums]
+
+
+def _scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Hits among the first and the first five answers, summed cross entropy, and how many images."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    return hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+
+
+def _scores(total: dict[str, float]) -> Scores:
     count = round(total["count"])
     if count == 0:
-        raise UserError("the validation split holds no pictures; check it with python -m vimfast.check_data")
+        raise UserError("the validation split holds no images; check it with python -m vimfast.check_data")
     return Scores(100 * total["top1"] / count, 100 * total["top5"] / count, total["loss"] / count, count)

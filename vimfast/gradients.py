@@ -128,6 +128,8 @@ def copy_from_first(module: nn.Module, *, buffers_only: bool = False) -> None:
     """Give every process the parameters and buffers (running statistics, say) that rank 0 has; alone, do nothing."""
     if not dist.is_initialized():
         return
-    tensors = [*module.buffers()] if buffers_only else [*module.parameters(), *module.buffers()]
-    for tensor in tensors:
-        dist.broadcast(tensor, src=0)
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    for tensor in [*module.buffers()] if buffers_only else [*module.parameters(), *module.buffers()]:
+        there = tensor.to(device)  # itself, unless an average is kept in host memory
+        dist.broadcast(there, src=0)
+        tensor.copy_(there)

@@ -85,6 +85,7 @@ class TrainStep:
         self._loss = torch.zeros((), device=device)
         self._skipped = torch.zeros(3, device=device)  # in all, in a row up to now, longest row
         self._first_bad = torch.zeros(len(named), dtype=torch.bool, device=device)
+        self.end: torch.cuda.Event | None = None  # of the last step, on a GPU; with timing
         self._ends: deque[torch.cuda.Event] = deque()
 
     # Capturing
@@ -233,9 +234,9 @@ class TrainStep:
         """Let the host be no further ahead: batches in flight hold memory, and signals must be heard."""
         if not self._on_gpu:
             return
-        end = torch.cuda.Event()
-        end.record()
-        self._ends.append(end)
+        self.end = torch.cuda.Event(enable_timing=True)
+        self.end.record()
+        self._ends.append(self.end)
         if len(self._ends) > IN_FLIGHT:
             self._ends.popleft().synchronize()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from vimfast.cli import end_process, run_main
@@ -14,22 +16,37 @@ def main() -> int:
     cfg = load_config(sys.argv[1:])
     if not cfg.data.data_path:
         raise UserError("--data-path is missing; give the folder of shards, or of train/ and val/")
-    # Behind the flags, so that --help and a misspelt one answer at once.
+    # After the flags, so that --help and a misspelt one answer at once.
+    threading.Thread(target=_import_all, daemon=True).start()
     from vimfast.control import Control
     from vimfast.dist import processes
-    from vimfast.trainer import Trainer
+    from vimfast.metrics import StartUp
 
-    run = cfg.run
+    run, start_up = cfg.run, StartUp()
     folder = Path(run.output_dir) if run.output_dir and not run.eval else None
     # What is started first ends last: CUDA graphs and loaders, then the control, then the process group, whose end
     # waits for graphs that use it. On an error the control ends all processes, and nothing is waited for.
     with (
         processes(run.device, timeout=run.stall_timeout + 120) as world,  # the control's sentence comes first
         Control(world, run.stall_timeout, folder) as control,
-        Trainer(cfg, world, control) as trainer,
     ):
-        trainer.run()
+        start_up.done("process group")
+        from vimfast.trainer import Trainer
+
+        start_up.done("imports")
+        with Trainer(cfg, world, control, start_up) as trainer:
+            trainer.run()
     return control.status
+
+
+def _import_all() -> None:
+    """Import in the background what takes seconds, while the main thread waits for the GPU and the other processes."""
+    with suppress(Exception):  # the main thread meets it again
+        from vimfast import trainer  # noqa: F401
+        from vimfast.data.pipeline import import_dali
+
+        import_dali()
+        import torch.utils.tensorboard  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -36,12 +36,15 @@ from vimfast.evaluate import Scores, evaluate
 from vimfast.finetune import freeze
 from vimfast.gradients import GradientSum, copy_from_first
 from vimfast.losses import Objective, build_teacher
-from vimfast.metrics import Pace, Reporter, Sums, duration, memory_gib
+from vimfast.metrics import Pace, Reporter, StartUp, Sums, duration, memory_gib
 from vimfast.models import create_model
 from vimfast.optim import LearningRate, build_ema, build_optimizer, peak_lr
 from vimfast.step import TrainStep
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again
+
+SETTLED_AFTER = 100  # steps after which a run's pace is known
+TOLERATED = 0.03  # of the time, spent waiting for data
 
 CHECKPOINT, BEST, RESOLVED_CONFIG = "checkpoint.pth", "best_checkpoint.pth", "config.yaml"
 
@@ -55,10 +58,13 @@ class Trainer:
 
     Args:
         control: tells the trainer when to stop; without one it trains to the end.
+        start_up: has timed what came before.
     """
 
-    def __init__(self, cfg: Config, world: World, control: Control | None = None) -> None:
-        self.cfg, self.world = cfg, world
+    def __init__(
+        self, cfg: Config, world: World, control: Control | None = None, start_up: StartUp | None = None
+    ) -> None:
+        self.cfg, self.world, self.start_up = cfg, world, start_up or StartUp()
         self.control = control or Control(world)
         self.folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
         resume = self._resume_path()
@@ -72,6 +78,7 @@ class Trainer:
         self.classes = self.val_source.classes
         num_classes = self._check_classes(len(self.classes), state, resume)
         self.val_loader = self._loader(self.val_source, training=False)
+        self.start_up.done("data")
         torch.manual_seed(cfg.run.seed)
         self.model: nn.Module = _build_model(cfg, num_classes)
         if not cfg.run.eval:
@@ -116,6 +123,7 @@ class Trainer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         for module in (self.model, self.ema.module) if self.ema else (self.model,):
             copy_from_first(module)
+        self.start_up.done("model")
         self.train_step = TrainStep(
             self.model,
             self.optimizer,
@@ -127,6 +135,7 @@ class Trainer:
             accum_steps=self.accum_steps,
         )
         self.skipped = 0
+        self.pace, self.steps_here, self._settled = Pace(world.size), 0, False
         self._saved: tuple[int, int] | None = None  # the place that the checkpoint holds
         self.control.place = lambda: f"epoch {self.epoch}, step {self.step} of {self.steps}"
         kept = (
@@ -338,7 +347,7 @@ class Trainer:
         """
         try:
             if self.cfg.run.eval:
-                self._evaluate_only()
+                self._evaluate()
             else:
                 self._train()
         except Stopped:
@@ -373,9 +382,13 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self._tune()
         self.control.doing("preparing the training step")
+        self.train_loader.begin(self.epoch, self.step * self.accum_steps)
         with self._training_memory():
             self._capture()
+        if self.train_step.seconds is not None:
+            self.train_loader.expect(min(dist.gather_objects(self.train_step.seconds)))
         self._introduce(parameters)
+        self.start_up.done("capture")
         begin = time.perf_counter()
         while self.epoch < self.cfg.schedule.epochs:
             self._train_epoch()
@@ -401,6 +414,7 @@ class Trainer:
             self.control.doing("waiting for rank 0 of its host to tune kernels")
         dist.barrier()
         read_again()
+        self.start_up.done("kernels")
 
     def _introduce(self, parameters: int) -> None:
         cfg, world, decoding = self.cfg, self.world, self.train_loader.settings
@@ -442,7 +456,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
-        run, pace = self.cfg.run, Pace(self.world.size)
+        run, pace = self.cfg.run, self.pace
         batches = self.train_loader.epoch(self.epoch, self.step * self.accum_steps)
         pace.start()
         before = self.sums.read() if self.step else {"loss": 0.0, "steps": 0.0}
@@ -456,6 +470,10 @@ class Trainer:
                     self._train_batch(batch, part)
                     pace.count(len(batch.labels))
                 self.step += 1
+                self.steps_here += 1
+                if self.steps_here == 1:
+                    self.start_up.done("first batch")
+                    self.report.say(str(self.start_up))
                 self.report.advance()
                 if self.step % run.log_every == 0 or self.step == self.steps:
                     before = self._tell(pace, before)
@@ -469,6 +487,7 @@ class Trainer:
         self.control.doing("waiting for data")
         try:
             batch = pace.wait_for(batches)
+            pace.between(self.train_step.end, self.train_loader.ready)
             self.control.doing("training step")
             return batch
         except UserError:  # a picture that cannot be read; the weights are sound, so keep them
@@ -505,8 +524,21 @@ class Trainer:
         scalars = {"train/loss": loss, "train/lr": self.rate.value, "train/img_s": speed["img_s"]}
         scalars |= {"train/data_share": speed["data_share"], "train/memory_gib": memory}
         self.report.scalars(scalars, self.epoch * self.steps + self.step)
+        self._reconsider(speed["data_share"])
         pace.start()
         return now
+
+    def _reconsider(self, data_share: float) -> None:
+        """Once, when the run has found its pace: let another decoder try if the slowest process waits for this one."""
+        if self._settled or self.steps_here < SETTLED_AFTER:
+            return
+        self._settled = True
+        waits = max(dist.gather_objects(data_share))
+        if waits <= TOLERATED:
+            return
+        before = self.train_loader.settings.decoder
+        if decoder := self.train_loader.reconsider():
+            self.report.say(f"training waits {waits:.0%} of its time for --decoder {before}; {decoder} from here on")
 
     def _check_health(self) -> None:
         """Tell of skipped steps; end a run that does nothing but skip. Gradients are the same on all processes."""
@@ -527,34 +559,34 @@ class Trainer:
 
     def _finish_epoch(self, parameters: int) -> None:
         trained = self.sums.read()
-        scores = self._evaluate(self.model, "network")
-        best = scores.acc1 > self.best_acc1
-        self.best_acc1 = max(self.best_acc1, scores.acc1)
+        scores = self._evaluate()
+        acc1 = scores[""].acc1
+        best = acc1 > self.best_acc1
+        self.best_acc1 = max(self.best_acc1, acc1)
         record: dict[str, Any] = {
             "train_lr": self.rate.value,
             "train_loss": trained["loss"] / trained["steps"],
-            **{f"test_{name}": value for name, value in scores._asdict().items() if name != "pictures"},
         }
-        if self.ema is not None:
-            averaged = self._evaluate(self.ema.module, "ema network")
-            record |= {f"ema_test_{name}": value for name, value in averaged._asdict().items() if name != "pictures"}
+        for whose, found in scores.items():
+            record |= {f"{whose}test_{name}": value for name, value in found._asdict().items() if name != "images"}
         self.report.say(f"Max accuracy: {self.best_acc1:.2f}%")
         self.report.record({**record, "epoch": self.epoch, "n_parameters": parameters})
         self.report.scalars({f"epoch/{k}": v for k, v in record.items()}, self.epoch)
         self.save(*([BEST, CHECKPOINT] if best else [CHECKPOINT]), evaluated=True)
 
-    def _evaluate(self, model: nn.Module, name: str) -> Scores:
-        copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
+    def _evaluate(self) -> dict[str, Scores]:
+        """Of the weights (``""``) and of their average (``"ema_"``), as the record of an epoch names them."""
+        models = {"": self.model, **({"ema_": self.ema.module} if self.ema is not None else {})}
+        for model in models.values():
+            copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with self._memory_for(self.val_loader, "--eval-batch-size"):
-            scores = evaluate(model, self.val_loader, self.amp, self.report, f"evaluate {name}", self.control)
-        self.report.say(f"{scores} ({'averaged' if name.startswith('ema') else 'raw'} weights)")
-        self.report.say(f"Accuracy of the {name} on the {scores.pictures} test images: {scores.acc1:.1f}%")
+            found = evaluate(list(models.values()), self.val_loader, self.amp, self.report, self.control)
+        scores = dict(zip(models, found, strict=True))
+        for whose, own in scores.items():
+            self.report.say(f"{own} ({'averaged' if whose else 'raw'} weights)")
+            name = "ema network" if whose else "network"
+            self.report.say(f"Accuracy of the {name} on the {own.images} test images: {own.acc1:.1f}%")
         return scores
-
-    def _evaluate_only(self) -> None:
-        self._evaluate(self.model, "network")
-        if self.ema is not None:
-            self._evaluate(self.ema.module, "ema network")
 
     # Ending
 

@@ -119,13 +119,11 @@ def _keeps_up(threads: int, demand: Demand, engine: bool) -> bool:
 def available_cores() -> int:
     """The cores this process may use, shared with the others that torchrun started here; at least 1.
 
-    Where each process was given cores of its own (``numactl``, ``taskset``), they are not shared out again.
+    Where each process has cores of its own (:mod:`vimfast.affinity`, ``numactl``, ``taskset``), they are not shared out
+    again; a container's share of their time is.
     """
-    mine = os.sched_getaffinity(0)
-    cores = min(len(mine), _quota())
-    if not _pinned(mine):
-        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, cores)
+    mine, ranks = os.sched_getaffinity(0), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(len(mine) // (1 if _pinned(mine) else ranks), _quota() // ranks))
 
 
 def _pinned(mine: set[int]) -> bool:

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -98,7 +99,6 @@ class Loader:
         on_bad_image: ``"stop"`` at a picture that does not decode, or ``"skip"`` it (:class:`Reader`).
         report: is told of each picture skipped; default: a warning on stderr.
         steps_at_once: batches that DALI decodes together; default: what fits the decoder.
-        step_seconds: that a training step keeps the GPU busy, which tells how fast decoding has to be.
         group: the processes that ``order.node`` counts; None: all.
 
     Raises:
@@ -130,7 +130,6 @@ class Loader:
         on_bad_image: str = "stop",
         report: Callable[[str], None] | None = None,
         steps_at_once: int | None = None,
-        step_seconds: float | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         if training and order.steps == 0:
@@ -150,11 +149,8 @@ class Loader:
         self._copies = order.repeats if together else 1
         self._exchange = Exchange(order, group) if self._copies > 1 and order.node > 1 else None
         self._asked = (decoder, threads, hw_decoder_load, steps_at_once)
-        self._demand = (
-            Demand(_most_pictures(order, self._copies), order.batch_size, step_seconds, source.mean_bytes)
-            if training
-            else None
-        )
+        decoded = _most_pictures(order, self._copies)
+        self._demand = Demand(decoded, order.batch_size, None, source.mean_bytes) if training else None
         decoding = choose_decoding(decoder, threads, self.device, self._demand)
         self._settings = GraphSettings(
             batch_size=_most_pictures(order, self._copies),
@@ -177,6 +173,8 @@ class Loader:
         self._owner = object()  # the iterator that may take batches
         # What is done to a batch here runs beside the step that the GPU is still busy with, not behind it.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.ready: torch.cuda.Event | None = None  # the last batch, on a GPU; with timing
+        self._beginning: threading.Thread | None = None
 
     def _decode_by(self, decoding: Decoding) -> None:
         _, _, engine_share, steps_at_once = self._asked
@@ -188,6 +186,45 @@ class Loader:
             decoder=decoding.decoder,
             hw_decoder_load=decoding.engine_share if engine_share is None else engine_share,
         )
+
+    def expect(self, step_seconds: float) -> None:
+        """Decode as fast as training needs it, whose steps keep the GPU busy for so long.
+
+        What was begun early goes on if it is decoded as it should be, else it is begun again.
+        """
+        if self._demand is None:
+            return
+        self._demand = self._demand._replace(seconds=step_seconds)
+        decoder, threads, _, _ = self._asked
+        decoding = choose_decoding(decoder, threads, self.device, self._demand)
+        if decoding.decoder == self._settings.decoder:
+            return
+        self._join()
+        place = self._next_place
+        self.close()
+        self._decode_by(decoding)
+        if place is not None:
+            self.begin(*place)
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Build what decodes and begin on these batches in the background, while the caller does something else.
+
+        An error on the way is raised when the batches are asked for.
+        """
+        self._join()
+
+        def work() -> None:
+            with suppress(Exception), torch.cuda.stream(self._stream) if self._stream else nullcontext():
+                self._restart(epoch, start)
+                self._decode()
+
+        self._beginning = threading.Thread(target=work, name="begin", daemon=True)
+        self._beginning.start()
+
+    def _join(self) -> None:
+        if self._beginning is not threading.current_thread() and self._beginning is not None:
+            self._beginning.join()
+            self._beginning = None
 
     def reconsider(self) -> str | None:
         """Decode otherwise from the next batch on, because training waits; the batches stay what they are.
@@ -231,6 +268,7 @@ class Loader:
         Raises:
             UserError: while iterating, when a picture cannot be read or decoded; the sentence names it.
         """
+        self._join()
         if not self.training or self._graph is None or self._next_place != (epoch, start):
             self._restart(epoch, start)
         self._owner = owner = object()
@@ -255,6 +293,8 @@ class Loader:
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
             batch = self._take()
+            self.ready = torch.cuda.Event(enable_timing=True)
+            self.ready.record()
         current.wait_stream(self._stream)
         for tensor in batch or ():
             tensor.record_stream(current)
@@ -413,6 +453,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop reading and let DALI go. Batches already handed out stay valid; the loader can be used again."""
+        self._join()
         if self._ahead is not None:
             self._ahead.close()
         built = self._graph is not None

@@ -87,7 +87,7 @@ class Graph:
                 does not copy them: they must not change while their batch is in work. It keeps them alive.
         """
         self._settings = settings
-        self._pipe = _dali().Pipeline(
+        self._pipe = import_dali().Pipeline(
             batch_size=settings.batch_size,
             num_threads=settings.threads,
             device_id=settings.device.index if settings.on_gpu else None,
@@ -128,7 +128,7 @@ def training_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
     The feed gives: n arrays of uint8; labels, int64 [n]; the box's corner (top, left) and its extent (height, width)
     in pixels, int32 [n, 2] each; 1 where to mirror, int32 [n]; 1 for bicubic, 0 for bilinear, int32 [n].
     """
-    fn, types = _dali().fn, _dali().types
+    fn, types = import_dali().fn, import_dali().types
     encoded, labels, corner, extent, flip, cubic = fn.external_source(
         feed,
         num_outputs=6,
@@ -149,7 +149,7 @@ def copies_graph(copies: int) -> Callable[[GraphSettings, Feed], tuple[Any, ...]
     """
 
     def define(settings: GraphSettings, feed: Feed) -> tuple[Any, ...]:
-        fn, types = _dali().fn, _dali().types
+        fn, types = import_dali().fn, import_dali().types
         encoded, labels, corner, extent, *cuts = fn.external_source(
             feed,
             num_outputs=4 + 4 * copies,
@@ -173,7 +173,7 @@ def cut_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
     The feed gives: n arrays of uint8; labels, int64 [n]; height and width to resize to, float32 [n, 2]; the square's
     corner (top, left) in the resized picture, int32 [n, 2]; then as for :func:`training_graph`.
     """
-    fn, types = _dali().fn, _dali().types
+    fn, types = import_dali().fn, import_dali().types
     encoded, labels, resized, corner, flip, cubic = fn.external_source(
         feed,
         num_outputs=6,
@@ -194,7 +194,7 @@ def evaluation_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
     The feed gives: n arrays of uint8; labels, int64 [n]; height and width to resize to, float32 [n, 2]; the square's
     corner (top, left) in the resized picture, int32 [n, 2].
     """
-    fn, types = _dali().fn, _dali().types
+    fn, types = import_dali().fn, import_dali().types
     encoded, labels, resized, corner = fn.external_source(
         feed,
         num_outputs=4,
@@ -224,8 +224,10 @@ def undecodable(encoded: Sequence[np.ndarray], settings: GraphSettings) -> list[
 def _decodable(encoded: Sequence[np.ndarray], settings: GraphSettings) -> int:
     """How many pictures decode before the first that does not."""
     device = settings.device.index if settings.on_gpu else None
-    pipe = _dali().Pipeline(batch_size=1, num_threads=1, device_id=device, prefetch_queue_depth=1, exec_dynamic=True)
-    fn, types = _dali().fn, _dali().types
+    pipe = import_dali().Pipeline(
+        batch_size=1, num_threads=1, device_id=device, prefetch_queue_depth=1, exec_dynamic=True
+    )
+    fn, types = import_dali().fn, import_dali().types
     with pipe:
         data = fn.external_source(([picture] for picture in encoded), dtype=types.UINT8, ndim=1)
         pipe.set_outputs(_decode(fn.decoders.image, data, settings))
@@ -240,12 +242,12 @@ def _decodable(encoded: Sequence[np.ndarray], settings: GraphSettings) -> int:
 
 def release_memory() -> None:
     """Give back the GPU memory that DALI keeps for later and nothing uses."""
-    _dali().release()
+    import_dali().release()
 
 
 def _decode(operator: Any, encoded: Any, settings: GraphSettings, **options: Any) -> Any:
     """RGB pictures on the device, as stored: nobody here applies EXIF rotation."""
-    options |= {"output_type": _dali().types.RGB, "adjust_orientation": False}
+    options |= {"output_type": import_dali().types.RGB, "adjust_orientation": False}
     if settings.decoder == "cpu":
         options.pop("jpeg_fancy_upsampling", None)  # the CPU's always does it
         decoded = operator(encoded, device="cpu", **options)
@@ -256,12 +258,12 @@ def _decode(operator: Any, encoded: Any, settings: GraphSettings, **options: Any
 
 
 def _resize(pictures: Any, size: Any, filter_type: Any) -> Any:
-    return _dali().fn.resize(pictures, size=size, interp_type=filter_type, antialias=True)
+    return import_dali().fn.resize(pictures, size=size, interp_type=filter_type, antialias=True)
 
 
 def _filters(cubic: Any) -> Any:
     """Bicubic where 1, bilinear where 0."""
-    fn, types = _dali().fn, _dali().types
+    fn, types = import_dali().fn, import_dali().types
     linear_to_cubic = int(types.INTERP_CUBIC) - int(types.INTERP_LINEAR)
     return fn.cast(cubic * linear_to_cubic + int(types.INTERP_LINEAR), dtype=types.INTERP_TYPE)
 
@@ -269,20 +271,27 @@ def _filters(cubic: Any) -> Any:
 def _mirror(pictures: Any, flip: Any) -> Any:
     """In one launch for the batch. DALI's own flip makes one a picture, and beside a training step each of them waits
     until one of the step's kernels leaves room."""
-    return _dali().fn.crop_mirror_normalize(pictures, mirror=flip, dtype=_dali().types.UINT8, output_layout="HWC")
+    return import_dali().fn.crop_mirror_normalize(
+        pictures, mirror=flip, dtype=import_dali().types.UINT8, output_layout="HWC"
+    )
 
 
 def _normalize(pictures: Any, settings: GraphSettings) -> Any:
-    return _dali().fn.crop_mirror_normalize(
+    return import_dali().fn.crop_mirror_normalize(
         pictures,
         mean=[255 * value for value in settings.mean],
         std=[255 * value for value in settings.std],
-        dtype=getattr(_dali().types, _DTYPES[settings.dtype]),
+        dtype=getattr(import_dali().types, _DTYPES[settings.dtype]),
         output_layout="CHW",
     )
 
 
-def _dali() -> SimpleNamespace:
+def import_dali() -> SimpleNamespace:
+    """What is used of DALI.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
     try:
         from nvidia.dali import backend, fn, types
         from nvidia.dali.pipeline import Pipeline
