@@ -1,9 +1,9 @@
 """Crops resized on the GPU in three launches: the filters' weights, then rows, then columns, with 8 bits in between.
 
-The arithmetic is that of Pillow's ``libImaging/Resample.c``: weights in float64, rounded to 22 bits behind the point,
-sums in int32. The weights are worked out once for each place of each crop, and not once for each pixel: float64 is
-slow on many GPUs. Between rows and columns a pixel is a word of its own, red lowest, so that it is stored and loaded in
-one go. The mirror image is made where rows are stored, because it costs nothing there.
+The arithmetic is that of Pillow's ``libImaging/Resample.c``: weights in float64, rounded to 22 bits after the point,
+sums in int32, rows before columns. The weights are worked out once for each place of each crop, and not once for each
+pixel: float64 is slow on many GPUs. Between rows and columns a pixel is a word of its own, red lowest, so that it is
+stored and loaded in one go. The mirror image is made where rows are stored, because it costs nothing there.
 """
 
 # Device functions are written in Triton's own dialect: no annotations beyond constexpr.
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 # What is known of a crop, a row of int64: the address of its box, the bytes from one row of the image to the next, the
-# box's height and width, their ratios to the size (float64), taps of a row's and a column's filter, 1 for bicubic, 1 to
-# mirror, where its weights begin (int32) and where its resized rows do (words).
+# box's height and width, their ratios to the size (float64), the most taps of a filter down and across, 1 for bicubic,
+# 1 to mirror, where its weights begin (int32) and where its resized rows do (words).
 _FIELDS = tl.constexpr(12)
 _SOURCE, _STRIDE, _HEIGHT, _WIDTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _SCALE_Y, _SCALE_X, _TAPS_Y, _TAPS_X = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
@@ -54,7 +54,7 @@ def _weights(crops_ptr, tables_ptr, S: tl.constexpr, BLOCK: tl.constexpr):
     narrow = 1.0 / stretch
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = at < S
-    center = (at.to(tl.float64) + 0.5) * scale
+    center = (tl.minimum(at, S - 1).to(tl.float64) + 0.5) * scale
     first = tl.maximum((center - support + 0.5).to(tl.int32), 0)
     count = tl.minimum((center + support + 0.5).to(tl.int32), length) - first
     total = tl.zeros((BLOCK,), tl.float64)

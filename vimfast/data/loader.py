@@ -407,7 +407,7 @@ class Loader:
         """Let go of what DALI has in work: cheaper than building the graph, and its memory, anew."""
         try:
             while True:
-                graph.next()
+                graph.skip()
         except StopIteration:
             graph.rewind()
         except DecodeError:  # in a batch that nobody asked for

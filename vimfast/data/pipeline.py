@@ -118,6 +118,10 @@ class Graph:
         (regions,) = self._run()
         return [torch.from_dlpack(region) for region in regions]
 
+    def skip(self) -> None:
+        """As :meth:`next`, and let go of what comes."""
+        self._run()
+
     def _run(self) -> tuple[Any, ...]:
         stream = torch.cuda.current_stream(self._settings.device) if self._settings.on_gpu else None
         try:
