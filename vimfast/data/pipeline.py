@@ -82,8 +82,7 @@ class Graph:
     def __init__(self, define: Callable[[GraphSettings, Feed], tuple[Any, ...]], settings: GraphSettings, feed: Feed):
         """
         Args:
-            define: :func:`regions_graph`, :func:`training_graph`, :func:`copies_graph`, :func:`cut_graph` or
-                :func:`evaluation_graph`.
+            define: :func:`training_graph`, :func:`copies_graph`, :func:`cut_graph` or :func:`evaluation_graph`.
             feed: gives the next batch's inputs, as `define` lists them, and raises StopIteration at the end. DALI
                 does not copy them: they must not change while their batch is in work. It keeps them alive.
         """
@@ -108,43 +107,19 @@ class Graph:
             StopIteration: the feed has ended and its last batch was handed out.
             DecodeError: DALI failed.
         """
-        *images, labels = (torch.from_dlpack(output.as_tensor()) for output in self._run())
+        stream = torch.cuda.current_stream(self._settings.device) if self._settings.on_gpu else None
+        try:
+            outputs = self._pipe.run(stream)
+        except RuntimeError as error:
+            raise DecodeError(str(error)) from error
+        *images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         if len(images) == 1:
             return images[0], labels
         return torch.stack(images, 1).flatten(0, 1), labels.repeat_interleave(len(images))
 
-    def next_regions(self) -> list[Tensor]:
-        """What :func:`regions_graph` makes: uint8 [h, w, 3], each of its own size. As :meth:`next` otherwise."""
-        (regions,) = self._run()
-        return [torch.from_dlpack(region) for region in regions]
-
-    def skip(self) -> None:
-        """As :meth:`next`, and let go of what comes."""
-        self._run()
-
-    def _run(self) -> tuple[Any, ...]:
-        stream = torch.cuda.current_stream(self._settings.device) if self._settings.on_gpu else None
-        try:
-            return self._pipe.run(stream)
-        except RuntimeError as error:
-            raise DecodeError(str(error)) from error
-
     def rewind(self) -> None:
         """Pull from the feed again, after :meth:`next` raised StopIteration."""
         self._pipe.reset()
-
-
-def regions_graph(settings: GraphSettings, feed: Feed) -> tuple[Any]:
-    """Decode a box; uint8 [h, w, 3] for each, to be cut, resized and mirrored by others.
-
-    The feed gives: n arrays of uint8; the box's corner (top, left) and its extent (height, width) in pixels, int32
-    [n, 2] each.
-    """
-    fn, types = import_dali().fn, import_dali().types
-    encoded, corner, extent = fn.external_source(
-        feed, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 1], no_copy=True
-    )
-    return (_decode(fn.decoders.image_slice, encoded, settings, start=corner, shape=extent, axes=[0, 1]),)
 
 
 def training_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
