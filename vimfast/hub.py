@@ -22,6 +22,8 @@ STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_
 GRACE = 1.0
 GRACE_LOST = 0.3  # a death is a cause; this is for the others that died with it
 
+COLLECTIVE = ("/torch/", "vimfast/gradients.py:")  # where a main thread is that waits for others, or for its device
+
 START = 300.0  # seconds that anything in front of the first step may take, whatever --stall-timeout is
 
 
@@ -89,9 +91,9 @@ class Peer:
 
 
 def _innocence(peer: Peer) -> tuple[bool, bool, bool, float]:
-    """Sorts those that came to a stand: who waits for the others, in words or inside torch, comes last."""
+    """Sorts those that came to a stand: who waits for the others, in words or in a collective, comes last."""
     waits = peer.doing.startswith("waiting for rank")
-    return waits, "/torch/" in peer.line, peer.doing != "waiting for data", -peer.idle
+    return waits, any(place in peer.line for place in COLLECTIVE), peer.doing != "waiting for data", -peer.idle
 
 
 class _Failure(NamedTuple):
