@@ -22,7 +22,8 @@ train_batch = Trainer._train_batch
 
 
 def slow_train_batch(self: Trainer, *args: Any) -> None:
-    print(f"rank {self.world.rank} pid {os.getpid()} step {self.epoch}/{self.step}", flush=True)
+    # One write, so that two ranks' lines never run together.
+    print(f"rank {self.world.rank} pid {os.getpid()} step {self.epoch}/{self.step}\n", end="", flush=True)
     time.sleep(STEP_SECONDS)
     if FAULT:
         rank, step, deed = FAULT.split(":")
