@@ -156,7 +156,7 @@ def test_fewer_cores_than_ranks() -> None:
     assert machine.counts(machine.share([0] * 3)) == [1, 1, 1]
 
 
-def test_a_machine_that_tells_nothing() -> None:
+def test_a_machine_that_reports_nothing() -> None:
     assert share_out({4, 5, 6, 9}, {}, {}, [0, 1]) == [{4, 5}, {6, 9}]
     assert share_out({4, 5}, {}, {}, []) == []
     assert share_out(set(), {}, {}, [0]) == [set()]
@@ -218,7 +218,7 @@ def test_a_gpu_that_cannot_be_asked(tmp_path: Path) -> None:
 
 
 def test_ranks_take_the_cpus_of_their_gpus_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything together: GPU 0 on node 1, GPU 1 on node 0, and two threads a core."""
+    """Everything together: GPU 0 on node 1, GPU 1 on node 0, and two threads per core."""
     for cpu in range(8):
         write(tmp_path / f"devices/system/cpu/cpu{cpu}/topology/core_cpus_list", f"{cpu % 4},{cpu % 4 + 4}")
     for node in range(2):

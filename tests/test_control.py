@@ -1,4 +1,4 @@
-"""The vote and the hub without processes: many interleavings, and what is told of whom."""
+"""The vote and the hub without processes: many interleavings, and which rank is blamed for what."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, USER_ERROR, Hub
 
 
 class Told:
-    """A hub of so many ranks, and what it tells them."""
+    """A hub of that many ranks, and what it tells them."""
 
     def __init__(self, size: int, **settings: Any) -> None:
         self.messages: list[tuple[int, Message]] = []
@@ -23,7 +23,7 @@ class Told:
         self.hub = Hub(peers, lambda rank, message: self.messages.append((rank, message)), 10.0, **settings)
 
     def end(self) -> Message:
-        """The one word that ends them all."""
+        """The one message that ends them all."""
         ends = [message for _, message in self.messages if message["do"] == "end"]
         assert len(ends) == len(self.hub.peers)
         assert all(end == ends[0] for end in ends)
@@ -40,7 +40,7 @@ def beat(ticks: int, idle: float = 0.0, doing: str = "training step", line: str 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_all_ranks_stop_at_the_same_tick(seed: int) -> None:
-    """Threads for ranks, a barrier for each step's collective; messages take their time; one rank has long steps."""
+    """Threads for ranks, a barrier for each step's collective; messages are slow; one rank has long steps."""
     draw = random.Random(seed)
     size, length = draw.randint(2, 5), 60
     ranks = [Ticks() for _ in range(size)]
@@ -65,7 +65,7 @@ def test_all_ranks_stop_at_the_same_tick(seed: int) -> None:
     for thread in threads:
         thread.start()
     time.sleep(draw.uniform(0.01, 0.1))
-    for rank in draw.sample(range(size), draw.randint(1, size)):  # one is told, or some are
+    for rank in draw.sample(range(size), draw.randint(1, size)):  # one or more are told
         hub.hear(rank, {"say": "stop", "why": "SIGTERM"}, 0)
     while mail:
         rank, message = mail.pop(draw.randrange(len(mail)) if mail[0][1]["do"] == "vote" else 0)
@@ -88,7 +88,7 @@ def test_a_run_told_to_stop_before_its_first_step_ends_at_once() -> None:
     assert told.end()["status"] == COME_AGAIN
 
 
-def test_who_has_said_goodbye_is_not_lost_and_counts_in_a_vote() -> None:
+def test_a_rank_that_has_said_goodbye_is_not_lost_and_counts_in_a_vote() -> None:
     told = Told(3)
     told.hub.hear(2, {"say": "bye", "ticks": 9}, 0)
     told.hub.lost(2, 1)
@@ -106,17 +106,17 @@ def test_who_has_said_goodbye_is_not_lost_and_counts_in_a_vote() -> None:
     assert [rank for rank, message in told.messages if message["do"] == "leave"] == [0, 1, 2]
 
 
-def test_a_death_is_told_before_the_errors_that_it_causes() -> None:
+def test_a_death_is_reported_before_the_errors_that_it_causes() -> None:
     told = Told(3)
     told.hub.hear(0, {"say": "failed", "kind": "collective", "text": "RuntimeError: gloo"}, 1.0)
     told.hub.hear(1, {"say": "failed", "kind": "crash", "text": "RuntimeError: odd"}, 1.1)
     told.hub.look(1.5)
     assert not told.ended
     told.hub.lost(2, 1.6)
-    told.hub.lost(0, 1.7)  # it has said why, so it is no death
+    told.hub.lost(0, 1.7)  # it has said why, so this is not a death
     told.hub.look(2.5)
     assert told.end()["status"] == RANK_LOST
-    assert told.end()["sentence"].startswith("error: rank 2 (pid 102 on other) ended without a word, at starting")
+    assert told.end()["sentence"].startswith("error: rank 2 (pid 102 on other) exited unexpectedly, at starting")
 
 
 @pytest.mark.parametrize(
@@ -129,11 +129,11 @@ def test_a_death_is_told_before_the_errors_that_it_causes() -> None:
         ([(1, "collective", "c")], CRASHED, "error: rank 1: c"),
     ],
 )
-def test_the_cause_is_told(failures: list[tuple[int, str, str]], status: int, sentence: str) -> None:
+def test_the_cause_is_reported(failures: list[tuple[int, str, str]], status: int, sentence: str) -> None:
     told = Told(3)
     for rank, kind, text in failures:
         told.hub.hear(rank, {"say": "failed", "kind": kind, "text": text}, 1.0)
-    assert told.ended == (len(failures) == 3)  # nobody is left who could know more
+    assert told.ended == (len(failures) == 3)  # nobody is left to hear from
     told.hub.look(2.1)
     assert (told.end()["status"], told.end()["sentence"]) == (status, sentence)
 
@@ -148,7 +148,7 @@ def test_a_rank_that_does_not_answer_is_the_one_to_blame() -> None:
     end = told.end()
     assert end["status"] == STALLED
     assert (
-        "rank 1 (pid 101 on host) stands at step 5 (training step), and does not answer (frozen); try"
+        "rank 1 (pid 101 on host) is stuck at step 5 (training step) and does not answer (frozen); try"
         in end["sentence"]
     )
     assert (end["killer"], end["victim"]) == (0, 101)
@@ -171,12 +171,12 @@ def test_of_those_that_answer_the_one_that_waits_for_no_other_is_to_blame(beats:
     assert told.end()["stacks"] == culprit
 
 
-def test_a_rank_ahead_in_evaluation_waits_without_being_a_stall() -> None:
+def test_a_rank_that_is_ahead_in_evaluation_has_not_stalled() -> None:
     told = Told(2)
     told.hub.hear(0, beat(50, 500), 20)
     told.hub.hear(1, beat(30, 1), 20)
     told.hub.look(20)
-    told.hub.forgive(100)  # this machine was asleep
+    told.hub.forgive(100)  # this machine was suspended
     told.hub.look(120)
     assert not told.ended
 

@@ -448,7 +448,7 @@ def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
         (["{tree}", "--out", "x", "--resise=256"], "unknown flag --resise; did you mean '--resize'?"),
         (["{tree}", "extra", "--out", "x"], "unrecognized arguments: extra"),
         (["{tree}"], "--out"),
-        (["{tree}", "--out", "x", "--resize", "big"], "'big' is no whole number"),
+        (["{tree}", "--out", "x", "--resize", "big"], "'big' is not an integer"),
         (["{tree}", "--out", "x", "--resize", "0"], "0 is not 1 or more"),
         (["{tree}", "--out", "x", "--quality", "90"], "--quality needs --resize"),
         (["{tree}", "--out", "x", "--resize", "64", "--quality", "101"], "101 is not 1 to 100"),

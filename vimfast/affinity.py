@@ -1,4 +1,4 @@
-"""Cores for each process of a host: its own, whole, and near its GPU."""
+"""Cores for each process of a host: whole cores of its own, near its GPU."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 
 _SYS = Path("/sys")
-_NOWHERE = 1 << 30  # sorts what is on no known node behind all nodes
+_NOWHERE = 1 << 30  # sorts after every known node
 
 
 def settle(local_rank: int, devices: Sequence[torch.device], root: Path = _SYS) -> set[int] | None:
-    """Keep this process to cores of its own among the processes of its host.
+    """Restrict this process to cores that it shares with no other rank of its host.
 
-    Threads inherit this from the thread that makes them, so those that exist already keep all cores: call it early.
+    Threads inherit this from the thread that creates them, and existing threads keep all cores, so call it early.
 
     Args:
         devices: of all local ranks, the same on each.
-        root: where sysfs is.
+        root: where sysfs is mounted.
 
     Returns:
-        The logical CPUs taken; None where nothing was done: a single rank, fewer cores than ranks, a process that its
-        launcher already gave fewer CPUs than itself has, or a system that does not allow it.
+        The logical CPUs of this process, or None if nothing was changed: there is a single rank, there are fewer cores
+        than ranks, the launcher already gave this process fewer CPUs than its own, or the system does not allow it.
     """
     if len(devices) < 2:
         return None
@@ -46,15 +46,15 @@ def settle(local_rank: int, devices: Sequence[torch.device], root: Path = _SYS) 
 def share_out(
     cpus: set[int], core_of: Mapping[int, object], node_of: Mapping[int, int], gpu_nodes: Sequence[int | None]
 ) -> list[set[int]]:
-    """Logical CPUs for each rank: disjoint, whole physical cores, as even as their nodes allow.
+    """Logical CPUs for each rank: disjoint, whole physical cores, as evenly as the nodes allow.
 
-    Ranks whose GPUs are on one NUMA node share its cores, the others share the cores of nodes that no GPU is on. Where
-    that would leave any rank less than half of an even share, all cores are shared evenly, and nodes decide only who
-    takes which. With fewer cores than ranks, everybody keeps all CPUs.
+    Ranks whose GPUs are on the same NUMA node share its cores; the others share the cores of nodes without a GPU. If
+    that would leave any rank less than half of an even share, all cores are shared evenly, and the nodes only decide
+    which rank gets which. With fewer cores than ranks, every rank keeps all CPUs.
 
     Args:
         cpus: those allowed.
-        core_of: the physical core of each; one that is missing is a core of its own.
+        core_of: the physical core of each; a CPU that is missing is a core of its own.
         node_of: the NUMA node of each, where known.
         gpu_nodes: the NUMA node of each rank's GPU; None or -1 where unknown.
     """
@@ -81,7 +81,7 @@ def share_out(
 
 
 def physical(cpus: Iterable[int], core_of: Mapping[int, object]) -> int:
-    """The physical cores that these logical CPUs are on: two hyper-threads of one count once."""
+    """How many physical cores these logical CPUs are on: two hyper-threads of one core count once."""
     return len(_siblings(cpus, core_of))
 
 
@@ -98,10 +98,10 @@ def _sortable(node: int | None) -> int:
 
 
 def _deal(cores: list[list[int]], ranks: int) -> list[set[int]]:
-    """Neighbouring cores for each rank, because neighbours share caches; their numbers differ by 1 at most.
+    """Neighbouring cores for each rank, as neighbours share caches; the ranks' numbers of cores differ by at most 1.
 
-    A container may allow both threads of one core and one of another, so cores are dealt by size, and those left over
-    go to whoever has least.
+    A container may allow both threads of one core but only one of another, so cores are dealt out by size, and those
+    left over go to the ranks that have the fewest.
     """
     shares: list[set[int]] = [set() for _ in range(ranks)]
     if not ranks:
@@ -120,11 +120,11 @@ def _deal(cores: list[list[int]], ranks: int) -> list[set[int]]:
 
 
 def read_cores(cpus: Iterable[int], root: Path = _SYS) -> dict[int, int]:
-    """The physical core of each CPU, named by its first thread; without sysfs each CPU is a core of its own."""
+    """The physical core of each CPU, named after its first thread; without sysfs each CPU is its own core."""
     found = {}
     for cpu in cpus:
         folder = root / f"devices/system/cpu/cpu{cpu}/topology"
-        siblings = _cpu_list(folder / "core_cpus_list") or _cpu_list(folder / "thread_siblings_list")  # the older name
+        siblings = _cpu_list(folder / "core_cpus_list") or _cpu_list(folder / "thread_siblings_list")  # older name
         found[cpu] = min(siblings) if cpu in siblings else cpu
     return found
 
@@ -140,21 +140,21 @@ def read_nodes(root: Path = _SYS) -> dict[int, int]:
 
 
 def gpu_node(device: torch.device, root: Path = _SYS) -> int | None:
-    """The NUMA node that a GPU is on; None where that is unknown, and for all that is no GPU."""
-    if device.type != "cuda" or device.index is None:  # without a number it is another one on each rank
+    """The NUMA node that a GPU is on; None if that is unknown or the device is not a GPU."""
+    if device.type != "cuda" or device.index is None:  # without an index, it is a different GPU on each rank
         return None
     try:
         gpu: Any = torch.cuda.get_device_properties(device)
         address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
         node = int((root / "bus/pci/devices" / address / "numa_node").read_text())
-    # An older torch does not tell the address; one without CUDA asserts.
+    # Older versions of torch do not have the address; those without CUDA raise AssertionError.
     except (AttributeError, AssertionError, RuntimeError, OSError, ValueError):
         return None
     return node if node >= 0 else None
 
 
 def _cpu_list(path: Path) -> set[int]:
-    """The CPUs in a file such as ``0-3,64-67``; none where it cannot be read."""
+    """The CPUs in a file such as ``0-3,64-67``; none if it cannot be read."""
     cpus: set[int] = set()
     try:
         for part in path.read_text().strip().split(","):

@@ -1,4 +1,4 @@
-"""What every entry point shares: flags that are told kindly when they are wrong, and how an error ends a program."""
+"""What every entry point shares: flags with helpful errors, and how an error ends a program."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from vimfast.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are a ``UserError``; a misspelt flag is told with the nearest."""
+    """argparse without abbreviations, whose errors are a ``UserError``; for a misspelt flag it suggests the nearest."""
 
     def __init__(self, prog: str, description: str, **options: Any) -> None:
         super().__init__(prog, description=description, allow_abbrev=False, **options)
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         known = [flag for action in self._actions for flag in action.option_strings]
-        for word in args:  # before argparse, which would rather miss the right flag than see the wrong one
+        for word in args:  # before argparse, which may complain of a missing flag instead
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in known:
-                raise UserError(f"unknown flag {flag}{did_you_mean(flag, known)}; --help lists all")
+                raise UserError(f"unknown flag {flag}{did_you_mean(flag, known)}; --help lists all flags")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help tells more")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: a whole number of this range."""
+    """An argparse type: an integer in this range."""
     limits = f"{least} or more" if most is None else f"{least} to {most}"
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number ({limits})") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer ({limits})") from None
         if value < least or (most is not None and value > most):
             raise argparse.ArgumentTypeError(f"{value} is not {limits}")
         return value
@@ -56,12 +56,12 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> None:
     """Run an entry point: a ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C becomes 130.
 
-    Anything else is a bug of ours and keeps its traceback.
+    Anything else is a bug and keeps its traceback.
     """
     try:
         status = main() or 0
     except UserError as error:
-        _tell_once(error)
+        _report_once(error)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -70,13 +70,13 @@ def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sy
 
 
 def end_process(status: int) -> NoReturn:
-    """End with `status`, without the interpreter's own end: libraries that hold the device have hung in it."""
+    """Exit with `status`, skipping the interpreter's own shutdown: libraries that hold the device have hung in it."""
     atexit._run_exitfuncs()
     exit_now(status)
 
 
 def exit_now(status: int) -> NoReturn:
-    """End with `status` at once."""
+    """Exit with `status` at once."""
     backstop(2.0)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
@@ -85,7 +85,7 @@ def exit_now(status: int) -> NoReturn:
 
 
 def backstop(seconds: float) -> None:
-    """End the process with status 1 by then, whatever holds the interpreter's lock."""
+    """End the process with status 1 after `seconds`, whatever holds the interpreter lock."""
     global _nowhere
     with suppress(OSError):
         _nowhere = open(os.devnull, "w")  # noqa: SIM115  # held open until the end
@@ -95,8 +95,8 @@ def backstop(seconds: float) -> None:
 _nowhere: Any = None
 
 
-def _tell_once(error: UserError) -> None:
-    """Tell of an error that came before the control was there: once on each host, as it is mostly everyone's."""
+def _report_once(error: UserError) -> None:
+    """Report an error raised outside the control: once per host, as usually all processes have the same one."""
     run = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
     held = None if alone else first_on_host("-".join(run))
@@ -108,7 +108,7 @@ def _tell_once(error: UserError) -> None:
 
 
 def first_on_host(name: str) -> socket.socket | None:
-    """A lock that dies with its process: held by the first on this host that asks, None for the others."""
+    """A lock that is released when its process ends: for the first on this host that asks; None for the others."""
     lock = socket.socket(socket.AF_UNIX)
     try:
         lock.bind(f"\0vimfast-{hashlib.sha256(name.encode()).hexdigest()}")
@@ -120,7 +120,7 @@ def first_on_host(name: str) -> socket.socket | None:
 
 
 def end_with_parent() -> None:
-    """Run in a thread of a worker process: a killed program must not leave workers behind."""
+    """Run in a thread of a worker process, so that a killed program leaves no workers behind."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,8 +1,8 @@
 """The control of a run: signals, the vote on where to stop, and the end of all processes when one of them fails.
 
-One watch thread in each process waits for signals and messages while the main thread trains; rank 0's has the hub
-(:class:`vimfast.hub.Hub`), which decides for all. Nothing of this costs the training step more than a lock: there is no
-collective in it, and no waiting for the device.
+A watch thread in each process waits for signals and messages while the main thread trains; the one of rank 0 has the
+hub (:class:`vimfast.hub.Hub`), which decides for all. All that this costs a training step is a lock: it involves no
+collective and never waits for the device.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, STOPPED, USER_E
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 BEAT = 1.0  # seconds between two signs of life
-TWICE = 1.0  # seconds that the copies of one Ctrl-C may lie apart: the terminal sends one, torchrun another
-LEAVING = 5.0  # seconds for all that comes behind the last goodbye
-FAREWELL = 3.0  # seconds for the last words on an error
+TWICE = 1.0  # seconds within which the copies of one Ctrl-C arrive: the terminal sends one, torchrun another
+LEAVING = 5.0  # seconds for everything after the last goodbye
+FAREWELL = 3.0  # seconds to report an error in
 CONNECTING = 60.0
-# Seconds to save the place in when torchrun is gone: it may be the scheduler that kills, or a second SIGTERM that ended
-# torchrun while its processes were saving behind the first.
+# Seconds to save the place in when torchrun is gone: the scheduler may be killing everything, or a second SIGTERM ended
+# torchrun while its processes were still saving after the first.
 ORPHANED, ORPHANED_STOPPING = 9.0, 30.0
 
 
 class Stopped(Exception):
-    """The run was told to stop, and this is the place that all processes stop at."""
+    """The run was told to stop, and all processes stop at this place."""
 
 
 class Control:
-    """Stops a run when it is told to, and ends it on all processes when it cannot go on.
+    """Stops a run when told to, and ends it on all processes when it cannot continue.
 
-    Entered right behind the process group, by a program's main: it owns the process from then on, and on an error ends
-    it. The main thread asks :meth:`should_stop` in front of every step, at the same places on every process, and tells
-    what it is :meth:`doing`. Not entered, it is a control that nobody can reach: for a trainer inside another program.
+    A program's main enters it right after the process group. From then on it owns the process, and ends it on an error.
+    The main thread asks :meth:`should_stop` before every step, at the same places on every process, and says what it is
+    :meth:`doing`. A control that is never entered never stops anything: for a trainer inside another program.
 
     Args:
         world: this process among the others.
         stall_timeout: seconds without progress after which the run ends.
-        folder: the run's, for its ``train.log`` and the stacks of a stall; None: there is none.
+        folder: the run folder, for ``train.log`` and the stacks of a stall, if there is one.
     """
 
     def __init__(self, world: World, stall_timeout: float = 600.0, folder: Path | None = None) -> None:
         self.world, self.stall_timeout, self.folder = world, stall_timeout, folder
-        self.place: Callable[[], str] = lambda: ""  # in the run, for whoever asks
-        self.promise = "ending"  # what is done when the run is told to stop, for the answer to a signal
+        self.place: Callable[[], str] = lambda: ""  # in the run
+        self.promise = "ending"  # what the run does when told to stop, for the answer to a signal
         self.say: Callable[[str], None] = lambda text: print(text, flush=True)
-        self.status = 0  # what the process is to end with
+        self.status = 0  # to exit with
         self._ticks = Ticks()
         self._doing, self._since = "starting", time.monotonic()
         self._beat = min(BEAT, stall_timeout / 6)
@@ -89,7 +89,7 @@ class Control:
     # The main thread's
 
     def should_stop(self) -> bool:
-        """Whether to stop here, in front of a step: all processes get the same answer at the same step."""
+        """Whether to stop here, before a step: all processes get the same answer at the same step."""
         stop = self._ticks.stop_here()
         self._since = time.monotonic()
         if stop:
@@ -97,7 +97,7 @@ class Control:
         return stop
 
     def doing(self, what: str) -> None:
-        """What the main thread is at from now on, in words that a person reads should it never end."""
+        """What the main thread does from now on, in words for the error message should it never end."""
         self._doing, self._since = what, time.monotonic()
 
     def __enter__(self) -> Control:
@@ -106,10 +106,10 @@ class Control:
             end.setblocking(False)
         self._meet()
         if threading.current_thread() is threading.main_thread():
-            # The handlers do nothing. What counts is the number that Python's C handler writes into the socket, at
-            # once, also while the main thread sits in a collective or waits for the device.
+            # The handlers do nothing. What counts is the number that Python's C handler writes to the socket at once,
+            # even while the main thread is in a collective or waits for the device.
             for number in SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's word stands
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is respected
                     signal.signal(number, lambda *_: None)
             signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -118,14 +118,14 @@ class Control:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Say goodbye and wait until all have; on an error end this process, and with it the others."""
+        """Say goodbye and wait until all have done so; on an error, end this process and with it the others."""
         if error is not None:
             self._fail(error)
         self.doing("waiting for the others to end")
         self._post({"say": "bye", "ticks": self._ticks.passed})
         self._left.wait()
-        # From here on the process has only to end. A signal that comes now, such as torchrun's to the others when the
-        # first of them is gone, must not change what it ends with.
+        # All that is left is to exit. A signal that arrives now, such as the one that torchrun sends to the others once
+        # the first has exited, must not change the exit status.
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
@@ -138,7 +138,7 @@ class Control:
         exit_now(self.status)
 
     def _fail(self, error: BaseException) -> NoReturn:
-        """Tell the hub; its word, which may be another process's failure as the cause of this one, ends the process."""
+        """Report it to the hub, whose answer ends the process; it may name another process's failure as the cause."""
         text = " ".join(str(error).split())
         if isinstance(error, UserError):
             kind = "user"
@@ -159,7 +159,7 @@ class Control:
     # Meeting
 
     def _meet(self) -> None:
-        """Connect every process with rank 0. Addresses and the key go through the process group, once."""
+        """Connect every process to rank 0. Addresses and the key are exchanged through the process group, once."""
         me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
         server = None
         if self.world.is_main and self.world.size > 1:
@@ -194,7 +194,7 @@ class Control:
                 ready = wait(sources, timeout=self._beat / 2)
                 now = time.monotonic()
                 gap = now - looked - self._beat / 2
-                if gap > 5:  # this process was stopped (Ctrl-Z), or its machine asleep: that is no one's stall
+                if gap > 5:  # this process was suspended (Ctrl-Z), or the machine was: nobody has stalled
                     self._since, self._heard = self._since + gap, self._heard + gap
                     if self._hub is not None:
                         self._hub.forgive(gap)
@@ -213,8 +213,8 @@ class Control:
                     self._hub.look(now)
                 while self._own:
                     self._obey(self._own.popleft())
-        except BaseException as error:  # without this thread nothing would end the run any more
-            self._report("error: the control of the run failed", error)
+        except BaseException as error:  # without this thread nothing could end the run
+            self._report("error: the control of the run failed, which is a bug; please report it", error)
             exit_now(CRASHED)
 
     def _receive(self, source: Any, now: float) -> None:
@@ -226,7 +226,7 @@ class Control:
             source.close()
             if source is self._hub_connection:
                 self._hub_connection = None
-                self._hub_is_lost("ended without a word", RANK_LOST)
+                self._hub_is_lost("exited unexpectedly", RANK_LOST)
             elif self._hub is not None:
                 self._hub.lost(self._connections.pop(source), now)
             return
@@ -243,7 +243,7 @@ class Control:
                     self._signal(signal.Signals(number), now)
 
     def _signal(self, number: signal.Signals, now: float) -> None:
-        """The first stops the run. Only a second Ctrl-C ends it at once, and torchrun hands that on as SIGTERM."""
+        """The first one stops the run. Only a second Ctrl-C ends it at once, and torchrun passes that on as SIGTERM."""
         again = self._interrupted is not None and now - self._interrupted > TWICE
         if again and (number == signal.SIGINT or (number == signal.SIGTERM and self._parent is not None)):
             self._force()
@@ -256,7 +256,7 @@ class Control:
         self._tell_hub({"say": "force"})
 
     def _watch_parent(self, now: float) -> None:
-        """A killed torchrun must not leave processes behind."""
+        """When torchrun is killed, no process may be left behind."""
         if self._parent is None or self._leaving:
             return
         if self._orphaned is None:
@@ -265,12 +265,15 @@ class Control:
             if self._interrupted is not None and now - self._interrupted > TWICE:
                 self._force()
             self._orphaned = now + (ORPHANED_STOPPING if self._stopping else ORPHANED)
-            # Rank 0 comes last, so that the others' ends are not deaths to it.
+            # Rank 0 comes last, so that it does not take the others' exits for deaths.
             self._orphaned -= 0 if self.world.is_main else 0.5
             self._tell_hub({"say": "stop", "why": "torchrun"})
         elif now > self._orphaned:
             if self.world.is_main:
-                self._report("error: torchrun is gone, and the step did not end in time to save the place")
+                self._report(
+                    "error: torchrun is gone and the step did not end in time to save the place; "
+                    "resume from the last checkpoint"
+                )
             exit_now(COME_AGAIN)
 
     def _live(self, now: float) -> None:
@@ -288,27 +291,27 @@ class Control:
             for connection in self._connections:
                 with suppress(OSError):
                     connection.send_bytes(b'{"do": "ping"}')
-        elif now - self._heard > self.stall_timeout + 5 * self._beat:  # the hub's own word would come first
+        elif now - self._heard > self.stall_timeout + 5 * self._beat:  # by now the hub would have ended the run
             state = self._state(self._peers[0])
             self._hub_is_lost(f"has not answered for {now - self._heard:.0f} s (--stall-timeout){state}", STALLED)
 
     def _line(self) -> str:
-        """The main thread's line of code."""
+        """The line of code that the main thread is at."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
     def _tell_hub(self, message: Message) -> None:
-        if self._leaving:  # unread words would cost the answer to the goodbye, see _let_others_read
+        if self._leaving:  # unread messages would cost the answer to the goodbye, see _let_others_read
             return
         self._leaving = message["say"] == "bye"
         if self._hub is not None:
             self._hub.hear(0, message, time.monotonic())
         elif self._hub_connection is not None:
-            with suppress(OSError):  # its end is noticed where it is read
+            with suppress(OSError):  # a broken connection is noticed where it is read
                 self._hub_connection.send_bytes(json.dumps(message).encode())
 
     def _send(self, rank: int, message: Message) -> None:
-        """The hub's word to a rank. What it tells its own comes last, as it may be the end."""
+        """A message of the hub to a rank. Its own rank comes last, as the message may end the process."""
         if rank == 0:
             self._own.append(message)
             return
@@ -334,7 +337,7 @@ class Control:
     def _answer(self, why: str, by: int) -> None:
         heard = "torchrun is gone" if why == "torchrun" else f"{why} received" + (f" by rank {by}" if by else "")
         more = "; Ctrl-C again ends it at once" if why == "SIGINT" else ""
-        # On a thread of its own: a console that takes nothing more must not hold up this one.
+        # In a thread of its own: a blocked console must not hold up this one.
         threading.Thread(target=self.say, args=(f"{heard}: {self.promise}{more}",), daemon=True).start()
 
     # Ending
@@ -346,10 +349,10 @@ class Control:
         if self._orphaned is not None:
             exit_now(COME_AGAIN)
         first, here = self._peers[0], self._peers[self.world.rank]
-        told = first_on_host(self._token)
-        sentence = f"error: {first} {what}; rank {here.rank} stands at {self.place()} ({self._doing})"
+        lock = first_on_host(self._token)
+        sentence = f"error: {first} {what}; rank {here.rank} was at {self.place()} ({self._doing})"
         sentence += "; resume with --resume auto" if self.folder else ""
-        message: Message = {"status": status, "sentence": sentence, "say": told is not None}
+        message: Message = {"status": status, "sentence": sentence, "say": lock is not None}
         if status == STALLED:
             message["stacks"] = 0
         if status == STALLED and first.host == here.host:
@@ -357,7 +360,7 @@ class Control:
         self._end(message)
 
     def _end(self, message: Message) -> NoReturn:
-        """Tell why, and end this process: nothing is waited for that could wait for another process or the device."""
+        """Say why and end this process, waiting for nothing that may itself wait for another process or the device."""
         self._leaving = True
         farewell = threading.Thread(target=self._say_farewell, args=(message,), daemon=True)
         farewell.start()
@@ -378,7 +381,7 @@ class Control:
             self._report(sentence)
         if "stacks" in message:
             self._dump_stacks(to_console=me == message["stacks"])
-        if message.get("say"):  # the name that makes it the one to tell is held until the others know
+        if message.get("say"):  # the lock that makes this the one to report it is held until the others know
             time.sleep(FAREWELL / 3)
         self._let_others_read()
         if self.world.device.type == "cuda":
@@ -386,14 +389,14 @@ class Control:
 
     def _dump_stacks(self, to_console: bool) -> None:
         if to_console and sys.__stderr__ is not None:
-            print(f"rank {self.world.rank} stands here:", file=sys.__stderr__, flush=True)
+            print(f"stacks of rank {self.world.rank}:", file=sys.__stderr__, flush=True)
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         if self.folder is not None:
             with suppress(OSError), open(self.folder / f"stall-rank{self.world.rank}.txt", "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
 
     def _let_others_read(self) -> None:
-        """Closing a connection on which something has come in unread would take back what was sent on it last."""
+        """Closing a connection with unread input would discard what was last sent on it."""
         end = time.monotonic() + FAREWELL / 2
         while self._connections and time.monotonic() < end:
             for connection in wait(list(self._connections), timeout=end - time.monotonic()):
@@ -403,7 +406,7 @@ class Control:
                     del self._connections[connection]  # type: ignore[arg-type]
 
     def _report(self, sentence: str, error: BaseException | None = None) -> None:
-        """To the console and the run's log; either may be out of order by now."""
+        """To the console and the run's log; either may be broken by now."""
         with suppress(OSError, ValueError):
             if error is not None and not isinstance(error, UserError):
                 traceback.print_exception(error, file=sys.__stderr__)
@@ -413,7 +416,7 @@ class Control:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
 
     def _state(self, peer: Peer) -> str:
-        """Of a process that does not answer, where it can be seen from here."""
+        """Of a process that does not answer, if it is on this host."""
         if peer.host != self._peers[self.world.rank].host:
             return ""
         with suppress(OSError):
@@ -424,7 +427,7 @@ class Control:
 
 
 def _is_collective(error: BaseException) -> bool:
-    """Whether an error says no more than that the processes have lost each other."""
+    """Whether an error only says that the processes have lost each other."""
     words = ("gloo", "nccl", "connection closed by peer", "connection reset", "process group", "processgroup")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
@@ -438,7 +441,7 @@ def _listen(for_other_hosts: bool) -> socket.socket:
 
 
 def _accept(server: socket.socket, count: int, key: bytes) -> dict[Connection, int]:
-    """A connection from each of `count` ranks that know the key; whoever else calls is sent away."""
+    """A connection from each of `count` ranks that know the key; all others are closed."""
     end = time.monotonic() + CONNECTING
     found: dict[Connection, int] = {}
     while len(found) < count:
@@ -477,7 +480,7 @@ def _connect(address: tuple[str, int], rank: int, key: bytes) -> Connection:
         except (OSError, EOFError) as error:  # noqa: PERF203
             if time.monotonic() > end:
                 raise UserError(
-                    f"rank {rank} does not reach rank 0 at {address[0]}, port {address[1]} ({error}); "
+                    f"rank {rank} could not reach rank 0 at {address[0]}, port {address[1]} ({error}); "
                     "open the ports between the hosts"
                 ) from None
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, which device is mine, and the few reductions that a trainer needs."""
+"""The processes of a run: rank, size and device of this one, and the few collectives that a trainer needs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ class World:
     size: int = 1
     local_size: int = 1
     device: torch.device = torch.device("cpu")
-    neighbours: int = 1  # ranks of this host, this one among them, that can decode for each other; they are consecutive
-    host: dist.ProcessGroup | None = None  # those ranks: a communicator of their own, free to work beside the step's
+    neighbours: int = 1  # consecutive ranks of this host, including this one, that can decode for each other
+    host: dist.ProcessGroup | None = (
+        None  # those ranks, with a communicator of their own that can run beside the step's
+    )
 
     @property
     def is_main(self) -> bool:
@@ -36,25 +38,25 @@ class World:
 
 @contextmanager
 def processes(device: str, timeout: float = 1800.0) -> Iterator[World]:
-    """The process group while the block runs: left in peace behind it, aborted on an error. Arguments of `start`."""
+    """The process group for the length of the block: closed after it, aborted on an error. Arguments as for `start`."""
     world = start(device, timeout)
     try:
         yield world
     except BaseException:
-        abort()  # leaving in peace would wait for the others
+        abort()  # closing would wait for the others
         raise
     stop()
 
 
 def start(device: str, timeout: float = 1800.0) -> World:
-    """Join the processes that torchrun started (or be the only one) and take a device.
+    """Join the processes that torchrun started (or be the only one) and select a device.
 
     Args:
         device: ``auto`` (a GPU if there is one), ``cuda``, ``cuda:N`` or ``cpu``.
         timeout: seconds that a collective may take.
 
     Raises:
-        UserError: a GPU is asked for where there is none, or there are more processes than GPUs.
+        UserError: there is no GPU but one was requested, or there are more processes than GPUs.
     """
     rank, local_rank, size, local_size = (
         int(os.environ.get(name, default))
@@ -65,13 +67,13 @@ def start(device: str, timeout: float = 1800.0) -> World:
         torch.cuda.set_device(where)
         settle(local_rank, [torch.device("cuda", i) for i in range(local_size)] if where.index == local_rank else [])
     if size > 1:
-        # NCCL's monitor ends the process, without a word on why, when a call of NCCL's own stands still for so long.
+        # NCCL's monitor ends the process without saying why when one of NCCL's own calls takes this long.
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(timeout)))
         limit = timedelta(seconds=timeout)
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         if local_size == size:
-            # torchrun restarts processes with the store that they had, in which the last ones' addresses still stand.
-            # Between hosts this number may differ: docs/stopping.md has the setting for them.
+            # torchrun restarts processes with the same store, which still holds the addresses of the previous ones.
+            # Between hosts the restart count may differ: docs/stopping.md has the setting for that.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo",
@@ -87,7 +89,7 @@ def start(device: str, timeout: float = 1800.0) -> World:
 def _neighbours(rank: int, local_rank: int, size: int, local_size: int) -> tuple[int, dist.ProcessGroup | None]:
     regular = {(local_size, rank % local_size == local_rank)}
     if local_size == 1 or set().union(*gather_objects(regular)) != {(local_size, True)}:
-        return 1, None  # hosts with different numbers of processes, or ranks dealt out in turn
+        return 1, None  # hosts with different numbers of processes, or ranks assigned round-robin
     groups = [dist.new_group(list(range(first, first + local_size))) for first in range(0, size, local_size)]
     group = groups[rank // local_size]
     assert isinstance(group, dist.ProcessGroup)
@@ -102,16 +104,16 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
     except RuntimeError:
         where = torch.device("meta")
     if where.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is {device!r}, want auto, cuda, cuda:N or cpu")
+        raise UserError(f"--device is {device!r}; it must be auto, cuda, cuda:N or cpu")
     if where.type == "cpu":
         return where
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = local_rank if where.index is None else where.index
     if count == 0:
-        raise UserError(f"--device is {device!r} and no GPU can be seen here; check nvidia-smi, or use --device cpu")
+        raise UserError(f"--device is {device!r} but no GPU is visible; check nvidia-smi, or use --device cpu")
     if index >= count or (local_size > 1 and local_size > count):
         wanted = f"{local_size} processes" if local_size > count else f"GPU {index}"
-        raise UserError(f"{wanted} asked for and this machine shows {count} GPUs; lower --nproc_per_node or --device")
+        raise UserError(f"{wanted} requested but only {count} GPUs are visible; lower --nproc_per_node or --device")
     return torch.device("cuda", index)
 
 
@@ -121,7 +123,7 @@ def stop() -> None:
 
 
 def abort() -> None:
-    """Give up what the group is in the middle of: for the end of a process whose others may be gone."""
+    """Abandon what the group is doing: for the end of a process when the others may be gone."""
     give_up = getattr(dist.distributed_c10d, "_abort_process_group", None)  # torch 2.6 and later
     if dist.is_initialized() and dist.get_backend() == "nccl" and give_up is not None:
         give_up()

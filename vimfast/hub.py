@@ -1,7 +1,7 @@
 """What the processes of a run decide together, without a collective: when to stop, and whether and why to end.
 
-Nothing here reads a clock, a socket or a file: messages and the time go in, messages come out. ``vimfast.control``
-carries them.
+Nothing here reads a clock, a socket or a file: messages and the time go in, and messages come out, which
+``vimfast.control`` delivers.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]  # what JSON can hold
 
-# What a run ends with, as docs/stopping.md lists it.
+# Exit statuses of a run, listed in docs/stopping.md.
 CRASHED, USER_ERROR, RANK_LOST, STALLED, COME_AGAIN = 1, 2, 3, 4, 75
 STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_AGAIN, "torchrun": COME_AGAIN}
 
-# Failures come in company: where one process dies, the collectives of the others fail a moment later, or before the
-# news of its death. Seconds in which to hear of the cause before the consequence is told.
+# Failures come in groups: when one process dies, the collectives of the others fail a moment later, or even before its
+# death is noticed. Seconds to wait for the cause before a consequence is reported.
 GRACE = 1.0
-GRACE_LOST = 0.3  # a death is a cause; this is for the others that died with it
+GRACE_LOST = 0.3  # a death is a cause; this is for others that died with it
 
-COLLECTIVE = ("/torch/", "vimfast/gradients.py:")  # where a main thread is that waits for others, or for its device
+COLLECTIVE = ("/torch/", "vimfast/gradients.py:")  # where a main thread waits for others, or for its device
 
-START = 300.0  # seconds that anything in front of the first step may take, whatever --stall-timeout is
+START = 300.0  # seconds allowed for anything before the first step, even if --stall-timeout is shorter
 
 
 class Ticks:
     """One process's side of the vote on where to stop.
 
-    The main threads of all processes pass the same sequence of ticks, one in front of each step. A vote asks every
-    process how many it has passed, and no process passes another until the answer is there: the largest count. Those
-    behind go on until they have passed as many; so all stop in front of the same step.
+    The main threads of all processes pass the same sequence of ticks, one before each step. A vote asks every process
+    how many it has passed, and no process passes another tick until the result is known: the largest count. The others
+    continue until they have passed as many, so all stop before the same step.
 
-    It cannot deadlock. A process is asked on its watch thread, which waits for nothing, so every living process
-    answers, whatever its main thread waits for. What a process behind needs of the others, to get from its tick to the
-    one agreed on, lies in front of that tick; each of them has either passed it, and has queued its part of every
-    collective in front of it, or is itself behind and goes on. A process that does not answer is dead or frozen, which
-    is the hub's to notice.
+    It cannot deadlock. The question goes to the watch thread, which never blocks, so every living process answers,
+    whatever its main thread is waiting for. To get from its tick to the agreed one, a slower process needs only
+    collectives that lie before the agreed tick; each other process has either passed that tick, and so has queued its
+    part of them, or is slower itself and continues. A process that does not answer is dead or frozen, and the hub
+    notices that.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Ticks:
         self.passed = 0
 
     def stop_here(self) -> bool:
-        """Whether to stop at this tick; else it is passed. Waits while a vote is on."""
+        """Whether to stop at this tick; if not, it is passed. Waits while a vote is in progress."""
         with self._changed:
             self._changed.wait_for(lambda: not self._voting)
             if 0 <= self._target <= self.passed:
@@ -56,7 +56,7 @@ class Ticks:
             return False
 
     def vote(self) -> int:
-        """Ticks passed so far; from now on none is passed before :meth:`decide`."""
+        """Ticks passed so far; no more are passed until :meth:`decide` is called."""
         with self._changed:
             self._voting = True
             return self.passed
@@ -69,17 +69,17 @@ class Ticks:
 
 @dataclass
 class Peer:
-    """What the hub knows of a process."""
+    """What the hub knows about a process."""
 
     rank: int
     host: str
     pid: int
-    heard: float = 0.0  # when last
+    heard: float = 0.0  # when it was last heard from
     ticks: int = 0
     place: str = ""  # in the run
     doing: str = "starting"
-    idle: float = 0.0  # seconds since that changed, when last heard
-    line: str = ""  # of code, at which the main thread was
+    idle: float = 0.0  # seconds since that changed, as of then
+    line: str = ""  # of code that the main thread was at
     left: bool = False  # has said goodbye
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Peer:
 
 
 def _innocence(peer: Peer) -> tuple[bool, bool, bool, float]:
-    """Sorts those that came to a stand: who waits for the others, in words or in a collective, comes last."""
+    """Sort key for ranks that are stuck: those that say they wait for others, or are in a collective, come last."""
     waits = peer.doing.startswith("waiting for rank")
     return waits, any(place in peer.line for place in COLLECTIVE), peer.doing != "waiting for data", -peer.idle
 
@@ -103,14 +103,14 @@ class _Failure(NamedTuple):
 
 
 class Hub:
-    """Hears every process and tells all of them what to do. It lives on the watch thread of rank 0.
+    """Receives messages from all processes and tells them what to do. It runs on the watch thread of rank 0.
 
     Args:
         peers: the processes, by rank.
-        send: brings a message to a rank.
-        stall_timeout: seconds without progress that are a stall.
-        state: of a silent process, words for the sentence about it, empty if they cannot be known.
-        advice: the end of the sentences about what no one could help: how to go on.
+        send: delivers a message to a rank.
+        stall_timeout: seconds without progress that count as a stall.
+        state: describes the state of a silent process for the error message; empty if unknown.
+        advice: how to continue, appended to the messages about deaths and stalls.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class Hub:
     ) -> None:
         self.peers, self.advice = peers, advice
         self._send, self._stall_timeout, self._state = send, stall_timeout, state
-        self._why = ""  # the run is told to stop
+        self._why = ""  # the run was told to stop
         self._votes: dict[int, int] = {}
         self._decided = False
         self._failures: list[_Failure] = []
         self._lost: list[int] = []
         self._verdict_due: float | None = None
-        self.ended = False  # the processes are told to end at once
+        self.ended = False  # the processes were told to end at once
         self.all_left = False
 
     def hear(self, rank: int, message: Message, now: float) -> None:
@@ -142,7 +142,7 @@ class Hub:
         elif kind == "stop":
             self._stop(rank, message["why"])
         elif kind == "force":
-            self._end(130, "interrupted again: ending at once, what the last checkpoint does not hold is lost")
+            self._end(130, "interrupted again: ending at once; progress since the last checkpoint is lost")
         elif kind == "vote":
             peer.ticks = self._votes[rank] = message["ticks"]
             self._count()
@@ -158,27 +158,27 @@ class Hub:
         self._judge(now)
 
     def lost(self, rank: int, now: float) -> None:
-        """The connection of a process has ended. It is a death unless it has said why."""
+        """The connection to a process is closed. That is a death unless the process has said why."""
         if not self.peers[rank].left and not any(f.rank == rank for f in self._failures):
             self._lost.append(rank)
             self._expect_verdict(now + GRACE_LOST)
         self._judge(now)
 
     def look(self, now: float) -> None:
-        """To be called every second or so, when messages are read: is a verdict due, does anybody stand still?"""
+        """Check for an overdue verdict and for stalls. Called every second or so, after messages have been read."""
         self._judge(now)
         present = [p for p in self.peers if not p.left]
         if self.ended or not present or self._verdict_due is not None:
             return
         least = min(p.ticks for p in present)
-        # In evaluation a process may be far ahead, and then waits for the others: only the last ones tell.
+        # In evaluation a process may be far ahead, and then waits for the others: only the slowest ones count.
         last = [p for p in present if p.ticks == least]
         limit = self._stall_timeout if least else max(self._stall_timeout, START)
         if all(p.idle + now - p.heard >= limit for p in last):
-            self._tell_of_stall(last, now)
+            self._report_stall(last, now)
 
     def forgive(self, seconds: float) -> None:
-        """This process itself was not running for so long: no one else is to blame for the silence."""
+        """This process itself was suspended for so long: the others are not to blame for the silence."""
         for peer in self.peers:
             peer.heard += seconds
 
@@ -199,8 +199,8 @@ class Hub:
             return
         self._decided = True
         target = max(p.ticks for p in self.peers)
-        if target == 0 and not any(p.left for p in self.peers):  # building, or tuning: minutes in which nothing is made
-            self._end(STOPPED[self._why], "stopped before the first step, there is nothing to save")
+        if target == 0 and not any(p.left for p in self.peers):  # still building or tuning
+            self._end(STOPPED[self._why], "stopped before the first step; there is nothing to save")
         else:
             self._tell_all({"do": "stop", "ticks": target})
 
@@ -220,28 +220,28 @@ class Hub:
             others = f" (so did ranks {', '.join(str(p.rank) for p in more)})" if more else ""
             self._end(
                 RANK_LOST,
-                f"error: {first} ended without a word{others}, at {first.where}: "
-                f"it was killed, perhaps for want of memory, or it crashed{self.advice}",
+                f"error: {first} exited unexpectedly{others}, at {first.where}: "
+                f"it crashed or was killed, perhaps because the host ran out of memory{self.advice}",
             )
             return
-        # A user's error is never the consequence of another failure; a crash may be.
+        # A user error is never the consequence of another failure; a crash may be.
         cause = min(self._failures, key=lambda f: (f.kind != "user", f.kind == "collective"))
         everywhere = any(f.rank == 0 and f.text == cause.text for f in self._failures)
         name = "" if everywhere else f"rank {cause.rank}: "
         rank, status = 0 if everywhere else cause.rank, USER_ERROR if cause.kind == "user" else CRASHED
         self._end(status, f"error: {name}{cause.text}", traceback=rank)
 
-    def _tell_of_stall(self, last: list[Peer], now: float) -> None:
+    def _report_stall(self, last: list[Peer], now: float) -> None:
         silent = max(last, key=lambda p: now - p.heard)
         answers = now - silent.heard <= self._stall_timeout / 2
-        # Those that wait for another are no culprits; of the rest, the one that came to a stand first.
+        # Those that wait for another are not at fault; of the rest, the one that stopped first is.
         culprit = silent
         if answers:
             culprit = min(last, key=_innocence)
-        state = f", in {culprit.line}" if answers else f", and does not answer{self._state(culprit)}"
+        state = f", in {culprit.line}" if answers else f" and does not answer{self._state(culprit)}"
         sentence = (
             f"error: no progress for {culprit.idle + now - culprit.heard:.0f} s (--stall-timeout): {culprit} "
-            f"stands at {culprit.where}{state}{self.advice}"
+            f"is stuck at {culprit.where}{state}{self.advice}"
         )
         awake = [p for p in self.peers if not p.left and now - p.heard <= self._stall_timeout / 2]
         neighbours = [p for p in awake if p.host == culprit.host]
@@ -249,7 +249,7 @@ class Hub:
             STALLED,
             sentence,
             stacks=culprit.rank,
-            # A frozen process cannot end itself; whoever shares its host does it.
+            # A frozen process cannot end itself; another one on its host kills it.
             killer=None if answers or not neighbours else neighbours[0].rank,
             victim=culprit.pid,
         )
