@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from vimfast.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 PACED = str(ROOT / "tests" / "paced_train.py")
+TORCHRUN = ("-m", "torch.distributed.run")
+FORKING = (str(ROOT / "tests" / "forking_torchrun.py"),)
 TIMEOUT = 300.0  # seconds for what takes a few; only a run that hangs takes so long
 
 RECIPE = {
@@ -42,10 +45,10 @@ def environment() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
-def command(program: str, *flags: str, processes: int = 0) -> list[str]:
+def command(program: str, *flags: str, processes: int = 0, launcher: Sequence[str] = TORCHRUN) -> list[str]:
     """The words that run a module (or a .py file), under torchrun with `processes`."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
-    return [sys.executable, *launcher, *([program] if program.endswith(".py") else ["-m", program]), *flags]
+    torchrun = [*launcher, f"--nproc_per_node={processes}", "--standalone"] if processes else []
+    return [sys.executable, *torchrun, *([program] if program.endswith(".py") else ["-m", program]), *flags]
 
 
 def call(program: str, *flags: str, processes: int = 0, ok: bool = True) -> subprocess.CompletedProcess:
@@ -56,9 +59,17 @@ def call(program: str, *flags: str, processes: int = 0, ok: bool = True) -> subp
     return done
 
 
-def start(program: str, *flags: str, processes: int = 0, **env: str) -> Watched:
+def start(program: str, *flags: str, processes: int = 0, launcher: Sequence[str] = TORCHRUN, **env: str) -> Watched:
     """A run to be followed, signalled and waited for."""
-    return Watched(command(program, *flags, processes=processes), env={**environment(), **env})
+    words = command(program, *flags, processes=processes, launcher=launcher)
+    return Watched(words, env={**environment(), **env})
+
+
+def assert_gone(run: Watched, within: float) -> None:
+    """No process of the run is left after so many seconds, and all its output has been read."""
+    left = run.gone_within(within)
+    assert not left, f"{list(left)} are left after {within:.0f} s:\n{run.text}"
+    run.wait(TIMEOUT)
 
 
 def train(*flags: str, kind: type[Trainer] = Trainer, control: Control | None = None) -> Trainer:

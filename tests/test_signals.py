@@ -1,7 +1,8 @@
-"""Two gloo processes under torchrun, told to stop, killed and frozen: they end, in time, and say why in one sentence.
+"""Two gloo processes under torchrun, told to stop, killed and frozen: they end in time and say why in one sentence.
 
-Steps last a second by sleeping (``slow_train``), so that a busy machine makes a test slower and not different.
-Starting processes is what takes the time: with ``ALL_SIGNALS=1`` every kind is tried, else those that tell most.
+Each step pauses for a while (``paced_train``), so a busy machine makes a test slower and changes nothing else. Starting
+interpreters is what takes the time, so torchrun's workers are forks (``forking_torchrun``) and only the kinds that show
+most are run. With ALL_SIGNALS=N in the environment every kind runs N times, on torchrun's own workers.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import write_picture
-from torchrun import Run
+from runs import FORKING, PACED, TIMEOUT, TORCHRUN, assert_gone, start
+from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
 
@@ -32,8 +34,19 @@ RECIPE = {
     "run": {"device": "cpu", "log_every": 50},
 }
 
-ALL = os.environ.get("ALL_SIGNALS") == "1"
-Hit = Callable[[Run, dict[int, int]], None]
+TRIES = int(os.environ.get("ALL_SIGNALS", "0"))
+LAUNCHER = TORCHRUN if TRIES else FORKING
+STOPPED = r"stopped at epoch (\d+), step (\d+) of \d+; \S+ holds it, resume with"
+Hit = Callable[[Watched, dict[int, int]], None]  # with the process ids of the ranks
+
+
+@pytest.fixture(autouse=True, params=range(max(TRIES, 1)), ids="try{}".format)
+def _repeated() -> None:
+    """Each test runs this many times."""
+
+
+def kinds(every: Sequence, most_telling: Sequence) -> Sequence:
+    return every if TRIES else most_telling
 
 
 @pytest.fixture(scope="module")
@@ -43,27 +56,54 @@ def flags(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> tuple[str, ..
     return ("--config", str(recipe), "--data-path", str(tree), "--output_dir")
 
 
-def to_torchrun(*numbers: signal.Signals, pause: float = 0.05) -> Hit:
-    def hit(run: Run, ranks: dict[int, int]) -> None:
+def train(*flags: str, restarts: int = 0, **environment: str) -> Watched:
+    """Start a run on two processes."""
+    launcher = (*LAUNCHER, f"--max-restarts={restarts}")
+    return start(PACED, *flags, processes=2, launcher=launcher, **environment)
+
+
+def in_step(run: Watched, step: str = r"[1-9]\d*", attempt: int = 0) -> dict[int, int]:
+    """Process ids by rank, once each has reached such a step: any but the first, for there is nothing to save in it."""
+    pattern = rf"^rank {{}} pid (\d+) attempt {attempt} step \d+/{step}$"
+    return {rank: int(run.wait_for(pattern.format(rank), TIMEOUT)[1]) for rank in (0, 1)}
+
+
+def starting(words: str, run: Watched) -> list[str]:
+    """Lines of the output."""
+    return [line for line in run.text.splitlines() if line.startswith(words)]
+
+
+def before_torchrun_reports(run: Watched) -> str:
+    return run.text.split("torch/distributed/elastic")[0].split("ChildFailedError")[0]
+
+
+def assert_reports_death(sentence: str, rank: int, pid: int) -> None:
+    assert sentence.startswith(f"error: rank {rank} (pid {pid} on ")
+    assert "exited unexpectedly" in sentence
+
+
+def to_torchrun(*numbers: signal.Signals) -> Hit:
+    def hit(run: Watched, ranks: dict[int, int]) -> None:
         for number in numbers:
-            os.kill(run.process.pid, number)
-            time.sleep(pause)
+            run.process.send_signal(number)
+            time.sleep(0.05)
 
     return hit
 
 
 def to_ranks(number: signal.Signals, *which: int) -> Hit:
-    def hit(run: Run, ranks: dict[int, int]) -> None:
+    def hit(run: Watched, ranks: dict[int, int]) -> None:
         for rank in which:
             os.kill(ranks[rank], number)
 
     return hit
 
 
-def to_all(number: signal.Signals) -> Hit:
-    def hit(run: Run, ranks: dict[int, int]) -> None:
-        to_ranks(number, 0, 1)(run, ranks)
-        to_torchrun(number)(run, ranks)
+def to_all(*numbers: signal.Signals) -> Hit:
+    def hit(run: Watched, ranks: dict[int, int]) -> None:
+        for number in numbers:
+            to_ranks(number, 0, 1)(run, ranks)
+            to_torchrun(number)(run, ranks)
 
     return hit
 
@@ -71,7 +111,8 @@ def to_all(number: signal.Signals) -> Hit:
 SAVED: dict[str, tuple[Hit, str]] = {
     "TERM to torchrun": (to_torchrun(signal.SIGTERM), "SIGTERM received"),
     "TERM to all at once": (to_all(signal.SIGTERM), "SIGTERM received"),
-    "TERM twice": (to_torchrun(signal.SIGTERM, signal.SIGTERM), "SIGTERM received"),
+    "TERM to torchrun twice": (to_torchrun(signal.SIGTERM, signal.SIGTERM), "SIGTERM received"),
+    "TERM to all twice": (to_all(signal.SIGTERM, signal.SIGTERM), "SIGTERM received"),
     "INT to all at once": (to_all(signal.SIGINT), "SIGINT received"),
     "HUP to torchrun": (to_torchrun(signal.SIGHUP), "SIGHUP received"),
     "USR1 to torchrun, which it kills": (to_torchrun(signal.SIGUSR1), "torchrun is gone"),
@@ -81,123 +122,143 @@ SAVED: dict[str, tuple[Hit, str]] = {
 }
 
 
-OFTEN = ["TERM to all at once", "TERM twice", "USR1 to torchrun, which it kills", "HUP to the ranks"]
-
-
-@pytest.mark.parametrize("name", SAVED if ALL else OFTEN)
+# HUP to the ranks is part of the test of restarts.
+@pytest.mark.parametrize("name", kinds(list(SAVED), ["TERM to all twice", "USR1 to torchrun, which it kills"]))
 def test_the_place_is_saved(name: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     hit, answer = SAVED[name]
-    with Run(*flags, str(tmp_path)) as run:
-        hit(run, run.ranks())
-        run.gone_within(30 if "torchrun is gone" not in answer else 10)
-        place = re.search(r"stopped at epoch (\d+), step (\d+) of \d+; \S+ holds it, resume with", run.text)
+    with train(*flags, str(tmp_path)) as run:
+        hit(run, in_step(run))
+        assert_gone(run, 10 if "torchrun is gone" in answer else 30)
+        place = re.search(STOPPED, run.text)
         assert place, run.text
-        assert len(run.lines(f"{answer}")) == 1, run.text
-        assert not run.lines("error:"), run.text
-    state = load_checkpoint(tmp_path / "checkpoint.pth")
+        assert len(starting(answer, run)) == 1, run.text
+        assert not starting("error:", run), run.text
+    assert_holds(tmp_path, place)
+
+
+def assert_holds(folder: Path, place: re.Match[str]) -> None:
+    state = load_checkpoint(folder / "checkpoint.pth")
     assert (state["epoch"], state["step"]) == tuple(map(int, place.groups()))
 
 
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 75, "SIGUSR1": 75}
 
 
-@pytest.mark.parametrize(("number", "status"), list(STATUS.items()) if ALL else [("SIGINT", 130)])
-def test_one_process_tells_by_its_status(number: str, status: int, flags: tuple[str, ...], tmp_path: Path) -> None:
-    with Run(*flags, str(tmp_path), processes=0, STEP_SECONDS="0.3") as run:
-        run.wait_for("step 0/1")
+@pytest.mark.parametrize(("number", "status"), kinds(list(STATUS.items()), [("SIGINT", 130)]))
+def test_the_exit_status_of_one_process(number: str, status: int, flags: tuple[str, ...], tmp_path: Path) -> None:
+    with start(PACED, *flags, str(tmp_path), PAUSE="0.3") as run:
+        run.wait_for("step 0/1$", TIMEOUT)
         run.process.send_signal(getattr(signal, number))
-        assert run.process.wait(60) == status, run.text
+        assert run.wait(60) == status, run.text
         assert "stopped at epoch 0" in run.text
     assert (tmp_path / "checkpoint.pth").exists()
 
 
 def test_a_second_interrupt_ends_at_once(flags: tuple[str, ...], tmp_path: Path) -> None:
-    with Run(*flags, str(tmp_path), STEP_SECONDS="60") as run:
-        run.ranks(step=0)
-        to_torchrun(signal.SIGINT)(run, {})
-        run.wait_for("SIGINT received.*: finishing the step")
+    with train(*flags, str(tmp_path), PAUSE="60") as run:
+        in_step(run, "0")
+        run.process.send_signal(signal.SIGINT)
+        run.wait_for("SIGINT received.*: finishing the step", TIMEOUT)
         time.sleep(1.5)
-        to_torchrun(signal.SIGINT)(run, {})
-        run.gone_within(10)
-        assert len(run.lines("interrupted again")) == 1, run.text
+        run.process.send_signal(signal.SIGINT)
+        assert_gone(run, 10)
+        assert len(starting("interrupted again", run)) == 1, run.text
 
 
-@pytest.mark.parametrize("victim", [0, 1] if ALL else [0])  # the test of restarts kills rank 1
+@pytest.mark.parametrize("victim", kinds([0, 1], [0]))  # the test of restarts kills rank 1
 def test_a_killed_rank_is_named(victim: int, flags: tuple[str, ...], tmp_path: Path) -> None:
-    with Run(*flags, str(tmp_path)) as run:
-        ranks = run.ranks()
+    with train(*flags, str(tmp_path)) as run:
+        ranks = in_step(run)
         os.kill(ranks[victim], signal.SIGKILL)
-        run.gone_within(10)
-        (sentence,) = run.lines("error:")
-        assert sentence.startswith(f"error: rank {victim} (pid {ranks[victim]} on "), run.text
-        assert "exited unexpectedly" in sentence
-        assert not re.search(r"^Traceback.*gloo", run.text, re.DOTALL), run.text
+        assert_gone(run, 10)
+        (sentence,) = starting("error:", run)
+        assert_reports_death(sentence, victim, ranks[victim])
+        assert "Traceback" not in before_torchrun_reports(run)
 
 
-@pytest.mark.parametrize("victim", [0, 1] if ALL else [1])
+@pytest.mark.parametrize("victim", kinds([0, 1], [1]))
 def test_a_frozen_rank_is_named(victim: int, flags: tuple[str, ...], tmp_path: Path) -> None:
-    with Run(*flags, str(tmp_path), "--stall-timeout", "6") as run:
-        ranks = run.ranks()
+    with train(*flags, str(tmp_path), "--stall-timeout", "6") as run:
+        ranks = in_step(run)
         os.kill(ranks[victim], signal.SIGSTOP)
-        run.gone_within(30)
-        (sentence,) = run.lines("error:")
+        assert_gone(run, 30)
+        (sentence,) = starting("error:", run)
         assert f"rank {victim} (pid {ranks[victim]} on " in sentence, run.text
         assert "--stall-timeout" in sentence
         assert "state T (stopped)" in sentence, sentence
-    assert (tmp_path / f"stall-rank{1 - victim}.txt").read_text().count("slow_train_batch") == 1
+    assert (tmp_path / f"stall-rank{1 - victim}.txt").read_text().count("paced_train_batch") == 1
 
 
-def test_a_rank_that_stands_still_is_named_with_its_stack(flags: tuple[str, ...], tmp_path: Path) -> None:
-    with Run(*flags, str(tmp_path), "--stall-timeout", "6", FAULT="1:1:stuck") as run:
-        run.ranks()
-        run.gone_within(40)
-        (sentence,) = run.lines("error:")
+def test_a_stuck_rank_is_named_with_its_stack(flags: tuple[str, ...], tmp_path: Path) -> None:
+    with train(*flags, str(tmp_path), "--stall-timeout", "6", FAULT="1:1:stuck") as run:
+        in_step(run)
+        assert_gone(run, 40)
+        (sentence,) = starting("error:", run)
         assert re.search(
-            r"error: no progress for \d+ s .*: rank 1 .*is stuck at epoch 0, step 1 of .*slow_train.py", sentence
+            r"error: no progress for \d+ s .*: rank 1 .*is stuck at epoch 0, step 1 of .*paced_train.py", sentence
         ), run.text
     assert "in do" in (tmp_path / "stall-rank1.txt").read_text()
 
 
-def test_torchrun_restarts_and_the_run_goes_on(flags: tuple[str, ...], tmp_path: Path) -> None:
-    extra = ("--resume", "auto", "--save-every", "1", "--steps-per-epoch", "3", "--epochs", "1")
-    launcher = ("--max-restarts=1",)
-    with Run(*flags, str(tmp_path), *extra, launcher=launcher, STEP_SECONDS="0.2", FAULT="1:2:once") as run:
-        assert run.process.wait(180) == 0, run.text
-        assert run.gone_within(5) < 5
-        assert "resuming at epoch 0, step 2 of 3" in run.text
-        assert len(run.lines("error: rank 1 ")) == 1
+def test_torchrun_restarts_and_the_run_resumes(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """After HUP to the ranks, and after the death of one; the last attempt trains to the end."""
+    extra = ("--resume", "auto", "--save-every", "1", "--steps-per-epoch", "8", "--epochs", "1")
+    with train(*flags, str(tmp_path), *extra, restarts=2) as run:
+        to_ranks(signal.SIGHUP, 0, 1)(run, in_step(run))
+        place = run.wait_for(STOPPED, TIMEOUT)
+        run.wait_for(rf"^resuming at epoch {place[1]}, step {place[2]} of 8", TIMEOUT)
+        assert len(starting("SIGHUP received", run)) == 1
+        ranks = in_step(run, attempt=1)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert_within(10, lambda: not run.processes().keys() & set(ranks.values()))
+        assert run.wait(TIMEOUT) == 0, run.text
+        assert_gone(run, 5)
+        (sentence,) = starting("error:", run)
+        assert_reports_death(sentence, 1, ranks[1])
+        assert len(starting("resuming at epoch 0, step ", run)) == 2
+        assert "Traceback" not in run.text
+
+
+def assert_within(seconds: float, happens: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
     ("fault", "sentence"),
-    [
-        ("1:1:crash", "error: rank 1: ValueError: a bug of ours"),
-        ("1:1:user", "error: rank 1: the picture is upside down; turn it"),
-        ("all:1:user", "error: the picture is upside down; turn it"),
-        ("1:1:memory", "error: rank 1: cpu has too little memory for 2 pictures a step; try --batch-size 1,"),
-    ][: None if ALL else 1],
+    kinds(
+        faults := [
+            ("1:1:crash", "error: rank 1: ValueError: a bug of ours"),
+            ("1:1:user", "error: rank 1: the image is upside down; turn it"),
+            ("all:1:user", "error: the image is upside down; turn it"),
+            ("1:1:memory", "error: rank 1: cpu has too little memory for 2 pictures a step; try --batch-size 1,"),
+        ],
+        faults[:1],
+    ),
 )
-def test_a_failure_is_told_once(fault: str, sentence: str, flags: tuple[str, ...], tmp_path: Path) -> None:
-    with Run(*flags, str(tmp_path), STEP_SECONDS="0.1", FAULT=fault) as run:
-        told = run.wait_for("error: .*")
-        run.gone_within(5 + 5)
-        assert told[0].startswith(sentence), run.text
-        assert len(run.lines("error:")) == 1, run.text
+def test_a_failure_is_reported_once(fault: str, sentence: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    with train(*flags, str(tmp_path), PAUSE="0.1", FAULT=fault) as run:
+        run.wait_for("error: .*", TIMEOUT)
+        assert_gone(run, 5 + 5)
+        (reported,) = starting("error:", run)
+        assert reported.startswith(sentence), run.text
         assert run.process.returncode != 0
         assert ("ValueError: a bug of ours\n" in run.text) == ("crash" in fault)
         assert "exitcode  : 2" in run.text or "exitcode  : 1" in run.text
 
 
-def test_a_picture_that_only_one_rank_reads(flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_damaged_image_that_only_one_rank_reads(flags: tuple[str, ...], tmp_path: Path) -> None:
     for split in ("train", "val"):
         for i in range(8):
             write_picture(tmp_path / "tree" / split / f"n{i % 2}" / f"{split}{i}.JPEG", i)
     bad = tmp_path / "tree" / "train" / "n1" / "train3.JPEG"
     bad.write_bytes(bad.read_bytes()[:200])
     extra = ("--data-path", str(tmp_path / "tree"), "--no-repeated-aug")
-    with Run(*flags, str(tmp_path / "run"), *extra, STEP_SECONDS="0.1") as run:
-        run.wait_for("error: .*")
-        run.gone_within(10)
-        (sentence,) = run.lines("error:")
+    with train(*flags, str(tmp_path / "run"), *extra, PAUSE="0.1") as run:
+        run.wait_for("error: .*", TIMEOUT)
+        assert_gone(run, 10)
+        (sentence,) = starting("error:", run)
         assert "train3.JPEG" in sentence, run.text
-        assert "Traceback" not in run.text.split("torch/distributed/elastic")[0].split("ChildFailedError")[0]
+        assert "Traceback" not in before_torchrun_reports(run)

@@ -1,17 +1,17 @@
-"""How well the trainer feeds one GPU or several: images a second, against as many times one GPU on resident images.
+"""How well the trainer feeds one or more GPUs: its images/s against those of as many GPUs on resident images.
 
     python tools/bench_gpus.py imagenet_data/ --preset node --json bench_gpus.json
     python tools/bench_gpus.py shards/ --row gpus=4,cores=32 --row gpus=4,cores=32,aug=none,batch=512
-    python tools/bench_gpus.py --plot bench_gpus.json      # draw what an earlier run wrote, as a PNG beside it
+    python tools/bench_gpus.py --plot bench_gpus.json      # plot earlier results, as a PNG next to the file
 
-Each row is a run of its own: torchrun and vimfast.train on the data given, for --steps of one epoch, on the first
-`cores` of the machine's cores. Its figures are the trainer's own: the median of its reports, the first ones left out.
-The share is of gpus x the images a second of the same training step on images that lie on one GPU, measured in a
-process of its own before the first row and again behind the last; it is of the mean of the two. "cores used", "host
-GiB" and "GPU GiB" are those of the whole run (the fullest GPU). "first step" runs from the command to the end of the
-first step, as the first report and the pace behind it tell; "exit" from the last line to torchrun's end.
+Each row is a separate run of vimfast.train under torchrun: --steps steps of one epoch, on the first `cores` of the
+machine's cores. Its figures are the trainer's own: the median of its reports after the warm-up. The share is relative
+to gpus x the images/s of the same training step on images that already are on one GPU, measured in a separate process
+before the first row and again after the last; the mean of the two counts. "cores used", "host GiB" and "GPU GiB" are
+those of the whole run (GPU: the fullest one). "first step" is the time from the command to the end of the first step,
+estimated from the first report and the pace after it; "exit" is from the last line to the end of torchrun.
 
-Without a GPU the rows run on processes (--device cpu), which says whether it works, and nothing of speed.
+Without a GPU the rows run on CPU processes (--device cpu), which shows whether it works but says nothing about speed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from vimfast.data.tree import scan_split
 from vimfast.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = ("-m", "torch.distributed.run")
 AUGMENTATIONS = {"default": (), "one-rank": ("--repeated-aug-on", "one-rank"), "none": ("--no-repeated-aug",)}
 REPORT = re.compile(
     r"epoch 0 \[(?P<step>\d+)/\d+\].* (?P<img_s>[\d,]+) img/s, waiting for data (?P<waiting>\d+)%"
@@ -53,14 +54,14 @@ REPORT = re.compile(
 )
 DECODING = re.compile(r"decoder (?P<decoder>\w+), threads (?P<threads>\d+)")
 RESIDENT = re.compile(r"resident: ([\d.]+) images/s")
-LEAST_REPORTS = 2  # behind those that warm up
-EXIT_LIMIT = 5.0  # seconds; what is alive then counts as left behind
-BARS = (95, 90)  # percent, drawn as lines
+LEAST_REPORTS = 2  # after the warm-up
+EXIT_LIMIT = 5.0  # seconds; a process still alive then counts as left behind
+BARS = (95, 90)  # percent, plotted as lines
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is run: words of --row, with the defaults of those left out."""
+    """The settings of --row."""
 
     gpus: int = 1
     cores: int = 0  # 0: all
@@ -96,7 +97,7 @@ def main() -> None:
         return
     machine = this_machine(args.device)
     if args.data is None:
-        raise UserError("no data is given; add the folder of shards, or of train/ and val/")
+        raise UserError("no data given; add the folder of shards, or of train/ and val/")
     rows = choose_rows(args, machine)
     record: dict[str, Any] = {
         "machine": asdict(machine),
@@ -112,12 +113,12 @@ def main() -> None:
             if too_few(row, images, args) or baseline(record, row) is not None:
                 continue
             record["resident"].append({"model": row.model, "batch": row.batch, "before": resident(row, args)})
-            tell(f"{row.model}, batch {row.batch}: {told_rate(record['resident'][-1]['before'])} on resident images")
+            report(f"{row.model}, batch {row.batch}: {rate_text(record['resident'][-1]['before'])} on resident images")
         for row in rows:
             record["rows"].append({**asdict(row), **measure(row, data, images, args)})
             fill_in_shares(record)
             save(record, args.json)
-            tell(one_line(row, record["rows"][-1]))
+            report(one_line(row, record["rows"][-1]))
     for kind in record["resident"]:
         kind["after"] = resident(Row(model=kind["model"], batch=kind["batch"]), args)
     fill_in_shares(record)
@@ -129,22 +130,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="shards, or a folder tree with train/ and val/")
     words = "gpus=4,cores=64,batch=128,decoder=auto,aug=default|one-rank|none,model=vim_tiny_patch16_224"
-    parser.add_argument("--row", dest="rows", action="append", metavar="WORDS", help=f"such as {words}; repeatable")
+    parser.add_argument("--row", dest="rows", action="append", metavar="WORDS", help=f"for example {words}; repeatable")
     parser.add_argument(
-        "--preset", choices=("node",), help="node: one GPU, all on fewer and fewer cores, other recipes"
+        "--preset", choices=("node",), help="node: one GPU, all GPUs on fewer and fewer cores, other recipes"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--input-size", type=int, default=224)
-    parser.add_argument("--steps", type=int, default=400, help="of each row [400]")
-    parser.add_argument("--log-every", type=int, default=25, help="steps between two reports [25]")
-    parser.add_argument("--warm-up", type=int, default=3, help="reports that are left out [3]")
-    parser.add_argument("--seconds", type=float, default=3.0, help="to measure resident images for [3]")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each run [300]")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each row [400]")
+    parser.add_argument("--log-every", type=int, default=25, help="steps between reports [25]")
+    parser.add_argument("--warm-up", type=int, default=3, help="reports to ignore at the start [3]")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long to measure resident images [3]")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a run is stopped [300]")
     parser.add_argument(
-        "--repeat", type=int, default=1, help="train on each image of a folder this often, by links [1]"
+        "--repeat", type=int, default=1, help="use each image of a folder this many times, through links [1]"
     )
-    parser.add_argument("--json", type=Path, help="write everything here, anew with each row")
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the rows of this file, as a PNG")
+    parser.add_argument("--json", type=Path, help="write the results here, after each row")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only plot the rows of this file, as a PNG")
     parser.add_argument("--resident", nargs=2, metavar=("MODEL", "BATCH"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -166,10 +167,10 @@ def choose_rows(args: argparse.Namespace, machine: Machine) -> list[Row]:
         ]
     rows = [Row(**{**asdict(row), "cores": row.cores or machine.cores}) for row in rows]
     if not rows:
-        raise UserError("no rows are given; add --preset node, or --row gpus=1")
+        raise UserError("no rows given; add --preset node, or --row gpus=1")
     for row in rows:
         if row.cores > machine.cores or (args.device == "cuda" and row.gpus > machine.gpus):
-            raise UserError(f"{row}: this machine shows {machine.gpus} GPUs and {machine.cores} cores; ask for fewer")
+            raise UserError(f"{row}: this machine has {machine.gpus} GPUs and {machine.cores} cores; request fewer")
     return list(dict.fromkeys(rows))
 
 
@@ -179,20 +180,21 @@ def read_row(words: str) -> Row:
     for word in words.split(","):
         name, _, value = word.partition("=")
         if name not in defaults:
-            raise UserError(f"--row holds {name!r}{did_you_mean(name, defaults)}; it knows {', '.join(defaults)}")
+            settings = ", ".join(defaults)
+            raise UserError(f"--row has no setting {name!r}{did_you_mean(name, defaults)}; it has {settings}")
         try:
             given[name] = type(defaults[name])(value)
         except ValueError:
-            raise UserError(f"--row holds {word!r}; {name} must be a whole number") from None
+            raise UserError(f"--row: {name} is {value!r}; it must be an integer") from None
     for name, known in (("aug", AUGMENTATIONS), ("decoder", DECODERS)):
         if given.get(name, defaults[name]) not in known:
-            raise UserError(f"--row holds {name}={given[name]}; it must be one of {', '.join(known)}")
+            raise UserError(f"--row: {name} is {given[name]!r}; it must be one of {', '.join(known)}")
     return Row(**given)
 
 
 @contextlib.contextmanager
 def grown(data: str, times: int) -> Iterator[str]:
-    """A folder tree with `times` links to each training image while the block runs; with 1, the data itself."""
+    """A temporary folder tree with `times` links to each training image; if that is 1, the data itself."""
     if times == 1:
         yield data
         return
@@ -221,27 +223,28 @@ def flags(row: Row, data: str, steps: int, args: argparse.Namespace) -> list[str
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
-    """This checkout's modules first, for the children as for this process; processes that share cores, one thread."""
+    """This checkout's modules come first in children too; processes without a GPU use one thread each."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths), **({"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {})}
 
 
 def too_few(row: Row, images: int, args: argparse.Namespace) -> str:
-    """Why an epoch of so many images cannot be measured; empty if it can."""
+    """Why an epoch of this many images cannot be measured; empty if it can."""
     steps, least = images // (row.gpus * row.batch), args.log_every * (args.warm_up + LEAST_REPORTS)
     if min(steps, args.steps) >= least:
         return ""
     if args.steps < least:
         return f"--steps {args.steps} is too low for --log-every {args.log_every} and --warm-up {args.warm_up}"
-    return f"{images:,} images are {steps} steps and {least} are needed; give more, or --repeat"
+    plural = "s" * (steps != 1)
+    return f"{images:,} images make {steps} step{plural}, but {least} are needed; use more images, or --repeat"
 
 
 def measure(row: Row, data: str, images: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one row, or ``failed`` with the reason."""
+    """The results of one row, or ``failed`` and the reason."""
     if problem := too_few(row, images, args):
         return {"failed": problem}
     steps = min(args.steps, images // (row.gpus * row.batch))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={row.gpus}"]
+    torchrun = [sys.executable, *TORCHRUN, "--standalone", f"--nproc_per_node={row.gpus}"]
     cores = sorted(os.sched_getaffinity(0))[: row.cores]
     command = [*torchrun, "-m", "vimfast.train", *flags(row, data, steps, args)]
     usages: list[Usage] = []
@@ -249,12 +252,12 @@ def measure(row: Row, data: str, images: int, args: argparse.Namespace) -> dict[
     with Watched(command, env=environment(args), cores=cores) as run:
         while run.ended is None:
             if time.monotonic() - run.begin > args.timeout:
-                return {"failed": f"no end within {args.timeout:.0f} s: {last_words(run.lines)}"}
+                return {"failed": f"still running after {args.timeout:.0f} s (--timeout): {last_words(run.lines)}"}
             time.sleep(0.25)
             count = sum(REPORT.search(line.text) is not None for line in list(run.lines))
             if count >= args.warm_up:
                 usages.append(run.usage())
-                gpu_memory = gpu_memory or max(asked_of_gpus("memory.used")[: row.gpus], default=None)
+                gpu_memory = gpu_memory or max(query_gpus("memory.used")[: row.gpus], default=None)
         status = run.wait(args.timeout)
         left = run.gone_within(EXIT_LIMIT)
         if status:
@@ -303,14 +306,14 @@ def read_usage(usages: list[Usage], run: Watched) -> dict[str, Any]:
 
 
 def last_words(lines: list[Line]) -> str:
-    """The line that tells most of a failure: the last of an error, before what torchrun adds; else the last."""
+    """The line that says most about a failure: the last error that is not torchrun's, or else the last line."""
     texts = [line.text.strip() for line in list(lines) if re.search(r"\w", line.text)]
     errors = [t for t in texts if re.match(r"(\[rank\d+\]: )?(error: |[\w.]*Error\b)", t) and "ChildFailed" not in t]
     return ([*texts[-1:], *errors[-1:]] or ["no output"])[-1]
 
 
 def resident(row: Row, args: argparse.Namespace) -> float | None:
-    """Images a second of a training step without a loader, by a process of its own; None where it failed."""
+    """Images/s of a training step without a loader, measured in a separate process; None if it failed."""
     size, seconds = str(args.input_size), str(args.seconds)
     own = [sys.executable, __file__, "--resident", row.model, str(row.batch), "--device", args.device]
     with Watched([*own, "--input-size", size, "--seconds", seconds], env=environment(args)) as run:
@@ -320,7 +323,7 @@ def resident(row: Row, args: argparse.Namespace) -> float | None:
             status = -1
         found = RESIDENT.search(run.out)
         if status or not found:
-            tell(f"no figure for resident images: {last_words(run.lines)}")
+            report(f"resident images could not be measured: {last_words(run.lines)}")
             return None
         return float(found[1])
 
@@ -337,18 +340,18 @@ def measure_resident(args: argparse.Namespace) -> None:
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False  # as the trainer sets them
-        tune_once(0, tell)  # as the trainer would, and in none of its rows
+        tune_once(0, report)  # so that no row has to
         read_again()
     mixup = Mixup(MixConfig(), bench_share.CLASSES, 0, 0)
     rate = bench_share.show_plain(bench_share.build(args, device), mixup, args, device)
     print(f"resident: {rate:.1f} images/s")
 
 
-# Telling
+# Reporting
 
 
 def baseline(record: dict[str, Any], row: Row) -> dict[str, Any] | None:
-    """The entry of resident images that belongs to a row."""
+    """The measurement of resident images that belongs to a row."""
     entries = (e for e in record["resident"] if (e["model"], e["batch"]) == (row.model, row.batch))
     return next(entries, None)
 
@@ -358,7 +361,7 @@ def as_row(found: dict[str, Any]) -> Row:
 
 
 def fill_in_shares(record: dict[str, Any]) -> None:
-    """Of the mean of what was measured before and, later, after."""
+    """Relative to the mean of the measurements before the rows and, once it exists, after them."""
     for found in record["rows"]:
         entry = baseline(record, as_row(found))
         if "img_s" in found and entry is not None:
@@ -373,12 +376,12 @@ def save(record: dict[str, Any], path: Path | None) -> None:
         aside.replace(path)
 
 
-def tell(text: str) -> None:
+def report(text: str) -> None:
     print(text, flush=True)
 
 
-def told_rate(rate: float | None) -> str:
-    return "no figure" if rate is None else f"{rate:,.0f} images/s"
+def rate_text(rate: float | None) -> str:
+    return "not measured" if rate is None else f"{rate:,.0f} images/s"
 
 
 def one_line(row: Row, found: dict[str, Any]) -> str:
@@ -413,12 +416,12 @@ def show(record: dict[str, Any]) -> None:
             table.add_row(row, *(form(found.get(key), spec) for _, key, spec in COLUMNS))
     Console(width=170, soft_wrap=False).print(table)
     for kind in record["resident"]:
-        before, after = told_rate(kind["before"]), told_rate(kind["after"])
-        tell(f"one GPU on resident images, {kind['model']}, batch {kind['batch']}: {before} before, {after} after")
+        before, after = rate_text(kind["before"]), rate_text(kind["after"])
+        report(f"one GPU on resident images, {kind['model']}, batch {kind['batch']}: {before} before, {after} after")
 
 
 def plot(source: Path) -> None:
-    """Bars of each row's share, as a PNG next to the JSON."""
+    """A bar chart of the rows' shares, as a PNG next to the JSON."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -430,15 +433,15 @@ def plot(source: Path) -> None:
     shares = [100 * (row.get("share") or 0.0) for row in rows]
     axes.barh(range(len(rows)), shares, 0.62, color="#2a7f62", label="trainer, from files")
     for i, (row, share) in enumerate(zip(rows, shares, strict=True)):
-        told = f"{share:.1f} %, {row['img_s']:,.0f} images/s" if share else f"failed: {row.get('failed', 'no share')}"
-        inside = share > 40  # at the left end, where no line crosses it
-        axes.text(1 if inside else share + 1, i, told if len(told) < 80 else f"{told[:77]}...", va="center", fontsize=9,
+        text = f"{share:.1f} %, {row['img_s']:,.0f} images/s" if share else f"failed: {row.get('failed', 'no share')}"
+        inside = share > 40  # at the left end, clear of the lines
+        axes.text(1 if inside else share + 1, i, text if len(text) < 80 else f"{text[:77]}...", va="center", fontsize=9,
                   color="white" if inside else "black")  # fmt: skip
     for bar, style in zip(BARS, ("--", ":"), strict=True):
         axes.axvline(bar, color="#c0504d", linestyle=style, linewidth=1.2, label=f"{bar} %")
     axes.set_yticks(range(len(rows)), [str(as_row(row)) for row in rows], fontsize=9)
     axes.set_xlim(0, max(105.0, *(share + 5 for share in shares)))
-    axes.set_xlabel("images/s of the trainer, % of GPUs x images/s of one GPU on resident images")
+    axes.set_xlabel("images/s of the trainer, as % of GPUs x images/s of one GPU on resident images")
     axes.set_title(f"{machine['gpus']} x {machine['gpu']}, {machine['cores']} cores, {record['date']}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -448,14 +451,14 @@ def plot(source: Path) -> None:
 # The machine
 
 
-def asked_of_gpus(what: str) -> list[Any]:
-    """What nvidia-smi tells of each GPU; numbers where they are some, nothing where there is no such program."""
+def query_gpus(what: str) -> list[Any]:
+    """What nvidia-smi reports for each GPU, as numbers where possible; empty if there is no nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [float(value) if re.fullmatch(r"[\d.]+", value) else value for value in told.splitlines()]
+    return [float(value) if re.fullmatch(r"[\d.]+", value) else value for value in output.splitlines()]
 
 
 def this_machine(device: str) -> Machine:
@@ -466,7 +469,7 @@ def this_machine(device: str) -> Machine:
     if device == "cpu":
         return Machine("process without a GPU", cores, cores, cpu, memory)
     if not torch.cuda.is_available():
-        raise UserError("--device cuda and there is no GPU here; use --device cpu to try the tool")
+        raise UserError("--device is cuda but no GPU is visible; use --device cpu to try the tool")
     return Machine(torch.cuda.get_device_name(0), torch.cuda.device_count(), cores, cpu, memory)
 
 

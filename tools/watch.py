@@ -1,7 +1,7 @@
-"""A command under watch: each line with the moment it came, and every process that the command has started.
+"""A command under watch: each line of output with its time, and all processes that the command has started.
 
-torchrun gives each worker a session of its own, so that a process group does not hold them all; a mark in the
-environment, which children inherit, does.
+torchrun gives each worker a session of its own, so no process group contains them all. A mark in the environment, which
+children inherit, identifies them.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ class Line(NamedTuple):
 
     at: float
     text: str
-    is_error: bool  # from stderr
+    is_error: bool  # on stderr
 
 
 class Usage(NamedTuple):
-    """What the processes of a command hold and have used."""
+    """What the processes of a command use."""
 
     at: float
-    cpu_seconds: float  # of those that are still alive
-    memory: float  # bytes, shared ones counted once
+    cpu_seconds: float  # of those still alive
+    memory: float  # bytes; shared memory is counted once
 
 
 class Watched:
-    """Starts a command and follows it; as a context manager it leaves no process behind.
+    """Starts a command and follows it; as a context manager, it leaves no process behind.
 
     Args:
         command: program and arguments.
         env: added to this process's environment.
-        cores: the only ones that the command may use; None for those of this process.
-        on_line: called with each line as it comes, by a thread for each of stdout and stderr.
+        cores: those that the command may use; None for those of this process.
+        on_line: called with each line as it arrives, in one thread for stdout and another for stderr.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Watched:
         self.begin = time.monotonic()
         try:
             if cores is not None:
-                os.sched_setaffinity(0, cores)  # of this thread, from which the child inherits it
+                os.sched_setaffinity(0, cores)  # of this thread; the child inherits it
             self.process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -75,7 +75,7 @@ class Watched:
                 text=True,
                 errors="replace",
                 env=environment,
-                start_new_session=True,  # signals for the command's group are not for us
+                start_new_session=True,  # signals to the command's group must not reach this process
             )
         finally:
             if cores is not None:
@@ -103,25 +103,30 @@ class Watched:
             self.ended = time.monotonic()
             self._news.notify_all()
 
-    # What it says
+    # Its output
 
     @property
     def out(self) -> str:
-        return self._text(errors=False)
+        return self._joined(False)
 
     @property
     def err(self) -> str:
-        return self._text(errors=True)
+        return self._joined(True)
 
-    def _text(self, errors: bool) -> str:
+    @property
+    def text(self) -> str:
+        """Both, in order of arrival."""
+        return self._joined(False, True)
+
+    def _joined(self, *is_error: bool) -> str:
         with self._news:
-            return "".join(f"{line.text}\n" for line in self.lines if line.is_error == errors)
+            return "".join(f"{line.text}\n" for line in self.lines if line.is_error in is_error)
 
     def wait_for(self, pattern: str, timeout: float) -> re.Match[str]:
-        """The first match in a line of the output so far or to come.
+        """The first match in a line of the output, past or future.
 
         Raises:
-            RuntimeError: the command ended, or `timeout` seconds passed, without one.
+            RuntimeError: the command ended, or `timeout` seconds passed, without a match.
         """
         deadline, seen = time.monotonic() + timeout, 0
         while True:
@@ -135,13 +140,13 @@ class Watched:
                 if found := re.search(pattern, line.text):
                     return found
             if over and not fresh:
-                raise RuntimeError(f"no line like {pattern!r} within {timeout:.0f} s:\n{self.out}{self.err}")
+                raise RuntimeError(f"no line matched {pattern!r} within {timeout:.0f} s:\n{self.text}")
 
     def _all_read(self) -> bool:
         return self.ended is not None and not any(reader.is_alive() for reader in self._readers)
 
     def wait(self, timeout: float) -> int:
-        """The exit status, all output read.
+        """The exit status, once all output has been read.
 
         Raises:
             TimeoutError: `timeout` seconds passed; every process of the command was killed.
@@ -149,22 +154,22 @@ class Watched:
         self._waiter.join(timeout)
         if self.ended is None:
             self.kill()
-            raise TimeoutError(f"no end within {timeout:.0f} s:\n{self.out}{self.err}")
+            raise TimeoutError(f"still running after {timeout:.0f} s:\n{self.text}")
         for reader in self._readers:
-            reader.join(1)  # a process left behind may hold the pipe; it is the caller's to find
+            reader.join(1)  # a process left behind may hold the pipe open; see gone_within
         return self.process.returncode
 
     # Its processes
 
     def processes(self) -> dict[int, dict[str, str]]:
-        """Those alive, by process id, with the environment that each started with."""
+        """Those alive, by process id, with their environments as of their start."""
         found = {}
         for entry in PROC.iterdir():
             if not entry.name.isdecimal():
                 continue
             try:
                 words = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:  # another's, or just ended
+            except OSError:  # not ours, or just ended
                 continue
             if f"{MARK}={self._mark}".encode() in words:
                 pairs = (os.fsdecode(word).partition("=") for word in words if word)
@@ -181,7 +186,7 @@ class Watched:
         }
 
     def gone_within(self, seconds: float) -> dict[int, dict[str, str]]:
-        """Wait for all processes to end; those that are left after `seconds`."""
+        """Wait for all processes to end; returns those left after `seconds`."""
         deadline = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -191,14 +196,14 @@ class Watched:
         """Of all processes alive."""
         seconds, memory = 0.0, 0.0
         for pid in self.processes():
-            with suppress(OSError, ValueError):  # it may end in between
+            with suppress(OSError, ValueError):  # it may end meanwhile
                 user, system = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[11:13]
                 seconds += (int(user) + int(system)) / _TICKS
                 memory += _memory(PROC / str(pid))
         return Usage(time.monotonic(), seconds, memory)
 
     def kill(self) -> None:
-        """End every process at once, and wait until they are gone."""
+        """Kill every process and wait until all are gone."""
         while pids := self.processes():
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -221,7 +226,7 @@ def _parent(pid: int) -> int:
 
 
 def _memory(folder: Path) -> float:
-    """A process's share of the memory (PSS), or all that it sees of it where the kernel tells no more."""
+    """A process's proportional share of memory (PSS), or its resident size if the kernel does not report that."""
     with suppress(OSError):
         found = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
         if found:
