@@ -73,6 +73,13 @@ def starting(words: str, run: Watched) -> list[str]:
     return [line for line in run.text.splitlines() if line.startswith(words)]
 
 
+def only_error(run: Watched) -> str:
+    """The one line that reports an error."""
+    found = starting("error:", run)
+    assert len(found) == 1, run.text
+    return found[0]
+
+
 def before_torchrun_reports(run: Watched) -> str:
     return run.text.split("torch/distributed/elastic")[0].split("ChildFailedError")[0]
 
@@ -171,7 +178,7 @@ def test_a_killed_rank_is_named(victim: int, flags: tuple[str, ...], tmp_path: P
         ranks = in_step(run)
         os.kill(ranks[victim], signal.SIGKILL)
         assert_gone(run, 10)
-        (sentence,) = starting("error:", run)
+        sentence = only_error(run)
         assert_reports_death(sentence, victim, ranks[victim])
         assert "Traceback" not in before_torchrun_reports(run)
 
@@ -182,7 +189,7 @@ def test_a_frozen_rank_is_named(victim: int, flags: tuple[str, ...], tmp_path: P
         ranks = in_step(run)
         os.kill(ranks[victim], signal.SIGSTOP)
         assert_gone(run, 30)
-        (sentence,) = starting("error:", run)
+        sentence = only_error(run)
         assert f"rank {victim} (pid {ranks[victim]} on " in sentence, run.text
         assert "--stall-timeout" in sentence
         assert "state T (stopped)" in sentence, sentence
@@ -193,7 +200,7 @@ def test_a_stuck_rank_is_named_with_its_stack(flags: tuple[str, ...], tmp_path: 
     with train(*flags, str(tmp_path), "--stall-timeout", "6", FAULT="1:1:stuck") as run:
         in_step(run)
         assert_gone(run, 40)
-        (sentence,) = starting("error:", run)
+        sentence = only_error(run)
         assert re.search(
             r"error: no progress for \d+ s .*: rank 1 .*is stuck at epoch 0, step 1 of .*paced_train.py", sentence
         ), run.text
@@ -213,7 +220,7 @@ def test_torchrun_restarts_and_the_run_resumes(flags: tuple[str, ...], tmp_path:
         assert_within(10, lambda: not run.processes().keys() & set(ranks.values()))
         assert run.wait(TIMEOUT) == 0, run.text
         assert_gone(run, 5)
-        (sentence,) = starting("error:", run)
+        sentence = only_error(run)
         assert_reports_death(sentence, 1, ranks[1])
         assert len(starting("resuming at epoch 0, step ", run)) == 2
         assert "Traceback" not in run.text
@@ -242,7 +249,7 @@ def test_a_failure_is_reported_once(fault: str, sentence: str, flags: tuple[str,
     with train(*flags, str(tmp_path), PAUSE="0.1", FAULT=fault) as run:
         run.wait_for("error: .*", TIMEOUT)
         assert_gone(run, 5 + 5)
-        (reported,) = starting("error:", run)
+        reported = only_error(run)
         assert reported.startswith(sentence), run.text
         assert run.process.returncode != 0
         assert ("ValueError: a bug of ours\n" in run.text) == ("crash" in fault)
@@ -259,6 +266,6 @@ def test_a_damaged_image_that_only_one_rank_reads(flags: tuple[str, ...], tmp_pa
     with train(*flags, str(tmp_path / "run"), *extra, PAUSE="0.1") as run:
         run.wait_for("error: .*", TIMEOUT)
         assert_gone(run, 10)
-        (sentence,) = starting("error:", run)
+        sentence = only_error(run)
         assert "train3.JPEG" in sentence, run.text
         assert "Traceback" not in before_torchrun_reports(run)

@@ -376,7 +376,7 @@ class Control:
         if "stacks" in message and self.folder is not None:
             sentence += f"; the ranks' stacks are in {self.folder}/stall-rank*.txt"
         if me == message.get("traceback") and self._error is not None and not isinstance(self._error, UserError):
-            traceback.print_exception(self._error, file=sys.__stderr__)
+            _print_at_once("".join(traceback.format_exception(self._error)))
         if message.get("say", self.world.is_main):
             self._report(sentence)
         if "stacks" in message:
@@ -388,12 +388,15 @@ class Control:
             dist.abort()
 
     def _dump_stacks(self, to_console: bool) -> None:
-        if to_console and sys.__stderr__ is not None:
-            print(f"stacks of rank {self.world.rank}:", file=sys.__stderr__, flush=True)
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        with open(os.memfd_create("stacks"), "w+") as memory:
+            faulthandler.dump_traceback(memory, all_threads=True)
+            memory.seek(0)
+            stacks = memory.read()
+        if to_console:
+            _print_at_once(f"stacks of rank {self.world.rank}:\n{stacks}")
         if self.folder is not None:
-            with suppress(OSError), open(self.folder / f"stall-rank{self.world.rank}.txt", "w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+            with suppress(OSError):
+                (self.folder / f"stall-rank{self.world.rank}.txt").write_text(stacks)
 
     def _let_others_read(self) -> None:
         """Closing a connection with unread input would discard what was last sent on it."""
@@ -409,8 +412,8 @@ class Control:
         """To the console and the run's log; either may be broken by now."""
         with suppress(OSError, ValueError):
             if error is not None and not isinstance(error, UserError):
-                traceback.print_exception(error, file=sys.__stderr__)
-            print(sentence, file=sys.__stderr__, flush=True)
+                _print_at_once("".join(traceback.format_exception(error)))
+            _print_at_once(f"{sentence}\n")
         if self.folder is not None and self.folder.is_dir() and self.world.is_main:
             with suppress(OSError), open(self.folder / "train.log", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
@@ -424,6 +427,11 @@ class Control:
                 if line.startswith("State:"):
                     return f" (its process is in state {line.split(maxsplit=1)[1]})"
         return ""
+
+
+def _print_at_once(text: str) -> None:
+    """Print to the console in one write, so that lines of several processes do not run into each other."""
+    print(text, end="", file=sys.__stderr__, flush=True)
 
 
 def _is_collective(error: BaseException) -> bool:
