@@ -27,9 +27,7 @@ class World:
     local_size: int = 1
     device: torch.device = torch.device("cpu")
     neighbours: int = 1  # consecutive ranks of this host, including this one, that can decode for each other
-    host: dist.ProcessGroup | None = (
-        None  # those ranks, with a communicator of their own that can run beside the step's
-    )
+    host: dist.ProcessGroup | None = None  # those ranks; has a communicator of its own, to run beside the step's
 
     @property
     def is_main(self) -> bool:

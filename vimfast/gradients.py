@@ -32,10 +32,10 @@ class GradientSum:
     """Sums the gradients of `parameters` over the processes of the default group, bucket by bucket.
 
     The first backward pass under :meth:`reducing` shows in which order gradients come; buckets are filled in that order
-    (rank 0's), so that all but the last are reduced while backward goes on with earlier layers. Each process sees every
-    bucket in the same order. After the block ``p.grad`` is a view of a bucket and holds the sum.
+    (rank 0's), so that all but the last are reduced while backward continues with earlier layers. Each process sees
+    every bucket in the same order. After the block ``p.grad`` is a view of a bucket and holds the sum.
 
-    It can be captured in a CUDA graph once a backward pass has gone before.
+    It can be captured in a CUDA graph after a first backward pass.
 
     A parameter that gets no gradient in a later pass counts as zero there.
     """

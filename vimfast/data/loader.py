@@ -149,11 +149,11 @@ class Loader:
         self._copies = order.repeats if together else 1
         self._exchange = Exchange(order, group) if self._copies > 1 and order.node > 1 else None
         self._asked = (decoder, threads, hw_decoder_load, steps_at_once)
-        decoded = _most_pictures(order, self._copies)
-        self._demand = Demand(decoded, order.batch_size, None, source.mean_bytes) if training else None
+        self._most = _most_pictures(order, self._copies)  # to decode for a step
+        self._demand = Demand(self._most, order.batch_size, None, source.mean_bytes) if training else None
         decoding = choose_decoding(decoder, threads, self.device, self._demand)
         self._settings = GraphSettings(
-            batch_size=_most_pictures(order, self._copies),
+            batch_size=self._most,
             size=size,
             device=self.device,
             interpolation=interpolation,
@@ -169,9 +169,9 @@ class Loader:
         self._ahead: _ReadAhead | None = None
         self._in_work: deque[list[_Work]] = deque()  # oldest first: what DALI holds, batches that it decodes together
         self._decoded: deque[tuple[_Work, Tensor, Tensor]] = deque()  # oldest first: batches, their images and labels
-        self._next_place: tuple[int, int] | None = None  # (epoch, step) that comes next out of DALI
+        self._next_place: tuple[int, int] | None = None  # (epoch, step) to be handed out next
         self._owner = object()  # the iterator that may take batches
-        # What is done to a batch here runs beside the step that the GPU is still busy with, not behind it.
+        # What is done to a batch here runs beside the step that the GPU is still busy with, not after it.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.ready: torch.cuda.Event | None = None  # the last batch, on a GPU; with timing
         self._beginning: threading.Thread | None = None
@@ -181,16 +181,16 @@ class Loader:
         self._steps_at_once = steps_at_once or decoding.steps_at_once
         self._settings = replace(
             self._settings,
-            batch_size=self._steps_at_once * _most_pictures(self.order, self._copies),
+            batch_size=self._steps_at_once * self._most,
             threads=decoding.threads,
             decoder=decoding.decoder,
             hw_decoder_load=decoding.engine_share if engine_share is None else engine_share,
         )
 
     def expect(self, step_seconds: float) -> None:
-        """Decode as fast as training needs it, whose steps keep the GPU busy for so long.
+        """Choose the decoder for training whose steps keep the GPU busy for so long.
 
-        What was begun early goes on if it is decoded as it should be, else it is begun again.
+        Batches that were begun early are kept if their decoder is the one chosen, and begun again if not.
         """
         if self._demand is None:
             return
@@ -199,10 +199,7 @@ class Loader:
         decoding = choose_decoding(decoder, threads, self.device, self._demand)
         if decoding.decoder == self._settings.decoder:
             return
-        self._join()
-        place = self._next_place
-        self.close()
-        self._decode_by(decoding)
+        place = self._switch_to(decoding)
         if place is not None:
             self.begin(*place)
 
@@ -235,12 +232,18 @@ class Loader:
         decoder = next_decoder(self._settings.decoder, self.device)
         if self._asked[0] != "auto" or decoder is None:
             return None
-        place = self._next_place
-        self.close()
-        self._decode_by(choose_decoding(decoder, self._asked[1], self.device, self._demand))
+        place = self._switch_to(choose_decoding(decoder, self._asked[1], self.device, self._demand))
         if place is not None:
             self._restart(*place)
         return decoder
+
+    def _switch_to(self, decoding: Decoding) -> tuple[int, int] | None:
+        """Let go of the graph, to build another; the place to continue from, if there is one."""
+        self._join()
+        place = self._next_place
+        self.close()
+        self._decode_by(decoding)
+        return place
 
     @property
     def steps(self) -> int:

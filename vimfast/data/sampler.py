@@ -115,8 +115,7 @@ class Order:
         Raises:
             IndexError: the epoch has no such step.
         """
-        if not 0 <= step < self.steps:
-            raise IndexError(f"step {step} of an epoch of {self.steps} steps")
+        self._check_step(step)
         first = step * self.global_batch
         last = min(first + self.global_batch, self.samples)
         if self.neighbours:
@@ -141,12 +140,15 @@ class Order:
         """
         if self.node == 1:
             return self.step(epoch, step)
-        if not 0 <= step < self.steps:
-            raise IndexError(f"step {step} of an epoch of {self.steps} steps")
+        self._check_step(step)
         local = self.rank % self.node
         turn, place = np.divmod(np.arange(local * self.batch_size, (local + 1) * self.batch_size), self.node)
         positions = step * self.global_batch + turn * self.world + (self.rank - local) + place
         return positions, self._ids(epoch, positions)
+
+    def _check_step(self, step: int) -> None:
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of an epoch of {self.steps} steps")
 
     def _ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         drawn = positions // self.repeats
