@@ -17,8 +17,8 @@ def main() -> int:
     cfg = load_config(sys.argv[1:])
     if not cfg.data.data_path:
         raise UserError("--data-path is missing; give the folder of shards, or of train/ and val/")
-    # After the flags, so that --help and a misspelt one answer at once. What modules are made of stays: looking through
-    # it for garbage again and again would take a fifth of the time, and so would every later collection.
+    # After the flags, so that --help and a misspelt one answer at once. Looking for garbage among the modules again and
+    # again takes a fifth of the imports' time.
     gc.disable()
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir and not cfg.run.eval else None
     threading.Thread(target=_import_all, args=(folder is not None,), daemon=True).start()
