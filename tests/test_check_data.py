@@ -67,7 +67,7 @@ def only(report: dict[str, Any], severity: str = "error") -> dict[str, str]:
     """The one finding there is."""
     (finding,) = report["findings"]
     assert finding["severity"] == severity
-    assert finding["cure"]
+    assert finding["fix"]
     return finding
 
 
@@ -146,7 +146,7 @@ def test_what_prepare_converts_is_a_warning(check: Check, root: Path, mode: str,
     status, report = check(root)
     assert status == 0
     assert only(report, "warning")["file"] == str(path)
-    assert "vimfast-prepare" in only(report, "warning")["cure"]
+    assert "vimfast-prepare" in only(report, "warning")["fix"]
 
 
 def test_a_missing_split(check: Check, root: Path) -> None:
@@ -154,11 +154,11 @@ def test_a_missing_split(check: Check, root: Path) -> None:
     status, report = check(root)
     assert status == 1
     assert only(report)["file"] == str(root / "val")
-    assert "rename" in only(report)["cure"]
+    assert "rename" in only(report)["fix"]
     assert check(root, "--splits", "train")[0] == 0
     (root / "validation").rename(root / "test")
     (root / "ILSVRC2012_img_val.tar").write_bytes(b"")
-    assert "unpack" in only(check(root)[1])["cure"]
+    assert "unpack" in only(check(root)[1])["fix"]
 
 
 def test_a_flat_validation_folder(check: Check, root: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_flat_validation_folder(check: Check, root: Path) -> None:
     assert status == 1
     assert only(report)["file"] == str(root / "val")
     assert "15" in only(report)["what"]
-    assert "valprep" in only(report)["cure"]
+    assert "valprep" in only(report)["fix"]
 
 
 def test_a_doubled_level(check: Check, root: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_wrong_path_is_one_finding_with_exit_status_1(
     Path("file").write_text("")
     status, report = check(word, "--splits", "train")
     assert status == 1
-    assert only(report)["cure"]
+    assert only(report)["fix"]
 
 
 def test_many_files_are_shared_out_among_processes(check: Check, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_part_of_imagenet_must_be_asked_for(wnids: list[str]) -> None:
     counts = {split: dict.fromkeys(wnids[:100], 7) for split in ("train", "val")}
     missing = {f.file for f in judge(counts) if "missing" in f.what}
     assert missing == {f"{split}/{name}" for split in counts for name in wnids[100:]}
-    assert any("--classes 100" in f.cure for f in judge(counts))
+    assert any("--classes 100" in f.fix for f in judge(counts))
     assert judge(counts, 100) == []
 
 
@@ -412,7 +412,7 @@ def test_a_file_that_is_gone(check: Check, shards: Path, name: str) -> None:
     assert status == 1
     finding = only(report)
     assert name in finding["file"] + finding["what"]
-    assert "vimfast-prepare" in finding["cure"]
+    assert "vimfast-prepare" in finding["fix"]
 
 
 def test_dalis_index_of_another_shard(check: Check, shards: Path) -> None:

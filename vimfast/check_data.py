@@ -51,8 +51,8 @@ def main() -> int:
     except UserError as error:
         report = Report(str(args.path), "nothing", findings=[Finding.of(error, "", args.path)])
     except OSError as error:
-        cure = "mend its permissions, or the disk, and check again"
-        finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", cure)
+        fix = "mend its permissions, or the disk, and check again"
+        finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", fix)
         report = Report(str(args.path), "nothing", findings=[finding])
     if args.sample_grid is not None and report.kind != "nothing":
         _draw_samples(report, args)
@@ -72,8 +72,8 @@ def _draw_samples(report: Report, args: argparse.Namespace) -> None:
     except UserError as error:
         report.findings.append(Finding.of(error, args.splits[0], args.path))
     except OSError as error:
-        cure = "give --sample-grid a file name ending in .png in a folder that is there"
-        report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", cure))
+        fix = "give --sample-grid a file name ending in .png in a folder that is there"
+        report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", fix))
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -103,13 +103,13 @@ def _print(report: Report, console: Console) -> None:
             table.add_row(name, *(f"{number:,}" for number in numbers), _size(size))
         console.print(table)
     groups = _group(report.findings)
-    for (severity, split, cure), findings in groups[:_GROUPS]:
+    for (severity, split, fix), findings in groups[:_GROUPS]:
         say(f"{severity}{split and f' in {split}'}", "bold red" if severity == "error" else "bold yellow")
         for finding in findings[:_LINES_A_GROUP]:
             say(f"  {finding.file}: {finding.what}")
         if len(findings) > _LINES_A_GROUP:
             say(f"  and {len(findings) - _LINES_A_GROUP:,} more such; --json lists all")
-        say(f"  -> {cure}\n", "cyan")
+        say(f"  -> {fix}\n" if fix else "", "cyan")
     if len(groups) > _GROUPS:
         say(f"and {len(groups) - _GROUPS:,} more kinds of findings; --json lists all\n")
     errors = sum(finding.severity == "error" for finding in report.findings)
@@ -118,10 +118,10 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _group(findings: Sequence[Finding]) -> list[tuple[tuple[str, str, str], list[Finding]]]:
-    """Findings of the same severity, split and cure together, errors first."""
+    """Findings of the same severity, split and fix together, errors first."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.severity, finding.split, finding.cure), []).append(finding)
+        groups.setdefault((finding.severity, finding.split, finding.fix), []).append(finding)
     return sorted(groups.items(), key=lambda group: group[0][0])
 
 

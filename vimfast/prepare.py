@@ -110,9 +110,9 @@ def _check_out(root: Path, out: Path) -> None:
     inside = [root.resolve(), *((root / split).resolve() for split in index.SPLITS)]
     target = out.resolve()
     if target == inside[0] or any(target == folder or folder in target.parents for folder in inside[1:]):
-        raise UserError(f"--out {out} lies among the pictures of {root}; give a folder of its own")
+        raise UserError(f"--out {out} lies among the pictures of {root}", "give a folder of its own")
     if target.exists() and not target.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+        raise UserError(f"--out {out} is a file", "give a folder")
 
 
 @contextmanager
@@ -122,13 +122,13 @@ def _lock(out: Path) -> Iterator[None]:
         (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
         file = open(out / STATE_FOLDER / "lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written to ({error.strerror}); choose another folder") from None
+        raise UserError(f"--out {out} cannot be written to ({error.strerror})", "choose another folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another vimfast-prepare is writing to {out}; wait for it, or give another --out"
+                f"another vimfast-prepare is writing to {out}", "wait for it, or give another --out"
             ) from None
         except OSError:
             pass  # a file system without locks
@@ -140,17 +140,17 @@ def _known_plan(out: Path, plans: list[Plan]) -> bool:
     known = _read_json(out / STATE_FOLDER / _PLAN) or _read_json(out / index.MANIFEST).get("plan", {})
     if not known and not index.is_shards_folder(out):
         return False
-    cure = "add --overwrite to delete them, or give another --out"
+    fix = "add --overwrite to delete them, or give another --out"
     ours = {plan.split: plan.describe() for plan in plans}
     if not known or not set(known) <= set(ours):
         splits = " and ".join(sorted(known)) or "unknown origin"
-        raise UserError(f"{out} holds shards of {splits}, not of {' and '.join(ours)} as here; {cure}")
+        raise UserError(f"{out} holds shards of {splits}, not of {' and '.join(ours)} as here", fix)
     for split, description in known.items():
         if description["fingerprint"] == ours[split]["fingerprint"]:
             continue
         old, new = _flags(description["options"]), _flags(ours[split]["options"])
         what = f"from other files in {split}/" if old == new else f"with {old}, not with {new}"
-        raise UserError(f"{out} holds shards made {what}; {cure}")
+        raise UserError(f"{out} holds shards made {what}", fix)
     return True
 
 
@@ -195,8 +195,8 @@ def _check_space(plans: list[Plan], out: Path) -> None:
     free = shutil.disk_usage(out).free
     if needed > free + there:
         raise UserError(
-            f"{out} needs about {_gigabytes(needed - there)} more, {_gigabytes(free)} are free; "
-            "free some, give an --out on another disk, or store less with --resize 256"
+            f"{out} needs about {_gigabytes(needed - there)} more, {_gigabytes(free)} are free",
+            "free some, give an --out on another disk, or store less with --resize 256",
         )
 
 
@@ -317,7 +317,8 @@ def _write_shards(plans: list[Plan], out: Path, workers: int, skip_bad: bool) ->
                 show(shared.written.value)
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory; run again with fewer --workers, it resumes"
+                "a worker process was killed, perhaps for lack of memory",
+                "run again with fewer --workers, it resumes",
             ) from None
         finally:
             shared.stop.set()
@@ -326,8 +327,8 @@ def _write_shards(plans: list[Plan], out: Path, workers: int, skip_bad: bool) ->
         print(f"{path}: {why}", file=sys.stderr)
     if bad and not skip_bad:
         raise UserError(
-            f"{len(bad)} of {pace.total} pictures cannot be read, listed above; mend them, or leave them out with "
-            "--skip-bad, and run again: it resumes"
+            f"{len(bad)} of {pace.total} pictures cannot be read, listed above",
+            "fix them, or leave them out with --skip-bad, and run again: it resumes",
         )
     return shared.written.value
 
@@ -339,12 +340,13 @@ def _finish(plans: list[Plan], out: Path, described: dict[str, Any]) -> dict[str
         records = [shards.read_record(out, plan.split, number) for number in range(plan.shards)]
         whole = [record for record in records if record]
         if len(whole) < plan.shards:
-            raise UserError(f"{out / STATE_FOLDER} changed while it was used; run again, it resumes")
+            raise UserError(f"{out / STATE_FOLDER} changed while it was used", "run again, it resumes")
         samples = sum(record.samples for record in whole)
         if not all(record.samples for record in whole):
             raise UserError(
                 f"a whole shard of {plan.files.folder} is unreadable, {len(plan) - samples} of {len(plan)} pictures in "
-                "all, and DALI reads no empty shard; remove them, then convert with --overwrite"
+                "all, and DALI reads no empty shard",
+                "remove them, then convert with --overwrite",
             )
         splits[plan.split] = {
             "samples": samples,

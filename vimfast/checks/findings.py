@@ -49,21 +49,22 @@ Severity = Literal["error", "warning"]
 class Finding:
     """One thing that is wrong: an error makes the data unfit to train on, a warning does not.
 
-    `split` is empty where it concerns the whole; `file` is a path, for a picture in a shard ``<tar>: <member>``.
+    `split` is empty where it concerns the whole; `file` is a path, for a picture in a shard ``<tar>: <member>``; `fix`
+    is empty where `what` says it all.
     """
 
     severity: Severity
     split: str
     file: str
     what: str
-    cure: str
+    fix: str
 
     @classmethod
     def of(cls, error: UserError, split: str, path: Path) -> Finding:
-        """The same in a finding; our sentences begin with the path (or its folder's) and end with ``; <cure>``."""
-        what, _, cure = str(error).rpartition("; ")
+        """The same in a finding; our sentences begin with the path (or its folder's)."""
+        what = error.problem
         file = next((f for f in (str(path), str(path.parent)) if what.startswith(f"{f} ")), str(path))
-        return cls("error", split, file, what.removeprefix(f"{file} ").removeprefix("is "), cure)
+        return cls("error", split, file, what.removeprefix(f"{file} ").removeprefix("is "), error.fix or "")
 
 
 class SplitSummary(NamedTuple):
@@ -106,7 +107,7 @@ class Flaw(NamedTuple):
 
     severity: Severity
     what: str
-    cure: str
+    fix: str
 
 
 _GET_ANEW = "get the file anew, or delete it"
@@ -166,7 +167,7 @@ class ClassCheck:
         counts: split -> class name -> pictures.
         wanted: the number of classes; None: 1,000 for ImageNet, else only the splits must agree.
         place: where a class (``""``: a split) lies, for a person to find it.
-        mend: the cure where classes or pictures are missing.
+        mend: the fix where classes or pictures are missing.
     """
 
     counts: Mapping[str, Mapping[str, int]]
@@ -187,24 +188,24 @@ class ClassCheck:
         if all(name.isdecimal() for name in names) and names != (by_value := sorted(names, key=int)):
             place = next(i for i, name in enumerate(names) if name != by_value[i])
             what = f"class names are numbers but sorted as text, so that {names[place]!r} is class {place}"
-            cure = "pad the numbers with zeros if the model's outputs are to follow them"
-            yield Finding("warning", "", self.place(next(iter(self.counts)), ""), what, cure)
+            fix = "pad the numbers with zeros if the model's outputs are to follow them"
+            yield Finding("warning", "", self.place(next(iter(self.counts)), ""), what, fix)
 
     @property
     def _strict(self) -> Severity:
         """How bad it is not to be ImageNet-1k as published."""
         return "error" if self.wanted is None else "warning"
 
-    def _error(self, split: str, name: str, what: str, cure: str) -> Finding:
-        return Finding("error", split, self.place(split, name), what, cure)
+    def _error(self, split: str, name: str, what: str, fix: str) -> Finding:
+        return Finding("error", split, self.place(split, name), what, fix)
 
     def _check_number(self, split: str, is_imagenet: bool) -> Iterator[Finding]:
         found, wanted = len(self.counts[split]), IMAGENET_CLASSES if is_imagenet else self.wanted
         if wanted is None or found == wanted:
             return
         what = f"has {found:,} classes, {'ImageNet-1k has' if is_imagenet else '--classes says'} {wanted:,}"
-        cure = self.mend if found < wanted else "move away the folders that are no classes"
-        yield self._error(split, "", what, f"{cure}, or pass --classes {found} if that is what you have")
+        fix = self.mend if found < wanted else "move away the folders that are no classes"
+        yield self._error(split, "", what, f"{fix}, or pass --classes {found} if that is what you have")
 
     def _check_missing(self, split: str, wnids: frozenset[str]) -> Iterator[Finding]:
         held = self.counts[split]
@@ -218,19 +219,19 @@ class ClassCheck:
         """Names and numbers of pictures against ImageNet-1k's."""
         held = self.counts[split]
         for name in sorted(set(held) - wnids):
-            cure = f"move it away or rename it, or pass --classes {len(held)} if these are not ImageNet-1k's classes"
-            yield Finding(self._strict, split, self.place(split, name), "no class of ImageNet-1k", cure)
-        cure = f"{self.mend}, or pass --classes {IMAGENET_CLASSES} if other numbers of pictures are meant"
+            fix = f"move it away or rename it, or pass --classes {len(held)} if these are not ImageNet-1k's classes"
+            yield Finding(self._strict, split, self.place(split, name), "no class of ImageNet-1k", fix)
+        fix = f"{self.mend}, or pass --classes {IMAGENET_CLASSES} if other numbers of pictures are meant"
         least, most = IMAGENET_PER_CLASS[split]
         usual = f"{least:,} to {most:,}" if least < most else f"exactly {least}"
         for name, pictures in held.items():
             if pictures and name in wnids and not least <= pictures <= most:
                 what = f"holds {pictures:,} picture(s), ImageNet-1k's classes {usual}"
-                yield Finding(self._strict, split, self.place(split, name), what, cure)
+                yield Finding(self._strict, split, self.place(split, name), what, fix)
         total = sum(held.values())
         if total != IMAGENET_PICTURES[split] and wnids <= set(held):
             what = f"holds {total:,} pictures, ImageNet-1k has {IMAGENET_PICTURES[split]:,}"
-            yield Finding(self._strict, split, self.place(split, ""), what, cure)
+            yield Finding(self._strict, split, self.place(split, ""), what, fix)
 
 
 def imagenet_wnids(names: Iterable[str]) -> frozenset[str]:
@@ -302,7 +303,7 @@ def _spread(function: Callable[..., Tally], tasks: Iterable[tuple[Any, ...]], wo
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a checking process was killed, perhaps for want of memory; lower --workers") from None
+            raise UserError("a checking process was killed, perhaps for lack of memory", "lower --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 

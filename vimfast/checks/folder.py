@@ -100,8 +100,8 @@ class _Lister:
     def __init__(self, folder: Path, split: str, findings: list[Finding]) -> None:
         self.folder, self.split, self.findings = folder, split, findings
 
-    def _note(self, severity: Severity, path: Path, what: str, cure: str) -> None:
-        self.findings.append(Finding(severity, self.split, str(path), what, cure))
+    def _note(self, severity: Severity, path: Path, what: str, fix: str) -> None:
+        self.findings.append(Finding(severity, self.split, str(path), what, fix))
 
     def list_classes(self) -> list[_ClassFolder]:
         folders, loose = [], []
@@ -118,8 +118,8 @@ class _Lister:
             what = f"holds {len(loose):,} picture(s) outside of class folders, the first {loose[0]}"
             self._note("error", self.folder, what, _SORT_IN)
         for name in [name for name in folders if name in SPLITS]:
-            cure = f"move what is in it up into {self.folder}/ and delete it, then check again"
-            self._note("error", self.folder / name, "doubles a level: class folders belong there", cure)
+            fix = f"move what is in it up into {self.folder}/ and delete it, then check again"
+            self._note("error", self.folder / name, "doubles a level: class folders belong there", fix)
             folders.remove(name)
         if not folders and not self.findings:
             self._note("error", self.folder, "empty", "put one folder of pictures a class there")
@@ -138,8 +138,8 @@ class _Lister:
             self._stray(folder / path, unpacked=bool(paths))
         inner = {path.partition("/")[0] for path in paths if "/" in path}
         for other in sorted(inner & (classes - {name})):
-            cure = f"move its pictures to {self.folder / other}/"
-            self._note("error", folder / other, f"lies inside another class, its pictures count as {name}", cure)
+            fix = f"move its pictures to {self.folder / other}/"
+            self._note("error", folder / other, f"lies inside another class, its pictures count as {name}", fix)
         return _ClassFolder(name, len(paths), b"".join(os.fsencode(path) + b"\0" for path in paths))
 
     def _check_sole(self, only: _ClassFolder) -> None:
@@ -174,11 +174,11 @@ class _Lister:
             if unpacked:
                 self._note("warning", path, "an archive beside pictures", "delete it once it is unpacked")
             else:
-                cure = "unpack it into a class folder of its own name, and delete it"
-                self._note("error", path, "an archive that is not unpacked", cure)
+                fix = "unpack it into a class folder of its own name, and delete it"
+                self._note("error", path, "an archive that is not unpacked", fix)
         else:
-            cure = "delete it, or rename it if it is a picture"
-            self._note("warning", path, "has no picture's extension, so is not read", cure)
+            fix = "delete it, or rename it if it is a picture"
+            self._note("warning", path, "has no picture's extension, so is not read", fix)
 
 
 def _tasks(folder: Path, split: str, classes: list[_ClassFolder], decode: bool) -> Iterator[tuple[object, ...]]:
@@ -205,10 +205,10 @@ def _check_files(folder: str, split: str, name: str, paths: list[bytes], decode:
             with open(file, "rb") as stream:
                 data = stream.read()
         except OSError as error:
-            cure = "mend the link, the permissions or the disk, or delete it"
-            findings.append(Finding("error", split, file, f"cannot be read: {error.strerror}", cure))
+            fix = "mend the link, the permissions or the disk, or delete it"
+            findings.append(Finding("error", split, file, f"cannot be read: {error.strerror}", fix))
             continue
         size += len(data)
         flaws = check_picture(data, os.path.splitext(base)[1].lower(), decode)[1]
-        findings += [Finding(flaw.severity, split, file, flaw.what, flaw.cure) for flaw in flaws]
+        findings += [Finding(flaw.severity, split, file, flaw.what, flaw.fix) for flaw in flaws]
     return Tally(len(paths), size, findings)

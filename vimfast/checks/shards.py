@@ -35,7 +35,7 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 def _again(name: str) -> str:
-    """The cure for a damaged file."""
+    """The fix for a damaged file."""
     return f"copy {name} anew, or delete it and run the same vimfast-prepare again: it writes what is missing"
 
 
@@ -59,8 +59,8 @@ def check_shards(folder: Path, options: Options) -> Report:
     counts: dict[str, dict[str, int]] = {}
     for split in options.splits:
         if split not in manifest["splits"]:
-            cure = f"run vimfast-prepare on a folder that has {split}/, or pass --splits if {split} is not meant to be"
-            report.findings.append(Finding("error", split, str(manifest_path), f"has no {split} split", cure))
+            fix = f"run vimfast-prepare on a folder that has {split}/, or pass --splits if {split} is not meant to be"
+            report.findings.append(Finding("error", split, str(manifest_path), f"has no {split} split", fix))
             continue
         check = _SplitCheck(folder, split, manifest, options)
         tars = check.find_tars()
@@ -112,9 +112,9 @@ def _leftovers(folder: Path, manifest: dict[str, Any]) -> Iterator[Finding]:
         known |= {shard["name"] for shard in described["shards"]}
         known |= {index.dali_index_name(split, number) for number in range(len(described["shards"]))}
         for note in described["skipped"]:
-            cure = "nothing to do, if it may be missing; else get it anew and run vimfast-prepare again"
+            fix = "nothing to do, if it may be missing; else get it anew and run vimfast-prepare again"
             yield Finding(
-                "warning", split, f"{split}/{note['file']}", f"was left out by --skip-bad: {note['why']}", cure
+                "warning", split, f"{split}/{note['file']}", f"was left out by --skip-bad: {note['why']}", fix
             )
     for path in sorted(folder.iterdir()):
         if path.name in known or path.name.startswith("."):
@@ -235,10 +235,10 @@ def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode:
                 else:
                     name = f"the sample at byte {offset}"
                     flaws = [_damaged(tar, f"lies outside of the tar's {end:,} bytes")]
-                findings += [Finding(flaw.severity, split, f"{tar}: {name}", flaw.what, flaw.cure) for flaw in flaws]
+                findings += [Finding(flaw.severity, split, f"{tar}: {name}", flaw.what, flaw.fix) for flaw in flaws]
     except OSError as error:
         flaw = _damaged(tar, f"cannot be read: {error.strerror}")
-        findings.append(Finding(flaw.severity, split, tar, flaw.what, flaw.cure))
+        findings.append(Finding(flaw.severity, split, tar, flaw.what, flaw.fix))
     return Tally(len(rows), int(rows["size"].sum(dtype=np.int64)), findings)
 
 

@@ -25,6 +25,8 @@ VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 
+_AGAIN = "run vimfast-prepare again"
+
 # Offsets and sizes are of the JPEG's bytes inside the tar; height and width are those of the decoded picture
 # before any EXIF rotation (which nobody here applies); crc32 is zlib's, of the JPEG's bytes.
 INDEX_DTYPE = np.dtype(
@@ -69,18 +71,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{folder} has no {MANIFEST}: the conversion did not finish; run vimfast-prepare again, it resumes"
+            f"{folder} has no {MANIFEST}: the conversion did not finish", "run vimfast-prepare again, it resumes"
         )
     try:
         manifest = json.loads(path.read_text())
         name, version = manifest["format"], int(manifest["version"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); run vimfast-prepare again") from None
+        raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
     if name != FORMAT:
-        raise UserError(f"{path} says format {name!r}, not {FORMAT!r}; point at a folder that vimfast-prepare wrote")
+        raise UserError(f"{path} says format {name!r}, not {FORMAT!r}", "point at a folder that vimfast-prepare wrote")
     if version > VERSION:
         raise UserError(
-            f"{path} is of format {version}, this vimfast reads up to {VERSION}; upgrade vimfast to read it"
+            f"{path} is of format {version}, this vimfast reads up to {VERSION}", "upgrade vimfast to read it"
         )
     return manifest
 
@@ -95,11 +97,11 @@ def read_index(folder: Path, split: str, samples: int) -> np.ndarray:
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; run vimfast-prepare again") from None
+        raise UserError(f"{path} is missing", _AGAIN) from None
     except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); run vimfast-prepare again") from None
+        raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
     if index.dtype != INDEX_DTYPE:
-        raise UserError(f"{path} has columns {index.dtype}, want {INDEX_DTYPE}; run vimfast-prepare again")
+        raise UserError(f"{path} has columns {index.dtype}, not {INDEX_DTYPE}", _AGAIN)
     if index.shape != (samples,):
-        raise UserError(f"{path} has {index.shape[0]} samples, the manifest says {samples}; run vimfast-prepare again")
+        raise UserError(f"{path} has {index.shape[0]} samples, the manifest says {samples}", _AGAIN)
     return index

@@ -251,7 +251,7 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None])
         pass
     except OSError as error:
         raise UserError(
-            f"{tar_path} cannot be written ({error.strerror}); mend that and run again, it resumes"
+            f"{tar_path} cannot be written ({error.strerror})", "fix that and run again, it resumes"
         ) from None
     return record, False
 
@@ -324,7 +324,7 @@ def _read(path: Path) -> bytes:
         if error.errno in _FILE_ERRORS or path.is_symlink():
             raise ValueError(f"cannot be opened: {error.strerror}") from None
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); when the source folder is well again, run again, it resumes"
+            f"{path} cannot be read ({error.strerror})", "once the source folder is back, run again, it resumes"
         ) from None
 
 

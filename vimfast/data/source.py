@@ -31,13 +31,15 @@ _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on
 _FAST, _SLOW = 70e-6, 100e-6
 _FEWEST_READERS, _MOST_READERS = 2, 32
 
+_AGAIN = "copy it again or run vimfast-prepare again"
+
 
 class BadPicture(UserError):
     """A file that holds no picture, or a broken one. `picture` is its id, `found` says where it lies and why."""
 
     def __init__(self, picture: int, found: str) -> None:
         super().__init__(
-            f"{found}; remove it, or leave such pictures out with --on-bad-image skip or vimfast-prepare --skip-bad"
+            found, "remove it, or leave such pictures out with --on-bad-image skip or vimfast-prepare --skip-bad"
         )
         self.picture, self.found = picture, found
 
@@ -115,8 +117,8 @@ class ShardSource:
         manifest = index.read_manifest(folder)
         if split not in manifest["splits"]:
             raise UserError(
-                f"{folder} holds no {split!r} split, only {', '.join(manifest['splits']) or 'none'}; "
-                f"run vimfast-prepare on a folder that has {split}/"
+                f"{folder} holds no {split!r} split, only {', '.join(manifest['splits']) or 'none'}",
+                f"run vimfast-prepare on a folder that has {split}/",
             )
         described = manifest["splits"][split]
         self.classes: list[str] = manifest["classes"]
@@ -141,7 +143,7 @@ class ShardSource:
         shard = self._shard(number)
         if offset + size > len(shard.content):
             raise UserError(
-                f"{self._shards[number]} ends before a picture that the index holds; run vimfast-prepare again"
+                f"{self._shards[number]} ends before a picture that the index holds", "run vimfast-prepare again"
             )
         shard.read_ahead(offset, size)
         return shard.content[offset : offset + size]
@@ -153,7 +155,7 @@ class ShardSource:
             try:
                 known = self._opened[number] = _Shard(path)
             except OSError as error:
-                raise UserError(f"{path} cannot be opened ({error.strerror}); run vimfast-prepare again") from None
+                raise UserError(f"{path} cannot be opened ({error.strerror})", "run vimfast-prepare again") from None
         return known
 
     def mean_bytes(self) -> float:
@@ -196,11 +198,9 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; copy it again or run vimfast-prepare again") from None
+        raise UserError(f"{path} is missing", _AGAIN) from None
     if size != expected:
-        raise UserError(
-            f"{path} has {size} bytes, the manifest says {expected}; copy it again or run vimfast-prepare again"
-        )
+        raise UserError(f"{path} has {size} bytes, the manifest says {expected}", _AGAIN)
 
 
 def _allow_open_files(count: int) -> None:
@@ -252,7 +252,7 @@ class FolderSource:
             converted, size = jpeg.to_rgb_jpeg(data)  # of a plain one, only whether it decodes
         except OSError as error:
             raise UserError(
-                f"{path} cannot be read ({error.strerror}); check it with python -m vimfast.check_data"
+                f"{path} cannot be read ({error.strerror})", "check it with python -m vimfast.check_data"
             ) from None
         except ValueError as error:
             raise BadPicture(i, f"{path} is no readable picture ({error})") from None
@@ -273,8 +273,8 @@ class FolderSource:
             UserError: always.
         """
         raise UserError(
-            f"--order window reads a few shards at a time, and {self._files.folder} is a folder of pictures; convert "
-            "it with vimfast-prepare, or use --order permutation"
+            f"--order window reads a few shards at a time, and {self._files.folder} is a folder of pictures",
+            "convert it with vimfast-prepare, or use --order permutation",
         )
 
     def name(self, i: int) -> str:

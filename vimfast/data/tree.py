@@ -67,11 +67,11 @@ def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> 
         UserError: no such folder, no class folders, a doubled level, an unknown class, or no pictures at all.
     """
     if not (root / split).is_dir():
-        raise UserError(_missing(root, split))
+        raise _missing(root, split)
     try:
         return _scan(root, split, classes)
     except OSError as error:  # no permission, a loop of links, a failing disk
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend that and run again") from None
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})", "fix that and run again") from None
 
 
 def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
@@ -83,21 +83,23 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
         flat = sum(is_image_name(name) for name, _ in found)
         if flat:
             raise UserError(
-                f"{folder} holds {flat} pictures and no class folders; move each picture into a folder named after "
-                f"its class, such as {split}/n01440764/"
+                f"{folder} holds {flat} pictures and no class folders",
+                f"move each picture into a folder named after its class, such as {split}/n01440764/",
             )
-        raise UserError(f"{folder} is empty; put one folder of pictures a class there")
+        raise UserError(f"{folder} is empty", "put one folder of pictures a class there")
     if folders == [split] or folders == sorted(_SPLITS):
-        raise UserError(f"{folder} holds another {folders[0]}/ instead of class folders; move it up one level")
+        raise UserError(f"{folder} holds another {folders[0]}/ instead of class folders", "move it up one level")
     known = folders if classes is None else list(classes)
     if unknown := sorted(set(folders) - set(known)):
         raise UserError(
-            f"{folder / unknown[0]} is no class of the training set ({len(unknown)} such of {len(folders)}); "
-            f"remove it, or add the class to {root / 'train'}"
+            f"{folder / unknown[0]} is no class of the training set ({len(unknown)} such of {len(folders)})",
+            f"remove it, or add the class to {root / 'train'}",
         )
     files = _list(folder, folders, known)
     if not len(files):
-        raise UserError(f"no pictures in the {len(folders)} class folders of {folder}; unpack the class archives there")
+        raise UserError(
+            f"no pictures in the {len(folders)} class folders of {folder}", "unpack the class archives there"
+        )
     return files
 
 
@@ -126,15 +128,14 @@ def _pictures(folder: Path, inside: str = "") -> Iterator[str]:
                 yield inside + entry.name
 
 
-def _missing(root: Path, split: str) -> str:
-    """The sentence for a split's folder that is not there, with a guess at what was meant."""
+def _missing(root: Path, split: str) -> UserError:
+    """The error for a split's folder that is not there, with a guess at what was meant."""
     if not root.exists():
-        return f"{root} does not exist; give the folder that holds train/ and val/"
+        return UserError(f"{root} does not exist", "give the folder that holds train/ and val/")
     if not root.is_dir():
-        return f"{root} is a file; give the folder that holds train/ and val/ (unpack archives first)"
-    inner = sorted(str(child.parent) for s in _SPLITS for child in root.glob(f"*/{s}") if child.is_dir())
-    if inner:
-        return f"{root} has no {split}/; did you mean {inner[0]}?"
-    if root.name in _SPLITS:
-        return f"{root} has no {split}/; did you mean {root.absolute().parent}?"
-    return f"{root} has no {split}/; an ImageNet folder holds train/ and val/ with one folder a class in each"
+        return UserError(f"{root} is a file", "give the folder that holds train/ and val/ (unpack archives first)")
+    meant = sorted(str(child.parent) for s in _SPLITS for child in root.glob(f"*/{s}") if child.is_dir())
+    if not meant and root.name in _SPLITS:
+        meant = [str(root.absolute().parent)]
+    fix = f"did you mean {meant[0]}?" if meant else "an ImageNet folder holds train/ and val/ with one folder a class"
+    return UserError(f"{root} has no {split}/", fix)
