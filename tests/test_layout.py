@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("vimfast_kernels", "vimfast.errors", "vimfast.hub"),
+    ("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.hub"),
     ("vimfast.cli", "vimfast.original"),
     ("vimfast.config", "vimfast.affinity", "vimfast.data.index", "vimfast.data.jpeg", "vimfast.data.tree"),
     (

@@ -37,6 +37,7 @@ from vimfast.data import index, shards
 from vimfast.data.shards import STATE_FOLDER, Note, Options, Part, Plan, Record
 from vimfast.data.tree import scan_split
 from vimfast.errors import UserError
+from vimfast.files import TEMPORARY, write_text
 
 _PLAN = "plan.json"
 _SECONDS_BETWEEN_LINES = 10.0
@@ -96,9 +97,9 @@ def _make_plans(root: Path, options: Options) -> list[Plan]:
     """One plan for each split that is there; the training set decides the classes."""
     plans: list[Plan] = []
     for split in [s for s in index.SPLITS if (root / s).is_dir()] or ["train"]:
-        files = scan_split(root, split, plans[0].files.classes if plans else None)
-        plans.append(Plan(split, files, options))
-        _say(f"{root / split}: {len(files):,} pictures of {len(files.classes):,} classes")
+        found = scan_split(root, split, plans[0].files.classes if plans else None)
+        plans.append(Plan(split, found, options))
+        _say(f"{root / split}: {len(found):,} pictures of {len(found.classes):,} classes")
     for split in index.SPLITS:
         if not (root / split).is_dir():
             _say(f"{root} has no {split}/: only {plans[0].split} is converted")
@@ -373,11 +374,9 @@ def _finish(plans: list[Plan], out: Path, described: dict[str, Any]) -> dict[str
         "plan": described,
     }
     for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*")]:
-        if path.suffix == shards.TEMPORARY:  # of a run that was killed
+        if path.suffix == TEMPORARY:  # of a run that was killed
             path.unlink()
-    shards.sync_folder(out)
     _write_json(out / index.MANIFEST, manifest)
-    shards.sync_folder(out)
     return manifest
 
 
@@ -409,8 +408,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with shards.write_aside(path) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from vimfast.data.loader import Loader
 from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.data.sampler import Order
 from vimfast.data.source import open_source
+from vimfast.files import atomic_write
 
 _ROWS, _COLUMNS = 4, 8
 _CELL, _GAP, _CAPTION, _MARGIN = 192, 16, 46, 28  # pixels
@@ -49,9 +49,8 @@ def draw_sample_grid(path: Path, split: str, out: Path, *, size: int, seed: int)
         loader.close()
     captions = class_captions(source.classes)
     sheet = _draw(to_pictures(images), [captions[label] for label in labels.tolist()])
-    aside = out.with_name(f".{out.name}.tmp")
-    sheet.save(aside, "PNG")
-    os.replace(aside, out)
+    with atomic_write(out) as file:
+        sheet.save(file, "PNG")
 
 
 def to_pictures(images: Tensor) -> np.ndarray:

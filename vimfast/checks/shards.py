@@ -25,8 +25,8 @@ from vimfast.checks.findings import (
     run_tasks,
 )
 from vimfast.data import index, jpeg
-from vimfast.data.shards import TEMPORARY
 from vimfast.errors import UserError
+from vimfast.files import TEMPORARY
 
 _MEND = "complete the source folder and run vimfast-prepare on it again"
 _SOURCE = "mend the picture in the source folder, or delete it there, and run vimfast-prepare again"

@@ -17,12 +17,12 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -30,9 +30,9 @@ from vimfast.data import jpeg
 from vimfast.data.index import INDEX_DTYPE, VERSION, dali_index_name, index_name, shard_name
 from vimfast.data.tree import FileList
 from vimfast.errors import UserError
+from vimfast.files import atomic_write
 
 STATE_FOLDER = ".prepare"
-TEMPORARY = ".tmp"
 
 _KEY_BYTES = 96  # with its extension, what the name field of a plain tar header holds
 _FOLDER_BYTES = 64
@@ -238,14 +238,14 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None])
     tar_path = out / shard_name(part.split, part.number)
     try:
         _record_path(out, part.split, part.number).unlink(missing_ok=True)  # of a tar that is about to go
-        with write_aside(tar_path) as tar:
+        with atomic_write(tar_path) as tar:
             record, rows, lines = _write_samples(part, tar, sources, skip_bad, tick)
             if record.skipped and not skip_bad:
                 raise _Unwritten
-        with write_aside(out / dali_index_name(part.split, part.number)) as file:
+        with atomic_write(out / dali_index_name(part.split, part.number)) as file:
             file.write(f"v1.2 {len(lines)}\n{''.join(lines)}".encode("utf-8", "surrogateescape"))
         # A record that a power failure cuts off is seen to be damaged, so it need not be waited for.
-        with write_aside(_record_path(out, part.split, part.number), durable=False) as file:
+        with atomic_write(_record_path(out, part.split, part.number), durable=False) as file:
             np.savez(file, rows=rows, record=np.frombuffer(json.dumps(asdict(record)).encode(), np.uint8))
     except _Unwritten:
         pass
@@ -257,11 +257,11 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None])
 
 
 class _Unwritten(Exception):
-    """Leaves ``write_aside`` without a file."""
+    """Leaves ``atomic_write`` without a file."""
 
 
 def _write_samples(
-    part: Part, tar: IO[bytes], sources: int, skip_bad: bool, tick: Callable[[], None]
+    part: Part, tar: BinaryIO, sources: int, skip_bad: bool, tick: Callable[[], None]
 ) -> tuple[Record, np.ndarray, list[str]]:
     """The tar's content; returns the shard's record, its rows of the index, and the lines of DALI's index."""
     rows = np.zeros(len(part.names), INDEX_DTYPE)
@@ -367,7 +367,7 @@ def write_index(plan: Plan, out: Path, samples: int) -> int:
         header, {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (samples,)}
     )
     checksum = zlib.crc32(header.getvalue())
-    with write_aside(out / index_name(plan.split)) as file:
+    with atomic_write(out / index_name(plan.split)) as file:
         file.write(header.getvalue())
         for number in range(plan.shards):
             with np.load(_record_path(out, plan.split, number), allow_pickle=False) as saved:
@@ -375,28 +375,3 @@ def write_index(plan: Plan, out: Path, samples: int) -> int:
             file.write(rows)
             checksum = zlib.crc32(rows, checksum)
     return checksum
-
-
-@contextmanager
-def write_aside(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when the block ends well, complete and on the disk, and not at all else."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with open(temporary, "wb", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names of renamed files to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
