@@ -19,13 +19,13 @@ from timm.data import ImageNetInfo
 
 from vimfast import check_data
 from vimfast.checks.findings import ClassCheck, Finding, imagenet_wnids, run_tasks
-from vimfast.checks.sample_grid import class_captions, to_pictures
+from vimfast.checks.sample_grid import class_captions, to_pixels
 from vimfast.config import AugmentConfig
-from vimfast.data.index import INDEX_DTYPE, MANIFEST
 from vimfast.data.loader import Loader
 from vimfast.data.sampler import Order
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
+from vimfast.shards.format import INDEX_DTYPE, MANIFEST
 
 Check = Callable[..., tuple[int, dict[str, Any]]]
 PICTURE = "n01/n01_3.JPEG"
@@ -85,8 +85,8 @@ def test_a_healthy_tree_is_fit(check: Check, tree: Path) -> None:
     assert (status, report["fit"], report["findings"]) == (0, True, [])
     size = sum(path.stat().st_size for path in (tree / "train").rglob("*.JPEG"))
     train, val = report["splits"]
-    assert train == {"split": "train", "classes": 3, "pictures": 36, "least": 12, "most": 12, "bytes": size}
-    assert (val["split"], val["pictures"], val["least"]) == ("val", 15, 5)
+    assert train == {"split": "train", "classes": 3, "images": 36, "least": 12, "most": 12, "bytes": size}
+    assert (val["split"], val["images"], val["least"]) == ("val", 15, 5)
 
 
 def damage_empty(path: Path) -> None:
@@ -497,7 +497,7 @@ def test_shards_with_a_class_too_few(check: Check, shards: Path) -> None:
     (shards / MANIFEST).write_text(json.dumps(manifest))
     status, report = check(shards)
     assert status == 1
-    assert {f["what"] for f in report["findings"]} == {"has label 2, the manifest 2 classes"}
+    assert {f["what"] for f in report["findings"]} == {"has label 2, the manifest has 2 classes"}
     assert len(report["findings"]) == 12 + 5
 
 
@@ -537,7 +537,7 @@ def test_the_table_caps_long_lists(
     text = capsys.readouterr().out
     assert text.count(": empty (0 bytes)") == 5
     assert "and 7 more such" in text
-    assert "get the file anew" in text
+    assert "download the file again" in text
     assert "not fit to train on: 12 error(s), 0 warning(s)" in text
 
 
@@ -576,7 +576,7 @@ def test_the_sheet_shows_what_the_training_loader_gives(
     with Image.open(out) as sheet:
         assert (sheet.format, sheet.mode) == ("PNG", "RGB")
         pixels = np.asarray(sheet)
-    expected = to_pictures(images)
+    expected = to_pixels(images)
     for place, corner in ((0, (28, 28)), (9, (28 + 192 + 16 + 30, 28 + 192 + 16))):
         top, left = corner
         np.testing.assert_array_equal(pixels[top : top + 192, left : left + 192], expected[place])
@@ -592,7 +592,7 @@ def test_the_sheet_undoes_the_normalization(tree: Path) -> None:
         corner = np.rint((np.array(image.size) - 48) / 2).astype(int)
         expected = np.asarray(image, int)[corner[1] : corner[1] + 48, corner[0] : corner[0] + 48]
     assert image.size[1] == 50  # so that it was not resized
-    assert np.abs(to_pictures(images)[0] - expected).max() <= 3
+    assert np.abs(to_pixels(images)[0] - expected).max() <= 3
 
 
 def test_the_sheet_of_few_pictures_and_unreadable_ones(check: Check, tmp_path: Path) -> None:

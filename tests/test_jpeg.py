@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from vimfast.data import jpeg
+from vimfast.shards import jpeg
 
 
 def picture(size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Image:
@@ -128,8 +128,8 @@ def test_junk_between_markers_is_left_to_the_decoder() -> None:
         (b"", "empty"),
         (b"\xff\xd8", "cut off"),
         (b"\xff\xd8\xff\xd9" + bytes(10), "without a frame"),
-        (b"<html>not found</html>", "not a picture"),
-        (bytes(1000), "not a picture"),
+        (b"<html>not found</html>", "not an image"),
+        (bytes(1000), "not an image"),
     ],
 )
 def test_no_picture(data: bytes, why: str) -> None:

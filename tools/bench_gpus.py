@@ -42,9 +42,9 @@ from vimfast.cli import run_main
 from vimfast.config import MixConfig, ModelConfig
 from vimfast.data.hardware import DECODERS
 from vimfast.data.source import open_source
-from vimfast.data.tree import scan_split
 from vimfast.errors import UserError, did_you_mean
 from vimfast.files import write_text
+from vimfast.shards.tree import scan_split
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run")

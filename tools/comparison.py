@@ -20,10 +20,10 @@ from torch import Tensor
 
 from vimfast.config import OptimConfig
 from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-from vimfast.data.tree import scan_split
 from vimfast.files import write_text
 from vimfast.models import create_model
 from vimfast.optim import build_optimizer
+from vimfast.shards.tree import scan_split
 from vimfast.step import TrainStep
 
 PEAK_LR = 1e-3

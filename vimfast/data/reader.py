@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from vimfast.data import jpeg
 from vimfast.data.source import BadPicture, Pictures, Source
 from vimfast.errors import UserError
+from vimfast.shards import jpeg
 
 
 class Reader:

@@ -20,8 +20,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vimfast.data import index, jpeg, tree
 from vimfast.errors import UserError
+from vimfast.shards import jpeg
+from vimfast.shards.format import is_shards_folder, read_index, read_manifest
+from vimfast.shards.tree import FileList, scan_split
 
 _TAR_BLOCK = 512
 _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
@@ -97,10 +99,10 @@ def open_source(path: str | Path, split: str) -> Source:
         UserError: neither kind of folder, the conversion did not finish, the split is missing, or files are.
     """
     root = Path(path)
-    if index.is_shards_folder(root):
+    if is_shards_folder(root):
         return ShardSource(root, split)
     classes = _class_folders(root / "train") if split != "train" else None
-    return FolderSource(tree.scan_split(root, split, classes or None))
+    return FolderSource(scan_split(root, split, classes or None))
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -114,18 +116,18 @@ class ShardSource:
     """Pictures of one split of a shards folder: one mapped file a shard, opened when first read."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        manifest = index.read_manifest(folder)
-        if split not in manifest["splits"]:
+        manifest = read_manifest(folder)
+        if split not in manifest.splits:
             raise UserError(
-                f"{folder} holds no {split!r} split, only {', '.join(manifest['splits']) or 'none'}",
+                f"{folder} holds no {split!r} split, only {', '.join(manifest.splits) or 'none'}",
                 f"run vimfast-prepare on a folder that has {split}/",
             )
-        described = manifest["splits"][split]
-        self.classes: list[str] = manifest["classes"]
-        self._index = index.read_index(folder, split, described["samples"])
-        self._shards = [folder / shard["name"] for shard in described["shards"]]
-        for path, shard in zip(self._shards, described["shards"], strict=True):
-            _check_size(path, shard["bytes"])
+        entry = manifest.splits[split]
+        self.classes: list[str] = manifest.classes
+        self._index = read_index(folder, split, entry.samples)
+        self._shards = [folder / shard.name for shard in entry.shards]
+        for path, shard in zip(self._shards, entry.shards, strict=True):
+            _check_size(path, shard.bytes)
         _allow_open_files(len(self._shards))
         self._opened: list[_Shard | None] = [None] * len(self._shards)
         self.labels: np.ndarray = self._index["label"]
@@ -215,7 +217,7 @@ def _allow_open_files(count: int) -> None:
 class FolderSource:
     """Pictures of one split of a folder tree, read by a few threads, or by many where the files are slow to come."""
 
-    def __init__(self, files: tree.FileList) -> None:
+    def __init__(self, files: FileList) -> None:
         self._files = files
         self._readers = _FEWEST_READERS
         self._pool = ThreadPoolExecutor(_MOST_READERS, thread_name_prefix="read")
