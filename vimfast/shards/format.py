@@ -229,7 +229,7 @@ def read_index(folder: Path, split: str, samples: int) -> np.ndarray:
         index = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path} is missing", _AGAIN) from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # numpy's parser of the header raises nearly anything on garbage
         raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
     if index.dtype != INDEX_DTYPE:
         raise UserError(f"{path} has columns {index.dtype}, not {INDEX_DTYPE}", _AGAIN)
