@@ -19,13 +19,13 @@ from timm.data import ImageNetInfo
 
 from vimfast import check_data
 from vimfast.checks.findings import ClassCheck, Finding, imagenet_wnids, run_tasks
-from vimfast.checks.sample_grid import class_captions, to_pictures
+from vimfast.checks.sample_grid import class_captions, to_pixels
 from vimfast.config import AugmentConfig
-from vimfast.data.index import INDEX_DTYPE, MANIFEST
 from vimfast.data.loader import Loader
 from vimfast.data.sampler import Order
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
+from vimfast.shards.format import INDEX_DTYPE, MANIFEST
 
 Check = Callable[..., tuple[int, dict[str, Any]]]
 PICTURE = "n01/n01_3.JPEG"
@@ -67,7 +67,7 @@ def only(report: dict[str, Any], severity: str = "error") -> dict[str, str]:
     """The one finding there is."""
     (finding,) = report["findings"]
     assert finding["severity"] == severity
-    assert finding["cure"]
+    assert finding["fix"]
     return finding
 
 
@@ -85,8 +85,8 @@ def test_a_healthy_tree_is_fit(check: Check, tree: Path) -> None:
     assert (status, report["fit"], report["findings"]) == (0, True, [])
     size = sum(path.stat().st_size for path in (tree / "train").rglob("*.JPEG"))
     train, val = report["splits"]
-    assert train == {"split": "train", "classes": 3, "pictures": 36, "least": 12, "most": 12, "bytes": size}
-    assert (val["split"], val["pictures"], val["least"]) == ("val", 15, 5)
+    assert train == {"split": "train", "classes": 3, "images": 36, "least": 12, "most": 12, "bytes": size}
+    assert (val["split"], val["images"], val["least"]) == ("val", 15, 5)
 
 
 def damage_empty(path: Path) -> None:
@@ -146,7 +146,7 @@ def test_what_prepare_converts_is_a_warning(check: Check, root: Path, mode: str,
     status, report = check(root)
     assert status == 0
     assert only(report, "warning")["file"] == str(path)
-    assert "vimfast-prepare" in only(report, "warning")["cure"]
+    assert "vimfast-prepare" in only(report, "warning")["fix"]
 
 
 def test_a_missing_split(check: Check, root: Path) -> None:
@@ -154,11 +154,11 @@ def test_a_missing_split(check: Check, root: Path) -> None:
     status, report = check(root)
     assert status == 1
     assert only(report)["file"] == str(root / "val")
-    assert "rename" in only(report)["cure"]
+    assert "rename" in only(report)["fix"]
     assert check(root, "--splits", "train")[0] == 0
     (root / "validation").rename(root / "test")
     (root / "ILSVRC2012_img_val.tar").write_bytes(b"")
-    assert "unpack" in only(check(root)[1])["cure"]
+    assert "unpack" in only(check(root)[1])["fix"]
 
 
 def test_a_flat_validation_folder(check: Check, root: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_flat_validation_folder(check: Check, root: Path) -> None:
     assert status == 1
     assert only(report)["file"] == str(root / "val")
     assert "15" in only(report)["what"]
-    assert "valprep" in only(report)["cure"]
+    assert "valprep" in only(report)["fix"]
 
 
 def test_a_doubled_level(check: Check, root: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_wrong_path_is_one_finding_with_exit_status_1(
     Path("file").write_text("")
     status, report = check(word, "--splits", "train")
     assert status == 1
-    assert only(report)["cure"]
+    assert only(report)["fix"]
 
 
 def test_many_files_are_shared_out_among_processes(check: Check, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_part_of_imagenet_must_be_asked_for(wnids: list[str]) -> None:
     counts = {split: dict.fromkeys(wnids[:100], 7) for split in ("train", "val")}
     missing = {f.file for f in judge(counts) if "missing" in f.what}
     assert missing == {f"{split}/{name}" for split in counts for name in wnids[100:]}
-    assert any("--classes 100" in f.cure for f in judge(counts))
+    assert any("--classes 100" in f.fix for f in judge(counts))
     assert judge(counts, 100) == []
 
 
@@ -412,7 +412,7 @@ def test_a_file_that_is_gone(check: Check, shards: Path, name: str) -> None:
     assert status == 1
     finding = only(report)
     assert name in finding["file"] + finding["what"]
-    assert "vimfast-prepare" in finding["cure"]
+    assert "vimfast-prepare" in finding["fix"]
 
 
 def test_dalis_index_of_another_shard(check: Check, shards: Path) -> None:
@@ -497,7 +497,7 @@ def test_shards_with_a_class_too_few(check: Check, shards: Path) -> None:
     (shards / MANIFEST).write_text(json.dumps(manifest))
     status, report = check(shards)
     assert status == 1
-    assert {f["what"] for f in report["findings"]} == {"has label 2, the manifest 2 classes"}
+    assert {f["what"] for f in report["findings"]} == {"has label 2, the manifest has 2 classes"}
     assert len(report["findings"]) == 12 + 5
 
 
@@ -537,7 +537,7 @@ def test_the_table_caps_long_lists(
     text = capsys.readouterr().out
     assert text.count(": empty (0 bytes)") == 5
     assert "and 7 more such" in text
-    assert "get the file anew" in text
+    assert "download the file again" in text
     assert "not fit to train on: 12 error(s), 0 warning(s)" in text
 
 
@@ -576,7 +576,7 @@ def test_the_sheet_shows_what_the_training_loader_gives(
     with Image.open(out) as sheet:
         assert (sheet.format, sheet.mode) == ("PNG", "RGB")
         pixels = np.asarray(sheet)
-    expected = to_pictures(images)
+    expected = to_pixels(images)
     for place, corner in ((0, (28, 28)), (9, (28 + 192 + 16 + 30, 28 + 192 + 16))):
         top, left = corner
         np.testing.assert_array_equal(pixels[top : top + 192, left : left + 192], expected[place])
@@ -592,7 +592,7 @@ def test_the_sheet_undoes_the_normalization(tree: Path) -> None:
         corner = np.rint((np.array(image.size) - 48) / 2).astype(int)
         expected = np.asarray(image, int)[corner[1] : corner[1] + 48, corner[0] : corner[0] + 48]
     assert image.size[1] == 50  # so that it was not resized
-    assert np.abs(to_pictures(images)[0] - expected).max() <= 3
+    assert np.abs(to_pixels(images)[0] - expected).max() <= 3
 
 
 def test_the_sheet_of_few_pictures_and_unreadable_ones(check: Check, tmp_path: Path) -> None:

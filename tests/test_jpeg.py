@@ -7,9 +7,11 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
-from vimfast.data import jpeg
+from vimfast.shards import jpeg
 
 
 def picture(size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Image:
@@ -128,8 +130,8 @@ def test_junk_between_markers_is_left_to_the_decoder() -> None:
         (b"", "empty"),
         (b"\xff\xd8", "cut off"),
         (b"\xff\xd8\xff\xd9" + bytes(10), "without a frame"),
-        (b"<html>not found</html>", "not a picture"),
-        (bytes(1000), "not a picture"),
+        (b"<html>not found</html>", "not an image"),
+        (bytes(1000), "not an image"),
     ],
 )
 def test_no_picture(data: bytes, why: str) -> None:
@@ -176,6 +178,58 @@ def test_garbage_raises_value_errors_only() -> None:
                 except ValueError:
                     outcomes.add("not decoded")
     assert outcomes == {"read", "refused", "decoded", "not decoded"}
+
+
+SEGMENTS = st.sampled_from([0xC4, 0xDB, 0xDD, 0xFE, *range(0xE1, 0xEE)])  # tables, comments, application data
+FRAMES = {0xC0: "jpeg", 0xC1: "jpeg", 0xC2: "jpeg", 0xC3: "jpeg-lossless", 0xC6: "jpeg-hierarchical"}
+SIDES = st.integers(1, 0xFFFF)
+
+
+def segment(marker: int, content: bytes, fill: int = 0) -> bytes:
+    return b"\xff" * (1 + fill) + bytes([marker]) + (2 + len(content)).to_bytes(2, "big") + content
+
+
+@given(
+    st.lists(st.tuples(SEGMENTS, st.binary(max_size=40), st.integers(0, 3))),
+    st.sampled_from(sorted(FRAMES)),
+    st.tuples(SIDES, SIDES),
+    st.sampled_from([1, 3, 4]),
+    st.binary(max_size=40),
+    st.booleans(),
+)
+def test_a_header_is_read_whatever_lies_before_it(
+    before: list[tuple[int, bytes, int]],
+    marker: int,
+    size: tuple[int, int],
+    components: int,
+    scan: bytes,
+    ended: bool,
+) -> None:
+    height, width = size
+    frame = bytes([8]) + height.to_bytes(2, "big") + width.to_bytes(2, "big") + bytes([components])
+    frame += b"".join(bytes([i, 0x11, 0]) for i in range(components))
+    data = b"\xff\xd8" + b"".join(segment(*part) for part in before) + segment(marker, frame)
+    data += scan.replace(b"\xff", b"") + b"\xff\xd9" * ended
+    for form in (data, memoryview(data), np.frombuffer(data, np.uint8)):
+        assert jpeg.inspect(form) == (FRAMES[marker], height, width, components, ended)
+
+
+@given(st.binary(max_size=200), st.booleans())
+@example(b"\xff", True)
+@example(b"\xff\xc0\x00\x00", True)
+@example(b"\xff\xe0\xff\xff", True)
+@example(b"\xff\xee\x00\x0eAdobe", True)
+def test_any_bytes_are_read_or_refused(content: bytes, is_jpeg: bool) -> None:
+    data = b"\xff\xd8" * is_jpeg + content
+    outcomes = [inspected(form) for form in (data, memoryview(data), np.frombuffer(data, np.uint8))]
+    assert outcomes[1:] == outcomes[:1] * 2
+
+
+def inspected(data: jpeg.Buffer) -> jpeg.ImageInfo | str:
+    try:
+        return jpeg.inspect(data)
+    except ValueError as error:
+        return str(error)
 
 
 def test_conversion_keeps_colours() -> None:

@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("vimfast_kernels", "vimfast.errors", "vimfast.hub"),
+    ("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.hub"),
     ("vimfast.cli", "vimfast.original"),
-    ("vimfast.config", "vimfast.affinity", "vimfast.data.index", "vimfast.data.jpeg", "vimfast.data.tree"),
+    ("vimfast.config", "vimfast.affinity", *(f"vimfast.shards.{m}" for m in ("format", "jpeg", "tree"))),
     (
         *(
             "vimfast.dist",
@@ -24,12 +24,20 @@ FLOORS = (
             "vimfast.models.pos_embed",
             "vimfast.models.hub",
         ),
-        *(f"vimfast.data.{m}" for m in ("shards", "source", "sampler", "augment", "pipeline", "mixup", "randaugment")),
+        *(f"vimfast.data.{m}" for m in ("source", "sampler", "augment", "pipeline", "mixup", "randaugment")),
         "vimfast.data.hardware",
+        "vimfast.shards.plan",
     ),
-    ("vimfast.step", "vimfast.data.erasing", "vimfast.data.exchange", "vimfast.data.reader"),
-    ("vimfast.data.recipe",),
-    ("vimfast.metrics", "vimfast.control", "vimfast.finetune", "vimfast.data.loader", "vimfast.models.vision_mamba"),
+    ("vimfast.step", "vimfast.data.erasing", "vimfast.data.exchange", "vimfast.data.reader", "vimfast.shards.writer"),
+    ("vimfast.data.recipe", "vimfast.shards.workers"),
+    (
+        "vimfast.metrics",
+        "vimfast.control",
+        "vimfast.finetune",
+        "vimfast.data.loader",
+        "vimfast.models.vision_mamba",
+        "vimfast.shards.convert",
+    ),
     ("vimfast.models.registry",),
     ("vimfast.models",),
     ("vimfast.evaluate", "vimfast.losses", "vimfast.checks"),
@@ -70,7 +78,7 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_go_downwards() -> None:
     for name, path in modules().items():
-        if name in ("vimfast", "vimfast.data"):
+        if name in ("vimfast", "vimfast.data", "vimfast.shards"):
             continue
         own = floor(name)
         assert own is not None, f"{name} stands on no floor; give it one in {__file__}"

@@ -20,10 +20,11 @@ from conftest import write_picture
 from PIL import Image
 
 from vimfast import prepare
-from vimfast.data import index, jpeg, shards
-from vimfast.data.shards import Options, Plan
-from vimfast.data.tree import scan_split
 from vimfast.errors import UserError
+from vimfast.shards import convert, jpeg, writer
+from vimfast.shards.format import MANIFEST, ConversionOptions, index_name, read_index, read_manifest
+from vimfast.shards.plan import ShardPlan
+from vimfast.shards.tree import FileList, scan_split
 
 COMMAND = [sys.executable, "-m", "vimfast.prepare"]
 
@@ -40,8 +41,8 @@ def run(*words: object, status: int = 0, **options: object) -> str:
 def visible(out: Path) -> dict[str, bytes]:
     """The folder's files by name, without the line of the manifest that tells the time."""
     files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    if manifest := files.get(index.MANIFEST):
-        files[index.MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
+    if manifest := files.get(MANIFEST):
+        files[MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
     return files
 
 
@@ -59,27 +60,27 @@ def out(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shards_hold_the_tree_byte_for_byte(tree: Path, out: Path) -> None:
-    manifest = index.read_manifest(out)
-    assert manifest["classes"] == ["n01", "n02", "n03"]
+    manifest = read_manifest(out)
+    assert manifest.classes == ["n01", "n02", "n03"]
     for split, count in (("train", 36), ("val", 15)):
-        described = manifest["splits"][split]
-        assert (described["samples"], described["changed"], described["skipped"]) == (count, [], [])
-        rows = index.read_index(out, split, count)
-        assert zlib.crc32((out / index.index_name(split)).read_bytes()) == described["index_crc32"]
-        assert described["bytes"] == rows["size"].sum()
-        tars = [out / shard["name"] for shard in described["shards"]]
+        entry = manifest.splits[split]
+        assert (entry.samples, entry.changed, entry.skipped) == (count, [], [])
+        rows = read_index(out, split, count)
+        assert zlib.crc32((out / index_name(split)).read_bytes()) == entry.index_crc32
+        assert entry.bytes == rows["size"].sum()
+        tars = [out / shard.name for shard in entry.shards]
         found = {}
-        for tar, shard in zip(tars, described["shards"], strict=True):
-            assert tar.stat().st_size == shard["bytes"]
+        for tar, shard in zip(tars, entry.shards, strict=True):
+            assert tar.stat().st_size == shard.bytes
             content = members(tar)
-            assert len(content) == 2 * shard["samples"]
+            assert len(content) == 2 * shard.samples
             found |= content
         sources = {str(p.relative_to(tree / split).with_suffix("")): p for p in (tree / split).glob("*/*")}
         assert {name[:-4]: data for name, data in found.items() if name.endswith(".jpg")} == {
             key: path.read_bytes() for key, path in sources.items()
         }
         for key, path in sources.items():
-            assert found[key + ".cls"] == str(manifest["classes"].index(path.parent.name)).encode()
+            assert found[key + ".cls"] == str(manifest.classes.index(path.parent.name)).encode()
         for row in rows:
             data = tars[row["shard"]].read_bytes()[row["offset"] : row["offset"] + row["size"]]
             assert row["crc32"] == zlib.crc32(data)
@@ -151,12 +152,10 @@ def test_the_plan_alone_decides_the_bytes(tree: Path, out: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("samples", "most"), [(1, 4096), (10, 3), (511, 4096), (10_000, 4096), (100_000, 1000)])
 def test_every_sample_is_in_one_part(samples: int, most: int) -> None:
-    from vimfast.data.tree import FileList
-
     offsets = np.arange(0, 10 * (samples + 1), 10, dtype=np.int64)
     names = np.frombuffer("".join(f"{i:06d}.jpg" for i in range(samples)).encode(), np.uint8)
     files = FileList(Path("train"), ["a", "b"], np.sort(np.arange(samples, dtype=np.int32) % 2), names, offsets)
-    plan = Plan("train", files, Options(shard_samples=most))
+    plan = ShardPlan("train", files, ConversionOptions(shard_samples=most))
     parts = [plan.part(number) for number in range(plan.shards)]
     lengths = [len(part.names) for part in parts]
     assert max(lengths) <= most
@@ -180,9 +179,9 @@ def odd(tmp_path: Path) -> Path:
 def test_odd_files_become_rgb_jpegs(odd: Path, tmp_path: Path) -> None:
     said = run(odd, "--out", tmp_path / "out")
     assert "has no val/" in said
-    described = index.read_manifest(tmp_path / "out")["splits"]["train"]
-    assert [note["file"] for note in described["changed"]] == ["n1/is_cmyk.JPEG", "n1/is_png.JPEG"]
-    assert ["4 components" in described["changed"][0]["why"], "png" in described["changed"][1]["why"]] == [True, True]
+    entry = read_manifest(tmp_path / "out").splits["train"]
+    assert [note.file for note in entry.changed] == ["n1/is_cmyk.JPEG", "n1/is_png.JPEG"]
+    assert ["4 components" in entry.changed[0].why, "png" in entry.changed[1].why] == [True, True]
     content = members(tmp_path / "out/train-000000.tar")
     for name in ("is_png", "is_cmyk"):
         source = (odd / f"train/n1/{name}.JPEG").read_bytes()
@@ -206,17 +205,17 @@ def test_all_unreadable_pictures_are_listed_and_nothing_looks_complete(odd: Path
     for path in bad:
         assert f"{path}: " in said
     assert "good" not in said.split("error:")[0]
-    assert "5 of 12 pictures" in said.splitlines()[-1]
+    assert "5 of 12 images" in said.splitlines()[-1]
     assert "--skip-bad" in said.splitlines()[-1]
-    assert not (out / index.MANIFEST).exists()
+    assert not (out / MANIFEST).exists()
     assert not list(out.glob("*.tmp"))
     with pytest.raises(UserError, match="did not finish"):
-        index.read_manifest(out)
+        read_manifest(out)
 
     run(odd, "--out", out, "--shard-samples", 3, "--skip-bad")
-    described = index.read_manifest(out)["splits"]["train"]
-    assert sorted(str(odd / "train" / note["file"]) for note in described["skipped"]) == sorted(bad)
-    assert described["samples"] == 7 == len(index.read_index(out, "train", 7))
+    entry = read_manifest(out).splits["train"]
+    assert sorted(str(odd / "train" / note.file) for note in entry.skipped) == sorted(bad)
+    assert entry.samples == 7 == len(read_index(out, "train", 7))
     run(odd, "--out", tmp_path / "at_once", "--shard-samples", 3, "--skip-bad")
     assert visible(out) == visible(tmp_path / "at_once")
 
@@ -229,14 +228,14 @@ def test_a_mended_picture_is_taken_on_the_next_run(odd: Path, tmp_path: Path) ->
             path.unlink()
             write_picture(path, 9)
     run(odd, "--out", tmp_path / "out")
-    assert index.read_manifest(tmp_path / "out")["splits"]["train"]["samples"] == 12
+    assert read_manifest(tmp_path / "out").splits["train"].samples == 12
 
 
 def test_a_shard_of_nothing_but_unreadable_pictures_is_told(odd: Path, tmp_path: Path) -> None:
     spoil(odd)
     said = run(odd, "--out", tmp_path / "out", "--shard-samples", 1, "--skip-bad", status=2)
     assert "no empty shard" in said.splitlines()[-1]
-    assert not (tmp_path / "out" / index.MANIFEST).exists()
+    assert not (tmp_path / "out" / MANIFEST).exists()
 
 
 def test_resize(odd: Path, tmp_path: Path) -> None:
@@ -244,9 +243,9 @@ def test_resize(odd: Path, tmp_path: Path) -> None:
     write_picture(odd / "train/n2/small.JPEG", 1, (30, 90))
     out = tmp_path / "out"
     run(odd, "--out", out, "--resize", 40, "--quality", 80)
-    manifest = index.read_manifest(out)
-    assert (manifest["resize"], manifest["quality"]) == (40, 80)
-    assert [note["file"] for note in manifest["splits"]["train"]["changed"]] == ["n1/is_cmyk.JPEG", "n1/is_png.JPEG"]
+    manifest = read_manifest(out)
+    assert (manifest.resize, manifest.quality) == (40, 80)
+    assert [note.file for note in manifest.splits["train"].changed] == ["n1/is_cmyk.JPEG", "n1/is_png.JPEG"]
     content = members(out / "train-000000.tar")
     assert jpeg.inspect(content["n2/large.jpg"])[1:3] == (40, 80)
     assert content["n2/small.jpg"] == (odd / "train/n2/small.JPEG").read_bytes()
@@ -273,7 +272,7 @@ def test_killed_it_resumes_to_the_same_bytes(many: Path, tmp_path: Path) -> None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, "it was through before it could be killed"
-    assert not (out / index.MANIFEST).exists()
+    assert not (out / MANIFEST).exists()
     time.sleep(0.3)  # its workers see that it is gone
     finished = {path: path.stat().st_ino for path in out.glob("*.tar")}
     recorded = [out / path.with_suffix(".tar").name for path in out.glob(".prepare/*.npz")]
@@ -301,7 +300,7 @@ def test_interrupted_it_stops_at_once(many: Path, tmp_path: Path) -> None:
 def test_a_finished_folder_is_left_alone(tree: Path, out: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
     said = run(tree, "--out", out, "--shard-samples", 10)
-    assert "is complete already: 36 train pictures" in said
+    assert "is complete already: 36 train images" in said
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
 
 
@@ -310,9 +309,7 @@ def test_a_damaged_folder_is_mended(tree: Path, out: Path, tmp_path: Path, damag
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     what, how = damage.split()
-    path = copy / {"tar": "train-000001.tar", "idx": "train-000001.idx", "index": "val.index.npy"}.get(
-        what, index.MANIFEST
-    )
+    path = copy / {"tar": "train-000001.tar", "idx": "train-000001.idx", "index": "val.index.npy"}.get(what, MANIFEST)
     if how == "gone":
         path.unlink()
     else:
@@ -327,7 +324,7 @@ def test_a_replaced_picture_is_noticed_when_resuming(tree: Path, out: Path, tmp_
     root, copy = tmp_path / "root", tmp_path / "copy"
     shutil.copytree(tree, root)
     run(root, "--out", copy, "--shard-samples", 10)
-    (copy / index.MANIFEST).unlink()
+    (copy / MANIFEST).unlink()
     picture = root / "train/n02/n02_3.JPEG"
     write_picture(picture, 99)
     run(root, "--out", copy, "--shard-samples", 10)
@@ -349,7 +346,7 @@ def test_another_plan_is_refused_and_overwrite_is_the_cure(tree: Path, tmp_path:
     (out / "notes.txt").write_text("mine")
     (out / "val-000007.tar").write_bytes(b"left over")
     run(root, "--out", out, "--resize", 32, "--overwrite")
-    assert index.read_manifest(out)["resize"] == 32
+    assert read_manifest(out).resize == 32
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / "val-000007.tar").exists()
 
@@ -409,7 +406,7 @@ def test_too_little_space_is_told_before_it_starts(tree: Path, tmp_path: Path, m
 
 
 def test_the_estimate_is_near(tree: Path, out: Path) -> None:
-    estimate = shards.estimate_bytes(Plan("train", scan_split(tree, "train"), Options(shard_samples=10)))
+    estimate = writer.estimate_bytes(ShardPlan("train", scan_split(tree, "train"), ConversionOptions(shard_samples=10)))
     written = sum(path.stat().st_size for path in out.glob("train*"))
     assert 0.8 < estimate / written < 1.25
 
@@ -419,7 +416,7 @@ def test_a_full_disk_is_told_and_resumed_from(tree: Path, out: Path, tmp_path: P
     limit = (out / "train-000000.tar").stat().st_size // 2
     said = run(*words, status=2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert "cannot be written (File too large)" in said.splitlines()[-1]
-    assert not (tmp_path / "out" / index.MANIFEST).exists()
+    assert not (tmp_path / "out" / MANIFEST).exists()
     assert not list(tmp_path.glob("out/*.tmp"))
     run(*words)
     assert visible(tmp_path / "out") == visible(out)
@@ -428,16 +425,16 @@ def test_a_full_disk_is_told_and_resumed_from(tree: Path, out: Path, tmp_path: P
 def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(tree, root)
-    part = Plan("train", scan_split(root, "train"), Options()).part(0)
+    part = ShardPlan("train", scan_split(root, "train"), ConversionOptions()).part(0)
     shutil.rmtree(root)
     (tmp_path / "out/.prepare").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot be read .*resumes"):
-        shards.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
+        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
     assert visible(tmp_path / "out") == {}
 
 
 def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
-    with prepare._lock(tmp_path):
+    with convert._lock(tmp_path):
         assert "another vimfast-prepare" in run(tree, "--out", tmp_path, status=2)
 
 
@@ -453,9 +450,9 @@ def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
         (["{tree}", "--out", "x", "--quality", "90"], "--quality needs --resize"),
         (["{tree}", "--out", "x", "--resize", "64", "--quality", "101"], "101 is not 1 to 100"),
         (["nowhere", "--out", "x"], "nowhere does not exist"),
-        (["{tree}", "--out", "{tree}/train/shards"], "lies among the pictures"),
-        (["{tree}", "--out", "{tree}"], "lies among the pictures"),
-        (["{tree}", "--out", "{tree}/train/n01/n01_0.JPEG"], "lies among the pictures"),
+        (["{tree}", "--out", "{tree}/train/shards"], "lies among the images"),
+        (["{tree}", "--out", "{tree}"], "lies among the images"),
+        (["{tree}", "--out", "{tree}/train/n01/n01_0.JPEG"], "lies among the images"),
         (["{tree}", "--out", "/dev/null"], "is a file"),
         (["{tree}", "--out", "/proc/x"], "cannot be written to"),
     ],

@@ -22,11 +22,11 @@ from PIL import Image
 from torchvision import transforms
 
 from vimfast.data import source as source_module
-from vimfast.data.index import INDEX_DTYPE
 from vimfast.data.loader import Loader
 from vimfast.data.sampler import Order
 from vimfast.data.source import FolderSource, ShardSource, Source, open_source
 from vimfast.errors import UserError
+from vimfast.shards.format import INDEX_DTYPE
 
 
 def prepare(root: Path, out: Path, *flags: str) -> Path:
@@ -326,7 +326,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [(b"", "the file is empty"), (b"hello, world", "not a picture"), (None, "truncated")],
+    [(b"", "the file is empty"), (b"hello, world", "not an image"), (None, "truncated")],
 )
 def test_unreadable_file_is_named(tmp_path: Path, content: bytes | None, why: str) -> None:
     for i in range(3):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vimfast.data.tree import scan_split
 from vimfast.errors import UserError
+from vimfast.shards.tree import scan_split
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -52,7 +52,7 @@ def test_validation_has_the_training_classes(tmp_path: Path) -> None:
     assert files.labels.tolist() == [1]
     assert files.name(0) == "b/2.jpg"
     touch(tmp_path, "val/z/2.jpg")
-    with pytest.raises(UserError, match=r"val/z is no class of the training set"):
+    with pytest.raises(UserError, match=r"val/z is not a training class"):
         scan_split(tmp_path, "val", ["a", "b"])
 
 
@@ -75,11 +75,11 @@ def test_names_of_any_bytes_and_links(tmp_path: Path) -> None:
     ("names", "said"),
     [
         (["val/n1/a.jpg"], "has no train/"),
-        (["train/a.jpg", "train/b.jpg"], r"holds 2 pictures and no class folders.*n01440764"),
+        (["train/a.jpg", "train/b.jpg"], r"holds 2 images and no class folders.*n01440764"),
         (["train/list.txt"], r"train is empty"),
         (["train/train/n1/a.jpg"], r"holds another train/ .*move it up"),
         (["train/train/n1/a.jpg", "train/val/n1/a.jpg"], r"holds another train/"),
-        (["train/n1/a.tar", "train/n2/b.txt"], r"no pictures in the 2 class folders .*unpack"),
+        (["train/n1/a.tar", "train/n2/b.txt"], r"no images in the 2 class folders .*unpack"),
         (["inner/train/n1/a.jpg"], r"did you mean .*inner\?"),
     ],
 )

@@ -42,8 +42,9 @@ from vimfast.cli import run_main
 from vimfast.config import MixConfig, ModelConfig
 from vimfast.data.hardware import DECODERS
 from vimfast.data.source import open_source
-from vimfast.data.tree import scan_split
 from vimfast.errors import UserError, did_you_mean
+from vimfast.files import write_text
+from vimfast.shards.tree import scan_split
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -371,9 +372,7 @@ def fill_in_shares(record: dict[str, Any]) -> None:
 
 def save(record: dict[str, Any], path: Path | None) -> None:
     if path is not None:
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(json.dumps(record, indent=1) + "\n")
-        aside.replace(path)
+        write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def report(text: str) -> None:

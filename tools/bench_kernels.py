@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vimfast.cli import run_main
 from vimfast.errors import UserError
+from vimfast.files import write_text
 from vimfast_kernels import bidirectional_conv1d_silu, bidirectional_scan, check_backend, reference
 from vimfast_kernels.conv_triton import causal_conv_silu
 from vimfast_kernels.mixer_gluon import bidirectional_block
@@ -248,7 +249,7 @@ def main() -> None:
     tell(figures, f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s; milliseconds")
     if args.json:
         record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": figures}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(args.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from vimfast.cli import run_main
-from vimfast.data.tree import scan_split
 from vimfast.errors import UserError
+from vimfast.shards.tree import scan_split
 
 ROOT = Path(__file__).parent.parent
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from vimfast.cli import run_main
 from vimfast.config import EmaConfig, OptimConfig
 from vimfast.errors import UserError
+from vimfast.files import write_text
 from vimfast.models import create_model
 from vimfast.optim import build_ema, build_optimizer
 from vimfast.step import TrainStep
@@ -244,7 +245,7 @@ def main() -> None:
     tell(found, title)
     if args.json:
         record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": found}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(args.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

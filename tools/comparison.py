@@ -20,9 +20,10 @@ from torch import Tensor
 
 from vimfast.config import OptimConfig
 from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-from vimfast.data.tree import scan_split
+from vimfast.files import write_text
 from vimfast.models import create_model
 from vimfast.optim import build_optimizer
+from vimfast.shards.tree import scan_split
 from vimfast.step import TrainStep
 
 PEAK_LR = 1e-3
@@ -110,9 +111,7 @@ class Findings:
         self.rows.append({"variant": variant, "seed": seed, **found})
         Console(stderr=True).print(self.rows[-1])
         if self.path is not None:
-            aside = self.path.with_suffix(".part")
-            aside.write_text(json.dumps(self.rows, indent=1) + "\n")
-            aside.replace(self.path)
+            write_text(self.path, json.dumps(self.rows, indent=1) + "\n")
 
     def show(self) -> None:
         table = Table("variant", "seed", "train loss", "val loss", "top-1 %", "img/s")

@@ -3,7 +3,7 @@
     python -m vimfast.check_data imagenet_data/
     python -m vimfast.check_data shards/ --decode --json
 
-Exit status 0: it is; warnings leave it so. 1: it is not, or there is nothing to check. (2: a misspelt flag.)
+Exit status 0: it is; warnings leave it so. 1: it is not, or there is nothing to check. (2: a misspelled flag.)
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vimfast.checks.findings import Finding, Options, Report
+from vimfast.checks.findings import CheckOptions, Finding, Report
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
 from vimfast.cli import Parser, run_main, whole
-from vimfast.data.index import SPLITS, is_shards_folder
 from vimfast.errors import UserError
+from vimfast.shards.format import SPLITS, is_shards_folder
 
 _LINES_A_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
 
 
-def check(path: Path, options: Options) -> Report:
-    """Look at all of a folder tree or a shards folder.
+def check(path: Path, options: CheckOptions) -> Report:
+    """Check all of a folder tree or a shards folder.
 
     Raises:
         UserError: nothing is there, or a worker process was killed.
@@ -45,14 +45,14 @@ def check(path: Path, options: Options) -> Report:
 def main() -> int:
     """Check as the command line says; returns the exit status."""
     args = _parse(sys.argv[1:])
-    options = Options(args.classes, tuple(args.splits), args.decode, args.workers)
+    options = CheckOptions(args.classes, tuple(args.splits), args.decode, args.workers)
     try:
         report = check(args.path, options)
     except UserError as error:
         report = Report(str(args.path), "nothing", findings=[Finding.of(error, "", args.path)])
     except OSError as error:
-        cure = "mend its permissions, or the disk, and check again"
-        finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", cure)
+        fix = "fix its permissions, or the disk, and check again"
+        finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", fix)
         report = Report(str(args.path), "nothing", findings=[finding])
     if args.sample_grid is not None and report.kind != "nothing":
         _draw_samples(report, args)
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def _draw_samples(report: Report, args: argparse.Namespace) -> None:
-    """Draw the sheet; data that the trainer's loader refuses are not fit."""
+    """Draw the sheet; data that the trainer's loader refuses is not fit."""
     from vimfast.checks.sample_grid import draw_sample_grid  # here, for it brings torch and DALI
 
     try:
@@ -72,8 +72,8 @@ def _draw_samples(report: Report, args: argparse.Namespace) -> None:
     except UserError as error:
         report.findings.append(Finding.of(error, args.splits[0], args.path))
     except OSError as error:
-        cure = "give --sample-grid a file name ending in .png in a folder that is there"
-        report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", cure))
+        fix = "give --sample-grid a file name ending in .png in a folder that is there"
+        report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", fix))
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -97,19 +97,19 @@ def _print(report: Report, console: Console) -> None:
     if report.splits:
         table = Table(title=f"{report.path} ({report.kind})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("split")
-        for title in ("classes", "pictures", "fewest a class", "most a class", "size"):
+        for title in ("classes", "images", "fewest per class", "most per class", "size"):
             table.add_column(title, justify="right")
         for name, *numbers, size in report.splits:
             table.add_row(name, *(f"{number:,}" for number in numbers), _size(size))
         console.print(table)
     groups = _group(report.findings)
-    for (severity, split, cure), findings in groups[:_GROUPS]:
+    for (severity, split, fix), findings in groups[:_GROUPS]:
         say(f"{severity}{split and f' in {split}'}", "bold red" if severity == "error" else "bold yellow")
         for finding in findings[:_LINES_A_GROUP]:
             say(f"  {finding.file}: {finding.what}")
         if len(findings) > _LINES_A_GROUP:
             say(f"  and {len(findings) - _LINES_A_GROUP:,} more such; --json lists all")
-        say(f"  -> {cure}\n", "cyan")
+        say(f"  -> {fix}\n" if fix else "", "cyan")
     if len(groups) > _GROUPS:
         say(f"and {len(groups) - _GROUPS:,} more kinds of findings; --json lists all\n")
     errors = sum(finding.severity == "error" for finding in report.findings)
@@ -118,10 +118,10 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _group(findings: Sequence[Finding]) -> list[tuple[tuple[str, str, str], list[Finding]]]:
-    """Findings of the same severity, split and cure together, errors first."""
+    """Findings of the same severity, split and fix together, errors first."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.severity, finding.split, finding.cure), []).append(finding)
+        groups.setdefault((finding.severity, finding.split, finding.fix), []).append(finding)
     return sorted(groups.items(), key=lambda group: group[0][0])
 
 
@@ -144,7 +144,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add("--classes", metavar="N", type=whole(1), help=text)
     text = "splits that must be there and are checked [train val]"
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help=text)
-    add("--decode", action="store_true", help="decode every picture: slow, finds what no header tells")
+    add("--decode", action="store_true", help="decode every image: slow, finds what headers do not show")
     add("--json", action="store_true", help="print a JSON object, with all findings, instead of a table")
     add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
     text = "draw labelled samples as the trainer will see them"

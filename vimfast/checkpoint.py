@@ -1,9 +1,8 @@
-"""Checkpoints: written aside and renamed, read without running code from the file, hustvl/Vim's included."""
+"""Checkpoints: written atomically, read without running code from the file, hustvl/Vim's included."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vimfast.errors import UserError
+from vimfast.files import atomic_write
 
 RAW, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the original's names and ours, then timm's
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before each name
@@ -23,15 +23,10 @@ WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before ea
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` so that `path` is always a whole checkpoint: the old one, or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
     try:
-        with open(aside, "wb") as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}); the checkpoint before it is untouched") from None
 
 

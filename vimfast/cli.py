@@ -30,11 +30,11 @@ class Parser(argparse.ArgumentParser):
         for word in args:  # before argparse, which may complain of a missing flag instead
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in known:
-                raise UserError(f"unknown flag {flag}{did_you_mean(flag, known)}; --help lists all flags")
+                raise UserError(f"unknown flag {flag}{did_you_mean(flag, known)}", "--help lists all flags")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(message, f"see {self.prog} --help")
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

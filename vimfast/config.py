@@ -20,6 +20,7 @@ import yaml
 from vimfast import original
 from vimfast.cli import Parser
 from vimfast.errors import UserError, did_you_mean
+from vimfast.files import write_text
 
 
 def option(
@@ -255,9 +256,7 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML that ``--config`` reads back."""
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
-        aside.replace(path)
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 class Batches(NamedTuple):

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence that holds the value and the cure."""
+    """Bad input, in one sentence: ``<problem>; <fix>``.
+
+    Attributes:
+        problem: what is wrong, with the offending value.
+        fix: what to do about it, or None where the problem says it all.
+    """
+
+    def __init__(self, problem: str, fix: str | None = None) -> None:
+        super().__init__(problem, fix)  # both, so that the error survives the way out of a worker process
+        self.problem, self.fix = problem, fix
+
+    def __str__(self) -> str:
+        return self.problem if self.fix is None else f"{self.problem}; {self.fix}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

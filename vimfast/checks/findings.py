@@ -1,4 +1,4 @@
-"""What a check finds, and the checks that folder trees and shards share: of one picture, and of the set of classes."""
+"""What a check finds, and the checks that folder trees and shards share: of one image, and of the set of classes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vimfast.cli import end_with_parent
-from vimfast.data import jpeg
 from vimfast.errors import UserError
+from vimfast.shards import jpeg
 
 IMAGENET_CLASSES = 1000
-IMAGENET_PICTURES = {"train": 1_281_167, "val": 50_000}
+IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
 IMAGENET_PER_CLASS = {"train": (732, 1300), "val": (50, 50)}
 WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
@@ -40,7 +40,7 @@ _EXTENSIONS = {
     "tiff": {".tif", ".tiff"},
     "ppm": {".ppm", ".pgm"},
 }
-_FEW = 1000  # pictures that are looked at before other processes have started
+_FEW = 1000  # images that are checked before other processes have started
 
 Severity = Literal["error", "warning"]
 
@@ -49,29 +49,30 @@ Severity = Literal["error", "warning"]
 class Finding:
     """One thing that is wrong: an error makes the data unfit to train on, a warning does not.
 
-    `split` is empty where it concerns the whole; `file` is a path, for a picture in a shard ``<tar>: <member>``.
+    `split` is empty where it concerns the whole; `file` is a path, for an image in a shard ``<tar>: <member>``; `fix`
+    is empty where `what` says it all.
     """
 
     severity: Severity
     split: str
     file: str
     what: str
-    cure: str
+    fix: str
 
     @classmethod
     def of(cls, error: UserError, split: str, path: Path) -> Finding:
-        """The same in a finding; our sentences begin with the path (or its folder's) and end with ``; <cure>``."""
-        what, _, cure = str(error).rpartition("; ")
+        """The same in a finding; our sentences begin with the path (or its folder's)."""
+        what = error.problem
         file = next((f for f in (str(path), str(path.parent)) if what.startswith(f"{f} ")), str(path))
-        return cls("error", split, file, what.removeprefix(f"{file} ").removeprefix("is "), cure)
+        return cls("error", split, file, what.removeprefix(f"{file} ").removeprefix("is "), error.fix or "")
 
 
 class SplitSummary(NamedTuple):
-    """What a split holds; `least` and `most` are pictures a class, `bytes` those of the pictures."""
+    """What a split holds; `least` and `most` are images per class, `bytes` those of the images."""
 
     split: str
     classes: int
-    pictures: int
+    images: int
     least: int
     most: int
     bytes: int
@@ -79,7 +80,7 @@ class SplitSummary(NamedTuple):
 
 @dataclass
 class Report:
-    """All that is to be told of a folder. `kind` is ``"folder tree"``, ``"shards"`` or, of neither, ``"nothing"``."""
+    """Everything found in a folder. `kind` is ``"folder tree"``, ``"shards"`` or, of neither, ``"nothing"``."""
 
     path: str
     kind: str
@@ -92,7 +93,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Options:
+class CheckOptions:
     """What is asked for: `classes` is their number (None: judge by the names), `splits` those that must be there."""
 
     classes: int | None = None
@@ -102,33 +103,33 @@ class Options:
 
 
 class Flaw(NamedTuple):
-    """What is wrong with a picture's bytes."""
+    """What is wrong with an image's bytes."""
 
     severity: Severity
     what: str
-    cure: str
+    fix: str
 
 
-_GET_ANEW = "get the file anew, or delete it"
+_REPLACE = "download the file again, or delete it"
 _CONVERTED = "nothing to do: vimfast-prepare stores it as an RGB JPEG, and training from the folder converts it too"
-_ODD = "look at the picture; if it is damaged, get the file anew"
+_ODD = "look at the image; if it is damaged, download the file again"
 
 
-def check_picture(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg.PictureInfo | None, list[Flaw]]:
-    """Look at a picture's header and end; decode it if asked to or if it looks damaged.
+def check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg.ImageInfo | None, list[Flaw]]:
+    """Look at an image's header and end; decode it if asked to or if it looks damaged.
 
     Args:
-        extension: with its dot, in small letters; None where the name does not matter.
+        extension: with its dot, in lower case; None where the name does not matter.
 
     Returns:
-        What the header says, None where these bytes are no picture, and what is wrong.
+        What the header says, None where these bytes are not an image, and what is wrong.
     """
     if not data:
-        return None, [Flaw("error", "empty (0 bytes)", _GET_ANEW)]
+        return None, [Flaw("error", "empty (0 bytes)", _REPLACE)]
     try:
         info = jpeg.inspect(data)
     except ValueError as error:
-        return None, [Flaw("error", f"no picture: {error}", _GET_ANEW)]
+        return None, [Flaw("error", f"not an image: {error}", _REPLACE)]
     flaws = []
     if extension is not None and extension not in _EXTENSIONS.get(info.format.partition("-")[0], ()):
         flaws.append(Flaw("warning", f"a {info.format.upper()} by its content", _CONVERTED))
@@ -137,10 +138,10 @@ def check_picture(data: bytes, extension: str | None, decode: bool) -> tuple[jpe
     elif info.format.startswith("jpeg-"):
         flaws.append(Flaw("warning", f"an uncommon kind of JPEG ({info.format})", _CONVERTED))
     complete = b"IEND" in data[-64:] if info.format == "png" else info.complete
-    uncommon = info.format not in _EXTENSIONS  # no telling whether it decodes
+    uncommon = info.format not in _EXTENSIONS  # the header does not say whether it decodes
     if (decode or uncommon or not complete) and (why := _why_undecodable(data)):
         what = "does not decode" if complete else "cut off or damaged"
-        flaws.append(Flaw("error", f"{what}: {why}", _GET_ANEW))
+        flaws.append(Flaw("error", f"{what}: {why}", _REPLACE))
     elif not complete:
         flaws.append(Flaw("warning", "looks damaged (junk, or no end marker) but decodes", _ODD))
     return info, flaws
@@ -157,22 +158,22 @@ def _why_undecodable(data: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class ClassCheck:
-    """Whether the classes are those wanted, each with its pictures.
+    """Whether the classes are the expected ones, each with its images.
 
     They are judged as ImageNet-1k where most of the names are its, unless another number of classes is wanted. Asking
-    for 1,000 in so many words turns other names and numbers of pictures than its into warnings.
+    for 1,000 explicitly turns names and numbers of images other than its own into warnings.
 
     Attributes:
-        counts: split -> class name -> pictures.
+        counts: split -> class name -> images.
         wanted: the number of classes; None: 1,000 for ImageNet, else only the splits must agree.
         place: where a class (``""``: a split) lies, for a person to find it.
-        mend: the cure where classes or pictures are missing.
+        fix: what to do where classes or images are missing.
     """
 
     counts: Mapping[str, Mapping[str, int]]
     wanted: int | None
     place: Callable[[str, str], str]
-    mend: str
+    fix: str
 
     def run(self) -> Iterator[Finding]:
         names = sorted(set().union(*self.counts.values()))
@@ -180,31 +181,31 @@ class ClassCheck:
         for split, held in self.counts.items():
             yield from self._check_number(split, bool(wnids))
             yield from self._check_missing(split, wnids)
-            for name in (name for name, pictures in held.items() if not pictures):
-                yield self._error(split, name, "holds no pictures", self.mend)
+            for name in (name for name, images in held.items() if not images):
+                yield self._error(split, name, "holds no images", self.fix)
             if wnids:
                 yield from self._check_imagenet(split, wnids)
         if all(name.isdecimal() for name in names) and names != (by_value := sorted(names, key=int)):
             place = next(i for i, name in enumerate(names) if name != by_value[i])
             what = f"class names are numbers but sorted as text, so that {names[place]!r} is class {place}"
-            cure = "pad the numbers with zeros if the model's outputs are to follow them"
-            yield Finding("warning", "", self.place(next(iter(self.counts)), ""), what, cure)
+            fix = "pad the numbers with zeros if the model's outputs are to follow them"
+            yield Finding("warning", "", self.place(next(iter(self.counts)), ""), what, fix)
 
     @property
     def _strict(self) -> Severity:
         """How bad it is not to be ImageNet-1k as published."""
         return "error" if self.wanted is None else "warning"
 
-    def _error(self, split: str, name: str, what: str, cure: str) -> Finding:
-        return Finding("error", split, self.place(split, name), what, cure)
+    def _error(self, split: str, name: str, what: str, fix: str) -> Finding:
+        return Finding("error", split, self.place(split, name), what, fix)
 
     def _check_number(self, split: str, is_imagenet: bool) -> Iterator[Finding]:
         found, wanted = len(self.counts[split]), IMAGENET_CLASSES if is_imagenet else self.wanted
         if wanted is None or found == wanted:
             return
         what = f"has {found:,} classes, {'ImageNet-1k has' if is_imagenet else '--classes says'} {wanted:,}"
-        cure = self.mend if found < wanted else "move away the folders that are no classes"
-        yield self._error(split, "", what, f"{cure}, or pass --classes {found} if that is what you have")
+        fix = self.fix if found < wanted else "move away the folders that are not classes"
+        yield self._error(split, "", what, f"{fix}, or pass --classes {found} if that is what you have")
 
     def _check_missing(self, split: str, wnids: frozenset[str]) -> Iterator[Finding]:
         held = self.counts[split]
@@ -212,25 +213,25 @@ class ClassCheck:
             others = [other for other in self.counts if name in self.counts[other]]
             severity = "error" if others else self._strict
             what = f"missing, a class of {(*others, 'ImageNet-1k')[0]}"
-            yield Finding(severity, split, self.place(split, name), what, self.mend)
+            yield Finding(severity, split, self.place(split, name), what, self.fix)
 
     def _check_imagenet(self, split: str, wnids: frozenset[str]) -> Iterator[Finding]:
-        """Names and numbers of pictures against ImageNet-1k's."""
+        """Names and numbers of images against ImageNet-1k's."""
         held = self.counts[split]
         for name in sorted(set(held) - wnids):
-            cure = f"move it away or rename it, or pass --classes {len(held)} if these are not ImageNet-1k's classes"
-            yield Finding(self._strict, split, self.place(split, name), "no class of ImageNet-1k", cure)
-        cure = f"{self.mend}, or pass --classes {IMAGENET_CLASSES} if other numbers of pictures are meant"
+            fix = f"move it away or rename it, or pass --classes {len(held)} if these are not ImageNet-1k's classes"
+            yield Finding(self._strict, split, self.place(split, name), "not a class of ImageNet-1k", fix)
+        fix = f"{self.fix}, or pass --classes {IMAGENET_CLASSES} if other numbers of images are intended"
         least, most = IMAGENET_PER_CLASS[split]
         usual = f"{least:,} to {most:,}" if least < most else f"exactly {least}"
-        for name, pictures in held.items():
-            if pictures and name in wnids and not least <= pictures <= most:
-                what = f"holds {pictures:,} picture(s), ImageNet-1k's classes {usual}"
-                yield Finding(self._strict, split, self.place(split, name), what, cure)
+        for name, images in held.items():
+            if images and name in wnids and not least <= images <= most:
+                what = f"holds {images:,} image(s), ImageNet-1k's classes {usual}"
+                yield Finding(self._strict, split, self.place(split, name), what, fix)
         total = sum(held.values())
-        if total != IMAGENET_PICTURES[split] and wnids <= set(held):
-            what = f"holds {total:,} pictures, ImageNet-1k has {IMAGENET_PICTURES[split]:,}"
-            yield Finding(self._strict, split, self.place(split, ""), what, cure)
+        if total != IMAGENET_IMAGES[split] and wnids <= set(held):
+            what = f"holds {total:,} images, ImageNet-1k has {IMAGENET_IMAGES[split]:,}"
+            yield Finding(self._strict, split, self.place(split, ""), what, fix)
 
 
 def imagenet_wnids(names: Iterable[str]) -> frozenset[str]:
@@ -252,9 +253,9 @@ def _timm_wnids() -> list[str]:
 
 
 class Tally(NamedTuple):
-    """What came of a few pictures."""
+    """What came of a few images."""
 
-    pictures: int
+    images: int
     bytes: int
     findings: list[Finding]
 
@@ -267,7 +268,7 @@ def run_tasks(
     Tasks are taken from their iterator as the workers get to them.
 
     Args:
-        total: pictures in all tasks.
+        total: images in all tasks.
 
     Raises:
         UserError: a worker was killed.
@@ -286,7 +287,7 @@ def run_tasks(
         alone = total <= _FEW or workers == 1
         for tally in itertools.starmap(function, tasks) if alone else _spread(function, tasks, workers):
             speed = progress.tasks[0].speed
-            progress.update(bar, advance=tally.pictures, rate=f"{speed:,.0f} pictures/s" if speed else "")
+            progress.update(bar, advance=tally.images, rate=f"{speed:,.0f} images/s" if speed else "")
             yield tally
 
 
@@ -302,12 +303,12 @@ def _spread(function: Callable[..., Tally], tasks: Iterable[tuple[Any, ...]], wo
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a checking process was killed, perhaps for want of memory; lower --workers") from None
+            raise UserError("a checking process was killed, perhaps for lack of memory", "lower --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    warnings.simplefilter("ignore")  # Pillow's, on odd metadata of pictures that decode
+    warnings.simplefilter("ignore")  # Pillow's, on odd metadata of images that decode
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,5 +1,5 @@
-"""Is a folder in the ImageNet layout fit to train on? Tells all that is wrong, where ``tree.scan_split`` stops at the
-first problem.
+"""Is a folder in the ImageNet layout fit to train on? Reports everything that is wrong, where ``tree.scan_split`` stops
+at the first problem.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ from typing import NamedTuple
 
 from vimfast.checks.findings import (
     WNID,
+    CheckOptions,
     ClassCheck,
     Finding,
-    Options,
     Report,
     Severity,
     SplitSummary,
     Tally,
-    check_picture,
+    check_image,
     run_tasks,
 )
-from vimfast.data.index import SPLITS
-from vimfast.data.tree import is_image_name, scan_split
 from vimfast.errors import UserError
+from vimfast.shards.format import SPLITS
+from vimfast.shards.tree import is_image_name, scan_split
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip", ".rar", ".7z")
-_MEND = "put the class's pictures there: unpack its archive again"
+_UNPACK = "put the class's images there: unpack its archive again"
 _SORT_IN = (
-    "move each picture into a folder named after its class; for ImageNet's validation pictures "
+    "move each image into a folder named after its class; for ImageNet's validation images "
     "valprep.sh of github.com/soumith/imagenetloader.torch does that"
 )
-_CHUNK = 256  # pictures a task
+_CHUNK = 256  # images per task
 
 
 class _ClassFolder(NamedTuple):
-    """The pictures of a class; `paths` are those inside the folder, each ended by a zero byte: as a million Python
-    strings they would take five times the room."""
+    """The images of a class; `paths` are those inside the folder, each ended by a zero byte: as a million Python
+    strings they would take five times the memory."""
 
     name: str
-    pictures: int
+    images: int
     paths: bytes
 
 
-def check_folder(root: Path, options: Options) -> Report:
-    """Look at every file of a folder tree.
+def check_folder(root: Path, options: CheckOptions) -> Report:
+    """Check every file of a folder tree.
 
     Raises:
         UserError: no such folder, or a worker process was killed.
@@ -56,19 +56,19 @@ def check_folder(root: Path, options: Options) -> Report:
             folders[split] = _Lister(root / split, split, report.findings).list_classes()
         else:
             report.findings.append(_missing_split(root, split))
-    counts = {split: {folder.name: folder.pictures for folder in held} for split, held in folders.items() if held}
+    counts = {split: {folder.name: folder.images for folder in held} for split, held in folders.items() if held}
     if counts:
-        check = ClassCheck(counts, options.classes, lambda split, name: str(root / split / name), _MEND)
+        check = ClassCheck(counts, options.classes, lambda split, name: str(root / split / name), _UNPACK)
         report.findings += check.run()
     for split, held in folders.items():
-        total = sum(folder.pictures for folder in held)
+        total = sum(folder.images for folder in held)
         tasks = _tasks(root / split, split, held, options.decode)
         size = 0
         for tally in run_tasks(_check_files, tasks, split, total, options.workers):
             size += tally.bytes
             report.findings += tally.findings
-        pictures = [folder.pictures for folder in held] or [0]
-        report.splits.append(SplitSummary(split, len(held), total, min(pictures), max(pictures), size))
+        images = [folder.images for folder in held] or [0]
+        report.splits.append(SplitSummary(split, len(held), total, min(images), max(images), size))
     return report
 
 
@@ -100,8 +100,8 @@ class _Lister:
     def __init__(self, folder: Path, split: str, findings: list[Finding]) -> None:
         self.folder, self.split, self.findings = folder, split, findings
 
-    def _note(self, severity: Severity, path: Path, what: str, cure: str) -> None:
-        self.findings.append(Finding(severity, self.split, str(path), what, cure))
+    def _note(self, severity: Severity, path: Path, what: str, fix: str) -> None:
+        self.findings.append(Finding(severity, self.split, str(path), what, fix))
 
     def list_classes(self) -> list[_ClassFolder]:
         folders, loose = [], []
@@ -115,14 +115,14 @@ class _Lister:
             else:
                 self._stray(self.folder / entry.name, unpacked=False)
         if loose:
-            what = f"holds {len(loose):,} picture(s) outside of class folders, the first {loose[0]}"
+            what = f"holds {len(loose):,} image(s) outside of class folders, the first {loose[0]}"
             self._note("error", self.folder, what, _SORT_IN)
         for name in [name for name in folders if name in SPLITS]:
-            cure = f"move what is in it up into {self.folder}/ and delete it, then check again"
-            self._note("error", self.folder / name, "doubles a level: class folders belong there", cure)
+            fix = f"move what is in it up into {self.folder}/ and delete it, then check again"
+            self._note("error", self.folder / name, "doubles a level: class folders belong there", fix)
             folders.remove(name)
         if not folders and not self.findings:
-            self._note("error", self.folder, "empty", "put one folder of pictures a class there")
+            self._note("error", self.folder, "empty", "put one folder of images per class there")
         classes = [self._list_class(name, set(folders)) for name in folders]
         if len(classes) == 1:
             self._check_sole(classes[0])
@@ -138,8 +138,8 @@ class _Lister:
             self._stray(folder / path, unpacked=bool(paths))
         inner = {path.partition("/")[0] for path in paths if "/" in path}
         for other in sorted(inner & (classes - {name})):
-            cure = f"move its pictures to {self.folder / other}/"
-            self._note("error", folder / other, f"lies inside another class, its pictures count as {name}", cure)
+            fix = f"move its images to {self.folder / other}/"
+            self._note("error", folder / other, f"lies inside another class, its images count as {name}", fix)
         return _ClassFolder(name, len(paths), b"".join(os.fsencode(path) + b"\0" for path in paths))
 
     def _check_sole(self, only: _ClassFolder) -> None:
@@ -163,22 +163,22 @@ class _Lister:
             with os.scandir(folder) as entries:
                 return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            self._note("error", folder, f"cannot be listed: {error.strerror}", "mend its permissions, or the disk")
+            self._note("error", folder, f"cannot be listed: {error.strerror}", "fix its permissions, or the disk")
             return []
 
     def _hidden(self, path: Path) -> None:
-        self._note("warning", path, "hidden, so not read", "delete it, or rename it if it is a picture")
+        self._note("warning", path, "hidden, so not read", "delete it, or rename it if it is an image")
 
     def _stray(self, path: Path, unpacked: bool) -> None:
         if path.name.lower().endswith(_ARCHIVES):
             if unpacked:
-                self._note("warning", path, "an archive beside pictures", "delete it once it is unpacked")
+                self._note("warning", path, "an archive beside images", "delete it once it is unpacked")
             else:
-                cure = "unpack it into a class folder of its own name, and delete it"
-                self._note("error", path, "an archive that is not unpacked", cure)
+                fix = "unpack it into a class folder of its own name, and delete it"
+                self._note("error", path, "an archive that is not unpacked", fix)
         else:
-            cure = "delete it, or rename it if it is a picture"
-            self._note("warning", path, "has no picture's extension, so is not read", cure)
+            fix = "delete it, or rename it if it is an image"
+            self._note("warning", path, "does not have an image's extension, so is not read", fix)
 
 
 def _tasks(folder: Path, split: str, classes: list[_ClassFolder], decode: bool) -> Iterator[tuple[object, ...]]:
@@ -190,7 +190,7 @@ def _tasks(folder: Path, split: str, classes: list[_ClassFolder], decode: bool) 
 
 
 def _check_files(folder: str, split: str, name: str, paths: list[bytes], decode: bool) -> Tally:
-    """Look at some pictures of a class, in a worker process."""
+    """Check some images of a class, in a worker process."""
     size = 0
     findings: list[Finding] = []
     is_wnid = WNID.fullmatch(name) is not None
@@ -199,16 +199,16 @@ def _check_files(folder: str, split: str, name: str, paths: list[bytes], decode:
         file = f"{folder}/{name}/{path}"
         base = os.path.basename(path)
         if is_wnid and (others := set(WNID.findall(base)) - {name}):
-            what = f"bears the name of class {others.pop()}"
+            what = f"has the name of class {others.pop()}"
             findings.append(Finding("error", split, file, what, "move it to the folder of its class"))
         try:
             with open(file, "rb") as stream:
                 data = stream.read()
         except OSError as error:
-            cure = "mend the link, the permissions or the disk, or delete it"
-            findings.append(Finding("error", split, file, f"cannot be read: {error.strerror}", cure))
+            fix = "fix the link, the permissions or the disk, or delete it"
+            findings.append(Finding("error", split, file, f"cannot be read: {error.strerror}", fix))
             continue
         size += len(data)
-        flaws = check_picture(data, os.path.splitext(base)[1].lower(), decode)[1]
-        findings += [Finding(flaw.severity, split, file, flaw.what, flaw.cure) for flaw in flaws]
+        flaws = check_image(data, os.path.splitext(base)[1].lower(), decode)[1]
+        findings += [Finding(flaw.severity, split, file, flaw.what, flaw.fix) for flaw in flaws]
     return Tally(len(paths), size, findings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from vimfast.data.loader import Loader
 from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.data.sampler import Order
 from vimfast.data.source import open_source
+from vimfast.files import atomic_write
 
 _ROWS, _COLUMNS = 4, 8
 _CELL, _GAP, _CAPTION, _MARGIN = 192, 16, 46, 28  # pixels
@@ -24,7 +24,7 @@ _PAPER, _INK, _FAINT = (243, 243, 245), (32, 32, 36), (120, 120, 128)
 
 
 def draw_sample_grid(path: Path, split: str, out: Path, *, size: int, seed: int) -> None:
-    """Draw 32 pictures of a split, each with its class below it, and write them as PNG.
+    """Draw 32 images of a split, each with its class below it, and write them as PNG.
 
     They are the first of a run's epoch 0 (without repeated augmentation): with the default crops, RandAugment and
     erasing for ``"train"``, evaluation's centre crops for ``"val"``.
@@ -48,13 +48,12 @@ def draw_sample_grid(path: Path, split: str, out: Path, *, size: int, seed: int)
     finally:
         loader.close()
     captions = class_captions(source.classes)
-    sheet = _draw(to_pictures(images), [captions[label] for label in labels.tolist()])
-    aside = out.with_name(f".{out.name}.tmp")
-    sheet.save(aside, "PNG")
-    os.replace(aside, out)
+    sheet = _draw(to_pixels(images), [captions[label] for label in labels.tolist()])
+    with atomic_write(out) as file:
+        sheet.save(file, "PNG")
 
 
-def to_pictures(images: Tensor) -> np.ndarray:
+def to_pixels(images: Tensor) -> np.ndarray:
     """Undo the normalization: [B, 3, S, S] float -> uint8 [B, S, S, 3]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     values = (images.float() * std + mean) * 255
@@ -62,7 +61,7 @@ def to_pictures(images: Tensor) -> np.ndarray:
 
 
 def class_captions(classes: Sequence[str]) -> list[tuple[str, str]]:
-    """Two lines a class: for ImageNet an English name and the wnid, else the class name alone."""
+    """Two lines per class: for ImageNet an English name and the wnid, else the class name alone."""
     wnids = imagenet_wnids(classes)
     if not wnids:
         return [(name, "") for name in classes]
@@ -72,9 +71,9 @@ def class_captions(classes: Sequence[str]) -> list[tuple[str, str]]:
     return [(describe(name).split(",")[0], name) if name in wnids else (name, "") for name in classes]
 
 
-def _draw(pictures: np.ndarray, captions: list[tuple[str, str]]) -> Image.Image:
-    columns = min(_COLUMNS, len(pictures))
-    rows = -(-len(pictures) // columns)
+def _draw(images: np.ndarray, captions: list[tuple[str, str]]) -> Image.Image:
+    columns = min(_COLUMNS, len(images))
+    rows = -(-len(images) // columns)
     caption = _CAPTION if any(second for _, second in captions) else _CAPTION - 16
     step = _CELL + _GAP
     width = 2 * _MARGIN + columns * step - _GAP
@@ -82,11 +81,11 @@ def _draw(pictures: np.ndarray, captions: list[tuple[str, str]]) -> Image.Image:
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     big, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    for i, (pixels, (first, second)) in enumerate(zip(pictures, captions, strict=True)):
+    for i, (pixels, (first, second)) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(i, columns)
         left, top = _MARGIN + column * step, _MARGIN + row * (step + caption)
-        picture = Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (left, top))
+        tile = Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (left, top))
         middle, below = left + _CELL // 2, top + _CELL + 7
         draw.text((middle, below), _shorten(first, big), _INK, big, anchor="ma")
         draw.text((middle, below + 21), _shorten(second, small), _FAINT, small, anchor="ma")
@@ -94,7 +93,7 @@ def _draw(pictures: np.ndarray, captions: list[tuple[str, str]]) -> Image.Image:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, cut so that it is no wider than a picture."""
+    """The text, cut so that it is no wider than an image."""
     if font.getlength(text) <= _CELL:
         return text
     while text and font.getlength(text + "…") > _CELL:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from vimfast.data import jpeg
 from vimfast.data.source import BadPicture, Pictures, Source
 from vimfast.errors import UserError
+from vimfast.shards import jpeg
 
 
 class Reader:
@@ -90,8 +90,9 @@ class Reader:
         names = {i: f"{self.source.name(i)} ({reason})" for i, reason in why.items()}
         if names and not self._skip:
             raise UserError(
-                f"cannot decode {', '.join(sorted(names.values()))}; go on without such pictures with --on-bad-image "
-                "skip, or find them all with python -m vimfast.check_data DATA --decode"
+                f"cannot decode {', '.join(sorted(names.values()))}",
+                "go on without such pictures with --on-bad-image skip, or find them all with "
+                "python -m vimfast.check_data DATA --decode",
             )
         for i, name in names.items():
             self._leave_out(i, f"cannot decode {name}")
@@ -114,7 +115,7 @@ class Reader:
         for step in range(total):
             if (i + step) % total not in self.bad:
                 return (i + step) % total
-        raise UserError(f"none of the {total} pictures decodes; check them with python -m vimfast.check_data")
+        raise UserError(f"none of the {total} pictures decodes", "check them with python -m vimfast.check_data")
 
 
 def _warn(sentence: str) -> None:

@@ -20,8 +20,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vimfast.data import index, jpeg, tree
 from vimfast.errors import UserError
+from vimfast.shards import jpeg
+from vimfast.shards.format import is_shards_folder, read_index, read_manifest
+from vimfast.shards.tree import FileList, scan_split
 
 _TAR_BLOCK = 512
 _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
@@ -31,13 +33,15 @@ _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on
 _FAST, _SLOW = 70e-6, 100e-6
 _FEWEST_READERS, _MOST_READERS = 2, 32
 
+_AGAIN = "copy it again or run vimfast-prepare again"
+
 
 class BadPicture(UserError):
     """A file that holds no picture, or a broken one. `picture` is its id, `found` says where it lies and why."""
 
     def __init__(self, picture: int, found: str) -> None:
         super().__init__(
-            f"{found}; remove it, or leave such pictures out with --on-bad-image skip or vimfast-prepare --skip-bad"
+            found, "remove it, or leave such pictures out with --on-bad-image skip or vimfast-prepare --skip-bad"
         )
         self.picture, self.found = picture, found
 
@@ -95,10 +99,10 @@ def open_source(path: str | Path, split: str) -> Source:
         UserError: neither kind of folder, the conversion did not finish, the split is missing, or files are.
     """
     root = Path(path)
-    if index.is_shards_folder(root):
+    if is_shards_folder(root):
         return ShardSource(root, split)
     classes = _class_folders(root / "train") if split != "train" else None
-    return FolderSource(tree.scan_split(root, split, classes or None))
+    return FolderSource(scan_split(root, split, classes or None))
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -112,18 +116,18 @@ class ShardSource:
     """Pictures of one split of a shards folder: one mapped file a shard, opened when first read."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        manifest = index.read_manifest(folder)
-        if split not in manifest["splits"]:
+        manifest = read_manifest(folder)
+        if split not in manifest.splits:
             raise UserError(
-                f"{folder} holds no {split!r} split, only {', '.join(manifest['splits']) or 'none'}; "
-                f"run vimfast-prepare on a folder that has {split}/"
+                f"{folder} holds no {split!r} split, only {', '.join(manifest.splits) or 'none'}",
+                f"run vimfast-prepare on a folder that has {split}/",
             )
-        described = manifest["splits"][split]
-        self.classes: list[str] = manifest["classes"]
-        self._index = index.read_index(folder, split, described["samples"])
-        self._shards = [folder / shard["name"] for shard in described["shards"]]
-        for path, shard in zip(self._shards, described["shards"], strict=True):
-            _check_size(path, shard["bytes"])
+        entry = manifest.splits[split]
+        self.classes: list[str] = manifest.classes
+        self._index = read_index(folder, split, entry.samples)
+        self._shards = [folder / shard.name for shard in entry.shards]
+        for path, shard in zip(self._shards, entry.shards, strict=True):
+            _check_size(path, shard.bytes)
         _allow_open_files(len(self._shards))
         self._opened: list[_Shard | None] = [None] * len(self._shards)
         self.labels: np.ndarray = self._index["label"]
@@ -141,7 +145,7 @@ class ShardSource:
         shard = self._shard(number)
         if offset + size > len(shard.content):
             raise UserError(
-                f"{self._shards[number]} ends before a picture that the index holds; run vimfast-prepare again"
+                f"{self._shards[number]} ends before a picture that the index holds", "run vimfast-prepare again"
             )
         shard.read_ahead(offset, size)
         return shard.content[offset : offset + size]
@@ -153,7 +157,7 @@ class ShardSource:
             try:
                 known = self._opened[number] = _Shard(path)
             except OSError as error:
-                raise UserError(f"{path} cannot be opened ({error.strerror}); run vimfast-prepare again") from None
+                raise UserError(f"{path} cannot be opened ({error.strerror})", "run vimfast-prepare again") from None
         return known
 
     def mean_bytes(self) -> float:
@@ -196,11 +200,9 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; copy it again or run vimfast-prepare again") from None
+        raise UserError(f"{path} is missing", _AGAIN) from None
     if size != expected:
-        raise UserError(
-            f"{path} has {size} bytes, the manifest says {expected}; copy it again or run vimfast-prepare again"
-        )
+        raise UserError(f"{path} has {size} bytes, the manifest says {expected}", _AGAIN)
 
 
 def _allow_open_files(count: int) -> None:
@@ -215,7 +217,7 @@ def _allow_open_files(count: int) -> None:
 class FolderSource:
     """Pictures of one split of a folder tree, read by a few threads, or by many where the files are slow to come."""
 
-    def __init__(self, files: tree.FileList) -> None:
+    def __init__(self, files: FileList) -> None:
         self._files = files
         self._readers = _FEWEST_READERS
         self._pool = ThreadPoolExecutor(_MOST_READERS, thread_name_prefix="read")
@@ -252,7 +254,7 @@ class FolderSource:
             converted, size = jpeg.to_rgb_jpeg(data)  # of a plain one, only whether it decodes
         except OSError as error:
             raise UserError(
-                f"{path} cannot be read ({error.strerror}); check it with python -m vimfast.check_data"
+                f"{path} cannot be read ({error.strerror})", "check it with python -m vimfast.check_data"
             ) from None
         except ValueError as error:
             raise BadPicture(i, f"{path} is no readable picture ({error})") from None
@@ -273,8 +275,8 @@ class FolderSource:
             UserError: always.
         """
         raise UserError(
-            f"--order window reads a few shards at a time, and {self._files.folder} is a folder of pictures; convert "
-            "it with vimfast-prepare, or use --order permutation"
+            f"--order window reads a few shards at a time, and {self._files.folder} is a folder of pictures",
+            "convert it with vimfast-prepare, or use --order permutation",
         )
 
     def name(self, i: int) -> str:

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
+from vimfast.files import write_bytes, write_text
 
 PREPROCESSING = (
     "interpolation",
@@ -79,11 +80,7 @@ def save_for_hub(
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / ".model.safetensors.tmp"
-        aside.write_bytes(save(tensors, metadata={"format": "pt"}))
-        aside.replace(folder / "model.safetensors")
-        aside = folder / ".config.json.tmp"
-        aside.write_text(text + "\n")
-        aside.replace(folder / "config.json")
+        write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+        write_text(folder / "config.json", text + "\n")
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""A folder in the ImageNet layout: ``<root>/<split>/<class>/**/<picture>``; the class index is the place of the
+"""A folder in the ImageNet layout: ``<root>/<split>/<class>/**/<image>``; the class index is the position of the
 class among the sorted folder names.
 """
 
@@ -19,7 +19,7 @@ IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", "
 
 @dataclass(frozen=True)
 class FileList:
-    """The pictures of one split, sorted by class and name, in three arrays: no Python object a sample.
+    """The images of one split, sorted by class and name, in three arrays: no Python object per sample.
 
     Attributes:
         folder: the split's folder.
@@ -44,34 +44,34 @@ class FileList:
         return f"{self.classes[self.labels[i]]}/{os.fsdecode(inside)}"
 
     def path(self, i: int) -> Path:
-        """The picture's file."""
+        """The image's file."""
         return self.folder / self.name(i)
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name counts as a picture. Hidden ones (``._x.JPEG`` of macOS archives) do not."""
+    """Whether a file of this name counts as an image. Hidden ones (``._x.JPEG`` of macOS archives) do not."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
 def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> FileList:
-    """List the pictures of `root`/`split`.
+    """List the images of `root`/`split`.
 
-    Pictures may lie deeper than their class folder (``n01443537/images/x.JPEG``), as torchvision reads them too. Links
-    are followed. Class folders without pictures keep their index.
+    Images may lie deeper than their class folder (``n01443537/images/x.JPEG``), as torchvision reads them too. Links
+    are followed. Class folders without images keep their index.
 
     Args:
         classes: the training classes, where the split's own folder names are not to decide. A folder that is not among
             them is an error, one that is missing is not.
 
     Raises:
-        UserError: no such folder, no class folders, a doubled level, an unknown class, or no pictures at all.
+        UserError: no such folder, no class folders, a doubled level, an unknown class, or no images at all.
     """
     if not (root / split).is_dir():
-        raise UserError(_missing(root, split))
+        raise _missing(root, split)
     try:
         return _scan(root, split, classes)
     except OSError as error:  # no permission, a loop of links, a failing disk
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); mend that and run again") from None
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})", "fix that and run again") from None
 
 
 def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
@@ -83,21 +83,21 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
         flat = sum(is_image_name(name) for name, _ in found)
         if flat:
             raise UserError(
-                f"{folder} holds {flat} pictures and no class folders; move each picture into a folder named after "
-                f"its class, such as {split}/n01440764/"
+                f"{folder} holds {flat} images and no class folders",
+                f"move each image into a folder named after its class, such as {split}/n01440764/",
             )
-        raise UserError(f"{folder} is empty; put one folder of pictures a class there")
+        raise UserError(f"{folder} is empty", "put one folder of images per class there")
     if folders == [split] or folders == sorted(_SPLITS):
-        raise UserError(f"{folder} holds another {folders[0]}/ instead of class folders; move it up one level")
+        raise UserError(f"{folder} holds another {folders[0]}/ instead of class folders", "move it up one level")
     known = folders if classes is None else list(classes)
     if unknown := sorted(set(folders) - set(known)):
         raise UserError(
-            f"{folder / unknown[0]} is no class of the training set ({len(unknown)} such of {len(folders)}); "
-            f"remove it, or add the class to {root / 'train'}"
+            f"{folder / unknown[0]} is not a training class ({len(unknown)} of {len(folders)} folders are not)",
+            f"remove it, or add the class to {root / 'train'}",
         )
     files = _list(folder, folders, known)
     if not len(files):
-        raise UserError(f"no pictures in the {len(folders)} class folders of {folder}; unpack the class archives there")
+        raise UserError(f"no images in the {len(folders)} class folders of {folder}", "unpack the class archives there")
     return files
 
 
@@ -106,7 +106,7 @@ def _list(folder: Path, folders: list[str], classes: list[str]) -> FileList:
     places = {name: i for i, name in enumerate(classes)}
     blobs, lengths, counts = [], [], []
     for name in folders:
-        encoded = [os.fsencode(inside) for inside in sorted(_pictures(folder / name))]
+        encoded = [os.fsencode(inside) for inside in sorted(_images(folder / name))]
         blobs.append(b"".join(encoded))
         lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
         counts.append(len(encoded))
@@ -115,26 +115,25 @@ def _list(folder: Path, folders: list[str], classes: list[str]) -> FileList:
     return FileList(folder, classes, labels, np.frombuffer(b"".join(blobs), np.uint8), offsets)
 
 
-def _pictures(folder: Path, inside: str = "") -> Iterator[str]:
-    """Paths of the pictures below `folder`, relative to it, in the file system's order."""
+def _images(folder: Path, inside: str = "") -> Iterator[str]:
+    """Paths of the images below `folder`, relative to it, in the file system's order."""
     with os.scandir(folder / inside) as entries:
         for entry in entries:
             if entry.is_dir():
                 if not entry.name.startswith("."):
-                    yield from _pictures(folder, f"{inside}{entry.name}/")
+                    yield from _images(folder, f"{inside}{entry.name}/")
             elif is_image_name(entry.name):
                 yield inside + entry.name
 
 
-def _missing(root: Path, split: str) -> str:
-    """The sentence for a split's folder that is not there, with a guess at what was meant."""
+def _missing(root: Path, split: str) -> UserError:
+    """The error for a split's folder that is not there, with a guess at what was meant."""
     if not root.exists():
-        return f"{root} does not exist; give the folder that holds train/ and val/"
+        return UserError(f"{root} does not exist", "give the folder that holds train/ and val/")
     if not root.is_dir():
-        return f"{root} is a file; give the folder that holds train/ and val/ (unpack archives first)"
-    inner = sorted(str(child.parent) for s in _SPLITS for child in root.glob(f"*/{s}") if child.is_dir())
-    if inner:
-        return f"{root} has no {split}/; did you mean {inner[0]}?"
-    if root.name in _SPLITS:
-        return f"{root} has no {split}/; did you mean {root.absolute().parent}?"
-    return f"{root} has no {split}/; an ImageNet folder holds train/ and val/ with one folder a class in each"
+        return UserError(f"{root} is a file", "give the folder that holds train/ and val/ (unpack archives first)")
+    meant = sorted(str(child.parent) for s in _SPLITS for child in root.glob(f"*/{s}") if child.is_dir())
+    if not meant and root.name in _SPLITS:
+        meant = [str(root.absolute().parent)]
+    fix = f"did you mean {meant[0]}?" if meant else "an ImageNet folder holds train/ and val/ with one folder per class"
+    return UserError(f"{root} has no {split}/", fix)

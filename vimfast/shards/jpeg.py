@@ -1,4 +1,4 @@
-"""What a picture's bytes are, told without decoding them, and the one way odd pictures become JPEGs.
+"""What an image's bytes are, from its header alone, and the one way odd images become JPEGs.
 
 ``vimfast-prepare`` converts with these functions when it writes shards, and the folder source converts with them
 in memory, so training from either sees the same bytes.
@@ -14,13 +14,13 @@ from PIL import Image
 
 Buffer: TypeAlias = "bytes | memoryview | np.ndarray"
 
-# What is tried on bytes that are no JPEG. Pillow's whole list holds formats that run other programs or only stubs.
+# What is tried on bytes that are not a JPEG. Pillow's whole list holds formats that run other programs or only stubs.
 _OTHER_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # markers that no length follows: TEM, RST0-7
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
-_JFIF, _ADOBE = 0xE0, 0xEE  # application segments that tell the colour space
-# Start-of-frame markers. 0xC4, 0xC8 and 0xCC lie in their range and are none.
+_JFIF, _ADOBE = 0xE0, 0xEE  # application segments that name the colour space
+# Start-of-frame markers. 0xC4, 0xC8 and 0xCC lie in their range but are not among them.
 _FRAMES = {
     **dict.fromkeys((0xC0, 0xC1, 0xC2), "jpeg"),  # baseline, extended, progressive
     **dict.fromkeys((0xC3, 0xC7, 0xCB, 0xCF), "jpeg-lossless"),
@@ -29,12 +29,12 @@ _FRAMES = {
 }
 
 
-class PictureInfo(NamedTuple):
+class ImageInfo(NamedTuple):
     """What the header says.
 
     `format` is ``"jpeg"`` for the 8-bit Huffman-coded JPEGs that every decoder reads; ``"jpeg-rgb"`` where the channels
     are not YCbCr but RGB, which GPUs decode to wrong colours; ``"jpeg-12bit"``, ``"jpeg-lossless"``,
-    ``"jpeg-arithmetic"`` or ``"jpeg-hierarchical"`` for the others; else Pillow's name in small letters. `height` and
+    ``"jpeg-arithmetic"`` or ``"jpeg-hierarchical"`` for the others; else Pillow's name in lower case. `height` and
     `width` are the stored frame's, in pixels, whatever EXIF says about rotation. `complete` is False for a JPEG that
     looks damaged, by junk between markers or a missing end: only a decoder can tell then.
     """
@@ -46,17 +46,17 @@ class PictureInfo(NamedTuple):
     complete: bool
 
 
-def inspect(data: Buffer) -> PictureInfo:
-    """Read the header of an encoded picture; about 10 microseconds for a JPEG.
+def inspect(data: Buffer) -> ImageInfo:
+    """Read the header of an encoded image; about 10 microseconds for a JPEG.
 
     Raises:
-        ValueError: these bytes are no picture; the message says why.
+        ValueError: these bytes are not an image; the message says why.
     """
     view = _view(data)
     if view[:2] != b"\xff\xd8":
         return _inspect_other(view)
     clean, at, end = True, 2, len(view)
-    rgb: bool | None = None  # None: nothing told so far
+    rgb: bool | None = None  # None: not known yet
     while at + 4 <= end:
         code = view[at + 1]
         if view[at] != 0xFF or code == 0x00:  # junk: decoders skip to the next 0xFF, with a warning
@@ -88,7 +88,7 @@ def _view(data: Buffer) -> bytes | memoryview:
     return data if isinstance(data, bytes) else memoryview(data).cast("B")  # type: ignore[arg-type]
 
 
-def _read_frame(view: bytes | memoryview, at: int, clean: bool, rgb: bool | None) -> PictureInfo:
+def _read_frame(view: bytes | memoryview, at: int, clean: bool, rgb: bool | None) -> ImageInfo:
     """The start-of-frame segment whose marker lies at byte `at`; `rgb`: what earlier segments say of the colours."""
     if at + 10 > len(view):
         raise ValueError("a JPEG cut off in its frame header")
@@ -103,25 +103,25 @@ def _read_frame(view: bytes | memoryview, at: int, clean: bool, rgb: bool | None
         kind = "jpeg-rgb"
     # Entropy-coded data never holds FF D9, so one anywhere after the header is the end (some files carry a tail).
     ended = view[-2:] == b"\xff\xd9" or bytes(view[at:]).rfind(b"\xff\xd9") >= 0
-    return PictureInfo(kind, height, width, components, clean and ended)
+    return ImageInfo(kind, height, width, components, clean and ended)
 
 
 def _named_rgb(view: bytes | memoryview, at: int) -> bool:
-    """Whether a frame calls its components R, G and B, which counts where no segment tells the colours (libjpeg)."""
+    """Whether a frame calls its components R, G and B, which counts where no segment says so (libjpeg)."""
     return bytes(view[at + 10 : at + 17 : 3]) == b"RGB"
 
 
-def _inspect_other(view: bytes | memoryview) -> PictureInfo:
+def _inspect_other(view: bytes | memoryview) -> ImageInfo:
     try:
         with Image.open(BytesIO(view), formats=_OTHER_FORMATS) as image:
             width, height = image.size
-            return PictureInfo((image.format or "unknown").lower(), height, width, len(image.getbands()), True)
+            return ImageInfo((image.format or "unknown").lower(), height, width, len(image.getbands()), True)
     except Exception as error:  # Pillow's parsers raise nearly anything on garbage
         raise ValueError(_why(error)) from None
 
 
-def is_plain(info: PictureInfo) -> bool:
-    """Whether the picture is stored and decoded as it is: an 8-bit JPEG, grey or of three components."""
+def is_plain(info: ImageInfo) -> bool:
+    """Whether the image is stored and decoded as it is: an 8-bit JPEG, grey or of three components."""
     return info.format == "jpeg" and info.components in (1, 3)
 
 
@@ -129,15 +129,15 @@ def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 100) 
     """Decode with Pillow, convert to RGB, optionally shrink, and encode as JPEG.
 
     Args:
-        resize: shrink so that the short side is this many pixels; smaller pictures stay as they are.
+        resize: shrink so that the short side is this many pixels; smaller images stay as they are.
         quality: of the JPEG, 1 to 100, where 100 is off by 0.2 levels on the mean. Chroma is kept at full resolution
-            (4:4:4) unless the picture is to be resized, where 4:2:0 is what people who ask for small shards expect.
+            (4:4:4) unless the image is to be resized, where 4:2:0 is what people who ask for small shards expect.
 
     Returns:
-        The JPEG's bytes and the picture's (height, width). EXIF rotation is not applied, and no metadata is kept.
+        The JPEG's bytes and the image's (height, width). EXIF rotation is not applied, and no metadata is kept.
 
     Raises:
-        ValueError: the picture does not decode; the message says why.
+        ValueError: the image does not decode; the message says why.
     """
     view = _view(data)
     try:
@@ -163,5 +163,5 @@ def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 100) 
 def _why(error: Exception) -> str:
     """Pillow's reason without its object addresses."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture in any known format"
+        return "not an image in any known format"
     return str(error) or type(error).__name__

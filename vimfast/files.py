@@ -1,0 +1,67 @@
+"""The one way a file is written: to a temporary name beside it, synced, then renamed. A reader sees the old file or
+the new one, whole, whatever happens meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp"  # the ending of a temporary name; one that lies about is from a process that was killed
+
+_BUFFER_BYTES = 1 << 20
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES})  # what some network file systems answer
+
+
+@contextmanager
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file that appears as `path` when the block ends without an error, and not at all otherwise.
+
+    Args:
+        durable: wait until the content and the name are on the disk. Without it a power failure may leave an empty or
+            cut off file.
+
+    Raises:
+        OSError: the file cannot be written; `path` is as it was.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "wb", buffering=_BUFFER_BYTES) as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` as the whole of `path`, atomically and durably."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8 as the whole of `path`, atomically and durably."""
+    write_bytes(path, text.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names of renamed files to the disk, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

@@ -1,0 +1,270 @@
+"""Converting a folder of images into shards: what may be written where, the parts in order, and the manifest last.
+
+Run again after a crash it resumes: shards whose record is there are kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+
+from vimfast import __version__
+from vimfast.errors import UserError
+from vimfast.files import TEMPORARY
+from vimfast.shards.format import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    VERSION,
+    ConversionOptions,
+    Manifest,
+    Note,
+    PlanDigest,
+    ShardEntry,
+    SplitEntry,
+    dali_index_name,
+    index_name,
+    is_shards_folder,
+    read_index,
+    read_manifest,
+    read_plan_digests,
+    shard_name,
+    write_json,
+    write_manifest,
+)
+from vimfast.shards.plan import ShardPlan
+from vimfast.shards.tree import scan_split
+from vimfast.shards.workers import report, write_shards
+from vimfast.shards.writer import STATE_FOLDER, estimate_bytes, read_record, write_index
+
+_PLAN = "plan.json"
+
+
+def convert(
+    root: Path, out: Path, options: ConversionOptions, *, workers: int, skip_bad: bool = False, overwrite: bool = False
+) -> str:
+    """Make `out` hold the images of `root` as shards, keeping what is there of an earlier run with the same options.
+
+    Args:
+        root: a folder in the ImageNet layout.
+        workers: processes.
+        skip_bad: leave unreadable images out and record them in the manifest.
+        overwrite: delete shards that lie in `out` first.
+
+    Returns:
+        a line on what `out` holds now.
+
+    Raises:
+        UserError: `root` or `out` does not serve, an image cannot be read, or the disk is full.
+    """
+    _check_out(root, out)
+    plans = _make_plans(root, options)
+    digests = {plan.split: plan.digest() for plan in plans}
+    with _lock(out):
+        if not overwrite and _is_continued(out, digests) and _is_finished(out, digests):
+            return f"{out} is complete already: {_summarize(read_manifest(out))}"
+        _check_space(plans, out)
+        if overwrite:
+            _delete_shards(out)
+        (out / MANIFEST).unlink(missing_ok=True)
+        write_json(out / STATE_FOLDER / _PLAN, digests)
+        begin = time.monotonic()
+        written = write_shards(plans, out, workers, skip_bad)
+        manifest = _finish(plans, out, digests)
+        rate = f"; {written / (time.monotonic() - begin):,.0f} images/s" if written else ""
+        return f"{out} is complete: {_summarize(manifest)}{rate}"
+
+
+def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
+    """One plan for each split that is there; the training set decides the classes."""
+    plans: list[ShardPlan] = []
+    for split in [s for s in SPLITS if (root / s).is_dir()] or ["train"]:
+        files = scan_split(root, split, plans[0].files.classes if plans else None)
+        plans.append(ShardPlan(split, files, options))
+        report(f"{root / split}: {len(files):,} images of {len(files.classes):,} classes")
+    for split in SPLITS:
+        if not (root / split).is_dir():
+            report(f"{root} has no {split}/: only {plans[0].split} is converted")
+    return plans
+
+
+# The folder to write to
+
+
+def _check_out(root: Path, out: Path) -> None:
+    """The out folder must not become part of what is read."""
+    inside = [root.resolve(), *((root / split).resolve() for split in SPLITS)]
+    target = out.resolve()
+    if target == inside[0] or any(target == folder or folder in target.parents for folder in inside[1:]):
+        raise UserError(f"--out {out} lies among the images of {root}", "give a folder of its own")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--out {out} is a file", "give a folder")
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Keeps a second vimfast-prepare out of the folder; the system frees the lock however this process ends."""
+    try:
+        (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
+        file = open(out / STATE_FOLDER / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written to ({error.strerror})", "choose another folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another vimfast-prepare is writing to {out}", "wait for it, or give another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _is_continued(out: Path, digests: dict[str, PlanDigest]) -> bool:
+    """Whether `out` was begun with these plans; False where it holds no shards, an error where it holds others."""
+    known = read_plan_digests(out / STATE_FOLDER / _PLAN) or _manifest_plan(out)
+    if not known and not is_shards_folder(out):
+        return False
+    fix = "add --overwrite to delete them, or give another --out"
+    if not known or not set(known) <= set(digests):
+        splits = " and ".join(sorted(known)) or "unknown origin"
+        raise UserError(f"{out} holds shards of {splits}, not of {' and '.join(digests)} as here", fix)
+    for split, earlier in known.items():
+        if earlier.fingerprint == digests[split].fingerprint:
+            continue
+        old, new = _flags(earlier.options), _flags(digests[split].options)
+        what = f"from other files in {split}/" if old == new else f"with {old}, not with {new}"
+        raise UserError(f"{out} holds shards made {what}", fix)
+    return True
+
+
+def _manifest_plan(out: Path) -> dict[str, PlanDigest]:
+    try:
+        return read_manifest(out).plan
+    except UserError:
+        return {}
+
+
+def _flags(options: ConversionOptions) -> str:
+    """The command line's words for these options."""
+    values = msgspec.to_builtins(options)
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
+
+
+def _is_finished(out: Path, digests: dict[str, PlanDigest]) -> bool:
+    """Whether the manifest is there, covers these splits, and all the files it names are there in full."""
+    try:
+        manifest = read_manifest(out)
+        if set(manifest.splits) != set(digests):
+            return False
+        for split, entry in manifest.splits.items():
+            read_index(out, split, entry.samples)
+            for number, shard in enumerate(entry.shards):
+                if (out / shard.name).stat().st_size != shard.bytes:
+                    return False
+                (out / dali_index_name(split, number)).stat()
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def _our_files(out: Path) -> list[Path]:
+    """Everything in `out` that some vimfast-prepare wrote."""
+    names = [f"{split}-[0-9]*.{kind}*" for split in SPLITS for kind in ("tar", "idx")]
+    names += [f"{index_name(split)}*" for split in SPLITS] + [f"{MANIFEST}*"]
+    return [path for name in names for path in out.glob(name)]
+
+
+def _delete_shards(out: Path) -> None:
+    (out / MANIFEST).unlink(missing_ok=True)  # first: a folder on its way out must not look complete
+    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*"), out / STATE_FOLDER / _PLAN]:
+        path.unlink(missing_ok=True)
+
+
+def _check_space(plans: Sequence[ShardPlan], out: Path) -> None:
+    needed = sum(estimate_bytes(plan) for plan in plans)
+    there = sum(path.stat().st_size for path in _our_files(out))
+    free = shutil.disk_usage(out).free
+    if needed > free + there:
+        raise UserError(
+            f"{out} needs about {_gigabytes(needed - there)} more, {_gigabytes(free)} are free",
+            "free some, give an --out on another disk, or store less with --resize 256",
+        )
+
+
+# The end
+
+
+def _finish(plans: Sequence[ShardPlan], out: Path, digests: dict[str, PlanDigest]) -> Manifest:
+    """Write the index of each split, then the manifest, from the records of the shards; returns the manifest."""
+    options = plans[0].options
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        vimfast=__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        classes=plans[0].files.classes,
+        seed=options.seed,
+        resize=options.resize,
+        quality=options.quality,
+        splits={plan.split: _finish_split(plan, out) for plan in plans},
+        plan=digests,
+    )
+    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*")]:
+        if path.suffix == TEMPORARY:  # of a run that was killed
+            path.unlink()
+    write_manifest(out, manifest)
+    return manifest
+
+
+def _finish_split(plan: ShardPlan, out: Path) -> SplitEntry:
+    """Write the split's index; returns its entry in the manifest."""
+    read = [read_record(out, plan.split, number) for number in range(plan.shards)]
+    records = [record for record in read if record]
+    if len(records) < plan.shards:
+        raise UserError(f"{out / STATE_FOLDER} changed while it was used", "run again, it resumes")
+    samples = sum(record.samples for record in records)
+    if not all(record.samples for record in records):
+        raise UserError(
+            f"a whole shard of {plan.files.folder} is unreadable, {len(plan) - samples} of {len(plan)} images in all, "
+            "and DALI reads no empty shard",
+            "remove them, then convert with --overwrite",
+        )
+    return SplitEntry(
+        samples=samples,
+        bytes=sum(record.image_bytes for record in records),
+        shards=[
+            ShardEntry(shard_name(plan.split, number), record.samples, record.tar_bytes)
+            for number, record in enumerate(records)
+        ],
+        index_crc32=write_index(out, plan.split, plan.shards, samples),
+        changed=_notes(pair for record in records for pair in record.changed),
+        skipped=_notes(pair for record in records for pair in record.skipped),
+    )
+
+
+def _notes(pairs: Iterable[tuple[str, str]]) -> list[Note]:
+    return sorted(Note(file, why) for file, why in pairs)
+
+
+def _summarize(manifest: Manifest) -> str:
+    """The manifest in a line."""
+    parts = []
+    for split, entry in manifest.splits.items():
+        counts = {"changed": len(entry.changed), "skipped": len(entry.skipped)}
+        notes = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        parts.append(f"{entry.samples:,} {split} images in {len(entry.shards)} shard(s){notes}")
+    total = sum(shard.bytes for entry in manifest.splits.values() for shard in entry.shards)
+    return f"{', '.join(parts)}, {_gigabytes(total)}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,238 @@
+"""The shard format, in one place: names, the manifest, and the index that finds any image in O(1).
+
+A shards folder is flat::
+
+    train-000000.tar  train-000000.idx  train-000001.tar  ...   WebDataset tars, and DALI's own index beside each
+    train.index.npy                                             one row a sample, in shard order, memory-mappable
+    val-000000.tar  ...  val.index.npy
+    manifest.json                                               written last: a folder without it is not complete
+
+A sample is two tar members, ``<key>.jpg`` (the image's bytes) and ``<key>.cls`` (the class index in ASCII).
+"""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from vimfast.errors import UserError
+from vimfast.files import write_text
+
+FORMAT = "vimfast-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+
+# Offsets and sizes are of the JPEG's bytes inside the tar; height and width are those of the decoded image
+# before any EXIF rotation (which nobody here applies); crc32 is zlib's, of the JPEG's bytes.
+INDEX_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("shard", "<u4"),
+        ("label", "<i4"),
+        ("crc32", "<u4"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+    ]
+)
+
+_AGAIN = "run vimfast-prepare again"
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+def shard_name(split: str, number: int) -> str:
+    """``train-000042.tar``."""
+    return f"{split}-{number:06d}.tar"
+
+
+def dali_index_name(split: str, number: int) -> str:
+    """``train-000042.idx``: the index that DALI's ``fn.readers.webdataset`` needs beside a tar."""
+    return f"{split}-{number:06d}.idx"
+
+
+def index_name(split: str) -> str:
+    """``train.index.npy``."""
+    return f"{split}.index.npy"
+
+
+def is_shards_folder(folder: Path) -> bool:
+    """Whether `folder` holds shards, finished or not: a manifest, or tars named as ours."""
+    return (folder / MANIFEST).is_file() or any(any(folder.glob(f"{split}-*.tar*")) for split in SPLITS)
+
+
+# The manifest. Fields that a later vimfast adds are ignored, so that it need not raise VERSION for them.
+
+
+class ConversionOptions(Struct, frozen=True):
+    """Everything that decides the shards' bytes besides the files themselves.
+
+    `resize` is the short side in pixels or None for the original bytes; `quality` that of resized JPEGs;
+    `shard_samples` the most samples of a shard.
+    """
+
+    seed: int = 0
+    resize: int | None = None
+    quality: int | None = None
+    shard_samples: int = 4096
+
+
+class PlanDigest(Struct, frozen=True):
+    """What a split was converted from and how: two plans of the same fingerprint write the same shards."""
+
+    fingerprint: str
+    options: ConversionOptions
+
+
+class Note(Struct, frozen=True, order=True):
+    """What was done to one file, and why."""
+
+    file: str
+    why: str
+
+
+class ShardEntry(Struct, frozen=True):
+    """One tar; `bytes` is its size."""
+
+    name: str
+    samples: Count
+    bytes: Count
+
+
+class SplitEntry(Struct, frozen=True):
+    """One split; `bytes` is the sum of its images', `index_crc32` of the whole index file."""
+
+    samples: Count
+    bytes: Count
+    shards: list[ShardEntry]
+    index_crc32: Count
+    changed: list[Note]
+    skipped: list[Note]
+
+    def __post_init__(self) -> None:
+        if (found := sum(shard.samples for shard in self.shards)) != self.samples:
+            raise ValueError(f"its shards hold {found:,} samples in all, not {self.samples:,}")
+
+
+class Manifest(Struct, frozen=True):
+    """What a finished shards folder holds; a label is a position in `classes`."""
+
+    format: str
+    version: int
+    vimfast: str
+    created: str
+    classes: list[str]
+    seed: int
+    resize: int | None
+    quality: int | None
+    splits: dict[str, SplitEntry]
+    plan: dict[str, PlanDigest] = {}
+
+    def __post_init__(self) -> None:
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise ValueError("its classes are not a list of different names")
+        for split, entry in self.splits.items():
+            names = [shard_name(split, number) for number in range(len(entry.shards))]
+            if [shard.name for shard in entry.shards] != names:
+                raise ValueError(f"its {split} shards are not {shard_name(split, 0)}, {shard_name(split, 1)}, ...")
+
+
+class _Header(Struct):
+    """What every version of the format has."""
+
+    format: str
+    version: int
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished shards folder.
+
+    Raises:
+        UserError: no manifest (the conversion did not finish), not ours, damaged, or of a newer format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {MANIFEST}: the conversion did not finish", "run vimfast-prepare again, it resumes"
+        )
+    try:
+        # Not msgspec's decoder: file names need not be UTF-8, and it refuses JSON's escapes of those that are not.
+        raw = json.loads(path.read_bytes())
+        header = msgspec.convert(raw, _Header)
+        if header.format != FORMAT:
+            raise UserError(
+                f"{path} says format {header.format!r}, not {FORMAT!r}", "give a folder that vimfast-prepare wrote"
+            )
+        if header.version > VERSION:
+            raise UserError(
+                f"{path} is of format {header.version}, this vimfast reads up to {VERSION}",
+                "upgrade vimfast to read it",
+            )
+        return msgspec.convert(raw, Manifest)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} is damaged ({_describe(error)})", _AGAIN) from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
+
+
+def _describe(error: msgspec.ValidationError) -> str:
+    """``splits[...].bytes: expected int, got str``, of msgspec's ``Expected `int`, got `str` - at `$.splits...```."""
+    what, _, where = str(error).replace("`", "").partition(" - at $")
+    what = what[0].lower() + what[1:]
+    return f"{where.lstrip('.')}: {what}" if where else what
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Declare the folder complete."""
+    write_json(folder / MANIFEST, manifest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Structs as JSON that a person can read."""
+    write_text(path, json.dumps(msgspec.to_builtins(value), indent=1) + "\n")
+
+
+def read_plan_digests(path: Path) -> dict[str, PlanDigest]:
+    """The plans in a file of :func:`write_json`, by split; none where it is missing or damaged."""
+    try:
+        return msgspec.convert(json.loads(path.read_bytes()), dict[str, PlanDigest])
+    except (OSError, ValueError):
+        return {}
+
+
+# The index
+
+
+def index_header(samples: int) -> bytes:
+    """What stands before the rows in an index file of so many samples."""
+    header = BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (samples,)}
+    np.lib.format.write_array_header_1_0(header, described)
+    return header.getvalue()
+
+
+def read_index(folder: Path, split: str, samples: int) -> np.ndarray:
+    """The memory-mapped index of one split: `samples` rows of ``INDEX_DTYPE``.
+
+    Raises:
+        UserError: missing, damaged, or with another number of rows than the manifest says.
+    """
+    path = folder / index_name(split)
+    try:
+        index = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing", _AGAIN) from None
+    except Exception as error:  # numpy's parser of the header raises nearly anything on garbage
+        raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
+    if index.dtype != INDEX_DTYPE:
+        raise UserError(f"{path} has columns {index.dtype}, not {INDEX_DTYPE}", _AGAIN)
+    if index.shape != (samples,):
+        raise UserError(f"{path} has {index.size} samples, the manifest says {samples}", _AGAIN)
+    return index
