@@ -14,8 +14,8 @@ from vimfast_kernels import (
     add_rms_norm,
     bidirectional_conv1d_silu,
     causal_conv1d_silu,
-    reference,
 )
+from vimfast_kernels.conv import reference
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import vim_float64
 from torch import Tensor
 
 import vimfast_kernels
-from vimfast_kernels import backends, bidirectional_scan, reference, selective_scan
+from vimfast_kernels import backends, bidirectional_scan, selective_scan
+from vimfast_kernels.scan import reference
 
 Inputs = dict[str, Tensor]
 SEQUENCES = ("u", "delta", "B", "C", "z")

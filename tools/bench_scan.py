@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vimfast.cli import run_main
 from vimfast_kernels import selective_scan
-from vimfast_kernels.reference import piece
+from vimfast_kernels.scan.reference import piece
 
 Scan = Callable[..., Tensor]
 

@@ -4,11 +4,11 @@ Source of the mathematics: :mod:`vimfast_kernels.reference`; of the switch: :mod
 """
 
 from vimfast_kernels.backends import BACKENDS, check_backend, explain
+from vimfast_kernels.block import bidirectional_block, bidirectional_mixer
+from vimfast_kernels.block.weights import Direction, MixerWeights
 from vimfast_kernels.conv import bidirectional_conv1d_silu, causal_conv1d_silu
-from vimfast_kernels.mixer import bidirectional_block, bidirectional_mixer
 from vimfast_kernels.norm import add_layer_norm, add_rms_norm, drop_path
 from vimfast_kernels.scan import bidirectional_scan, selective_scan
-from vimfast_kernels.weights import Direction, MixerWeights
 
 __all__ = [
     "BACKENDS",

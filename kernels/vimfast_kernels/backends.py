@@ -44,10 +44,11 @@ def _trial(device: int, dtype: torch.dtype, states: int) -> str | None:
     if capability < OLDEST_GPU:
         return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     try:
-        from vimfast_kernels import mixer_gluon, scan_gluon
-        from vimfast_kernels.weights import Direction, MixerWeights
+        from vimfast_kernels.block import launch as block
+        from vimfast_kernels.block.weights import Direction, MixerWeights
+        from vimfast_kernels.scan import launch as scan
 
-        scan_gluon.check(dtype, states, length=1)
+        scan.check(dtype, states, length=1)
         # The first call may come from inference, where no tensor made could have a gradient.
         outside = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False)
         with outside[0], outside[1], outside[2], torch.cuda.device(device):
@@ -58,9 +59,9 @@ def _trial(device: int, dtype: torch.dtype, states: int) -> str | None:
             conv = small(64, 4), small(64)
             one = Direction(*conv, small(2 + 2 * states, 64), small(64, 2), small(64), small(64, states), small(64))
             weights = MixerWeights(small(128, 32), None, one, one, small(32, 64), None)
-            length = scan_gluon.PRODUCTS_SUMS  # long enough for the kernels that real sequences meet
+            length = scan.PRODUCTS_SUMS  # long enough for the kernels that real sequences meet
             x = small(1, length, 32).to(dtype).requires_grad_()
-            out, total = mixer_gluon.bidirectional_block(x, small(1, length, 32), small(32), None, weights, dtype=dtype)
+            out, total = block.bidirectional_block(x, small(1, length, 32), small(32), None, weights, dtype=dtype)
             (grad,) = torch.autograd.grad(out.sum() + total.sum(), x)
             finite = bool(out.isfinite().all() & grad.isfinite().all())
     except Exception as error:  # no triton, one with other names, a driver too old: they fail in many ways

@@ -54,12 +54,15 @@ def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> fl
 
 def kernels() -> dict[str, Callable[[], Any]]:
     """What is timed for each name of CHOICES."""
-    from vimfast_kernels import conv_triton, mixer_gluon, norm_triton, scan_gluon
+    from vimfast_kernels.block.launch import sum_of_products
+    from vimfast_kernels.conv import launch as conv
+    from vimfast_kernels.norm import launch as norm
+    from vimfast_kernels.scan import launch as scan
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device="cuda", dtype=dtype) / 8
 
-    def scan(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def scan_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows = (2, BATCH, LENGTH)
         A = -torch.rand(2, CHANNELS, STATES, device="cuda") * 8
         D, bias = random(2, CHANNELS, dtype=torch.float32), random(2, CHANNELS, dtype=torch.float32) - 3
@@ -68,23 +71,23 @@ def kernels() -> dict[str, Callable[[], Any]]:
         return u, delta, A, B, C, D, random(BATCH, LENGTH, CHANNELS, dtype=dtype), bias
 
     def scan_forward(dtype: torch.dtype) -> Callable[[], Any]:
-        inputs = scan(dtype)
-        return lambda: scan_gluon.launch_forward(*inputs, both, 0.5, True)
+        inputs = scan_inputs(dtype)
+        return lambda: scan.launch_forward(*inputs, both, 0.5, True)
 
     def scan_backward(dtype: torch.dtype) -> Callable[[], Any]:
-        inputs = scan(dtype)
-        _, y, states = scan_gluon.launch_forward(*inputs, both, 0.5, True)
+        inputs = scan_inputs(dtype)
+        _, y, states = scan.launch_forward(*inputs, both, 0.5, True)
         dB, dC, dz, out = (torch.empty_like(inputs[i]) for i in (3, 4, 6, 6))
         grad = random(BATCH, LENGTH, CHANNELS, dtype=dtype)
-        return lambda: scan_gluon.launch_backward(grad, *inputs, y, states, both, 0.5, dB, dC, dz, out)
+        return lambda: scan.launch_backward(grad, *inputs, y, states, both, 0.5, dB, dC, dz, out)
 
-    def conv() -> None:
-        conv_triton.launch_forward(x, taps, tap_bias, both)
-        conv_triton.launch_backward(dout, x, taps, tap_bias, both, dx)
+    def run_conv() -> None:
+        conv.launch_forward(x, taps, tap_bias, both)
+        conv.launch_backward(dout, x, taps, tap_bias, both, dx)
 
-    def norm() -> None:
-        norm_triton.launch_forward(h, residual, None, weight, None, 0.0, 1e-5, True, normed, total)
-        norm_triton.launch_backward(h, residual, total, None, weight, None, 0.0, 1e-5, True, normed, again)
+    def run_norm() -> None:
+        norm.launch_forward(h, residual, None, weight, None, 0.0, 1e-5, True, normed, total)
+        norm.launch_backward(h, residual, total, None, weight, None, 0.0, 1e-5, True, normed, again)
 
     def products(dtype: torch.dtype) -> Callable[[], Any]:
         rows = BATCH * LENGTH
@@ -92,7 +95,7 @@ def kernels() -> dict[str, Callable[[], Any]]:
             (random(1, rows, 2 * CHANNELS, dtype=dtype), random(1, rows, CHANNELS // 2, dtype=dtype)),
             (random(2, rows, RANK + 2 * STATES, dtype=dtype), random(2, rows, CHANNELS, dtype=dtype)),
         ]
-        return lambda: [mixer_gluon.sum_of_products(*pair) for pair in pairs]
+        return lambda: [sum_of_products(*pair) for pair in pairs]
 
     both = [False, True]
     x, dx = random(BATCH, LENGTH, 2 * CHANNELS)[..., :CHANNELS], random(BATCH, LENGTH, CHANNELS)
@@ -105,8 +108,8 @@ def kernels() -> dict[str, Callable[[], Any]]:
         "scan_forward_fp32": scan_forward(torch.float32),
         "scan_backward": scan_backward(torch.bfloat16),
         "scan_backward_fp32": scan_backward(torch.float32),
-        "conv": conv,
-        "norm": norm,
+        "conv": run_conv,
+        "norm": run_norm,
         "products": products(torch.bfloat16),
         "products_fp32": products(torch.float32),
     }

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vimfast_kernels import reference
+from vimfast_kernels.arithmetic import wide
 from vimfast_kernels.backends import resolve
+from vimfast_kernels.norm import reference
 
 
 def add_rms_norm(
@@ -28,9 +29,9 @@ def add_rms_norm(
     Layer Normalization", 2019; Huang et al., "Deep Networks with Stochastic Depth", 2016.
     """
     if resolve(backend, x) == "gluon":
-        from vimfast_kernels import norm_triton
+        from vimfast_kernels.norm import launch
 
-        return norm_triton.add_norm(x, residual, weight, noise=noise, drop_rate=drop_rate, eps=eps)
+        return launch.add_norm(x, residual, weight, noise=noise, drop_rate=drop_rate, eps=eps)
     return _plain(reference.add_rms_norm, x, residual, noise, drop_rate, weight, eps=eps)
 
 
@@ -50,9 +51,9 @@ def add_layer_norm(
     keep and what is returned as in :func:`add_rms_norm`.
     """
     if resolve(backend, x) == "gluon":
-        from vimfast_kernels import norm_triton
+        from vimfast_kernels.norm import launch
 
-        return norm_triton.add_norm(x, residual, weight, bias, noise=noise, drop_rate=drop_rate, eps=eps, rms=False)
+        return launch.add_norm(x, residual, weight, bias, noise=noise, drop_rate=drop_rate, eps=eps, rms=False)
     return _plain(reference.add_layer_norm, x, residual, noise, drop_rate, weight, bias, eps=eps)
 
 
@@ -73,5 +74,5 @@ def _plain(
     *weights: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    y, total = norm(drop_path(reference.wide(x), noise, drop_rate), residual, *weights, eps=eps)
+    y, total = norm(drop_path(wide(x), noise, drop_rate), residual, *weights, eps=eps)
     return y.to(x.dtype), total

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimfast_kernels.arithmetic import wide
 from vimfast_kernels.backends import resolve
+from vimfast_kernels.block.weights import MixerWeights
 from vimfast_kernels.conv import bidirectional_conv1d_silu
 from vimfast_kernels.norm import add_layer_norm, add_rms_norm
-from vimfast_kernels.reference import wide
 from vimfast_kernels.scan import bidirectional_scan
-from vimfast_kernels.weights import MixerWeights
 
 
 def bidirectional_mixer(
@@ -69,9 +69,9 @@ def bidirectional_block(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if d % 16 == 0 and resolve(backend, x.new_empty(0, dtype=dtype), n) == "gluon":
-        from vimfast_kernels import mixer_gluon
+        from vimfast_kernels.block import launch
 
-        return mixer_gluon.bidirectional_block(
+        return launch.bidirectional_block(
             x, residual, norm_weight, norm_bias, weights, dtype=dtype, noise=noise, drop_rate=drop_rate, eps=eps,
             rms=rms, scale=scale, overwrite=overwrite,
         )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vimfast_kernels import reference
 from vimfast_kernels.backends import mamba_conv, resolve
+from vimfast_kernels.conv import reference
 
 
 def causal_conv1d_silu(
@@ -27,10 +27,10 @@ def causal_conv1d_silu(
     if chosen == "mamba_ssm":
         return mamba_conv(x, weight, bias, reverse)
     if chosen == "gluon":
-        from vimfast_kernels import conv_triton
+        from vimfast_kernels.conv import launch
 
         one_bias = None if bias is None else bias[None]
-        return conv_triton.causal_conv_silu(x, weight[None], one_bias, reverse=[reverse])[0]
+        return launch.causal_conv_silu(x, weight[None], one_bias, reverse=[reverse])[0]
     return reference.conv_silu(x, weight[None], None if bias is None else bias[None], [reverse])[0]
 
 
@@ -45,9 +45,9 @@ def bidirectional_conv1d_silu(
     _check(x, weight, bias, 2)
     chosen = resolve(backend, x)
     if chosen == "gluon":
-        from vimfast_kernels import conv_triton
+        from vimfast_kernels.conv import launch
 
-        return conv_triton.causal_conv_silu(x, weight, bias, reverse=[False, True])
+        return launch.causal_conv_silu(x, weight, bias, reverse=[False, True])
     if chosen == "mamba_ssm":
         return torch.stack(
             [mamba_conv(x, weight[k], None if bias is None else bias[k], reverse=k == 1) for k in (0, 1)]

@@ -1,7 +1,7 @@
-"""All the mathematics of the ops in plain torch: what every faster backend is measured against, on any device.
+"""The selective scan in plain torch: what every faster one is measured against, on any device.
 
-Scan and convolution are a forward and a hand-derived backward each, registered as torch custom ops with shape
-functions, so that ``torch.compile`` sees one node instead of an unrolled loop. Arithmetic is fp32 (float64 for
+A forward and a hand-derived backward, registered as torch custom ops with shape functions, so that ``torch.compile``
+sees one node instead of an unrolled loop. Arithmetic is fp32 (float64 for
 float64 inputs) whatever dtype comes in, in elementwise ops and sums only, which neither autocast nor TF32 touches.
 """
 
@@ -15,21 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimfast_kernels.arithmetic import empty_gradients, silu_slope, wide
+
 STEP_ELEMENTS = 1 << 16  # states in one step on a CPU: the least that keeps two threads busy
 CHUNK_ELEMENTS = 1 << 19  # states in one chunk on a CPU: the few arrays of this size stay in its caches
 CHUNK_ELEMENTS_GPU = 1 << 24  # on a GPU few launches count for more: 64 MiB an array
 MIN_CHUNK_STEPS = 8  # at state 16 the saved states then take as much as two activations in fp32
-
-
-def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype of the arithmetic: fp32, or float64 if it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def silu_slope(x: Tensor) -> Tensor:
-    """d silu(x) / dx = s (1 + x (1 - s)) with s = sigmoid(x)."""
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
 
 
 # Selective scan. For one direction, time running up (or down) over L:
@@ -189,7 +180,7 @@ def scan_backward(
     scale: float,
 ) -> list[Tensor]:
     """Gradients of the eight tensors in their order, an empty one for each that is None."""
-    grads = _empty_gradients(u, delta, A, B, C, D, z, delta_bias)
+    grads = empty_gradients(u, delta, A, B, C, D, z, delta_bias)
     du, ddelta, _, dB, dC, _, dz, _ = grads
     dA, dD, dbias = (torch.zeros_like(x, dtype=saved.dtype) for x in (A, A[..., 0], A[..., 0]))
     dout = wide(grad) * scale
@@ -228,13 +219,6 @@ def scan_backward(
     return grads
 
 
-def _empty_gradients(first: Tensor, *rest: Tensor | None) -> list[Tensor]:
-    return [
-        first.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (first, *rest)
-    ]
-
-
 @scan.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape[1:]), _empty_saved(u, A)
@@ -242,7 +226,7 @@ def _(u: Tensor, delta: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @scan_backward.register_fake
 def _(grad: Tensor, saved: Tensor, *inputs: Any) -> list[Tensor]:
-    return _empty_gradients(*inputs[:8])
+    return empty_gradients(*inputs[:8])
 
 
 def _scan_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -260,120 +244,3 @@ def _scan_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | No
 
 
 scan.register_autograd(_scan_gradients, setup_context=_scan_context)
-
-
-# Causal depthwise convolution and SiLU, for direction k with W taps:
-#   out_t = silu(bias + sum_{lag < W} weight[W - 1 - lag] * x_{t - lag})    (t + lag where time runs down)
-
-
-def _taps(length: int, width: int, reverse: bool) -> Iterator[tuple[int, slice, slice]]:
-    """(tap, positions it adds to, positions it reads)."""
-    for lag in range(min(width, length)):
-        late, early = slice(lag, None), slice(length - lag)
-        yield (width - 1 - lag, early, late) if reverse else (width - 1 - lag, late, early)
-
-
-def _before_silu(x: Tensor, taps: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """The convolution of one direction: x [b, L, d], taps [W, d] -> [b, L, d], all of them wide."""
-    out = torch.zeros_like(x) if bias is None else wide(bias).expand_as(x).clone()
-    for tap, target, source in _taps(x.shape[1], len(taps), reverse):
-        out[:, target].addcmul_(x[:, source], taps[tap])
-    return out
-
-
-@torch.library.custom_op(
-    "vimfast::conv_silu",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, bool[] reverse) -> Tensor",
-)
-def conv_silu(
-    x: Tensor,  # [b, L, d]
-    weight: Tensor,  # [k, d, W]
-    bias: Tensor | None,  # [k, d]
-    reverse: list[bool],  # [k]
-) -> Tensor:  # [k, b, L, d] in x's dtype
-    out = x.new_empty(len(weight), *x.shape)
-    for k, back in enumerate(reverse):
-        pre = _before_silu(wide(x), wide(weight[k]).t().contiguous(), None if bias is None else bias[k], back)
-        out[k] = F.silu(pre, inplace=True)
-    return out
-
-
-@torch.library.custom_op(
-    "vimfast::conv_silu_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool[] reverse) -> Tensor[]",
-)
-def conv_silu_backward(
-    grad: Tensor,  # [k, b, L, d]
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reverse: list[bool],
-) -> list[Tensor]:
-    """Gradients of x, weight, bias; an empty one for a bias that is None."""
-    grads = _empty_gradients(x, weight, bias)
-    _, dweight, dbias = grads
-    dweight.zero_()  # taps beyond a short sequence never act
-    x = wide(x)
-    dx = torch.zeros_like(x)
-    for k, back in enumerate(reverse):
-        taps = wide(weight[k]).t().contiguous()
-        g = wide(grad[k]) * silu_slope(_before_silu(x, taps, None if bias is None else bias[k], back))
-        for tap, target, source in _taps(x.shape[1], len(taps), back):
-            dx[:, source].addcmul_(g[:, target], taps[tap])
-            dweight[k, :, tap] = (g[:, target] * x[:, source]).sum((0, 1))
-        if bias is not None:
-            dbias[k] = g.sum((0, 1))
-    grads[0].copy_(dx)
-    return grads
-
-
-@conv_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: list[bool]) -> Tensor:
-    return x.new_empty(weight.shape[0], *x.shape)
-
-
-@conv_silu_backward.register_fake
-def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
-    return _empty_gradients(*inputs[:3])
-
-
-def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _conv_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = conv_silu_backward(grad, x, weight, bias, ctx.reverse)
-    return dx, dweight, None if bias is None else dbias, None
-
-
-conv_silu.register_autograd(_conv_gradients, setup_context=_conv_context)
-
-
-# Residual add and normalization, differentiated by autograd.
-
-
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """r = residual + x; y = r / sqrt(mean(r^2) + eps) * weight, over the last dimension.
-
-    x [..., d] of any float dtype, residual [..., d] fp32 or None (as zeros), weight [d]. Returns (y in x's dtype,
-    r in fp32).
-    """
-    total = wide(x) if residual is None else wide(residual) + x
-    return F.rms_norm(total, weight.shape, weight.to(total.dtype), eps).to(x.dtype), total
-
-
-def add_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    """r = residual + x; y = (r - mean(r)) / sqrt(var(r) + eps) * weight + bias, over the last dimension.
-
-    x [..., d] of any float dtype, residual [..., d] fp32 or None (as zeros), weight and bias [d]. Returns (y in x's
-    dtype, r in fp32).
-    """
-    total = wide(x) if residual is None else wide(residual) + x
-    bias = None if bias is None else bias.to(total.dtype)
-    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias, eps).to(x.dtype), total

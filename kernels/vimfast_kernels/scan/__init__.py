@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vimfast_kernels import reference
 from vimfast_kernels.backends import mamba_scan, resolve
+from vimfast_kernels.scan import reference
 
 
 def selective_scan(
@@ -33,9 +33,9 @@ def selective_scan(
     if chosen == "mamba_ssm":
         return mamba_scan(u, delta, A, B, C, D, z, delta_bias, reverse)
     if chosen == "gluon":
-        from vimfast_kernels import scan_gluon
+        from vimfast_kernels.scan import launch
 
-        return scan_gluon.selective_scan(
+        return launch.selective_scan(
             u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias), reverse=[reverse]
         )
     return reference.scan(
@@ -63,9 +63,9 @@ def bidirectional_scan(
     _check(u, delta, A, B, C, D, z, delta_bias, 2)
     chosen = resolve(backend, u, A.shape[2])
     if chosen == "gluon":
-        from vimfast_kernels import scan_gluon
+        from vimfast_kernels.scan import launch
 
-        return scan_gluon.selective_scan(u, delta, A, B, C, D, z, delta_bias, scale=scale)
+        return launch.selective_scan(u, delta, A, B, C, D, z, delta_bias, scale=scale)
     if chosen == "mamba_ssm":
         ways = [
             mamba_scan(u[k], delta[k], A[k], B[k], C[k], _pick(D, k), z, _pick(delta_bias, k), reverse=k == 1)

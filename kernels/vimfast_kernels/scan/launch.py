@@ -1,6 +1,5 @@
 """Bidirectional selective scan on NVIDIA GPUs, forward and backward, without a compiler on the machine."""
 
-# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from vimfast_kernels.scan_backward_gluon import scan_backward, sum_partials
-from vimfast_kernels.scan_forward_gluon import scan_forward
+from vimfast_kernels.scan.device_backward import scan_backward, sum_partials
+from vimfast_kernels.scan.device_forward import scan_forward
 from vimfast_kernels.tuning import ScanForward, multiprocessors, tuning_of
 
 CHUNK = 8  # steps between saved states, and steps worked on at a time
@@ -204,7 +203,10 @@ def _scan(
 
 
 @_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, reverse, scale, save):
+def _(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, delta_bias: Tensor,
+    reverse: Sequence[bool], scale: float, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     k, b, length, d = u.shape
     y, states = empty_saved(u, k, b, length, d, A.shape[-1], save, z is not None)
     return u.new_empty(b, length, d), y, states
@@ -237,7 +239,10 @@ def _scan_grad(
 
 
 @_scan_grad.register_fake
-def _(dout, u, delta, A, B, C, D, z, delta_bias, y, states, reverse, scale):
+def _(
+    dout: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+    delta_bias: Tensor, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     dz = u.new_empty(0 if z is None else z.shape)
     return (
         u.new_empty(u.shape), u.new_empty(u.shape), A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape),
@@ -245,14 +250,14 @@ def _(dout, u, delta, A, B, C, D, z, delta_bias, y, states, reverse, scale):
     )  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.reverse, ctx.scale, _ = inputs
     _, y, states = output
     ctx.save_for_backward(*tensors, y, states)
     ctx.set_materialize_grads(False)  # else zeros are written for y and states
 
 
-def _backward(ctx, dout, _dy, _dstates):
+def _backward(ctx: Any, dout: Tensor | None, _dy: None, _dstates: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 11
     *tensors, y, states = ctx.saved_tensors
