@@ -12,7 +12,7 @@ import vim_float64
 from torch import Tensor
 
 import vimfast_kernels
-from vimfast_kernels import backends, bidirectional_scan, selective_scan
+from vimfast_kernels import bidirectional_scan, mamba, selective_scan
 from vimfast_kernels.scan import reference
 
 Inputs = dict[str, Tensor]
@@ -254,20 +254,19 @@ def fake_mamba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     modules[names[3]].causal_conv1d_fn = causal_conv1d_fn
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    backends._load_mamba.cache_clear()
+    mamba._load.cache_clear()
     yield
-    backends._load_mamba.cache_clear()
+    mamba._load.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
 def test_mamba_ssm_without_its_packages_or_a_gpu(request: pytest.FixtureRequest) -> None:
-    backends._load_mamba.cache_clear()
+    mamba._load.cache_clear()
     with pytest.raises(ValueError, match=r"needs the packages mamba-ssm and causal-conv1d.*vimfast\[mamba\]"):
         vimfast_kernels.check_backend("mamba_ssm")
     request.getfixturevalue("fake_mamba")
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
         selective_scan(**make(1, 5, 3, 2), backend="mamba_ssm")
-    assert backends.resolve("auto", torch.zeros(1)) == "reference"
     assert vimfast_kernels.explain("auto", torch.device("cpu"), torch.float32) == "reference (no GPU)"
     assert vimfast_kernels.explain("reference", torch.device("cpu"), torch.float32) == "reference"
 
@@ -276,9 +275,9 @@ def test_mamba_ssm_without_its_packages_or_a_gpu(request: pytest.FixtureRequest)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_mamba_ssm_gets_its_layout(reverse: bool) -> None:
     inputs = {name: x.float() for name, x in make(2, 17, 5, 4).items()}
-    got = results(lambda **x: backends.mamba_scan(**x, reverse=reverse), inputs)
+    got = results(lambda **x: mamba.scan_one_direction(**x, reverse=reverse), inputs)
     agree(got, results(lambda **x: selective_scan(**x, reverse=reverse), inputs), 1e-5)
     x, weight, bias = inputs["u"], torch.randn(5, 4), torch.randn(5)
-    got_conv = backends.mamba_conv(x, weight, bias, reverse)
+    got_conv = mamba.conv_one_direction(x, weight, bias, reverse)
     want = vimfast_kernels.causal_conv1d_silu(x, weight, bias, reverse=reverse, backend="reference")
     torch.testing.assert_close(got_conv, want)

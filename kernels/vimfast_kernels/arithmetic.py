@@ -17,7 +17,14 @@ def silu_slope(x: Tensor) -> Tensor:
     return s * (1 + x * (1 - s))
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of x is in: autocast's where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def empty_gradients(first: Tensor, *rest: Tensor | None) -> list[Tensor]:
+    """Memory for the gradient of each tensor, empty for one that is None."""
     return [
         first.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (first, *rest)

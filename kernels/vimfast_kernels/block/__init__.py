@@ -1,47 +1,15 @@
-"""The bidirectional mixer, alone and in its block: one op on a GPU, a composition of the others elsewhere."""
+"""The bidirectional mixer, alone and in its block: one op where a backend has it, else a composition."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vimfast_kernels.arithmetic import wide
-from vimfast_kernels.backends import resolve
-from vimfast_kernels.block.weights import MixerWeights
-from vimfast_kernels.conv import bidirectional_conv1d_silu
-from vimfast_kernels.norm import add_layer_norm, add_rms_norm
-from vimfast_kernels.scan import bidirectional_scan
+from vimfast_kernels.arithmetic import autocast_dtype
+from vimfast_kernels.backends import AUTO, dispatch
+from vimfast_kernels.block.reference import bidirectional_mixer
+from vimfast_kernels.block.weights import Direction, MixerWeights
 
-
-def bidirectional_mixer(
-    x: Tensor,  # [b, L, C]
-    weights: MixerWeights,
-    *,
-    scale: float = 1.0,
-    backend: str = "auto",
-) -> Tensor:  # [b, L, C] in x's dtype, or autocast's
-    """out_proj(scale * silu(z) * sum_k scan_k(u_k)), with x', z = split(in_proj(x)) and u_k = silu(conv_k(x')).
-
-    (dt, B, C)_k = split(x_weight_k u_k) and delta_k = dt_weight_k dt_k. Direction 1, ``weights.back``, runs from the
-    last position to the first, its convolution too. Differentiable in every tensor; a ValueError tells of shapes that
-    do not fit. Source: Zhu et al., "Vision Mamba", 2024, algorithm 1.
-    """
-    ways = weights.forth, weights.back
-    n = weights.forth.A_log.shape[1]
-    x, z = F.linear(x, weights.in_weight, weights.in_bias).chunk(2, dim=-1)  # 2 x [b, L, d]
-    conv_weight = torch.stack([way.conv_weight for way in ways])  # [2, d, W]
-    conv_bias = _stack(weights.forth.conv_bias, weights.back.conv_bias)  # [2, d]
-    u = bidirectional_conv1d_silu(x, conv_weight, conv_bias, backend=backend)  # [2, b, L, d]
-    x_weight = torch.stack([way.x_weight for way in ways])  # [2, R + 2 N, d]
-    x_dbl = torch.einsum("kbld,krd->kblr", u, x_weight)  # [2, b, L, R + 2 N]
-    dt, B, C = x_dbl.split([x_weight.shape[1] - 2 * n, n, n], dim=-1)
-    dt_weight = torch.stack([way.dt_weight for way in ways])  # [2, d, R]
-    delta = torch.einsum("kblr,kdr->kbld", dt, dt_weight)  # [2, b, L, d]
-    A = -torch.exp(torch.stack([wide(way.A_log) for way in ways]))  # [2, d, N]
-    D, dt_bias = torch.stack([way.D for way in ways]), torch.stack([way.dt_bias for way in ways])  # [2, d]
-    y = bidirectional_scan(u, delta, A, B, C, D, z, dt_bias, scale=scale, backend=backend)  # [b, L, d]
-    return F.linear(y, weights.out_weight, weights.out_bias)
+__all__ = ["Direction", "MixerWeights", "bidirectional_block", "bidirectional_mixer"]
 
 
 def bidirectional_block(
@@ -57,7 +25,7 @@ def bidirectional_block(
     drop_rate: float = 0.0,
     scale: float = 1.0,
     overwrite: bool = False,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
     """r = residual + keep x; (bidirectional_mixer(norm(r)), r), the norm an RMSNorm or, if not ``rms``, a LayerNorm.
 
@@ -65,24 +33,9 @@ def bidirectional_block(
     ``overwrite`` lets r take the residual's memory, or x's where there is none, if no gradient is asked for.
     Differentiable in every tensor but the noise. ValueErrors and source as of :func:`bidirectional_mixer`.
     """
-    d, n = weights.forth.A_log.shape
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if d % 16 == 0 and resolve(backend, x.new_empty(0, dtype=dtype), n) == "gluon":
-        from vimfast_kernels.block import launch
-
-        return launch.bidirectional_block(
-            x, residual, norm_weight, norm_bias, weights, dtype=dtype, noise=noise, drop_rate=drop_rate, eps=eps,
-            rms=rms, scale=scale, overwrite=overwrite,
-        )  # fmt: skip
-    if rms:
-        x, residual = add_rms_norm(x, residual, norm_weight, eps=eps, noise=noise, drop_rate=drop_rate, backend=backend)
-    else:
-        x, residual = add_layer_norm(
-            x, residual, norm_weight, norm_bias, eps=eps, noise=noise, drop_rate=drop_rate, backend=backend
-        )
-    return bidirectional_mixer(x, weights, scale=scale, backend=backend), residual
-
-
-def _stack(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else torch.stack([a, b])
+    run = dispatch("block", backend, x.device, autocast_dtype(x), weights.forth.A_log.shape[1])
+    out: tuple[Tensor, Tensor] = run(
+        x, residual, norm_weight, norm_bias, weights, rms=rms, eps=eps, noise=noise, drop_rate=drop_rate, scale=scale,
+        overwrite=overwrite, backend=backend,
+    )  # fmt: skip
+    return out

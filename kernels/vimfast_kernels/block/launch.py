@@ -19,6 +19,7 @@ from vimfast_kernels.scan import launch as scan
 from vimfast_kernels.tuning import tuning_of
 
 REVERSE = [False, True]
+CHANNELS = 16  # d is a multiple of it
 
 _DIRECTION = (
     "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0},"
@@ -268,10 +269,10 @@ def bidirectional_block(
     norm.check(x, residual, noise, norm_weight)
     d, n = weights.forth.A_log.shape
     scan.check(dtype, n, x.shape[1])
-    if d % 16 or tuple(weights.in_weight.shape) != (2 * d, x.shape[2]):
+    if d % CHANNELS or tuple(weights.in_weight.shape) != (2 * d, x.shape[2]):
         raise ValueError(
             f"in_weight is {tuple(weights.in_weight.shape)} for {x.shape[2]} channels and A_log of {d}; take twice a"
-            " multiple of 16 rows and its half"
+            f" multiple of {CHANNELS} rows and its half"
         )
     flat = [None if v is None else v.contiguous() for v in (norm_weight, norm_bias, *flatten(weights))]
     noise = None if noise is None else noise.contiguous()
