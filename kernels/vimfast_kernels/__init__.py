@@ -6,7 +6,7 @@ The switch between backends is :mod:`vimfast_kernels.backends`; those there are,
 """
 
 from vimfast_kernels import gluon, mamba, reference
-from vimfast_kernels.backends import Backend, backend_names, check_backend, explain, register, report
+from vimfast_kernels.backends import Backend, backend_names, check_backend, explain, register, report, serving
 from vimfast_kernels.block import bidirectional_block, bidirectional_mixer
 from vimfast_kernels.block.weights import Direction, MixerWeights
 from vimfast_kernels.conv import bidirectional_conv1d_silu, causal_conv1d_silu
@@ -34,4 +34,5 @@ __all__ = [
     "register",
     "report",
     "selective_scan",
+    "serving",
 ]

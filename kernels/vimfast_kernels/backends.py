@@ -109,6 +109,11 @@ def dispatch(
     return _registry[_chosen(op, backend, device, dtype, states)].ops[op]
 
 
+def serving(op: Op, device: torch.device, dtype: torch.dtype, states: int = STATES) -> list[str]:
+    """The backends that have an op and serve such tensors, in the order that ``auto`` prefers."""
+    return [backend.name for backend in _having(op) if _objection(backend, device, dtype, states) is None]
+
+
 def report(backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES) -> dict[Op, Choice]:
     """What runs each op on such tensors, and why not what ``auto`` prefers to it."""
     device = torch.empty(0, device=device).device  # with its index
