@@ -7,12 +7,14 @@ process reads that file when it first launches a kernel, and keeps to it.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,21 +92,35 @@ DEFAULT = Tuning(**{name: choices[0] for name, choices in CHOICES.items()})
 MEASURED = ((9, 0),)  # compute capabilities whose choices stand first
 
 
-def cache_file(device: int) -> Path:
-    """Where this GPU's choices are kept: another GPU, torch, Triton or version of the kernels has another file."""
+# By kernels' name, the name of the same kernels before 0.2.0, when it came from the text of every module.
+FORMER_NAMES = {"d30ff500bd": "1bc4929ec8"}
+
+
+def cache_file(device: int, kernels: str | None = None) -> Path:
+    """Where this GPU's choices are kept: another GPU, torch, Triton or text of the kernels has another file."""
     import triton
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     versions = f"torch-{torch.__version__.split('+')[0]}-triton-{triton.__version__}"
-    return home / "vimfast" / f"kernels-{name}-{versions}-{_sources()}.json"
+    return home / "vimfast" / f"kernels-{name}-{versions}-{kernels or kernels_name()}.json"
 
 
 @functools.cache
-def _sources() -> str:
-    """A short name for the text of all kernels."""
-    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:10]
+def kernels_name() -> str:
+    """A short name for the text of all device functions, wherever they stand."""
+    package = Path(__file__).parent
+    modules = [package / "device.py", package / "sums.py", *package.glob("*/device*.py")]
+    functions = sorted(text for path in modules for text in _device_functions(path.read_text()))
+    return hashlib.sha256("\0".join(functions).encode()).hexdigest()[:10]
+
+
+def _device_functions(module: str) -> Iterator[str]:
+    """The text of each decorated function of a module of device code."""
+    lines = module.splitlines()
+    for node in ast.parse(module).body:
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            yield "\n".join(lines[node.decorator_list[0].lineno - 1 : node.end_lineno])
 
 
 def save(tuning: Tuning, path: Path) -> None:
@@ -125,9 +141,17 @@ def load(path: Path) -> Tuning | None:
         return None
 
 
+def saved(device: int) -> Tuning | None:
+    """The choices kept for this GPU, also those in a file of the name that it had before 0.2.0."""
+    kernels = kernels_name()
+    found = load(cache_file(device, kernels))
+    former = FORMER_NAMES.get(kernels)
+    return load(cache_file(device, former)) if found is None and former is not None else found
+
+
 def is_tuned(device: int) -> bool:
     """Whether the choices for this GPU are known, and not only guessed from another's."""
-    return torch.cuda.get_device_capability(device) in MEASURED or load(cache_file(device)) is not None
+    return torch.cuda.get_device_capability(device) in MEASURED or saved(device) is not None
 
 
 _chosen: dict[int, Tuning] = {}
@@ -139,7 +163,7 @@ def tuning_of(device: torch.device) -> Tuning:
         return DEFAULT
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _chosen:
-        _chosen[index] = load(cache_file(index)) or DEFAULT
+        _chosen[index] = saved(index) or DEFAULT
     return _chosen[index]
 
 
