@@ -114,8 +114,9 @@ def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
     return wrong + relative(got.A, -torch.exp(both(lambda way: way.A_log, torch.float64)))
 
 
-def forward_by_reference(u, delta, A, B, C, D, z, bias, reverse, scale, save, out=None):  # type: ignore[no-untyped-def]
+def forward_by_reference(inputs, save, out=None):  # type: ignore[no-untyped-def]
     """The Gluon scan, which has no interpreter."""
+    u, delta, A, B, C, D, z, bias, reverse, scale = inputs
     y, states = scan_launch.empty_saved(u, *u.shape, A.shape[2], save, True)
     if save:
         y.copy_(reference.scan(u, delta, A, B, C, D, None, bias, reverse, 1.0)[0])
@@ -123,9 +124,8 @@ def forward_by_reference(u, delta, A, B, C, D, z, bias, reverse, scale, save, ou
     return (result if out is None else out.copy_(result)), y, states
 
 
-def backward_by_reference(dout, u, delta, A, B, C, D, z, bias, y, _, reverse, scale, dB, dC, dz, out):  # type: ignore[no-untyped-def]
-    out.copy_(scale * F.silu(z) * y)
-    inputs = u, delta, A, B, C, D, z, bias, reverse, scale
+def backward_by_reference(dout, inputs, y, _, dB, dC, dz, out):  # type: ignore[no-untyped-def]
+    out.copy_(inputs.scale * F.silu(inputs.z) * y)
     du, ddelta, dA, *others, dbias = reference.scan_backward(dout, reference.scan(*inputs)[1], *inputs)
     dB.copy_(others[0])
     dC.copy_(others[1])

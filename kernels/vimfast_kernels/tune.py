@@ -40,7 +40,7 @@ def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> fl
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU: NCCL's does
         function()
-    times = []
+    times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
@@ -49,7 +49,8 @@ def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> fl
         end.record()
         times.append((start, end))
     torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in times)[repeats // 2]
+    taken: list[float] = sorted(a.elapsed_time(b) for a, b in times)
+    return taken[repeats // 2]
 
 
 def kernels() -> dict[str, Callable[[], Any]]:
@@ -62,24 +63,25 @@ def kernels() -> dict[str, Callable[[], Any]]:
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device="cuda", dtype=dtype) / 8
 
-    def scan_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def scan_inputs(dtype: torch.dtype) -> scan.Inputs:
         rows = (2, BATCH, LENGTH)
         A = -torch.rand(2, CHANNELS, STATES, device="cuda") * 8
         D, bias = random(2, CHANNELS, dtype=torch.float32), random(2, CHANNELS, dtype=torch.float32) - 3
         u, delta = (random(*rows, CHANNELS, dtype=dtype) for _ in range(2))
         B, C = (random(*rows, STATES, dtype=dtype) for _ in range(2))
-        return u, delta, A, B, C, D, random(BATCH, LENGTH, CHANNELS, dtype=dtype), bias
+        z = random(BATCH, LENGTH, CHANNELS, dtype=dtype)
+        return scan.Inputs(u, delta, A, B, C, D, z, bias, both, 0.5)
 
     def scan_forward(dtype: torch.dtype) -> Callable[[], Any]:
         inputs = scan_inputs(dtype)
-        return lambda: scan.launch_forward(*inputs, both, 0.5, True)
+        return lambda: scan.launch_forward(inputs, save=True)
 
     def scan_backward(dtype: torch.dtype) -> Callable[[], Any]:
         inputs = scan_inputs(dtype)
-        _, y, states = scan.launch_forward(*inputs, both, 0.5, True)
-        dB, dC, dz, out = (torch.empty_like(inputs[i]) for i in (3, 4, 6, 6))
+        _, y, states = scan.launch_forward(inputs, save=True)
         grad = random(BATCH, LENGTH, CHANNELS, dtype=dtype)
-        return lambda: scan.launch_backward(grad, *inputs, y, states, both, 0.5, dB, dC, dz, out)
+        dB, dC, dz, out = (torch.empty_like(x) for x in (inputs.B, inputs.C, grad, grad))
+        return lambda: scan.launch_backward(grad, inputs, y, states, dB, dC, dz, out)
 
     def run_conv() -> None:
         conv.launch_forward(x, taps, tap_bias, both)

@@ -51,6 +51,10 @@ def _states(w: Packed, x_dbl: Tensor) -> tuple[Tensor, Tensor]:
     return x_dbl[..., -2 * n : -n], x_dbl[..., -n:]
 
 
+def _scan_inputs(w: Packed, u: Tensor, delta: Tensor, x_dbl: Tensor, z: Tensor, scale: float) -> scan.Inputs:
+    return scan.Inputs(u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale)
+
+
 def _normalize_and_project(
     x: Tensor, residual: Tensor | None, noise: Tensor | None, total: Tensor, flat: Any, w: Packed, options: Any
 ) -> Tensor:
@@ -80,9 +84,7 @@ def _block(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any)
     xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
     u, x_dbl, delta = _between(w, xz)
     z = xz[..., w.D.shape[1] :]
-    gated, y, states = scan.launch_forward(
-        u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale, save=True
-    )
+    gated, y, states = scan.launch_forward(_scan_inputs(w, u, delta, x_dbl, z, scale), save=True)
     return F.linear(gated, w.out_weight, w.out_bias), total, narrow, wide, xz, x_dbl, y, states
 
 
@@ -113,7 +115,7 @@ def _block_inference(x: Tensor, residual: Tensor | None, total: Tensor, noise: T
     xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
     u, x_dbl, delta = _between(w, xz)
     x_half, z = xz.chunk(2, dim=-1)
-    scan.launch_forward(u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale, save=False, out=x_half)
+    scan.launch_forward(_scan_inputs(w, u, delta, x_dbl, z, scale), save=False, out=x_half)
     del u, delta, x_dbl
     rows = xz.view(-1, xz.shape[2])[:, : x_half.shape[2]]  # a matrix with long rows: no copy
     return F.linear(rows, w.out_weight, w.out_bias).view(x.shape)
@@ -161,8 +163,8 @@ def _block_grad(
     dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
     dout = dout.contiguous()
     du, ddelta, dA, dD, ddt_bias = scan.launch_backward(
-        torch.matmul(dout, w.out_weight), u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, y, states, REVERSE,
-        scale, *_states(w, dx_dbl), dxz[..., d:], out=gated,
+        torch.matmul(dout, w.out_weight), _scan_inputs(w, u, delta, x_dbl, z, scale), y, states,
+        *_states(w, dx_dbl), dxz[..., d:], out=gated,
     )  # fmt: skip
     del delta
     dout = dout.view(1, rows, -1)

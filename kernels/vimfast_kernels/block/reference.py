@@ -60,7 +60,7 @@ def bidirectional_mixer(
     u = bidirectional_conv1d_silu(x, conv_weight, conv_bias, backend=backend)  # [2, b, L, d]
     x_weight = torch.stack([way.x_weight for way in ways])  # [2, R + 2 N, d]
     x_dbl = torch.einsum("kbld,krd->kblr", u, x_weight)  # [2, b, L, R + 2 N]
-    dt, B, C = torch.split(x_dbl, [x_weight.shape[1] - 2 * n, n, n], dim=-1)
+    dt, B, C = x_dbl.split([x_weight.shape[1] - 2 * n, n, n], dim=-1)
     dt_weight = torch.stack([way.dt_weight for way in ways])  # [2, d, R]
     delta = torch.einsum("kblr,kdr->kbld", dt, dt_weight)  # [2, b, L, d]
     A = -torch.exp(torch.stack([wide(way.A_log) for way in ways]))  # [2, d, N]

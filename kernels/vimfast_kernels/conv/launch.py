@@ -123,4 +123,5 @@ def causal_conv_silu(
         raise ValueError(f"reverse has {len(reverse)} entries for {weight.shape[0]} directions; give one for each")
     if weight.shape[1] != x.shape[2]:
         raise ValueError(f"weight is for {weight.shape[1]} channels, x has {x.shape[2]}; they must agree")
-    return _conv(x, weight, bias, list(reverse))
+    out: Tensor = _conv(x, weight, bias, list(reverse))
+    return out

@@ -163,4 +163,5 @@ def add_norm(
     where not: stochastic depth. Returns (out in x's dtype, sum in fp32). fp32 inside. Deterministic.
     """
     check(x, residual, noise, weight)
-    return _norm(x, residual, noise, weight, bias, drop_rate, eps, rms)
+    out: tuple[Tensor, Tensor] = _norm(x, residual, noise, weight, bias, drop_rate, eps, rms)
+    return out

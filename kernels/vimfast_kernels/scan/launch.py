@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,6 +37,21 @@ BACKWARD = {
 PRODUCTS_SUMS = 128
 BACKWARD_REGISTERS = 168  # in bf16: 12 warps reside on a multiprocessor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Inputs(NamedTuple):
+    """What the kernels read. d is a multiple of 16, and rows are 16-byte aligned."""
+
+    u: Tensor  # [k, b, L, d], one scan for each of the k directions
+    delta: Tensor  # [k, b, L, d]
+    A: Tensor  # [k, d, N] fp32
+    B: Tensor  # [k, b, L, N]
+    C: Tensor  # [k, b, L, N]
+    D: Tensor  # [k, d] fp32
+    z: Tensor | None  # [b, L, d]
+    delta_bias: Tensor  # [k, d] fp32
+    reverse: Sequence[bool]  # [k]
+    scale: float
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -106,22 +121,14 @@ def backward_program(dtype: torch.dtype, states: int, sums: int, device: torch.d
 
 
 def launch_forward(
-    u: Tensor,  # [k, b, L, d]
-    delta: Tensor,  # [k, b, L, d]
-    A: Tensor,  # [k, d, N] fp32
-    B: Tensor,  # [k, b, L, N]
-    C: Tensor,  # [k, b, L, N]
-    D: Tensor,  # [k, d] fp32
-    z: Tensor | None,  # [b, L, d]
-    delta_bias: Tensor,  # [k, d] fp32
-    reverse: Sequence[bool],
-    scale: float,
+    inputs: Inputs,
     save: bool,
     out: Tensor | None = None,  # [b, L, d], written
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [b, L, d], sum of directions before the gate [b, L, d], states every CHUNK steps [k, b, chunks, d, N]);
-    the last two are empty unless ``save``. d is a multiple of 16 and rows are 16-byte aligned; a given ``out`` may be
-    any memory with such rows that no input lies in."""
+    the last two are empty unless ``save``. A given ``out`` may be any memory with 16-byte aligned rows that no input
+    lies in."""
+    u, delta, A, B, C, D, z, delta_bias, reverse, scale = inputs
     k, b, length, d = u.shape
     N = A.shape[-1]
     out = u.new_empty(b, length, d) if out is None else out
@@ -139,24 +146,16 @@ def launch_forward(
 
 def launch_backward(
     dout: Tensor,  # [b, L, d]
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor,
+    inputs: Inputs,
     y: Tensor,
     states: Tensor,
-    reverse: Sequence[bool],
-    scale: float,
     dB: Tensor,  # [k, b, L, N], written
     dC: Tensor,  # [k, b, L, N], written
     dz: Tensor | None,  # [b, L, d], written
     out: Tensor | None = None,  # [b, L, d], forward's output, written again; needs z
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(du, ddelta [k, b, L, d], dA [k, d, N], dD, ddelta_bias [k, d]), the last three fp32."""
+    u, delta, A, B, C, D, z, delta_bias, reverse, scale = inputs
     k, b, length, d = u.shape
     N = A.shape[-1]
     program = backward_program(u.dtype, N, k * b * length, u.device)
@@ -196,9 +195,14 @@ def _scan(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(
-        copyable(u), copyable(delta), A.contiguous(), _rows(B), _rows(C), D.contiguous(),
-        None if z is None else copyable(z), delta_bias.contiguous(), reverse, scale, save,
+    return launch_forward(_readable(Inputs(u, delta, A, B, C, D, z, delta_bias, reverse, scale)), save)
+
+
+def _readable(x: Inputs) -> Inputs:
+    """The same inputs in memory that the kernels can read."""
+    return Inputs(
+        copyable(x.u), copyable(x.delta), x.A.contiguous(), _rows(x.B), _rows(x.C), x.D.contiguous(),
+        None if x.z is None else copyable(x.z), x.delta_bias.contiguous(), x.reverse, x.scale,
     )  # fmt: skip
 
 
@@ -231,10 +235,8 @@ def _scan_grad(
     """Gradients of (u, delta, A, B, C, D, z, delta_bias); z's is empty where there is no z."""
     dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
     dz = None if z is None else u.new_empty(z.shape)
-    du, ddelta, dA, dD, dbias = launch_backward(
-        copyable(dout), copyable(u), copyable(delta), A.contiguous(), _rows(B), _rows(C), D.contiguous(),
-        None if z is None else copyable(z), delta_bias.contiguous(), y, states, reverse, scale, dB, dC, dz,
-    )  # fmt: skip
+    inputs = _readable(Inputs(u, delta, A, B, C, D, z, delta_bias, reverse, scale))
+    du, ddelta, dA, dD, dbias = launch_backward(copyable(dout), inputs, y, states, dB, dC, dz)
     return du, ddelta, dA, dB, dC, dD, u.new_empty(0) if dz is None else dz, dbias
 
 
@@ -315,5 +317,5 @@ def selective_scan(
         z = None if z is None else torch.nn.functional.pad(z, (0, pad))
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    out, _, _ = _scan(*tensors, list(reverse), scale, save)
+    out: Tensor = _scan(*tensors, list(reverse), scale, save)[0]
     return out[..., :d] if pad else out
