@@ -150,10 +150,14 @@ def test_the_compiler_traces_through_the_choice(added: Callable[..., None]) -> N
 
 
 def test_names_and_ops_are_checked() -> None:
-    with pytest.raises(ValueError, match="'gluon' exists already"):
+    with pytest.raises(ValueError, match="'gluon' already exists"):
         register(Backend("gluon", ops={}))
     with pytest.raises(ValueError, match="unknown op 'scna'; ops are scan, conv, norm, block"):
         register(Backend("new", ops={"scna": doubled_scan}))  # type: ignore[dict-item]
+    with pytest.raises(
+        ValueError, match="no kernel backend 'fast' to prefer 'new' to; use gluon, mamba_ssm, reference"
+    ):
+        register(Backend("new", ops={}), before="fast")
     assert "new" not in backend_names()
 
 

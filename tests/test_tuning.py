@@ -93,7 +93,7 @@ def test_a_cache_that_cannot_be_written_ends_nothing(a_gpu: Path, monkeypatch: p
     pytest.importorskip("triton")
     (a_gpu / "vimfast").write_text("a file where the folder should be")
     monkeypatch.setattr(tune, "tune", lambda device, tell: OTHER)
-    with pytest.warns(UserWarning, match="set XDG_CACHE_HOME"):
+    with pytest.warns(UserWarning, match="XDG_CACHE_HOME to a writable folder"):
         tune.tune_once(0, lambda line: None)
 
 

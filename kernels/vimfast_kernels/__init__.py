@@ -1,8 +1,8 @@
 """Ops of Vision Mamba, channels last, one signature for every backend. Never imports vimfast.
 
-A room an op, each with its public function, its reference in plain torch and the kernels of the backend ``gluon``:
+One package per op, with its public function, its plain-torch reference and the kernels of the ``gluon`` backend:
 :mod:`~vimfast_kernels.scan`, :mod:`~vimfast_kernels.conv`, :mod:`~vimfast_kernels.norm`, :mod:`~vimfast_kernels.block`.
-The switch between backends is :mod:`vimfast_kernels.backends`; those there are, are registered here.
+:mod:`vimfast_kernels.backends` chooses between backends, which are registered here.
 """
 
 from vimfast_kernels import gluon, mamba, reference

@@ -1,4 +1,4 @@
-"""Plain-torch arithmetic that the references of all rooms share."""
+"""Plain-torch helpers shared by the references of all ops."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def silu_slope(x: Tensor) -> Tensor:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product of x is in: autocast's where it is on, else that of x."""
+    """The dtype of a matrix product of x: autocast's if enabled, else x's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def empty_gradients(first: Tensor, *rest: Tensor | None) -> list[Tensor]:
-    """Memory for the gradient of each tensor, empty for one that is None."""
+    """Uninitialized memory for the gradient of each tensor; no elements for None."""
     return [
         first.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (first, *rest)

@@ -1,7 +1,7 @@
-"""Which implementation runs an op. A backend is one object; adding one is registering it.
+"""Which implementation runs an op. A backend is one object; to add one, register it.
 
-``auto`` takes, for each op, the first registered backend that has it and serves the tensors at hand; it never fails. A
-backend that is asked for by name runs what it has or raises a ValueError, and the reference runs what it lacks.
+``auto`` picks, for each op, the first registered backend that implements it and serves the given tensors; it never
+fails. A backend requested by name runs the ops it has, or raises ValueError; the reference runs those it lacks.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ Op = Literal["scan", "conv", "norm", "block"]
 OPS: tuple[Op, ...] = get_args(Op)
 AUTO = "auto"
 REFERENCE = "reference"  # has every op and serves every tensor
-STATES = 16  # what is asked about where an op has no states
+STATES = 16  # the state size to ask about for ops that have none
 
 
 def _nothing(*_: Any) -> None:
-    """No objection."""
+    """Default: no objection."""
 
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """Implementations of some ops, and whether they serve.
+    """Implementations of some ops, and whether they can serve.
 
-    ``ops`` holds functions with the signatures of :mod:`vimfast_kernels.reference`. ``devices`` and ``dtypes`` say what
-    they are made for, all there are if empty: ``auto`` passes over other tensors without a word. ``missing`` says what
-    the machine lacks, as a phrase after the backend's name: "needs ...". ``why_not(device, dtype, states)`` says why
-    tensors that the backend is made for are not served all the same, or None; ``auto`` warns of that once. Answers are
-    remembered, so they may be dear.
+    Attributes:
+        ops: functions with the signatures given in :mod:`vimfast_kernels.reference`.
+        why_not: ``why_not(device, dtype, states)`` is the reason why supported tensors cannot be served after all, or
+            None. ``auto`` warns about it once. Answers are cached, so a trial run is affordable.
+        missing: what this machine lacks, phrased to follow the backend's name ("needs ..."), or None.
+        devices, dtypes: what the ops support; anything if empty. ``auto`` skips unsupported tensors silently.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = ()
 
     def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why such tensors are none of its business, or None."""
+        """Why such tensors are unsupported, or None."""
         if self.devices and device.type not in self.devices:
             return "no GPU" if device.type == "cpu" else f"{self.name} does not run on {device.type}"
         if self.dtypes and dtype not in self.dtypes:
@@ -56,24 +57,28 @@ class Backend:
 
 
 class Choice(NamedTuple):
-    """The backend that runs an op, and why one preferred to it does not: None if there is none."""
+    """The backend that runs an op, and why the one that ``auto`` prefers most does not (None if it does)."""
 
     backend: str
     reason: str | None
 
 
-_registry: dict[str, Backend] = {}  # in the order of ``auto``'s preference
+_registry: dict[str, Backend] = {}  # in ``auto``'s order of preference
 
 
 def register(backend: Backend, *, before: str | None = None) -> None:
-    """Make a backend known by its name; ``auto`` prefers it to ``before``, and without one never takes it."""
+    """Make a backend available by name; ``auto`` prefers it to ``before``, and never picks it without."""
     if backend.name in (AUTO, *_registry):
-        raise ValueError(f"kernel backend {backend.name!r} exists already; choose another name")
+        raise ValueError(f"kernel backend {backend.name!r} already exists; choose another name")
     if unknown := [op for op in backend.ops if op not in OPS]:
         raise ValueError(f"kernel backend {backend.name!r} has the unknown op {unknown[0]!r}; ops are {', '.join(OPS)}")
-    after = [] if before is None else list(_registry)[list(_registry).index(before) :]
-    moved = {name: _registry.pop(name) for name in after}
-    _registry.update({backend.name: backend, **moved})
+    if before is not None and before not in _registry:
+        raise ValueError(
+            f"there is no kernel backend {before!r} to prefer {backend.name!r} to; use {', '.join(_registry)}"
+        )
+    names = list(_registry)
+    later = [] if before is None else names[names.index(before) :]
+    _registry.update({backend.name: backend, **{name: _registry.pop(name) for name in later}})
     _forget()
 
 
@@ -89,12 +94,12 @@ def _forget() -> None:
 
 
 def backend_names() -> tuple[str, ...]:
-    """What a model may be asked to run on: ``auto`` and every registered backend."""
+    """The choices of a model's backend: ``auto`` and every registered one."""
     return (AUTO, *_registry)
 
 
 def check_backend(name: str) -> str:
-    """``name`` itself if this machine can run it; a ValueError with the fix if not."""
+    """``name`` itself if this machine can run it; otherwise ValueError with the fix."""
     if name not in backend_names():
         raise ValueError(f"unknown scan backend {name!r}; the known ones are {', '.join(backend_names())}")
     if name != AUTO and (lacking := _registry[name].missing()):
@@ -105,18 +110,18 @@ def check_backend(name: str) -> str:
 def dispatch(
     op: Op, backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES
 ) -> Callable[..., Any]:
-    """The function that runs an op on such tensors, by a backend's name or ``auto``."""
+    """The function that runs an op on such tensors, given a backend's name or ``auto``."""
     return _registry[_chosen(op, backend, device, dtype, states)].ops[op]
 
 
 def serving(op: Op, device: torch.device, dtype: torch.dtype, states: int = STATES) -> list[str]:
-    """The backends that have an op and serve such tensors, in the order that ``auto`` prefers."""
+    """The backends that implement an op and serve such tensors, in ``auto``'s order of preference."""
     return [backend.name for backend in _having(op) if _objection(backend, device, dtype, states) is None]
 
 
 def report(backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES) -> dict[Op, Choice]:
-    """What runs each op on such tensors, and why not what ``auto`` prefers to it."""
-    device = torch.empty(0, device=device).device  # with its index
+    """For each op: which backend runs it on such tensors, and why not a preferred one."""
+    device = torch.empty(0, device=device).device  # fills in the index
     choices = {}
     for op in OPS:
         name = _choose(op, backend, device, dtype, states)
@@ -138,9 +143,9 @@ def explain(backend: str, device: torch.device, dtype: torch.dtype, states: int 
 
 
 def _constant(function: F) -> F:
-    """For the compiler, which traces through a cache, but not into a function marked as constant.
+    """Keep torch.compile, which traces through caches, out of a function whose result is constant.
 
-    ``torch.compiler.assume_constant_result`` does no more, and imports the whole compiler for it, which takes seconds.
+    ``torch.compiler.assume_constant_result`` does the same, but imports the whole compiler, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -151,7 +156,7 @@ def _chosen(op: Op, backend: str, device: torch.device, dtype: torch.dtype, stat
     return _choose(op, backend, device, dtype, states)
 
 
-@functools.cache  # so that it costs nothing in a step
+@functools.cache  # free in a training step
 def _choose(op: Op, backend: str, device: torch.device, dtype: torch.dtype, states: int) -> str:
     if backend == AUTO:
         return next(b.name for b in _having(op) if _serves(b.name, device, dtype, states))
@@ -169,7 +174,7 @@ def _having(op: Op) -> Iterator[Backend]:
 
 
 def _preferred(op: Op, chosen: str) -> Iterator[Backend]:
-    """Those with an op that ``auto`` asks before the one it chose."""
+    """The backends with an op that ``auto`` tries before the chosen one."""
     return takewhile(lambda backend: backend.name != chosen, _having(op))
 
 
@@ -177,7 +182,7 @@ def _objection(backend: Backend, device: torch.device, dtype: torch.dtype, state
     return backend.unfit(device, dtype) or backend.why_not(device, dtype, states)
 
 
-@functools.cache  # so that the warning comes once
+@functools.cache  # warns once
 def _serves(name: str, device: torch.device, dtype: torch.dtype, states: int) -> bool:
     backend = _registry[name]
     if backend.unfit(device, dtype):

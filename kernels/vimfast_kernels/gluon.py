@@ -1,6 +1,6 @@
 """The backend ``gluon``: our kernels in Gluon and Triton, for NVIDIA GPUs.
 
-They are compiled and tried once for each GPU, dtype and state size; triton is not imported before.
+They are compiled and tried once per GPU, dtype and state size; triton is not imported until then.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _trial(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
         from vimfast_kernels.scan import launch as scan_launch
 
         scan_launch.check(dtype, states, length=1)
-        # The first call may come from inference, where no tensor made could have a gradient.
+        # The first call may come from inference mode, where no tensor can require a gradient.
         outside = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False)
         with outside[0], outside[1], outside[2], torch.cuda.device(device):
 
@@ -110,12 +110,12 @@ def _trial(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
             conv = small(64, 4), small(64)
             one = Direction(*conv, small(2 + 2 * states, 64), small(64, 2), small(64), small(64, states), small(64))
             weights = MixerWeights(small(128, 32), None, one, one, small(32, 64), None)
-            length = scan_launch.PRODUCTS_SUMS  # long enough for the kernels that real sequences meet
+            length = scan_launch.PRODUCTS_SUMS  # long enough to use the same kernels as real sequences
             x = small(1, length, 32).to(dtype).requires_grad_()
             out, total = launch.bidirectional_block(x, small(1, length, 32), small(32), None, weights, dtype=dtype)
             (grad,) = torch.autograd.grad(out.sum() + total.sum(), x)
             finite = bool(out.isfinite().all() & grad.isfinite().all())
-    except Exception as error:  # no triton, one with other names, a driver too old: they fail in many ways
+    except Exception as error:  # no triton, one with other names, a driver too old: failures take many forms
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     return None if finite else "a trial run gave non-finite outputs"
 

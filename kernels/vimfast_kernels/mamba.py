@@ -1,4 +1,4 @@
-"""The backend ``mamba_ssm``: the CUDA kernels of the packages mamba-ssm and causal-conv1d, where they are installed."""
+"""The backend ``mamba_ssm``: the CUDA kernels of mamba-ssm and causal-conv1d, where these packages are installed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class _Packages(NamedTuple):
 
 @functools.cache
 def _load() -> _Packages | str:
-    """The public functions of both packages, or why they cannot be had."""
+    """The public functions of both packages, or why they cannot be imported."""
     try:
         from causal_conv1d import causal_conv1d_fn
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except Exception as error:  # built for another torch, they fail in many ways
+    except Exception as error:  # a build for another torch fails in many ways
         return f"{type(error).__name__}: {error}"
     return _Packages(selective_scan_fn, causal_conv1d_fn)
 
@@ -74,27 +74,35 @@ def scan_one_direction(
     delta_bias: Tensor | None,  # [d]
     reverse: bool,
 ) -> Tensor:  # [b, L, d]
-    """Through mamba_ssm, whose sequences are [b, d, L] of one dtype."""
+    """Calls mamba_ssm, whose sequences are [b, d, L] and share one dtype."""
 
-    def there(x: Tensor | None) -> Any:
+    def sequence(x: Tensor | None) -> Any:
         if x is None:
             return None
         x = x.to(u.dtype).transpose(1, 2)
         return x.flip(2) if reverse else x
 
-    def plain(x: Tensor | None) -> Any:
+    def parameter(x: Tensor | None) -> Any:
         return None if x is None else x.float()
 
     packages = _load()
     assert isinstance(packages, _Packages)
     y = packages.scan(
-        there(u), there(delta), plain(A), there(B), there(C), plain(D), there(z), plain(delta_bias), delta_softplus=True
+        sequence(u),
+        sequence(delta),
+        parameter(A),
+        sequence(B),
+        sequence(C),
+        parameter(D),
+        sequence(z),
+        parameter(delta_bias),
+        delta_softplus=True,
     )
     return (y.flip(2) if reverse else y).transpose(1, 2)
 
 
 def conv_one_direction(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """Through causal_conv1d: x [b, L, d], weight [d, W] -> [b, L, d]."""
+    """Calls causal_conv1d: x [b, L, d], weight [d, W] -> [b, L, d]."""
     packages = _load()
     assert isinstance(packages, _Packages)
     x = (x.flip(1) if reverse else x).transpose(1, 2)

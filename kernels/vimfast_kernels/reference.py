@@ -1,12 +1,12 @@
-"""The backend ``reference``: every op in plain torch, on any device. Its functions are the signatures of all backends.
+"""The backend ``reference``: every op in plain torch, on any device. Every backend's ops have these signatures.
 
     scan(u, delta, A, B, C, D, z, delta_bias, reverse, scale) -> [b, L, d]
     conv(x, weight, bias, reverse) -> [k, b, L, d]
     norm(x, residual, weight, bias, noise, drop_rate, eps, rms) -> (y, new residual)
-    block(...), as :func:`vimfast_kernels.bidirectional_block`, whose ``backend`` is the one that was asked for
+    block(...) -> (out, new residual), as :func:`vimfast_kernels.bidirectional_block`; ``backend`` is the requested one
 
-Tensors have a leading dimension of k directions where each direction has its own, as in
-:func:`vimfast_kernels.bidirectional_scan`; ``reverse`` has k entries, True where time runs down.
+k is the number of directions, 1 or 2; ``reverse`` has k entries, True for a direction that runs from the last position
+to the first.
 """
 
 from __future__ import annotations

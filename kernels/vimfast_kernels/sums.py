@@ -1,4 +1,4 @@
-"""Sums over many rows in a fixed order, in Triton."""
+"""Deterministic sums over many rows, in Triton."""
 
 # Device functions are written in Triton's own dialect: no annotations beyond constexpr.
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -1,4 +1,4 @@
-"""The bidirectional mixer, alone and in its block: one op where a backend has it, else a composition."""
+"""The bidirectional mixer, alone and in its block: fused if the backend can, else composed of the other ops."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def bidirectional_block(
     """r = residual + keep x; (bidirectional_mixer(norm(r)), r), the norm an RMSNorm or, if not ``rms``, a LayerNorm.
 
     keep is as in :func:`add_rms_norm`. The first is in x's dtype or autocast's, r in fp32 (float64 for float64).
-    ``overwrite`` lets r take the residual's memory, or x's where there is none, if no gradient is asked for.
-    Differentiable in every tensor but the noise. ValueErrors and source as of :func:`bidirectional_mixer`.
+    ``overwrite`` lets r take the residual's memory, or x's where there is none, if no gradient is needed.
+    Differentiable in every tensor but the noise. Raises ValueError as :func:`bidirectional_mixer` does.
     """
     run = dispatch("block", backend, x.device, autocast_dtype(x), weights.forth.A_log.shape[1])
     out: tuple[Tensor, Tensor] = run(

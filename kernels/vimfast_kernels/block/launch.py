@@ -157,7 +157,7 @@ def _block_grad(
     b, length, _ = xz.shape
     rows, d, pad = b * length, w.D.shape[1], w.dt_weight.shape[2]
     x, z = xz[..., :d], xz[..., d:]
-    # Two products and a convolution again cost less than keeping 4 [b, L, d] arrays a layer.
+    # Recomputing two products and a convolution costs less than keeping four [b, L, d] arrays per layer.
     u = conv.launch_forward(x, w.conv_weight, w.conv_bias, REVERSE)
     delta = _time_steps(w, x_dbl.view(2, rows, -1)).view_as(u)
     dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
@@ -231,7 +231,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     residual_dtype = None if residual is None else residual.dtype
     ctx.options = drop_rate, eps, rms, scale, x.dtype, residual_dtype
     ctx.save_for_backward(noise, *output[1:], *flat)
-    ctx.set_materialize_grads(False)  # else zeros are written for what is only kept
+    ctx.set_materialize_grads(False)  # otherwise zeros are written for outputs that are only saved
 
 
 def _backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -264,9 +264,9 @@ def bidirectional_block(
 ) -> tuple[Tensor, Tensor]:
     """`vimfast_kernels.bidirectional_block`, its products in ``dtype``, which is that of the output.
 
-    Kept for backward, beside the inputs: the new residual, xz, x_dbl, the sum before the gate, every 8th state; the
-    normalized x, the convolution, the time steps and the gated sum are made again. Raises ValueError for a d that is
-    no multiple of 16 and where `scan.selective_scan` and `norm.add_norm` would.
+    Saved for backward, besides the inputs: the new residual, xz, x_dbl, the sum before the gate, every 8th state; the
+    normalized x, the convolution, the time steps and the gated sum are recomputed. Raises ValueError for a d that is
+    not a multiple of 16, and where `scan.selective_scan` and `norm.add_norm` do.
     """
     norm.check(x, residual, noise, norm_weight)
     d, n = weights.forth.A_log.shape

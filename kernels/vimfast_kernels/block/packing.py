@@ -36,7 +36,7 @@ class Packed(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """The gradients of a layer's weights as its backward pass leaves them, fp32; None for those nobody asked for."""
+    """The gradients of a layer's weights as its backward pass leaves them, fp32; None for those not requested."""
 
     in_weight: Tensor | None  # [parts, 2 d, C], still to be summed
     in_bias: Tensor | None  # [2 d]

@@ -1,4 +1,4 @@
-"""The bidirectional mixer and its block as a composition of the other ops, each on the backend that is asked for."""
+"""The bidirectional mixer and its block, composed of the other ops, each on the requested backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def block(
     noise: Tensor | None,  # [b]
     drop_rate: float,
     scale: float,
-    overwrite: bool,  # which saves nothing here
+    overwrite: bool,  # no effect here
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """:func:`vimfast_kernels.bidirectional_block`."""
@@ -49,8 +49,8 @@ def bidirectional_mixer(
     """out_proj(scale * silu(z) * sum_k scan_k(u_k)), with x', z = split(in_proj(x)) and u_k = silu(conv_k(x')).
 
     (dt, B, C)_k = split(x_weight_k u_k) and delta_k = dt_weight_k dt_k. Direction 1, ``weights.back``, runs from the
-    last position to the first, its convolution too. Differentiable in every tensor; a ValueError tells of shapes that
-    do not fit. Source: Zhu et al., "Vision Mamba", 2024, algorithm 1.
+    last position to the first, its convolution too. Differentiable in every tensor. Raises ValueError for shapes that
+    do not match. Source: Zhu et al., "Vision Mamba", 2024, algorithm 1.
     """
     ways = weights.forth, weights.back
     n = weights.forth.A_log.shape[1]

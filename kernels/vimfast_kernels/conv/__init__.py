@@ -17,8 +17,8 @@ def causal_conv1d_silu(
 ) -> Tensor:  # [b, L, d] in x's dtype
     """silu(bias + sum_{lag < W} weight[:, W-1-lag] x_{t-lag}); with ``reverse`` it looks ahead: x_{t+lag}.
 
-    Positions outside the sequence count as zero. fp32 inside. Differentiable in every tensor. A ValueError tells of
-    shapes that do not fit and of a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
+    Positions outside the sequence count as zero. fp32 inside. Differentiable in every tensor. Raises ValueError for
+    shapes that do not match and for a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
     """
     stacked = weight[None], None if bias is None else bias[None]
     _check(x, *stacked, 1)

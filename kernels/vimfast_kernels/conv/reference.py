@@ -1,4 +1,4 @@
-"""The causal convolution with SiLU in plain torch: what every faster one is measured against, on any device.
+"""The causal convolution with SiLU in plain torch: what every faster one is compared with, on any device.
 
 A forward and a hand-derived backward, registered as torch custom ops with shape functions, in fp32 (float64 for
 float64 inputs) whatever dtype comes in.

@@ -137,7 +137,7 @@ _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check(x: Tensor, residual: Tensor | None, noise: Tensor | None, weight: Tensor) -> None:
-    """A ValueError for shapes that do not fit."""
+    """Raises ValueError for shapes that do not match."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight is {tuple(weight.shape)} for {x.shape[-1]} channels; they must agree")
     if residual is not None and residual.shape != x.shape:

@@ -23,8 +23,8 @@ def selective_scan(
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t; y_t = (C_t . h_t + D u_t) silu(z_t); dt = softplus(delta + delta_bias).
 
     State and arithmetic are fp32 whatever the dtypes (float64 for a float64 u, on the reference). ``reverse`` scans
-    from the last position to the first. Differentiable in every tensor. A ValueError tells of shapes that do not fit
-    and of a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
+    from the last position to the first. Differentiable in every tensor. Raises ValueError for shapes that do not
+    match and for a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.
     """
     stacked = u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias)
@@ -71,7 +71,7 @@ def _check(
     delta_bias: Tensor | None,
     ways: int,
 ) -> None:
-    """A ValueError for the first tensor whose shape does not follow from those of u and A."""
+    """Raises ValueError for the first tensor whose shape does not match u and A."""
     if u.dim() != 4 or A.dim() != 3 or u.shape[0] != ways or not u.is_floating_point():
         lead = "[2, " if ways == 2 else "["
         raise ValueError(
@@ -91,4 +91,4 @@ def _check(
     }
     for name, (x, shape) in expected.items():
         if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"selective scan: {name} is {tuple(x.shape)}, but u and A ask for {shape}")
+            raise ValueError(f"selective scan: {name} is {tuple(x.shape)}, but u and A imply {shape}")

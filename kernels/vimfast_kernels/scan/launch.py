@@ -31,9 +31,9 @@ BACKWARD = {
     32: {"BD": 32, "WARPS": 1, "PER_THREAD": 16, "UNROLL": 2, "PRODUCTS": False},
     64: {"BD": 16, "WARPS": 1, "PER_THREAD": 32, "UNROLL": 2, "PRODUCTS": False},
 }
-# In bf16, dB and dC are products with the states and their gradients as bf16, rounded once more. That adds a third to
-# the error that bf16 outputs have in any case, but only on the average: one sum whose terms cancel may be off by more.
-# So only where there are this many sums.
+# In bf16, dB and dC are products with the states and their gradients as bf16, rounded once more. On average that adds a
+# third to the error that bf16 outputs have anyway, but a single sum whose terms cancel may be off by more: only used
+# where there are at least this many sums.
 PRODUCTS_SUMS = 128
 BACKWARD_REGISTERS = 168  # in bf16: 12 warps reside on a multiprocessor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -78,19 +78,19 @@ def _meta(u: Tensor, N: int, reverse: Sequence[bool], gate: bool) -> dict[str, o
 
 
 def check(dtype: torch.dtype, states: int, length: int) -> None:
-    """A ValueError for what no kernel takes."""
+    """Raises ValueError for what no kernel supports."""
     if dtype not in DTYPES:
         raise ValueError(f"u is {dtype}; this scan takes bfloat16, float16 or float32")
     if states not in FORWARD_NARROW:
         raise ValueError(f"state size {states} has no kernel; take one of {sorted(FORWARD_NARROW)}")
     if length == 0:
-        raise ValueError("the sequence is empty; L must be at least 1")
+        raise ValueError("the sequence is empty; L must be >= 1")
 
 
 def empty_saved(
     like: Tensor, k: int, b: int, length: int, d: int, n: int, save: bool, gate: bool
 ) -> tuple[Tensor, Tensor]:
-    """(sum before the gate, states every CHUNK steps) for backward, empty where there is nothing to keep."""
+    """(sum before the gate, states every CHUNK steps) for backward, without elements where there is nothing to save."""
     keep = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
     y = like.new_empty((b, length, d) if save and gate else (0,))
     return y, like.new_empty((k, b, (length + CHUNK - 1) // CHUNK, d, n) if save else (0,), dtype=keep)
@@ -103,7 +103,10 @@ def forward_program(dtype: torch.dtype, batch: int, channels: int, states: int, 
     if 3 * batch * triton.cdiv(channels, program.channels) <= WIDE_PROGRAMS * multiprocessors(device):
         program = FORWARD_NARROW[states]
     shape = {"BD": program.channels, "LANES": program.lanes, "UNROLL": program.unroll}
-    return shape | {"maxnreg": program.registers, "enable_fp_fusion": True}  # newer Tritons fuse only if told to
+    return shape | {
+        "maxnreg": program.registers,
+        "enable_fp_fusion": True,
+    }  # newer Tritons only fuse on request
 
 
 def backward_program(dtype: torch.dtype, states: int, sums: int, device: torch.device) -> dict[str, Any]:
@@ -256,7 +259,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, ctx.reverse, ctx.scale, _ = inputs
     _, y, states = output
     ctx.save_for_backward(*tensors, y, states)
-    ctx.set_materialize_grads(False)  # else zeros are written for y and states
+    ctx.set_materialize_grads(False)  # otherwise zeros are written for y and states
 
 
 def _backward(ctx: Any, dout: Tensor | None, _dy: None, _dstates: None) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""The selective scan in plain torch: what every faster one is measured against, on any device.
+"""The selective scan in plain torch: what every faster one is compared with, on any device.
 
 A forward and a hand-derived backward, registered as torch custom ops with shape functions, so that ``torch.compile``
 sees one node instead of an unrolled loop. Arithmetic is fp32 (float64 for
@@ -31,7 +31,7 @@ MIN_CHUNK_STEPS = 8  # at state 16 the saved states then take as much as two act
 #
 # Batch and length are cut into pieces. What needs no order is done for all steps of a piece at once; a step itself is
 # one multiply-add on [b, N, d]. Channels are innermost, so that every product runs over long rows. Forward keeps the
-# state before each chunk of the length; backward makes the states of the chunk again from it.
+# state before each chunk of the length; backward recomputes the states of the chunk from it.
 
 
 def piece(batch: int, length: int, channels: int, states: int, on_gpu: bool) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class _Direction:
         return decay, before, after
 
     def adjoints(self, t: slice, dy: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
-        """Gradients of the states of the chunk at t, [b, T, N, d]; `carry` is what the next chunk hands back."""
+        """Gradients of the states of the chunk at t, [b, T, N, d]; `carry` comes from the next chunk."""
         adjoint = torch.mul(dy[:, t].unsqueeze(2), self.C[:, t], out=self._adjoint[:, : t.stop - t.start])
         later, *rest = _ordered(adjoint, not self.reverse)
         later.add_(carry)
@@ -185,7 +185,7 @@ def scan_backward(
     dA, dD, dbias = (torch.zeros_like(x, dtype=saved.dtype) for x in (A, A[..., 0], A[..., 0]))
     dout = wide(grad) * scale
     dy = dout if z is None else dout * F.silu(wide(z))
-    y = torch.zeros_like(dy)  # made again for dz only
+    y = torch.zeros_like(dy)  # recomputed for dz only
     for k, b, part in _directions(u, delta, A, B, C, delta_bias, reverse):
         ddt, ddtu = torch.empty_like(part.dt), torch.empty_like(part.dt)
         carry = torch.zeros_like(saved[k, b, 0])
