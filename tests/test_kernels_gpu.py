@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vimfast_kernels import bidirectional_block
+from vimfast_kernels import bidirectional_block, explain, report
 from vimfast_kernels.arithmetic import wide
 from vimfast_kernels.conv.reference import conv_silu
 from vimfast_kernels.norm.reference import add_layer_norm, add_rms_norm
@@ -76,6 +76,18 @@ def check(
         bound = 2 * relative(c, b) + NOISE[dtype] + (slack or {}).get(i, 0.0)
         assert relative(a, b) <= bound, f"output {i}: {relative(a, b):.2e} > {bound:.2e}"
         assert torch.equal(a, d), f"output {i} differs from run to run"
+
+
+def test_auto_runs_every_op_on_these_kernels() -> None:
+    for dtype in (BF16, FP16, FP32):
+        choices = report("auto", torch.device("cuda"), dtype)
+        assert set(choices.values()) == {("gluon", None)}
+    assert explain("auto", torch.device("cuda"), BF16) == "gluon"
+    assert explain("auto", torch.device("cuda"), torch.float64) == "reference (gluon does not take torch.float64)"
+    with pytest.raises(ValueError, match="runs on cuda tensors and these are on cpu"):
+        explain("gluon", torch.device("cpu"), FP32)
+    with pytest.raises(ValueError, match="state size 10 has no kernel; take one of"):
+        explain("gluon", torch.device("cuda"), FP32, 10)
 
 
 def scan_inputs(

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimfast_kernels import Direction, MixerWeights, bidirectional_block
-from vimfast_kernels.block import launch as block_launch
+from vimfast_kernels import Backend, Direction, MixerWeights, bidirectional_block, gluon, register
 from vimfast_kernels.block.packing import pack, padded, unpack
 from vimfast_kernels.block.weights import flatten, unflatten
 from vimfast_kernels.conv.launch import causal_conv_silu
@@ -146,8 +145,7 @@ def blocks(
     ]
 
     def fast(*v: Any, **more: Any) -> Any:
-        weights = unflatten(v[4:])
-        return block_launch.bidirectional_block(*v[:4], weights, dtype=torch.float32, **options, **more)
+        return bidirectional_block(*v[:4], unflatten(v[4:]), **options, **more, backend="interpreted")
 
     return fast, lambda *v: bidirectional_block(*v[:4], unflatten(v[4:]), **options), inputs
 
@@ -188,6 +186,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # every torch.empty is full of NaN
     scan_launch.launch_forward, scan_launch.launch_backward = forward_by_reference, backward_by_reference
+    register(Backend("interpreted", ops={op: run for op, run in gluon.BACKEND.ops.items() if op != "scan"}))
     fp32, bf16 = torch.float32, torch.bfloat16
     errors = {
         "conv": conv(2, 19, 40, [False, True], 4, True),
@@ -204,6 +203,7 @@ def main() -> None:
         "packing, widened": packing(torch.float16, fp32, 24, 32, 16, 12, 4, True, False),
         "block": compare(*blocks(*USUAL)),
         "block, layer norm, 3 taps": compare(*blocks(3, 3, 33, False, True, False, 64, 8, 12, 3, True, False)),
+        "block of a width without kernels": compare(*blocks(2, 5, 10, True, True, True, 20, 8, 3, 4, True, False)),
         "block, one step": compare(*blocks(1, 1, 32, True, False, False, 64, 16, 8, 4, False, False)),
         "block without gradients": block_without_gradients(),
         "block with frozen weights": block_with_frozen_weights(),
