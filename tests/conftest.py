@@ -52,3 +52,23 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 seed = 1000 * label + i + (500 if split == "val" else 0)
                 write_picture(root / split / name / f"{name}_{i}.JPEG", seed, (60 + 7 * i, 50 + 11 * label))
     return root
+
+
+@pytest.fixture(scope="session")
+def textured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with detail at every scale, of many shapes and kinds of JPEG."""
+    root = tmp_path_factory.mktemp("textured")
+    rng = np.random.default_rng(0)
+    kinds: list[dict[str, object]] = [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"quality": 60}]
+    for i, (width, height) in enumerate([(500, 375), (333, 500), (61, 47), (257, 255), (640, 90), (40, 200), (96, 96)]):
+        detail = np.zeros((height, width, 3))
+        for cells in (3, 12, 40, 150):
+            noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+            detail += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), float) / 4
+        picture = Image.fromarray(detail.astype(np.uint8)).convert("L" if i == 3 else "RGB")
+        path = root / "train" / "a" / f"{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # "rotate me": nobody may
+        picture.save(path, "JPEG", exif=exif, **kinds[i % len(kinds)])
+    return root

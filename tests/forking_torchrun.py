@@ -21,7 +21,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 import vimfast.trainer  # noqa: F401
-from vimfast.data.pipeline import import_dali
+from vimfast.data.decoding import import_dali
 
 
 def fork(args: tuple[str, ...], env: dict[str, str], **options: Any) -> subprocess.Popen:

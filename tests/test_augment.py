@@ -8,44 +8,44 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from vimfast.data import augment
+from vimfast.augment import crops, draws
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def test_a_row_depends_on_its_position_alone() -> None:
-    together = augment.uniforms(3, 5, np.arange(100))
-    np.testing.assert_array_equal(augment.uniforms(3, 5, np.arange(37, 100, 8)), together[37::8])
-    np.testing.assert_array_equal(augment.uniforms(3, 5, np.array([90, 2, 41])), together[[90, 2, 41]])
-    far = augment.uniforms(3, 5, np.array([10**12]))
-    np.testing.assert_array_equal(augment.uniforms(3, 5, np.array([7, 10**12]))[1:], far)
+    together = draws.uniforms(3, 5, np.arange(100))
+    np.testing.assert_array_equal(draws.uniforms(3, 5, np.arange(37, 100, 8)), together[37::8])
+    np.testing.assert_array_equal(draws.uniforms(3, 5, np.array([90, 2, 41])), together[[90, 2, 41]])
+    far = draws.uniforms(3, 5, np.array([10**12]))
+    np.testing.assert_array_equal(draws.uniforms(3, 5, np.array([7, 10**12]))[1:], far)
 
 
 def test_rows_are_philox_of_seed_and_epoch() -> None:
     """Pins the numbers: another stream would change the pictures of every run that is resumed."""
-    rows = augment.uniforms(3, 5, np.arange(4))
+    rows = draws.uniforms(3, 5, np.arange(4))
     stream = np.random.Generator(np.random.Philox(key=np.array([3, 5], np.uint64)))
-    np.testing.assert_array_equal(rows.ravel(), stream.random(4 * augment.COLUMNS))
+    np.testing.assert_array_equal(rows.ravel(), stream.random(4 * draws.COLUMNS))
 
 
 def test_seeds_epochs_and_positions_have_rows_of_their_own() -> None:
-    rows = np.concatenate([augment.uniforms(seed, epoch, np.arange(50)) for seed, epoch in [(0, 0), (0, 1), (1, 0)]])
+    rows = np.concatenate([draws.uniforms(seed, epoch, np.arange(50)) for seed, epoch in [(0, 0), (0, 1), (1, 0)]])
     assert len(np.unique(rows)) == rows.size
     assert rows.min() >= 0
     assert rows.max() < 1
-    correlation = np.corrcoef(augment.uniforms(0, 0, np.arange(4000)), rowvar=False)
-    assert np.abs(correlation - np.eye(augment.COLUMNS)).max() < 5 / np.sqrt(4000)
+    correlation = np.corrcoef(draws.uniforms(0, 0, np.arange(4000)), rowvar=False)
+    assert np.abs(correlation - np.eye(draws.COLUMNS)).max() < 5 / np.sqrt(4000)
 
 
 def test_columns_do_not_overlap() -> None:
-    taken = np.zeros(augment.COLUMNS, int)
-    for column in (augment.CROP_AREA, augment.CROP_ASPECT, augment.CROP_TOP, augment.CROP_LEFT, augment.FLIP):
+    taken = np.zeros(draws.COLUMNS, int)
+    for column in (draws.CROP_AREA, draws.CROP_ASPECT, draws.CROP_TOP, draws.CROP_LEFT, draws.FLIP):
         taken[column] += 1
     assert taken.max() == 1
 
 
 def draw(sizes: np.ndarray, scale: tuple[float, float] = SCALE, ratio: tuple[float, float] = RATIO) -> np.ndarray:
-    return augment.random_resized_crop(augment.uniforms(0, 0, np.arange(len(sizes))), sizes, scale, ratio)
+    return crops.random_resized_crop(draws.uniforms(0, 0, np.arange(len(sizes))), sizes, scale, ratio)
 
 
 def test_boxes_lie_inside() -> None:
@@ -103,17 +103,17 @@ def test_centred_box_is_torchvisions(size: tuple[int, int]) -> None:
 
 
 def test_flips_come_with_their_probability() -> None:
-    u = augment.uniforms(0, 0, np.arange(10_000))
-    assert abs(augment.flips(u).mean() - 0.5) < 0.02
-    assert abs(augment.flips(u, 0.1).mean() - 0.1) < 0.012
-    assert augment.flips(u, 0.0).sum() == 0
-    assert augment.flips(u, 1.0).all()
+    u = draws.uniforms(0, 0, np.arange(10_000))
+    assert abs(draws.flips(u).mean() - 0.5) < 0.02
+    assert abs(draws.flips(u, 0.1).mean() - 0.1) < 0.012
+    assert draws.flips(u, 0.0).sum() == 0
+    assert draws.flips(u, 1.0).all()
 
 
 @pytest.mark.parametrize(("size", "crop_ratio"), [(224, 0.875), (64, 0.9), (33, 1.0), (160, 0.95)])
 def test_evaluation_geometry_is_torchvisions(size: int, crop_ratio: float) -> None:
     sizes = np.random.default_rng(1).integers(1, 600, (60, 2))
-    resized, corner = augment.resize_and_centre_crop(sizes, size, crop_ratio)
+    resized, corner = crops.resize_and_centre_crop(sizes, size, crop_ratio)
     resize = transforms.Resize(int(size / crop_ratio))
     for (height, width), ours, (top, left) in zip(sizes, resized.tolist(), corner.tolist(), strict=True):
         shape = resize(torch.empty(1, height, width)).shape[1:]

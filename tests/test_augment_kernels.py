@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vimfast.augment import pixels_pillow, randaugment
+from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
+from vimfast.augment.recipe import Recipe
 from vimfast.config import AugmentConfig
-from vimfast.data import randaugment
-from vimfast.data.recipe import Recipe
-from vimfast_kernels import augment_pillow
-from vimfast_kernels.augment import OPERATION, PATCH, Op, Plan
 
 triton = pytest.importorskip("triton")
 
@@ -61,37 +60,37 @@ def plans() -> dict[str, Plan]:
     patches["fill"] = np.random.default_rng(0).normal(size=(24, 3, 3))
     return {
         "each": Plan.of(every, np.zeros((len(every), 0), PATCH)),
-        "recipe": Recipe(AugmentConfig(recount=2, remode="const"), WIDTH).draw(0, 0, drawn),
-        "ThreeAugment": Recipe(AugmentConfig(three_augment=True), WIDTH).draw(0, 1, drawn),
+        "recipe": Recipe(AugmentConfig(recount=2, remode="const")).draw(0, 0, drawn, WIDTH),
+        "ThreeAugment": Recipe(AugmentConfig(three_augment=True)).draw(0, 1, drawn, WIDTH),
         "boxes": Plan(np.zeros((24, 1), OPERATION), patches),
     }
 
 
 def compare(device: str) -> None:
     """Measured in the interpreter: the same pixels but for 1 in 5,000 of a warp, which are a level off."""
-    from vimfast_kernels import augment_triton
+    from vimfast.augment import pixels_triton
 
     mean, std = NORMALIZATION["mean"], NORMALIZATION["std"]
     for title, plan in plans().items():
         images = pictures(len(plan.operations))
-        ours = augment_triton.augment(images.to(device), plan, mean, std, torch.float32).cpu()
+        ours = pixels_triton.carry_out(images.to(device), plan, mean, std, torch.float32).cpu()
         level = ours.new_tensor(std).view(3, 1, 1) * 255
-        difference = (ours - augment_pillow.augment(images, plan, mean, std, torch.float32)).abs() * level
+        difference = (ours - pixels_pillow.carry_out(images, plan, mean, std, torch.float32)).abs() * level
         assert difference.max() <= 1.001, title
         assert (difference > 0.5).float().mean() < 1e-3, title
         # The comparison can tell: most pictures were changed.
-        unchanged = augment_pillow.augment(images, Plan.nothing(len(images)), mean, std, torch.float32)
+        unchanged = pixels_pillow.carry_out(images, Plan.nothing(len(images)), mean, std, torch.float32)
         assert ((unchanged - ours).abs().amax((1, 2, 3)) > 0.02).float().mean() > 0.6, title
     check_noise(device)
 
 
 def check_noise(device: str) -> None:
-    from vimfast_kernels import augment_triton
+    from vimfast.augment import pixels_triton
 
     patches = np.zeros((6, 1), PATCH)
     patches["bottom"], patches["right"], patches["seed"][:, 0] = HEIGHT, WIDTH, (1, 2, 3, 4, 2**30, 1)
     plan = Plan(np.zeros((6, 1), OPERATION), patches)
-    out = augment_triton.augment(pictures(6).to(device), plan, *NORMALIZATION.values(), torch.float16).cpu()
+    out = pixels_triton.carry_out(pictures(6).to(device), plan, *NORMALIZATION.values(), torch.float16).cpu()
     assert out.dtype == torch.float16
     assert torch.equal(out[0], out[5])
     noise = out[:5].float()
@@ -105,7 +104,7 @@ def test_kernels_give_pillows_pixels() -> None:
     """Whether a kernel is interpreted is settled when its module is imported, so this runs in a process of its own."""
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    code = "from vimfast_kernels import augment_triton; augment_triton.BLOCK = 1024; "
+    code = "from vimfast.augment import pixels_triton; pixels_triton.BLOCK = 1024; "
     code += "import test_augment_kernels; test_augment_kernels.compare('cpu')"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
@@ -121,7 +120,7 @@ def test_kernels_compile(arch: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vimfast_kernels import augment_triton
+    from vimfast.augment import pixels_triton
 
     def compiled(kernel: triton.JITFunction, warps: int, **constants: int) -> str:
         types = {"images_ptr": "*u8", "before_ptr": "*u8", "after_ptr": "*u8", "tables_ptr": "*u8", "out_ptr": "*fp32"}
@@ -134,7 +133,7 @@ def test_kernels_compile(arch: int) -> None:
         options = {"num_warps": warps, "enable_fp_fusion": False}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
 
-    block, warps = augment_triton.BLOCK, augment_triton.WARPS
-    apply = compiled(augment_triton._apply, warps, H=224, W=224, LAST=True, BLOCK=block)
+    block, warps = pixels_triton.BLOCK, pixels_triton.WARPS
+    apply = compiled(pixels_triton._apply, warps, H=224, W=224, LAST=True, BLOCK=block)
     assert "fma.rn.f32" not in apply  # Pillow's C code has none, so with them pixels would be a level off
-    assert compiled(augment_triton._tables, augment_triton.TABLE_WARPS, BLOCK=augment_triton.TABLE_BLOCK)
+    assert compiled(pixels_triton._tables, pixels_triton.TABLE_WARPS, BLOCK=pixels_triton.TABLE_BLOCK)

@@ -14,13 +14,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
+from vimfast.augment import crops, draws, pixels
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
+from vimfast.augment.recipe import Recipe
 from vimfast.config import AugmentConfig
-from vimfast.data import augment
-from vimfast.data.loader import Batch
-from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-from vimfast.data.recipe import Recipe
 from vimfast.data.source import Source, open_source
-from vimfast_kernels import augment as kernels
+from vimfast.data.views import Batch
 
 SETTINGS = {
     "timm": AugmentConfig(recount=2),
@@ -44,8 +43,8 @@ def test_changes_come_behind_the_crop(source: Source, size: int) -> None:
     cfg = SETTINGS["timm"]
     plain_cfg = AugmentConfig(aa="", color_jitter=0.0, reprob=0.0)
     plain, augmented = (next(training_loader(source, 36, size=size, augmentation=c).epoch(1)) for c in (plain_cfg, cfg))
-    plan = Recipe(cfg, size).draw(3, 1, np.arange(36))
-    expected = kernels.augment(bytes_of(plain.images), plan, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    plan = Recipe(cfg).draw(3, 1, np.arange(36), size)
+    expected = pixels.carry_out(bytes_of(plain.images), plan, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     assert torch.equal(augmented.images, expected)
     changed = (augmented.images - plain.images).abs().amax((1, 2, 3)) > 0.1
     assert 20 < changed.sum() < 36  # some have neither operation nor box
@@ -80,16 +79,16 @@ def test_crops_without_a_free_resize_are_torchvisions(small: Source, crop: str) 
     for epoch in range(6):
         (batch,) = loader.epoch(epoch)
         positions, ids = loader.order.step(epoch, 0)
-        u = augment.uniforms(3, epoch, positions)
+        u = draws.uniforms(3, epoch, positions)
         for image, row, i in zip(levels(batch.images), u, ids.tolist(), strict=True):
             picture = Image.open(small.name(i)).convert("RGB")
             if crop == "simple":
                 picture = tvf.resize(picture, size, InterpolationMode.BICUBIC)
             padded = tvf.pad(picture, 4, padding_mode="reflect" if crop == "simple" else "constant")
-            top, left = augment.padded_crop(row[None], np.array([picture.size[::-1]]), size)[0].tolist()
+            top, left = crops.padded_crop(row[None], np.array([picture.size[::-1]]), size)[0].tolist()
             outside += top < 0 or left < 0
             cut = tvf.crop(padded, top + 4, left + 4, size, size)
-            flip = augment.flips(row[None])[0]
+            flip = draws.flips(row[None])[0]
             mirrored += flip
             expected = tvf.pil_to_tensor(tvf.hflip(cut) if flip else cut).float()
             assert (image - expected).abs().mean() < (0.5 if crop == "simple" else 0.01)
@@ -98,12 +97,12 @@ def test_crops_without_a_free_resize_are_torchvisions(small: Source, crop: str) 
 
 
 def test_places_of_padded_crops() -> None:
-    u = augment.uniforms(0, 0, np.arange(4000))
-    corners = augment.padded_crop(u, np.tile((40, 32), (4000, 1)), 32)
+    u = draws.uniforms(0, 0, np.arange(4000))
+    corners = crops.padded_crop(u, np.tile((40, 32), (4000, 1)), 32)
     assert [corners.min(axis=0).tolist(), corners.max(axis=0).tolist()] == [[-4, -4], [12, 4]]
     _, counts = np.unique(corners[:, 1], return_counts=True)
     assert abs(counts - 4000 / 9).max() < 100
-    assert augment.padded_crop(u[:1], np.array([[20, 20]]), 32).tolist() == [[-6, -6]]
+    assert crops.padded_crop(u[:1], np.array([[20, 20]]), 32).tolist() == [[-6, -6]]
 
 
 def test_random_interpolation_is_either_filter(source: Source) -> None:

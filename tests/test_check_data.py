@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_picture
+from loaders import make_loader
 from PIL import Image
 from timm.data import ImageNetInfo
 
@@ -21,8 +22,7 @@ from vimfast import check_data
 from vimfast.checks.findings import ClassCheck, Finding, imagenet_wnids, run_tasks
 from vimfast.checks.sample_grid import class_captions, to_pixels
 from vimfast.config import AugmentConfig
-from vimfast.data.loader import Loader
-from vimfast.data.sampler import Order
+from vimfast.data.order import Order
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
 from vimfast.shards.format import INDEX_DTYPE, MANIFEST
@@ -570,7 +570,7 @@ def test_the_sheet_shows_what_the_training_loader_gives(
     assert check(path, "--sample-grid", out, "--input-size", "192", "--seed", "3")[0] == 0
     source = open_source(path, "train")
     order = Order(len(source), 32, seed=3)
-    loader = Loader(source, order, device="cpu", training=True, augmentation=AugmentConfig(), size=192)
+    loader = make_loader(source, order, device="cpu", training=True, augmentation=AugmentConfig(), size=192)
     images, _ = next(loader.epoch(0))
     loader.close()
     with Image.open(out) as sheet:
@@ -585,7 +585,7 @@ def test_the_sheet_shows_what_the_training_loader_gives(
 def test_the_sheet_undoes_the_normalization(tree: Path) -> None:
     source = open_source(tree, "val")
     order = Order(len(source), 1, shuffle=False)
-    loader = Loader(source, order, device="cpu", training=False, size=48, crop_ratio=48 / 50)
+    loader = make_loader(source, order, device="cpu", training=False, size=48, crop_ratio=48 / 50)
     images, _ = next(loader.epoch(0))
     loader.close()
     with Image.open(source.name(0)) as image:

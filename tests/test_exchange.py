@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import write_picture
+from loaders import make_loader
 from PIL import Image
 from processes import run_on
 from torch import Tensor
 
+from vimfast.augment import crops, draws
 from vimfast.config import AugmentConfig
-from vimfast.data import augment
-from vimfast.data.loader import Loader
-from vimfast.data.sampler import Order
+from vimfast.data.order import Order
 from vimfast.data.source import Pictures, Source, open_source
 
 STEPS = 3
@@ -53,11 +53,10 @@ def batches(
 ) -> tuple[list[Tensor], list[Tensor], int]:
     source = Counted(open_source(root, "train"))
     order = Order(len(source), batch_size, world=world, rank=rank, seed=5, repeats=3, node=node)
-    loader = Loader(
+    loader = make_loader(
         source, order, device="cpu", training=True, augmentation=AugmentConfig(), size=40, threads=1, readahead=1,
-        prefetch=1, **options,
+        prefetch=1, regions=cuts, **options,
     )  # fmt: skip
-    loader._cuts_itself = cuts  # as on a GPU, but with Pillow
     taken = [next(stream) for stream in [loader.epoch(1, start)] for _ in range(STEPS)]
     loader.close()
     return [batch.images for batch in taken], [batch.labels for batch in taken], source.count
@@ -122,17 +121,14 @@ def test_crops_cut_here_are_pillows(images: Path) -> None:
         order = Order(len(source), 8, seed=5, repeats=3 if copies else 1)
         shown = []
         for cuts in (True, False):
-            loader = Loader(
-                source, order, device="cpu", training=True, size=40, threads=1, std=(1 / 255,) * 3, mean=(0.0,) * 3
-            )
-            loader._cuts_itself = cuts
+            loader = make_loader(source, order, regions=cuts, size=40, threads=1, std=(1 / 255,) * 3, mean=(0.0,) * 3)
             shown.append(next(loader.epoch(1, 1)).images)
             loader.close()
         positions, ids = order.step(1, 1)
-        u = augment.uniforms(5, 1, positions)
+        u = draws.uniforms(5, 1, positions)
         _, sizes, _ = source.read(ids)
-        boxes = augment.random_resized_crop(u, sizes)
-        for k, (i, flipped) in enumerate(zip(ids.tolist(), augment.flips(u).tolist(), strict=True)):
+        boxes = crops.random_resized_crop(u, sizes)
+        for k, (i, flipped) in enumerate(zip(ids.tolist(), draws.flips(u).tolist(), strict=True)):
             top, left, height, width = boxes[k].tolist()
             image = Image.open(source.name(i)).convert("RGB").crop((left, top, left + width, top + height))
             square = np.array(image.resize((40, 40), Image.Resampling.BICUBIC))

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_picture
+from loaders import make_loader
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
+from vimfast.augment import crops, draws
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.config import AugmentConfig
-from vimfast.data import augment
-from vimfast.data.loader import Batch, Loader
-from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-from vimfast.data.sampler import Order
+from vimfast.data.loader import Loader
+from vimfast.data.order import Order
 from vimfast.data.source import Pictures, Source, open_source
+from vimfast.data.views import Batch
 from vimfast.errors import UserError
 
 SIZE = 48
@@ -32,14 +34,14 @@ def training_loader(
     source: Source, batch_size: int = 4, *, world: int = 1, rank: int = 0, **settings: object
 ) -> Loader:
     order = Order(len(source), batch_size, world=world, rank=rank, seed=3)
-    return Loader(source, order, **{"device": "cpu", "training": True, "size": SIZE, "threads": 2, **settings})  # type: ignore[arg-type]
+    return make_loader(source, order, **{"device": "cpu", "training": True, "size": SIZE, "threads": 2, **settings})  # type: ignore[arg-type]
 
 
 def evaluation_loader(
     source: Source, batch_size: int = 4, *, world: int = 1, rank: int = 0, **settings: object
 ) -> Loader:
     order = Order(len(source), batch_size, world=world, rank=rank, shuffle=False, drop_last=False)
-    return Loader(source, order, **{"device": "cpu", "training": False, "size": SIZE, "threads": 2, **settings})  # type: ignore[arg-type]
+    return make_loader(source, order, **{"device": "cpu", "training": False, "size": SIZE, "threads": 2, **settings})  # type: ignore[arg-type]
 
 
 def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
@@ -89,26 +91,6 @@ class Counted:
         return self._source.bounds()
 
 
-@pytest.fixture(scope="module")
-def textured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures with detail at every scale, of many shapes and kinds of JPEG."""
-    root = tmp_path_factory.mktemp("textured")
-    rng = np.random.default_rng(0)
-    kinds: list[dict[str, object]] = [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"quality": 60}]
-    for i, (width, height) in enumerate([(500, 375), (333, 500), (61, 47), (257, 255), (640, 90), (40, 200), (96, 96)]):
-        detail = np.zeros((height, width, 3))
-        for cells in (3, 12, 40, 150):
-            noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-            detail += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), float) / 4
-        picture = Image.fromarray(detail.astype(np.uint8)).convert("L" if i == 3 else "RGB")
-        path = root / "train" / "a" / f"{i}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # "rotate me": nobody may
-        picture.save(path, "JPEG", exif=exif, **kinds[i % len(kinds)])
-    return root
-
-
 def assert_close_to_pillow(images: Tensor, expected: list[Tensor]) -> None:
     """Measured: a mean difference of at most 0.22 levels in any picture, at most 0.8 % of values off by more than 2.
 
@@ -149,8 +131,8 @@ def test_training_pixels_are_torchvisions_for_the_same_box(textured: Path, inter
     for epoch in range(2):
         (batch,) = loader.epoch(epoch)
         positions, ids = loader.order.step(epoch, 0)
-        u = augment.uniforms(3, epoch, positions)
-        boxes, flips = augment.random_resized_crop(u, source.read(ids).sizes), augment.flips(u)
+        u = draws.uniforms(3, epoch, positions)
+        boxes, flips = crops.random_resized_crop(u, source.read(ids).sizes), draws.flips(u)
         mirrored += flips.sum()
         expected = []
         for i, box, flip in zip(ids.tolist(), boxes.tolist(), flips, strict=True):
@@ -394,7 +376,7 @@ def test_copies_on_one_rank_are_read_once_and_look_the_same(textured: Path) -> N
     def loader(world: int, rank: int, batch_size: int, neighbours: bool = False) -> Iterator[Batch]:
         order = Order(42, batch_size, world=world, rank=rank, seed=3, repeats=3, neighbours=neighbours)
         counted = Counted(source, 6, read)
-        return Loader(
+        return make_loader(
             counted, order, device="cpu", training=True, augmentation=AugmentConfig(), size=SIZE, threads=2
         ).epoch(1, start=1)
 
@@ -428,9 +410,9 @@ def test_a_vanished_picture_is_named(tmp_path: Path) -> None:
     assert len(list(loader.epoch(0))) == 2
 
 
-@pytest.mark.parametrize(("world", "cure"), [(2, "lower --batch-size to at most 18"), (64, "use at most 36 processes")])
-def test_too_few_pictures_for_one_step(train: Source, world: int, cure: str) -> None:
-    with pytest.raises(UserError, match=f"36 training pictures do not fill one step of {world} x 64; {cure}"):
+@pytest.mark.parametrize(("world", "fix"), [(2, "lower --batch-size to at most 18"), (64, "use at most 36 processes")])
+def test_too_few_images_for_one_step(train: Source, world: int, fix: str) -> None:
+    with pytest.raises(UserError, match=f"36 training images do not fill one step of {world} x 64; {fix}"):
         training_loader(train, 64, world=world)
 
 
@@ -438,13 +420,14 @@ def test_too_few_pictures_for_one_step(train: Source, world: int, cure: str) -> 
     ("setting", "sentence"),
     [
         ({"interpolation": "bicubik"}, "'bicubik'; did you mean 'bicubic'"),
-        ({"crop_ratio": 1.5}, "crop ratio is 1.5, want more than 0 and at most 1"),
-        ({"scale": (0.5, 0.1)}, "want MIN <= MAX"),
+        ({"scale": (0.5, 0.1)}, r"scale is \(0.5, 0.1\) and its ratio .* must be MIN <= MAX"),
     ],
 )
 def test_settings_out_of_range(train: Source, setting: dict[str, object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         training_loader(train, **setting)
+    with pytest.raises(UserError, match=r"crop ratio is 1\.5; it must be above 0 and at most 1"):
+        evaluation_loader(train, crop_ratio=1.5)
 
 
 def test_dali_missing(train: Source, monkeypatch: pytest.MonkeyPatch) -> None:

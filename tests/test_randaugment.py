@@ -19,15 +19,17 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms import functional as tvf
 
+from vimfast.augment import randaugment
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
+from vimfast.augment.crops import PaddedCrop, RandomResizedCrop, ShortSideCrop
+from vimfast.augment.draws import uniforms
+from vimfast.augment.erasing import Erasing
+from vimfast.augment.pixels import carry_out
+from vimfast.augment.pixels_pillow import change
+from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
+from vimfast.augment.recipe import Recipe, training_crop
 from vimfast.config import AugmentConfig
-from vimfast.data import randaugment
-from vimfast.data.augment import uniforms
-from vimfast.data.erasing import Erasing
-from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-from vimfast.data.recipe import Recipe
 from vimfast.errors import UserError
-from vimfast_kernels.augment import OPERATION, PATCH, Op, Plan, augment
-from vimfast_kernels.augment_pillow import change
 
 SIZE = 64
 FILL = (124, 116, 104)
@@ -94,7 +96,7 @@ def test_weights_of_an_older_timm() -> None:
 )
 def test_other_strings_are_refused(text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        Recipe(AugmentConfig(aa=text), SIZE)
+        Recipe(AugmentConfig(aa=text))
 
 
 def drawn(name: str, magnitude: float, negative: bool, interpolation: str = "bicubic") -> np.ndarray:
@@ -326,7 +328,7 @@ def test_boxes_to_erase_are_distributed_as_timms(probability: float, most: int) 
     patches = erasing.draw(uniforms(0, 0, np.arange(count), erasing.columns), size)
     plan = Plan.of(np.zeros((count, 1), OPERATION), patches)
     grey = torch.full((count, size, size, 3), 255, dtype=torch.uint8)
-    ours = augment(grey, plan, mean=(0, 0, 0), std=(1, 1, 1))[:, 0].numpy() == 0
+    ours = carry_out(grey, plan, mean=(0, 0, 0), std=(1, 1, 1))[:, 0].numpy() == 0
     erased = [mask.any(axis=(1, 2)) for mask in (ours, theirs)]
     assert abs(erased[0].mean() - erased[1].mean()) < 0.04
     measures: dict[str, Callable[[np.ndarray], np.ndarray]] = {"area": lambda mask: mask.sum(axis=(1, 2))}
@@ -350,8 +352,8 @@ def test_what_erased_boxes_hold() -> None:
         patches = erasing.draw(uniforms(0, 0, np.arange(300), erasing.columns), 32)
         plan = Plan.of(np.zeros((300, 1), OPERATION), patches)
         kwargs = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        out = augment(images, plan, **kwargs)
-        assert torch.equal(out, augment(images, plan, **kwargs))
+        out = carry_out(images, plan, **kwargs)
+        assert torch.equal(out, carry_out(images, plan, **kwargs))
         seen[mode] = [
             out[i, :, p["top"] : p["bottom"], p["left"] : p["right"]]
             for i, p in enumerate(patches[:, 0])
@@ -370,23 +372,23 @@ def test_what_erased_boxes_hold() -> None:
 
 
 def test_a_plan_depends_on_the_place_alone() -> None:
-    recipe = Recipe(AugmentConfig(recount=2), SIZE)
-    together = recipe.draw(3, 5, np.arange(40))
+    recipe = Recipe(AugmentConfig(recount=2))
+    together = recipe.draw(3, 5, np.arange(40), SIZE)
     for r in range(3):
-        part = recipe.draw(3, 5, np.arange(r, 40, 3))
+        part = recipe.draw(3, 5, np.arange(r, 40, 3), SIZE)
         np.testing.assert_array_equal(part.patches, together.patches[r::3])
         slots = part.operations.shape[1]
         np.testing.assert_array_equal(part.operations, together.operations[r::3, -slots:])
-    assert not np.array_equal(recipe.draw(3, 6, np.arange(40)).patches, together.patches)
+    assert not np.array_equal(recipe.draw(3, 6, np.arange(40), SIZE).patches, together.patches)
 
 
 def test_what_each_setting_brings() -> None:
     def codes(**settings: Any) -> set[int]:
-        plan = Recipe(AugmentConfig(**settings), SIZE).draw(0, 0, np.arange(400))
+        plan = Recipe(AugmentConfig(**settings)).draw(0, 0, np.arange(400), SIZE)
         return set(plan.operations["code"].ravel().tolist()) - {Op.NONE}
 
     def erased(**settings: Any) -> float:
-        patches = Recipe(AugmentConfig(**settings), SIZE).draw(0, 0, np.arange(400)).patches
+        patches = Recipe(AugmentConfig(**settings)).draw(0, 0, np.arange(400), SIZE).patches
         return (patches["bottom"] > 0).sum() / 400
 
     jitter = {Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR}
@@ -398,16 +400,22 @@ def test_what_each_setting_brings() -> None:
     assert Op.BRIGHTNESS in codes(aa="rand-m9-t3a")
     assert 0.15 < erased() < 0.35
     assert erased(reprob=0.0) == erased(three_augment=True) == 0
-    assert [Recipe(AugmentConfig(), size).crop for size in (32, 33)] == ["padded", "resized"]
-    assert Recipe(AugmentConfig(src=True), 224).crop == "simple"
-    assert Recipe(AugmentConfig(three_augment=True), 32).crop == "resized"
+    crops = [
+        training_crop(cfg, size, (0.1, 0.9), (0.8, 1.25))
+        for cfg, size in (
+            (None, 32), (AugmentConfig(), 32), (AugmentConfig(), 33), (AugmentConfig(src=True), 224),
+            (AugmentConfig(three_augment=True), 32),
+        )
+    ]  # fmt: skip
+    usual = RandomResizedCrop((0.1, 0.9), (0.8, 1.25))
+    assert crops == [usual, PaddedCrop(), usual, ShortSideCrop(), usual]
 
 
 def test_refused_input() -> None:
-    with pytest.raises(ValueError, match=r"torch.float32 \(1, 8, 8, 3\); want torch.uint8"):
-        augment(torch.zeros(1, 8, 8, 3), Plan.nothing(1), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    with pytest.raises(ValueError, match="the plan is for 2 pictures and there are 1"):
-        augment(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), Plan.nothing(2), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    with pytest.raises(ValueError, match=r"torch.float32 \(1, 8, 8, 3\); must be torch.uint8"):
+        carry_out(torch.zeros(1, 8, 8, 3), Plan.nothing(1), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    with pytest.raises(ValueError, match="the plan is for 2 images and there are 1"):
+        carry_out(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), Plan.nothing(2), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     plan = Plan(np.zeros((1, 1)), np.zeros((1, 0), PATCH))
     with pytest.raises(ValueError, match="make it with"):
-        augment(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        carry_out(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, mean=IMAGENET_MEAN, std=IMAGENET_STD)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vimfast_kernels import resize
+from vimfast.augment import resize
 
 triton = pytest.importorskip("triton")
 
@@ -85,7 +85,7 @@ def check(ours: Tensor, images: list[Tensor], cases: dict[str, Any], size: int) 
 
 
 def compare_in_the_interpreter() -> None:
-    from vimfast_kernels import resize_triton
+    from vimfast.augment import resize_triton
 
     def run(images: list[Tensor], cases: dict[str, Any], size: int) -> Tensor:
         # Bytes around an image are not the image's: they must not have a part in it.
@@ -113,7 +113,7 @@ def test_kernels_give_pillows_bytes() -> None:
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     # Few programs, because each of them costs the interpreter much.
-    code = "from vimfast_kernels import resize_triton as r; r.COLUMNS, r.STRIPS, r.ROWS = 32, 2, 128; "
+    code = "from vimfast.augment import resize_triton as r; r.COLUMNS, r.STRIPS, r.ROWS = 32, 2, 128; "
     code += "import test_resize; test_resize.compare_in_the_interpreter()"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
@@ -185,7 +185,7 @@ def test_kernels_compile(arch: int, size: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vimfast_kernels import resize_triton
+    from vimfast.augment import resize_triton
 
     def compiled(kernel: triton.JITFunction, fusion: bool, **constants: int) -> str:
         types = {"crops_ptr": "*i64", "out_ptr": "*i32" if size % 4 == 0 else "*u8"}

@@ -27,7 +27,7 @@ from runs import FORKING, PACED, RECIPE, TIMEOUT, TORCHRUN, differences, records
 from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
-from vimfast.data.sampler import Order
+from vimfast.data.order import Order
 
 STEPS = 8  # in an epoch, of two
 CLASSES = 3

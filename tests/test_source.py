@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_picture
+from loaders import make_loader
 from PIL import Image
 from torchvision import transforms
 
 from vimfast.data import source as source_module
-from vimfast.data.loader import Loader
-from vimfast.data.sampler import Order
+from vimfast.data.order import Order
 from vimfast.data.source import FolderSource, ShardSource, Source, open_source
 from vimfast.errors import UserError
 from vimfast.shards.format import INDEX_DTYPE
@@ -116,7 +116,7 @@ def test_shards_hold_what_the_folder_source_reads(odd_tree: Path, odd_shards: Pa
 
 def evaluate(source: Source) -> tuple[torch.Tensor, torch.Tensor]:
     order = Order(len(source), len(source), shuffle=False, drop_last=False)
-    (batch,) = Loader(source, order, device="cpu", training=False, size=32).epoch(0)
+    (batch,) = make_loader(source, order, device="cpu", training=False, size=32).epoch(0)
     return batch.images, batch.labels
 
 
@@ -192,7 +192,9 @@ def assert_pillows_pixels(root: Path, device: str, limit: float) -> None:
             source, files = open_source(root / kind, "train"), open_source(root / "tree", "train")
             order = Order(len(source), 8, shuffle=False, drop_last=False)
             identity: dict[str, tuple[float, float, float]] = {"mean": (0, 0, 0), "std": (1 / 255, 1 / 255, 1 / 255)}
-            loader = Loader(source, order, device=device, training=False, size=size, crop_ratio=crop_ratio, **identity)
+            loader = make_loader(
+                source, order, device=device, training=False, size=size, crop_ratio=crop_ratio, **identity
+            )
             images = torch.cat([batch.images.cpu() for batch in loader.epoch(0)])
             transform = transforms.Compose(
                 [

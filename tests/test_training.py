@@ -21,10 +21,10 @@ from PIL import Image
 from runs import RECIPE, call, same, train
 from torch import Tensor
 
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
 from vimfast.control import Control
-from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.trainer import Trainer

@@ -23,13 +23,14 @@ from PIL import Image
 from timm.data import auto_augment
 from torch import Tensor
 
+from vimfast.augment import randaugment
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD, fill_colour
+from vimfast.augment.pixels import carry_out
+from vimfast.augment.plan import PATCH, Plan
+from vimfast.augment.recipe import Recipe
 from vimfast.cli import run_main
 from vimfast.config import AugmentConfig
-from vimfast.data import randaugment
-from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-from vimfast.data.recipe import Recipe
 from vimfast.data.source import open_source
-from vimfast_kernels.augment import PATCH, Plan, augment, fill_colour
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def compare(pictures: np.ndarray, policy: randaugment.RandAugment, magnitude: fl
             u = np.zeros((len(pictures), one.columns))
             u[:, randaugment.SIGN] = sign
             plan = Plan.of(one.draw(u, size), np.zeros((len(pictures), 0), PATCH))
-            ours = augment(images, plan, mean=IMAGENET_MEAN, std=IMAGENET_STD).permute(0, 2, 3, 1).cpu()
+            ours = carry_out(images, plan, mean=IMAGENET_MEAN, std=IMAGENET_STD).permute(0, 2, 3, 1).cpu()
             ours = ((ours * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)) * 255).round()
             hparams = {"img_mean": fill_colour(IMAGENET_MEAN), "interpolation": Image.Resampling.BICUBIC}
             operation = auto_augment.AugmentOp(name, 1.0, magnitude, hparams)
@@ -100,10 +101,10 @@ def bench(images: Tensor, aa: str) -> None:
     print(f"\na batch of {len(images)} pictures of {size} x {size} on {images.device}")
     print(f"{'augmentation':32} {'ms':>8} {'img/s':>10} {'drawing, ms':>12} {'GPU MiB':>8}")
     for title, cfg in recipes.items():
-        recipe, positions = Recipe(cfg, size), np.arange(len(images))
-        plan = recipe.draw(0, 0, positions)
-        drawing = _seconds(functools.partial(recipe.draw, 0, 0, positions), None)
-        work = functools.partial(augment, images, plan, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        recipe, positions = Recipe(cfg), np.arange(len(images))
+        plan = recipe.draw(0, 0, positions, size)
+        drawing = _seconds(functools.partial(recipe.draw, 0, 0, positions, size), None)
+        work = functools.partial(carry_out, images, plan, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         took = _seconds(work, torch.cuda.synchronize if images.is_cuda else None)
         memory = _memory(work) if images.is_cuda else 0.0
         print(f"{title:32} {took * 1e3:8.3f} {len(images) / took:10,.0f} {drawing * 1e3:12.2f} {memory:8.0f}")

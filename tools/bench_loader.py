@@ -25,9 +25,10 @@ import torch
 from vimfast.cli import run_main
 from vimfast.config import AugmentConfig
 from vimfast.data.hardware import DECODERS, choose_decoding
-from vimfast.data.loader import Batch, Loader
-from vimfast.data.sampler import Order
+from vimfast.data.loader import Loader, LoaderSettings
+from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
+from vimfast.data.views import Batch, training_view
 from vimfast.errors import UserError
 
 WARM_UP_BATCHES = 8
@@ -65,21 +66,13 @@ def main() -> None:
             raise UserError(f"{data} has no pictures in {args.split}; name another split")
         size = min(args.batch_size, len(source))
         show(Row(data, "reading", 1, "", 1, *measure(reading(source, Order(len(source), size)), args.seconds), None))
-        settings = itertools.product(args.decoders, args.threads, args.augment, args.copies)
-        for decoder, threads, augmentation, copies in settings:
+        variants = itertools.product(args.decoders, args.threads, args.augment, args.copies)
+        for decoder, threads, augmentation, copies in variants:
             before = used(device)
-            loader = Loader(
-                source,
-                Order(len(source), size, repeats=copies),
-                device=device,
-                training=True,
-                augmentation=AUGMENTATIONS[augmentation],
-                size=args.input_size,
-                threads=threads,
-                prefetch=args.prefetch,
-                decoder=decoder,
-                hw_decoder_load=args.hw_decoder_load,
-            )
+            order = Order(len(source), size, repeats=copies)
+            view = training_view(order, device, AUGMENTATIONS[augmentation], size=args.input_size)
+            settings = LoaderSettings(decoder, threads, args.prefetch, engine_share=args.hw_decoder_load)
+            loader = Loader(source, view, settings)
             finish = torch.cuda.synchronize if device.type == "cuda" else None
             rate, cores = measure((len(b.labels) for b in endless(loader)), args.seconds, finish)
             memory = None if before is None else (used(device) or 0) - before

@@ -23,10 +23,11 @@ from torch import Tensor
 from vimfast.cli import run_main
 from vimfast.config import AugmentConfig, EmaConfig, MixConfig, OptimConfig
 from vimfast.data.hardware import DECODERS
-from vimfast.data.loader import Loader
+from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.mixup import Mixup
-from vimfast.data.sampler import Order
+from vimfast.data.order import Order
 from vimfast.data.source import open_source
+from vimfast.data.views import training_view
 from vimfast.errors import UserError
 from vimfast.models import create_model
 from vimfast.optim import build_ema, build_optimizer
@@ -53,17 +54,9 @@ def main() -> None:
     for i, (data, decoder, threads, prefetch, copies) in enumerate(rows):
         if i % ROWS_BETWEEN == 0:
             plain = show_plain(step, mix, args, device)
-        loader = Loader(
-            sources[data],
-            Order(len(sources[data]), args.batch_size, repeats=copies, shuffle=True, drop_last=True),
-            device=device,
-            training=True,
-            augmentation=AugmentConfig(),
-            size=args.input_size,
-            decoder=decoder,
-            threads=threads,
-            prefetch=prefetch,
-        )
+        order = Order(len(sources[data]), args.batch_size, repeats=copies, shuffle=True, drop_last=True)
+        view = training_view(order, device, AugmentConfig(), size=args.input_size)
+        loader = Loader(sources[data], view, LoaderSettings(decoder, threads, prefetch))
         rate, waiting = measure(step, mix, endless(loader), args)
         chosen = loader.settings
         print(

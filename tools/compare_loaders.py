@@ -26,8 +26,9 @@ from torchvision.datasets import ImageFolder
 from vimfast.cli import run_main
 from vimfast.config import AugmentConfig
 from vimfast.data.loader import Loader
-from vimfast.data.sampler import Order
+from vimfast.data.order import Order
 from vimfast.data.source import open_source
+from vimfast.data.views import training_view
 
 
 def posterize_to_black(posterize: Any, image: Any, bits_to_keep: int, **rest: Any) -> Any:
@@ -57,8 +58,7 @@ def timm_batches(args: argparse.Namespace, device: torch.device, seed: int) -> E
 def our_batches(args: argparse.Namespace, device: torch.device, seed: int) -> Epochs:
     source = open_source(args.tree, "train")
     order = Order(len(source), args.batch_size, shuffle=True, drop_last=True, seed=seed)
-    loader = Loader(source, order, device=device, training=True, augmentation=AugmentConfig(), size=args.size)
-    return loader.epoch
+    return Loader(source, training_view(order, device, AugmentConfig(), size=args.size)).epoch
 
 
 PIPELINES = {"timm": timm_batches, "vimfast": our_batches}

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.config import OptimConfig
-from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.files import write_text
 from vimfast.models import create_model
 from vimfast.optim import build_optimizer

@@ -72,12 +72,14 @@ def draw_curve(log: Path, out: Path) -> None:
 
 def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     """Validation pictures with what the trained model sees in them; mistakes in red."""
+    from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
+    from vimfast.augment.crops import CentreCrop
     from vimfast.checkpoint import load_checkpoint, load_weights
     from vimfast.config import load_config
     from vimfast.data.loader import Loader
-    from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-    from vimfast.data.sampler import Order
+    from vimfast.data.order import Order
     from vimfast.data.source import open_source
+    from vimfast.data.views import Evaluation
     from vimfast.models import create_model
 
     config = load_config(["--config", str(CONFIG)])
@@ -86,9 +88,7 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     model = create_model(cfg.model, num_classes=len(source.classes), img_size=cfg.input_size, **cfg.model_kwargs).eval()
     load_weights(model, load_checkpoint(checkpoint)["model"], str(checkpoint))
     order = Order(samples=len(source), batch_size=len(source), shuffle=False, drop_last=False)
-    loader = Loader(
-        source, order, size=cfg.input_size, device=torch.device("cpu"), training=False, crop_ratio=crop_ratio
-    )
+    loader = Loader(source, Evaluation(order, torch.device("cpu"), cfg.input_size, CentreCrop(crop_ratio)))
     images, labels = next(loader.epoch(0))
     with torch.no_grad():
         probability, predicted = (column.tolist() for column in model(images).softmax(1).max(1))

@@ -15,7 +15,7 @@ import argparse
 import numpy as np
 
 from vimfast.cli import run_main
-from vimfast.data.sampler import permutation, windowed_permutation
+from vimfast.data.order import permutation, windowed_permutation
 
 
 def main() -> None:

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vimfast.augment.colours import Normalization
+from vimfast.augment.crops import CentreCrop
 from vimfast.cli import run_main
 from vimfast.data.hardware import DECODERS
-from vimfast.data.loader import Loader
-from vimfast.data.sampler import Order
+from vimfast.data.loader import Loader, LoaderSettings
+from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
+from vimfast.data.views import Evaluation
 
 
 def main() -> None:
@@ -59,17 +62,10 @@ def pillow(source: Source, i: int, size: int, crop_ratio: float) -> torch.Tensor
 
 def pictures(source: Source, count: int, decoder: str, args: argparse.Namespace) -> torch.Tensor:
     """The loader's evaluation pictures as levels, float32 [count, 3, size, size]."""
-    loader = Loader(
-        source,
-        Order(count, 50, shuffle=False, drop_last=False),
-        device=args.device,
-        training=False,
-        size=args.input_size,
-        crop_ratio=args.crop_ratio,
-        mean=(0.0, 0.0, 0.0),
-        std=(1 / 255, 1 / 255, 1 / 255),
-        decoder=decoder,
-    )
+    order, levels = Order(count, 50, shuffle=False, drop_last=False), Normalization((0.0,) * 3, (1 / 255,) * 3)
+    crop = CentreCrop(args.crop_ratio)
+    view = Evaluation(order, torch.device(args.device), args.input_size, crop, normalization=levels)
+    loader = Loader(source, view, LoaderSettings(decoder))
     return torch.cat([batch.images.cpu() for batch in loader.epoch(0)])
 
 

@@ -48,7 +48,7 @@ def _import_all(logs: bool) -> None:
     """Import in the background what takes seconds, while the main thread waits for the GPU and the other processes."""
     with suppress(Exception):  # the main thread meets it again
         from vimfast import trainer  # noqa: F401
-        from vimfast.data.pipeline import import_dali
+        from vimfast.data.decoding import import_dali
 
         import_dali()
         if logs:

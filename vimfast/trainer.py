@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vimfast import dist
+from vimfast.augment.crops import CentreCrop
+from vimfast.augment.recipe import LARGEST_PADDED
 from vimfast.checkpoint import (
     load_checkpoint,
     load_for_finetuning,
@@ -25,11 +27,11 @@ from vimfast.checkpoint import (
 )
 from vimfast.config import Config, plan_batches
 from vimfast.control import Control, Stopped
-from vimfast.data.loader import Batch, Loader
+from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.mixup import Mixup
-from vimfast.data.recipe import LARGEST_PADDED
-from vimfast.data.sampler import Order
+from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
+from vimfast.data.views import Batch, Evaluation, training_view
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.evaluate import Scores, evaluate
@@ -166,26 +168,27 @@ class Trainer:
             if updates == 0 < order.steps:
                 raise UserError(f"--accum-steps {accum} is more than the {order.steps} batches of an epoch; lower it")
             order = replace(order, limit=accum * (updates if limit is None else min(limit, updates)))
-        loader = Loader(
-            source,
-            order,
-            size=self.cfg.model.input_size,
-            device=world.device,
-            training=training,
-            augmentation=self.cfg.augment if training else None,
-            scale=data.scale,
-            ratio=data.ratio,
-            hflip=data.hflip,
-            interpolation=data.train_interpolation if training else "bicubic",
+        size = self.cfg.model.input_size
+        if training:
+            view = training_view(
+                order,
+                world.device,
+                self.cfg.augment,
+                size=size,
+                scale=data.scale,
+                ratio=data.ratio,
+                flip=data.hflip,
+                interpolation=data.train_interpolation,
+                group=world.host,
+            )
+        else:
             # The original evaluates small inputs as they are. For those of another size that means the short side.
-            crop_ratio=1.0 if self.cfg.model.input_size <= LARGEST_PADDED else data.eval_crop_ratio,
-            threads=data.num_workers,
-            prefetch=data.prefetch,
-            decoder=data.decoder,
-            readahead=data.readahead,
-            on_bad_image=data.on_bad_image,
-            group=world.host,
+            ratio = 1.0 if size <= LARGEST_PADDED else data.eval_crop_ratio
+            view = Evaluation(order, world.device, size, CentreCrop(ratio))
+        settings = LoaderSettings(
+            data.decoder, data.num_workers, data.prefetch, data.readahead, on_bad_image=data.on_bad_image
         )
+        loader = Loader(source, view, settings)
         self._loaders.append(loader)
         return loader
 
@@ -423,7 +426,7 @@ class Trainer:
             f"{cfg.model.model}: {parameters:,} parameters{kernels and f', kernels {kernels}'}, "
             f"{self.precision} on {world.size} x {world.device.type}"
             f"{', steps as a CUDA graph' if self.train_step.captured else ''}; "
-            f"{self.train_loader.pictures:,} pictures of {len(self.classes)} classes "
+            f"{self.train_loader.images:,} pictures of {len(self.classes)} classes "
             f"(decoder {decoding.decoder}, threads {decoding.threads}), "
             f"{len(self.val_source):,} to validate; {self.steps} steps an epoch of {self.global_batch} pictures, "
             f"learning rate {peak_lr(cfg.optim, self.global_batch):.3g}"

@@ -10,12 +10,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.checks.findings import imagenet_wnids
 from vimfast.config import AugmentConfig
-from vimfast.data.loader import Loader
-from vimfast.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-from vimfast.data.sampler import Order
+from vimfast.data.loader import Loader, LoaderSettings
+from vimfast.data.order import Order
 from vimfast.data.source import open_source
+from vimfast.data.views import Evaluation, training_view
 from vimfast.files import atomic_write
 
 _ROWS, _COLUMNS = 4, 8
@@ -39,10 +40,9 @@ def draw_sample_grid(path: Path, split: str, out: Path, *, size: int, seed: int)
     """
     source = open_source(path, split)
     order = Order(len(source), min(len(source), _ROWS * _COLUMNS), seed=seed)
-    augmentation = AugmentConfig() if split == "train" else None
-    loader = Loader(
-        source, order, device="cpu", training=split == "train", augmentation=augmentation, size=size, prefetch=1
-    )
+    cpu = torch.device("cpu")
+    view = training_view(order, cpu, AugmentConfig(), size=size) if split == "train" else Evaluation(order, cpu, size)
+    loader = Loader(source, view, LoaderSettings(prefetch=1))
     try:
         images, labels = next(loader.epoch(0))
     finally:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vimfast.data.sampler import Order
+from vimfast.data.order import Order
 
 
 class Exchange:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vimfast.data.sampler import Order, permutation, windowed_permutation
+from vimfast.data.order import Order, permutation, windowed_permutation
 
 BOUNDS = (0, 100, 130, 130, 260, 400, 401, 500)  # seven shards, one of them empty
 

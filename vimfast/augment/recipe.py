@@ -1,17 +1,35 @@
-"""Which augmentation a training picture gets: the kind of crop, and what is drawn to be done behind it."""
+"""Which augmentation a training image gets: the crop, and what is then drawn to be done to it."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from vimfast.augment import randaugment
+from vimfast.augment.crops import BoxCrop, PaddedCrop, RandomResizedCrop, ShortSideCrop, SquareCrop
+from vimfast.augment.draws import uniforms
+from vimfast.augment.erasing import Erasing
+from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
 from vimfast.config import AugmentConfig
-from vimfast.data import augment, randaugment
-from vimfast.data.erasing import Erasing
-from vimfast_kernels.augment import OPERATION, PATCH, Op, Plan
 
-LARGEST_PADDED = 32  # inputs up to this side are cut out of the padded picture as it is, as the original does
+LARGEST_PADDED = 32  # inputs up to this side are cut out of the padded image as it is, as the original does
 
 _STREAM = 1  # of uniform numbers; those of crops, flips and filters are stream 0
+
+
+def training_crop(
+    cfg: AugmentConfig | None, size: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> BoxCrop | SquareCrop:
+    """The crop that a section of settings asks for (None: the usual one), for inputs of `size` pixels.
+
+    Args:
+        scale, ratio: of :class:`RandomResizedCrop`.
+    """
+    usual = RandomResizedCrop(scale, ratio)
+    if cfg is None:
+        return usual
+    if cfg.src:
+        return ShortSideCrop()
+    return PaddedCrop() if size <= LARGEST_PADDED and not cfg.three_augment else usual
 
 
 class Recipe:
@@ -20,27 +38,18 @@ class Recipe:
     ``--ThreeAugment`` stands for itself: as in DeiT III and the original code, neither ``--aa`` nor erasing applies.
 
     Args:
-        cfg: of the run; None: crops and flips only.
-        size: side of the pictures, pixels.
+        cfg: of the run; None: nothing but crops and flips.
         interpolation: of the training crops; warps use it too.
-
-    Attributes:
-        crop: ``"resized"`` (:func:`~vimfast.data.augment.random_resized_crop`), ``"simple"`` or ``"padded"``.
 
     Raises:
         UserError: a policy or a word of ``--aa`` that is not known.
     """
 
-    def __init__(self, cfg: AugmentConfig | None, size: int, interpolation: str = "bicubic") -> None:
-        self.size, self.crop = size, "resized"
+    def __init__(self, cfg: AugmentConfig | None, interpolation: str = "bicubic") -> None:
         self._policy: randaugment.RandAugment | None = None
         self._three, self._jitter, self._erasing = False, 0.0, Erasing(0.0)
         if cfg is None:
             return
-        if cfg.src:
-            self.crop = "simple"
-        elif size <= LARGEST_PADDED and not cfg.three_augment:
-            self.crop = "padded"
         aa = "" if cfg.aa == "none" else cfg.aa
         self._jitter = cfg.color_jitter
         if cfg.three_augment:
@@ -48,7 +57,7 @@ class Recipe:
             return
         if aa:
             self._policy = randaugment.parse(aa, interpolation)
-            if "3a" not in aa:  # timm jitters colours behind the sets that are made after ThreeAugment, and only those
+            if "3a" not in aa:  # timm jitters colours after the sets that are made after ThreeAugment, and only those
                 self._jitter = 0.0
         self._erasing = Erasing(cfg.reprob, cfg.remode, cfg.recount)
 
@@ -57,28 +66,30 @@ class Recipe:
         seed: int,
         epoch: int,
         positions: np.ndarray,  # int64 [n]
+        size: int,
         shift: np.ndarray | None = None,  # int32 [n, 2]: down, right
     ) -> Plan:
-        """What is done to the pictures at these positions of an epoch, behind crop and flip.
+        """What is done to the images at these positions of an epoch after crop and flip.
 
         Args:
-            shift: what :func:`~vimfast.data.augment.simple_crop` leaves to do; mirrored where the picture is.
+            size: side of the images, pixels.
+            shift: what a :class:`~vimfast.augment.crops.SquareCrop` leaves to do; mirrored where the image is.
         """
         wanted = [self._policy.columns if self._policy else 2 * self._three, 4 * (self._jitter > 0), 0]
         wanted[2] = self._erasing.columns if self._erasing.probability > 0 else 0
-        u = augment.uniforms(seed, epoch, positions, sum(wanted), _STREAM)
+        u = uniforms(seed, epoch, positions, sum(wanted), _STREAM)
         main, jitter, erasing = np.split(u, np.cumsum(wanted[:2]), axis=1)
         operations, patches = [np.zeros((len(u), 0), OPERATION)], np.zeros((len(u), 0), PATCH)
         if shift is not None:
             operations.append(_shifts(shift))
         if self._policy:
-            operations.append(self._policy.draw(main, self.size))
+            operations.append(self._policy.draw(main, size))
         if self._three:
             operations.append(randaugment.three_augment(main))
         if self._jitter > 0:
             operations.append(randaugment.color_jitter(jitter, self._jitter))
         if self._erasing.probability > 0:
-            patches = self._erasing.draw(erasing, self.size)
+            patches = self._erasing.draw(erasing, size)
         return Plan.of(np.concatenate(operations, axis=1), patches)
 
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from vimfast_kernels.augment import Op, Plan, fill_colour
+from vimfast.augment.colours import fill_colour
+from vimfast.augment.plan import Op, Plan
 
 
 def _posterize(picture: Image.Image, bits: int) -> Image.Image:
@@ -60,8 +61,8 @@ def change(pixels: np.ndarray, operations: np.ndarray, fill: tuple[int, ...]) ->
     return np.asarray(picture)
 
 
-def augment(images: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """:func:`vimfast_kernels.augment.augment` on the CPU."""
+def carry_out(images: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """:func:`vimfast.augment.pixels.carry_out` on the CPU."""
     fill = fill_colour(mean)
     changed = images.numpy().copy()
     for i in np.flatnonzero(plan.operations["code"].any(axis=1)).tolist():

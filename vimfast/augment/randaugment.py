@@ -1,6 +1,6 @@
 """RandAugment from timm's strings, ThreeAugment and colour jitter: drawn here in numpy, carried out by vimfast_kernels.
 
-A drawn change is an array of OPERATION (see :mod:`vimfast_kernels.augment`), a row a picture, NONE where nothing is
+A drawn change is an array of OPERATION (see :mod:`vimfast.augment.plan`), a row a picture, NONE where nothing is
 done. Ranges, probabilities and roundings are those of timm 1.0.31 (``timm/data/auto_augment.py``).
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from vimfast.augment.plan import OPERATION, Op
 from vimfast.errors import UserError
-from vimfast_kernels.augment import OPERATION, Op
 
 FILTERS = ("bicubic", "bilinear", "random")
 

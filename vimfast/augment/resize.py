@@ -75,7 +75,7 @@ def crop_resize_at(
     if addresses.shape != (len(sizes),):
         raise ValueError(f"addresses are {addresses.shape} for {len(sizes)} images")
     _check(sizes, which, boxes, mirror, cubic, size)
-    from vimfast_kernels import resize_triton
+    from vimfast.augment import resize_triton
 
     with torch.cuda.device(device):
         return resize_triton.crop_resize(addresses, sizes, which, boxes, mirror, cubic, size, device)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vimfast.data.randaugment import normal
-from vimfast_kernels.augment import PATCH
+from vimfast.augment.plan import PATCH
+from vimfast.augment.randaugment import normal
 
 MODES = ("pixel", "const", "rand")
 

@@ -1,53 +1,116 @@
-"""What is drawn for a picture, in plain numpy: crop boxes, flips, and the geometry of evaluation.
+"""Where the square that a model sees is cut out of an image.
 
-Every draw is a pure function of (seed, epoch, position in the epoch's global sequence). DALI's graph holds no random
-operator, so a resumed run repeats the pictures of an uninterrupted one, whatever the number of ranks.
+A crop is a class with one method. A :class:`BoxCrop` cuts a box, which is then resized to the square; a
+:class:`SquareCrop` resizes the image and cuts the square out of that.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
 import numpy as np
 
-# One row of uniform numbers a picture, handed out by column. A column keeps its meaning for good: moving one would
-# change the pictures of every run that is resumed. Columns 24 to 63 are free.
-COLUMNS = 64
-CROP_TRIES = 10
-CROP_AREA = slice(0, CROP_TRIES)
-CROP_ASPECT = slice(CROP_TRIES, 2 * CROP_TRIES)
-CROP_TOP = 20
-CROP_LEFT = 21
-FLIP = 22
-CROP_FILTER = 23
-
-_DRAWS_PER_COUNT = 4  # Philox yields four 64-bit numbers for each value of its counter
+from vimfast.augment.draws import CROP_AREA, CROP_ASPECT, CROP_LEFT, CROP_TOP
+from vimfast.errors import UserError
 
 
-def uniforms(
-    seed: int,
-    epoch: int,
-    positions: np.ndarray,  # int64 [n]
-    columns: int = COLUMNS,
-    stream: int = 0,
-) -> np.ndarray:  # float64 [n, columns] in [0, 1)
-    """Uniform random numbers, a row for each position; a row depends on (seed, epoch, its position) alone.
+class Boxes(NamedTuple):
+    """Boxes inside images, to be resized to the square."""
 
-    Philox is a function of (key, counter): the key holds seed and epoch, and row g owns the counters from
-    g * columns / 4 on (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Another `stream` has
-    other numbers, so its columns and their number are its own.
+    corner: np.ndarray  # int32 [n, 2]: top, left
+    extent: np.ndarray  # int32 [n, 2]: height, width
+
+
+class Squares(NamedTuple):
+    """Squares of resized images; black where they lie outside."""
+
+    resized: np.ndarray  # int32 [n, 2]: height, width
+    corner: np.ndarray  # int32 [n, 2]: top, left; may be outside
+    shift: np.ndarray | None = (
+        None  # int32 [n, 2]: down, right, by which the square is then moved, mirroring its border
+    )
+
+
+@runtime_checkable
+class BoxCrop(Protocol):
+    """Cuts a box out of an image. What is decoded is the box alone, or what the boxes of several copies cover."""
+
+    def boxes(self, u: np.ndarray, sizes: np.ndarray) -> Boxes:
+        """Boxes for images of these sizes (int [n, 2]: height, width), drawn with `u` (float64 [n, COLUMNS])."""
+
+
+@runtime_checkable
+class SquareCrop(Protocol):
+    """Resizes a whole image, then cuts the square out of it."""
+
+    def squares(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Squares:
+        """Squares of `size` pixels, otherwise as :meth:`BoxCrop.boxes`."""
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A box of a random part of the area and a random aspect ratio, as torchvision's class of that name draws it.
+
+    Args:
+        scale, ratio: of the box's area (share of the image) and aspect (width over height).
+
+    Raises:
+        UserError: they are out of order or out of range.
     """
-    counts = -(-columns // _DRAWS_PER_COUNT)
-    bits = np.random.Philox(key=np.array([seed, epoch + (stream << 32)], dtype=np.uint64))
-    generator = np.random.Generator(bits)
-    if len(positions) and (np.diff(positions) == 1).all():  # neighbours, as one rank alone sees: all at once
-        bits.advance(int(positions[0]) * counts)
-        return generator.random((len(positions), counts * _DRAWS_PER_COUNT))[:, :columns]
-    rows = np.empty((len(positions), columns))
-    counter = 0
-    for row, position in zip(rows, positions.tolist(), strict=True):
-        bits.advance((position * counts - counter) % 2**256)
-        generator.random(out=row)
-        counter = (position + 1) * counts
-    return rows
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        (small, large), (low, high) = self.scale, self.ratio
+        if not (0 < small <= large <= 1 and 0 < low <= high):
+            raise UserError(
+                f"the crop's scale is {self.scale} and its ratio {self.ratio}; each must be MIN <= MAX, above 0, and "
+                "the scale at most 1"
+            )
+
+    def boxes(self, u: np.ndarray, sizes: np.ndarray) -> Boxes:
+        drawn = random_resized_crop(u, sizes, self.scale, self.ratio)
+        return Boxes(np.ascontiguousarray(drawn[:, :2]), np.ascontiguousarray(drawn[:, 2:]))
+
+
+@dataclass(frozen=True)
+class PaddedCrop:
+    """The image as it is, padded with black; the square is anywhere in it (:func:`padded_crop`)."""
+
+    padding: int = 4
+
+    def squares(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Squares:
+        return Squares(sizes.astype(np.int32), padded_crop(u, sizes, size, self.padding))
+
+
+@dataclass(frozen=True)
+class ShortSideCrop:
+    """The short side resized to the square's, padded by mirroring (:func:`simple_crop`)."""
+
+    padding: int = 4
+
+    def squares(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Squares:
+        return Squares(*simple_crop(u, sizes, size, self.padding))
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The short side resized to ``int(size / ratio)``, and the square in the middle, as evaluation has it.
+
+    Raises:
+        UserError: the ratio is not in (0, 1].
+    """
+
+    ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise UserError(f"the evaluation's crop ratio is {self.ratio}; it must be above 0 and at most 1")
+
+    def squares(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Squares:
+        return Squares(*resize_and_centre_crop(sizes, size, self.ratio))
 
 
 def random_resized_crop(
@@ -118,17 +181,6 @@ def simple_crop(
     drawn = padded_crop(u, resized, size, padding)
     corner = drawn.clip(0, resized - size)
     return resized, corner, drawn - corner
-
-
-def flips(u: np.ndarray, probability: float = 0.5) -> np.ndarray:  # int32 [n]: 1 mirrors left and right
-    """Whether each picture is mirrored."""
-    return (u[:, FLIP] < probability).astype(np.int32)
-
-
-def filters(u: np.ndarray, interpolation: str) -> np.ndarray:  # int32 [n]: 1 bicubic, 0 bilinear
-    """The resampling filter of each picture; where it is ``"random"``, either with the same probability."""
-    drawn = (u[:, CROP_FILTER] >= 0.5).astype(np.int32)
-    return drawn if interpolation == "random" else np.full_like(drawn, interpolation == "bicubic")
 
 
 def resize_and_centre_crop(

@@ -1,18 +1,11 @@
-"""Drawn changes of uint8 pictures, then normalization and erasing: a plan for each picture in, a training batch out.
-
-Nothing is drawn here but the noise of erased boxes, which a seed in the plan fixes. On a GPU plain Triton kernels do
-the work, everywhere else Pillow itself does.
-"""
+"""What is done to each image of a batch, as data: operations on uint8 pixels, then boxes to erase."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 
 class Op(enum.IntEnum):
@@ -65,43 +58,3 @@ class Plan(NamedTuple):
     def nothing(cls, batch: int) -> Plan:
         """Normalization only."""
         return cls(np.zeros((batch, 1), OPERATION), np.zeros((batch, 0), PATCH))
-
-
-def augment(
-    images: Tensor,  # uint8 [B, H, W, 3]
-    plan: Plan,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:  # [B, 3, H, W]
-    """(picture / 255 - mean) / std of the changed pictures, boxes erased behind that.
-
-    Args:
-        images: contiguous; not changed.
-        plan: for the batch's pictures, in their order.
-        mean, std: of the three channels, for values in [0, 1]. Warps fill with round(255 mean).
-        dtype: of the result, a floating one.
-
-    Raises:
-        ValueError: shapes or types that do not fit.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; want torch.uint8 [B, H, W, 3]")
-    if len(plan.operations) != len(images) or len(plan.patches) != len(images):
-        raise ValueError(f"the plan is for {len(plan.operations)} pictures and there are {len(images)}")
-    if plan.operations.dtype != OPERATION or plan.patches.dtype != PATCH:
-        raise ValueError("a plan holds arrays of OPERATION and PATCH; make it with Plan.of")
-    if images.is_cuda:
-        from vimfast_kernels import augment_triton
-
-        with torch.cuda.device(images.device):
-            return augment_triton.augment(images, plan, mean, std, dtype)
-    from vimfast_kernels import augment_pillow
-
-    return augment_pillow.augment(images, plan, mean, std, dtype)
-
-
-def fill_colour(mean: Sequence[float]) -> tuple[int, ...]:
-    """The colour of pixels that a warp brings in from outside, as timm rounds it."""
-    return tuple(min(255, round(255 * value)) for value in mean)

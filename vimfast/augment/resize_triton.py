@@ -182,7 +182,7 @@ def crop_resize(
     size: int,
     device: torch.device,
 ) -> Tensor:
-    """:func:`vimfast_kernels.resize.crop_resize_at` on the current stream; arguments are checked there."""
+    """:func:`vimfast.augment.resize.crop_resize_at` on the current stream; arguments are checked there."""
     n = len(which)
     out = torch.empty((n, size, size, 3), dtype=torch.uint8, device=device)
     if not n:

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vimfast_kernels.augment import Op, Plan, fill_colour
+from vimfast.augment.colours import fill_colour
+from vimfast.augment.plan import Op, Plan
 
 _NONE = tl.constexpr(int(Op.NONE))
 _INVERT = tl.constexpr(int(Op.INVERT))
@@ -287,8 +288,8 @@ BLOCK, WARPS = 256, 4  # of a program that changes pixels
 TABLE_BLOCK, TABLE_WARPS = 4096, 8  # of one that looks through a channel
 
 
-def augment(images: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """:func:`vimfast_kernels.augment.augment` on the current stream of the images' device; the host does not wait."""
+def carry_out(images: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """:func:`vimfast.augment.pixels.carry_out` on the current stream of the images' device; the host does not wait."""
     batch, height, width, _ = images.shape
     images = images.contiguous()
     out = images.new_empty((batch, 3, height, width), dtype=dtype)

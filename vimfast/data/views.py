@@ -1,0 +1,460 @@
+"""What a loader makes of the images of a step. A view owns all of it: the draws, DALI's graph, and what comes after.
+
+:class:`Regions` and :class:`Copies` train on boxes (:class:`~vimfast.augment.crops.BoxCrop`): on a GPU, where our own
+kernel cuts them from what DALI decodes, and on a CPU, where DALI does it all. :class:`CutOut` trains on squares cut out
+of resized images (:class:`~vimfast.augment.crops.SquareCrop`), and :class:`Evaluation` looks at the middle.
+:func:`training_view` and :func:`crop_view` choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from vimfast.augment import draws, resize
+from vimfast.augment.colours import IMAGENET, Normalization
+from vimfast.augment.crops import BoxCrop, CentreCrop, SquareCrop
+from vimfast.augment.pixels import carry_out
+from vimfast.augment.plan import Plan
+from vimfast.augment.recipe import Recipe, training_crop
+from vimfast.config import AugmentConfig
+from vimfast.data import decoding
+from vimfast.data.decoding import Encoded, Flag, Flags, GraphSettings, Pair, Pairs, Size
+from vimfast.data.exchange import Exchange
+from vimfast.data.order import Order
+from vimfast.data.source import Pictures
+from vimfast.errors import UserError, did_you_mean
+
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+
+Read = Callable[[np.ndarray], tuple[np.ndarray, Pictures]]  # ids wanted -> ids that come, and their images
+
+
+class Batch(NamedTuple):
+    """Normalized images and their labels, on the loader's device."""
+
+    images: Tensor  # [B, 3, S, S], float32 unless asked otherwise
+    labels: Tensor  # int64 [B]
+
+
+class Stage(NamedTuple):
+    """All that varies in the course of a run."""
+
+    size: int  # side of the square, pixels
+    recipe: Recipe
+
+
+class Cuts(NamedTuple):
+    """How :func:`vimfast.augment.resize.crop_resize` makes the crops of a batch from decoded regions."""
+
+    which: np.ndarray  # int64 [b], the region
+    boxes: np.ndarray  # int32 [b, 4]: top, left, height, width in it
+    mirror: np.ndarray  # int32 [b]
+    cubic: np.ndarray  # int32 [b]
+
+
+class Work(NamedTuple):
+    """A step on its way: what is decoded for it, and what is then made of that."""
+
+    place: tuple[int, int]  # epoch, step
+    ids: np.ndarray  # int64 [n], of what is decoded
+    inputs: tuple[Any, ...]  # the view's, of n images; the encoded images first
+    labels: np.ndarray  # int64 [b]
+    size: int  # side of the square, pixels
+    plan: Plan | None = None  # what is done to the crops; None in evaluation
+    crops: Cuts | np.ndarray | None = None  # how they are made, or int64 [b], which they are; None: all, as they come
+
+
+class View(Protocol):
+    """What a loader makes of the images of a step."""
+
+    training: ClassVar[bool]
+    inputs: ClassVar[type[tuple[Any, ...]]]  # of the graph, by name: see vimfast.data.decoding
+
+    @property
+    def order(self) -> Order:
+        """Which images come when."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches come out."""
+
+    @property
+    def most(self) -> int:
+        """The most images that are decoded for a step."""
+
+    def draw(self, epoch: int, step: int, read: Read) -> Work:
+        """Read the images of a step and draw what is done to them. A function of its arguments and the data alone."""
+
+    def graph(self, x: Any, settings: GraphSettings) -> Sequence[Any]:
+        """Outputs of DALI's graph; `x` is `inputs` of nodes."""
+
+    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Any]:
+        """What DALI made, for each of the works that it got together."""
+
+    def finish(self, decoded: Any, work: Work) -> Batch:
+        """The batch; on a GPU, in the order of the current stream, and in memory that DALI does not own."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all training views have in common.
+
+    Args:
+        order: which images come when.
+        device: where batches come out.
+        stage: of an epoch.
+        flip: probability of mirroring.
+        interpolation: ``"bicubic"``, ``"bilinear"``, or ``"random"``, each image's own.
+        normalization: of the crops.
+
+    Raises:
+        UserError: the interpolation is not known.
+    """
+
+    order: Order
+    device: torch.device
+    stage: Callable[[int], Stage]
+    flip: float = 0.5
+    interpolation: str = "bicubic"
+    normalization: Normalization = IMAGENET
+
+    training: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            hint = did_you_mean(self.interpolation, INTERPOLATIONS)
+            raise UserError(
+                f"interpolation is {self.interpolation!r}{hint}; it must be one of {', '.join(INTERPOLATIONS)}"
+            )
+
+    def _draw(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Uniform numbers, where to mirror and which filter, for the images at these positions."""
+        u = draws.uniforms(self.order.seed, epoch, positions)
+        return u, draws.flips(u, self.flip), draws.filters(u, self.interpolation)
+
+    def _batch(self, crops: Tensor, labels: Tensor, plan: Plan | None) -> Batch:
+        assert plan is not None
+        mean, std, dtype = self.normalization
+        return Batch(carry_out(crops, plan, mean=mean, std=std, dtype=dtype), labels)
+
+
+class BoxWork(NamedTuple):
+    """What is drawn for the images of a step that are trained on as boxes."""
+
+    ids: np.ndarray  # int64 [n], each image once
+    images: Pictures  # n
+    covered: np.ndarray  # int32 [n, 4]: top, left, height, width of what the boxes of an image cover together
+    boxes: np.ndarray  # int32 [n, copies, 4], in what is covered
+    mirror: np.ndarray  # int32 [n, copies]
+    cubic: np.ndarray  # int32 [n, copies]
+    which: np.ndarray  # int64 [b]: the image of each crop of the batch; in sending order where ranks exchange crops
+    copy: np.ndarray  # int64 [b]: which of its boxes
+    plan: Plan
+    size: int
+
+
+@dataclass(frozen=True)
+class _Boxes(Training):
+    """Random boxes of images.
+
+    Where the copies of repeated augmentation come to one rank (``order.neighbours``, or a single process), an image is
+    read and decoded once and then cropped, mirrored and augmented as often as it is repeated. So it is where the ranks
+    of a host decode for each other (``order.node``): each decodes its share with all copies, and they exchange the
+    crops before they are augmented. Every rank of the host must then take the same batches.
+
+    Args:
+        crop: where the boxes are.
+        exchange: of the crops between the ranks of ``order.node``; None: this rank decodes for itself.
+    """
+
+    crop: BoxCrop = field(kw_only=True)
+    exchange: Exchange | None = field(kw_only=True, default=None)
+
+    @property
+    def copies(self) -> int:
+        """Crops of an image that are made from one decode."""
+        order = self.order
+        together = order.world == 1 or order.neighbours or self.exchange is not None
+        return order.repeats if together else 1
+
+    @property
+    def most(self) -> int:
+        # Each run of neighbouring positions may begin with the last copy of an image.
+        order = self.order
+        run = order.batch_size if order.node in (1, order.world) else order.node
+        runs = 1 if run == order.batch_size else 1 + -(-order.batch_size // run)
+        return min(order.batch_size, runs * (1 + -(-(run - 1) // self.copies)))
+
+    def _draw_boxes(self, epoch: int, step: int, read: Read) -> BoxWork:
+        """Each image once. All its copies are drawn, also those in the batches before and after this one."""
+        copies, stage = self.copies, self.stage(epoch)
+        positions, ids = self.order.decoded(epoch, step) if self.exchange else self.order.step(epoch, step)
+        shown, first, which = np.unique(positions // copies, return_index=True, return_inverse=True)
+        ids, images = read(ids[first])
+        u, mirror, cubic = self._draw(epoch, (shown[:, None] * copies + np.arange(copies)).ravel())
+        drawn = self.crop.boxes(u, np.repeat(images.sizes, copies, axis=0))
+        low, extent = (part.reshape(len(ids), copies, 2) for part in drawn)
+        corner = low.min(axis=1)
+        covered = np.concatenate([corner, (low + extent).max(axis=1) - corner], axis=1)
+        copy = positions % copies
+        if self.exchange is not None:
+            which, copy = which[self.exchange.sending_order], copy[self.exchange.sending_order]
+        own, _ = self.order.step(epoch, step)
+        plan = stage.recipe.draw(self.order.seed, epoch, own, stage.size)
+        boxes = np.concatenate([low - corner[:, None], extent], axis=2)
+        mirror, cubic = mirror.reshape(-1, copies), cubic.reshape(-1, copies)
+        return BoxWork(ids, images, covered, boxes, mirror, cubic, which, copy, plan, stage.size)
+
+    def _exchanged(self, crops: Tensor, work: Work) -> Batch:
+        labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
+        if self.exchange is not None:
+            crops, labels = self.exchange(crops), self.exchange(labels)
+        return self._batch(crops, labels, work.plan)
+
+
+class RegionInputs(NamedTuple):
+    encoded: Encoded
+    corner: Pair
+    extent: Pair
+
+
+class Regions(_Boxes):
+    """DALI only decodes; a kernel of ours cuts and resizes, in less than half of DALI's time on a busy GPU."""
+
+    inputs: ClassVar[type[tuple[Any, ...]]] = RegionInputs
+
+    def draw(self, epoch: int, step: int, read: Read) -> Work:
+        d = self._draw_boxes(epoch, step, read)
+        at = d.which, d.copy
+        cuts = Cuts(d.which, d.boxes[at], d.mirror[at], d.cubic[at])
+        corner, extent = np.ascontiguousarray(d.covered[:, :2]), np.ascontiguousarray(d.covered[:, 2:])
+        inputs = RegionInputs(d.images.encoded, corner, extent)
+        return Work((epoch, step), d.ids, inputs, d.images.labels[d.which], d.size, d.plan, cuts)
+
+    def graph(self, x: RegionInputs, settings: GraphSettings) -> Sequence[Any]:
+        return [decoding.decode_boxes(x.encoded, x.corner, x.extent, settings)]
+
+    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[decoding.Regions]:
+        return decoding.Regions.of(*outputs).split([len(work.ids) for work in works])
+
+    def finish(self, decoded: decoding.Regions, work: Work) -> Batch:
+        assert isinstance(work.crops, Cuts)
+        if self.device.type == "cuda":
+            crops = resize.crop_resize_at(decoded.addresses, decoded.sizes, *work.crops, work.size, self.device)
+        else:
+            crops = resize.crop_resize(decoded.images(), *work.crops, work.size)
+        return self._exchanged(crops, work)
+
+
+class CopyInputs(NamedTuple):
+    encoded: Encoded
+    corner: Pair
+    extent: Pair
+    cut_corner: Pairs
+    cut_extent: Pairs
+    mirror: Flags
+    cubic: Flags
+    size: Size
+
+
+class Copies(_Boxes):
+    """DALI decodes what the boxes of an image cover together, then cuts, resizes and mirrors each."""
+
+    inputs: ClassVar[type[tuple[Any, ...]]] = CopyInputs
+
+    def draw(self, epoch: int, step: int, read: Read) -> Work:
+        d = self._draw_boxes(epoch, step, read)
+        inputs = CopyInputs(
+            d.images.encoded,
+            corner=np.ascontiguousarray(d.covered[:, :2]),
+            extent=np.ascontiguousarray(d.covered[:, 2:]),
+            cut_corner=np.ascontiguousarray(d.boxes[..., :2]),
+            cut_extent=np.ascontiguousarray(d.boxes[..., 2:]),
+            mirror=d.mirror,
+            cubic=d.cubic,
+            size=np.full((len(d.ids), 2), d.size, np.float32),
+        )
+        crops = d.which * self.copies + d.copy
+        return Work((epoch, step), d.ids, inputs, d.images.labels[d.which], d.size, d.plan, crops)
+
+    def graph(self, x: CopyInputs, settings: GraphSettings) -> Sequence[Any]:
+        covered = decoding.decode_boxes(x.encoded, x.corner, x.extent, settings)
+        squares = []
+        for i in range(self.copies):
+            box = decoding.cut(covered, x.cut_corner[i], x.cut_extent[i])
+            squares.append(decoding.mirror(decoding.resize(box, x.size, x.cubic[i]), x.mirror[i]))
+        return squares
+
+    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
+        copies = [decoding.tensor(output) for output in outputs]
+        together = copies[0] if len(copies) == 1 else torch.stack(copies, 1).flatten(0, 1)
+        return together.split([len(work.ids) * self.copies for work in works])
+
+    def finish(self, decoded: Tensor, work: Work) -> Batch:
+        assert isinstance(work.crops, np.ndarray)
+        return self._exchanged(decoded[torch.from_numpy(work.crops)], work)
+
+
+class CutOutInputs(NamedTuple):
+    encoded: Encoded
+    resized: Size
+    corner: Pair
+    extent: Pair
+    mirror: Flag
+    cubic: Flag
+
+
+@dataclass(frozen=True)
+class CutOut(Training):
+    """Squares cut out of resized images; each copy of an image is decoded by itself.
+
+    Args:
+        crop: where the squares are.
+    """
+
+    crop: SquareCrop = field(kw_only=True)
+
+    inputs: ClassVar[type[tuple[Any, ...]]] = CutOutInputs
+
+    @property
+    def most(self) -> int:
+        return self.order.batch_size
+
+    def draw(self, epoch: int, step: int, read: Read) -> Work:
+        stage = self.stage(epoch)
+        positions, ids = self.order.step(epoch, step)
+        ids, images = read(ids)
+        u, mirror, cubic = self._draw(epoch, positions)
+        resized, corner, shift = self.crop.squares(u, images.sizes, stage.size)
+        if shift is not None:
+            shift = shift * np.stack([np.ones_like(mirror), 1 - 2 * mirror], axis=1)
+        plan = stage.recipe.draw(self.order.seed, epoch, positions, stage.size, shift)
+        extent = np.full((len(ids), 2), stage.size, np.int32)
+        inputs = CutOutInputs(images.encoded, resized.astype(np.float32), corner, extent, mirror, cubic)
+        return Work((epoch, step), ids, inputs, images.labels, stage.size, plan)
+
+    def graph(self, x: CutOutInputs, settings: GraphSettings) -> Sequence[Any]:
+        whole = decoding.resize(decoding.decode(x.encoded, settings), x.resized, x.cubic)
+        return [decoding.mirror(decoding.cut(whole, x.corner, x.extent), x.mirror)]
+
+    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
+        return decoding.tensor(*outputs).split([len(work.ids) for work in works])
+
+    def finish(self, decoded: Tensor, work: Work) -> Batch:
+        return self._batch(decoded, torch.from_numpy(work.labels).to(self.device, non_blocking=True), work.plan)
+
+
+class EvaluationInputs(NamedTuple):
+    encoded: Encoded
+    resized: Size
+    corner: Pair
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The middle of each image, resized as Pillow does it.
+
+    Args:
+        order: which images come when.
+        device: where batches come out.
+        size: side of the square, pixels.
+        crop: where the squares are; draws nothing.
+        interpolation: ``"bicubic"`` or ``"bilinear"``.
+    """
+
+    order: Order
+    device: torch.device
+    size: int = 224
+    crop: SquareCrop = field(default_factory=CentreCrop)
+    interpolation: str = "bicubic"
+    normalization: Normalization = IMAGENET
+
+    training: ClassVar[bool] = False
+    inputs: ClassVar[type[tuple[Any, ...]]] = EvaluationInputs
+
+    @property
+    def most(self) -> int:
+        return self.order.batch_size
+
+    def draw(self, epoch: int, step: int, read: Read) -> Work:
+        ids, images = read(self.order.step(epoch, step)[1])
+        squares = self.crop.squares(np.empty((len(ids), draws.COLUMNS)), images.sizes, self.size)
+        inputs = EvaluationInputs(images.encoded, squares.resized.astype(np.float32), squares.corner)
+        return Work((epoch, step), ids, inputs, images.labels, self.size)
+
+    def graph(self, x: EvaluationInputs, settings: GraphSettings) -> Sequence[Any]:
+        whole = decoding.decode(x.encoded, settings, fancy=True)
+        whole = decoding.resize_as_pillow(whole, x.resized, self.interpolation)
+        squares = decoding.cut(whole, x.corner, [self.size, self.size])
+        return [decoding.normalize(squares, self.normalization)]
+
+    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
+        return decoding.tensor(*outputs).split([len(work.ids) for work in works])
+
+    def finish(self, decoded: Tensor, work: Work) -> Batch:
+        labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
+        # DALI takes its memory back in the order of this stream, and knows nothing of the one that evaluates.
+        return Batch(decoded.clone() if self.device.type == "cuda" else decoded, labels)
+
+
+def training_view(
+    order: Order,
+    device: torch.device,
+    augmentation: AugmentConfig | None = None,
+    *,
+    size: int = 224,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    interpolation: str = "bicubic",
+    normalization: Normalization = IMAGENET,
+    group: ProcessGroup | None = None,
+) -> View:
+    """The view that a section of settings asks for, the same in the whole run.
+
+    Args:
+        augmentation: what is done after crop and flip, and the kind of crop; None: random resized crop and flip only.
+        size: side of the square, pixels.
+        scale, ratio: of :class:`~vimfast.augment.crops.RandomResizedCrop`.
+        group: the processes that ``order.node`` counts; None: all.
+
+    Raises:
+        UserError: a setting out of its range.
+    """
+    crop, stage = training_crop(augmentation, size, scale, ratio), Stage(size, Recipe(augmentation, interpolation))
+    return crop_view(
+        order,
+        device,
+        crop,
+        lambda epoch: stage,
+        flip=flip,
+        interpolation=interpolation,
+        normalization=normalization,
+        group=group,
+    )
+
+
+def crop_view(
+    order: Order,
+    device: torch.device,
+    crop: BoxCrop | SquareCrop,
+    stage: Callable[[int], Stage],
+    *,
+    flip: float = 0.5,
+    interpolation: str = "bicubic",
+    normalization: Normalization = IMAGENET,
+    group: ProcessGroup | None = None,
+) -> View:
+    """The view for this crop on this device, with the size and the augmentation that an epoch's stage has."""
+    common = (order, device, stage, flip, interpolation, normalization)
+    if isinstance(crop, SquareCrop):
+        return CutOut(*common, crop=crop)
+    exchange = Exchange(order, group) if order.node > 1 else None
+    return (Regions if device.type == "cuda" else Copies)(*common, crop=crop, exchange=exchange)
