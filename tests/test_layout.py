@@ -20,6 +20,7 @@ FLOORS = (
             "vimfast.optim",
             "vimfast.gradients",
             "vimfast.checkpoint",
+            "vimfast.starting",
             "vimfast.models.mixer",
             "vimfast.models.pos_embed",
             "vimfast.models.hub",

@@ -33,8 +33,8 @@ from vimfast.cli import backstop, exit_now, first_on_host
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, STOPPED, USER_ERROR, Hub, Message, Peer, Ticks
+from vimfast.starting import SIGNALS, Starting, listen, torchrun, wake_sockets
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 BEAT = 1.0  # seconds between two signs of life
 TWICE = 1.0  # seconds within which the copies of one Ctrl-C arrive: the terminal sends one, torchrun another
 LEAVING = 5.0  # seconds for everything after the last goodbye
@@ -60,9 +60,16 @@ class Control:
         world: this process among the others.
         stall_timeout: seconds without progress after which the run ends.
         folder: the run folder, for ``train.log`` and the stacks of a stall, if there is one.
+        starting: what has listened to signals until now, to be relieved.
     """
 
-    def __init__(self, world: World, stall_timeout: float = 600.0, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        stall_timeout: float = 600.0,
+        folder: Path | None = None,
+        starting: Starting | None = None,
+    ) -> None:
         self.world, self.stall_timeout, self.folder = world, stall_timeout, folder
         self.place: Callable[[], str] = lambda: ""  # in the run
         self.promise = "ending"  # what the run does when told to stop, for the answer to a signal
@@ -83,7 +90,8 @@ class Control:
         self._heard = time.monotonic()  # the hub
         self._stopping = ""
         self._interrupted: float | None = None
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._starting = starting
+        self._parent = torchrun() if starting is None else starting.parent
         self._orphaned: float | None = None  # the time to end at
 
     # The main thread's
@@ -101,17 +109,12 @@ class Control:
         self._doing, self._since = what, time.monotonic()
 
     def __enter__(self) -> Control:
-        self._wake, self._waker = socket.socketpair()
-        for end in (self._wake, self._waker):
-            end.setblocking(False)
+        self._wake, self._waker = wake_sockets()
         self._meet()
         if threading.current_thread() is threading.main_thread():
-            # The handlers do nothing. What counts is the number that Python's C handler writes to the socket at once,
-            # even while the main thread is in a collective or waits for the device.
-            for number in SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is respected
-                    signal.signal(number, lambda *_: None)
-            signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+            listen(self._waker)
+        if self._starting is not None:
+            self._starting.hand_over()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
 

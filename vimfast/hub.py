@@ -24,6 +24,8 @@ GRACE_LOST = 0.3  # a death is a cause; this is for others that died with it
 
 COLLECTIVE = ("/torch/", "vimfast/gradients.py:")  # where a main thread waits for others, or for its device
 
+BEFORE_FIRST_STEP = "stopped before the first step; there is nothing to save"
+
 START = 300.0  # seconds allowed for anything before the first step, even if --stall-timeout is shorter
 
 
@@ -160,6 +162,8 @@ class Hub:
     def lost(self, rank: int, now: float) -> None:
         """The connection to a process is closed. That is a death unless the process has said why."""
         if not self.peers[rank].left and not any(f.rank == rank for f in self._failures):
+            if self._why and not any(p.ticks for p in self.peers):  # the signal met it before it had a control
+                self._end(STOPPED[self._why], BEFORE_FIRST_STEP)
             self._lost.append(rank)
             self._expect_verdict(now + GRACE_LOST)
         self._judge(now)
@@ -200,7 +204,7 @@ class Hub:
         self._decided = True
         target = max(p.ticks for p in self.peers)
         if target == 0 and not any(p.left for p in self.peers):  # still building or tuning
-            self._end(STOPPED[self._why], "stopped before the first step; there is nothing to save")
+            self._end(STOPPED[self._why], BEFORE_FIRST_STEP)
         else:
             self._tell_all({"do": "stop", "ticks": target})
 
