@@ -120,7 +120,7 @@ class Trainer:
             self.epoch, self.step = cfg.run.start_epoch, 0
         if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
             self.model.compile()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         for module in (self.model, self.ema.module) if self.ema else (self.model,):
             copy_from_first(module)
         self.start_up.done("model")
