@@ -83,9 +83,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_p
     assert not (tmp_path / "parts" / "log.txt").exists()
     torch.manual_seed(123)  # whatever happens in between
     train(*flags, str(tmp_path / "parts"), "--resume", "auto", control=Stops("epoch 1, step 1 "))
+    resumed = (*flags, str(tmp_path / "parts"), "--resume", "auto")
+    assert "keep the data and --steps-per-epoch as" in refused(*resumed, "--steps-per-epoch", str(whole.steps - 1))
+    assert "--accum-steps as it was, or give --global-batch-size 4" in refused(*resumed, "--batch-size", "2")
     torch.manual_seed(456)
     parts = train(*flags, str(tmp_path / "parts"), "--resume", "auto")
     assert parts.steps > 1
+    assert parts.control.promise == "all is done; ending"  # no place is saved any more
     assert same(whole.model.state_dict(), parts.model.state_dict())
     assert same(whole.ema.module.state_dict(), parts.ema.module.state_dict())
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]

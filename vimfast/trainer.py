@@ -164,7 +164,8 @@ class Trainer:
             accum, limit = self.batches.accum_steps, self.cfg.run.steps_per_epoch
             updates = order.steps // accum
             if updates == 0 < order.steps:
-                raise UserError(f"--accum-steps {accum} is more than the {order.steps} batches of an epoch; lower it")
+                held = f"{order.steps} batch{'es' * (order.steps > 1)}"
+                raise UserError(f"--accum-steps {accum} is too many for an epoch of {held}; lower it")
             order = replace(order, limit=accum * (updates if limit is None else min(limit, updates)))
         loader = Loader(
             source,
@@ -228,7 +229,7 @@ class Trainer:
             return path
         if own is not None and own.exists() and (path is None or path.resolve() != own.resolve()):
             raise UserError(
-                f"{own} holds an earlier run, which would be overwritten; go on with it by --resume auto, "
+                f"{own} holds an earlier run, which would be overwritten; continue it with --resume auto, "
                 "or choose another --output_dir"
             )
         return path
@@ -285,9 +286,15 @@ class Trainer:
         if state.get("evaluated", True) and self.step >= state.get("steps", self.steps):
             self.epoch, self.step = self.epoch + 1, 0
         if self.step and (state["steps"], state["global_batch"]) != (self.steps, self.global_batch):
+            mend = "the data and --steps-per-epoch as they were"
+            if state["global_batch"] != self.global_batch:
+                mend = (
+                    "processes x --batch-size x --accum-steps as it was, "
+                    f"or give --global-batch-size {state['global_batch']}"
+                )
             raise UserError(
                 f"the checkpoint stands inside an epoch of {state['steps']} steps of {state['global_batch']} pictures, "
-                f"this run has {self.steps} of {self.global_batch}; keep processes x batch size as it was"
+                f"this run has {self.steps} of {self.global_batch}; keep {mend}"
             )
         processes = state.get("processes", [])
         if len(processes) != self.world.size:  # sums are the run's, random states a process's own
@@ -350,6 +357,7 @@ class Trainer:
                 self._evaluate()
             else:
                 self._train()
+            self.control.promise = "all is done; ending"
         except Stopped:
             self._keep_place()
             return False
@@ -359,7 +367,7 @@ class Trainer:
 
     def _keep_place(self) -> None:
         if self.cfg.run.eval:
-            self.report.say("stopped")
+            self.report.say("stopped before the evaluation was complete; there is nothing to save, start it again")
             return
         if self._saved != (self.epoch, self.step):
             self.save(CHECKPOINT)
@@ -491,7 +499,7 @@ class Trainer:
             self.control.doing("training step")
             return batch
         except UserError:  # a picture that cannot be read; the weights are sound, so keep them
-            if self.world.size == 1:
+            if self.world.size == 1:  # of several, the others are inside the step by now, and wait for this one
                 self.save(CHECKPOINT)
             raise
 
