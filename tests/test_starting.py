@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -20,7 +21,7 @@ from watch import Watched
 from vimfast import cli
 
 NOTHING = "stopped before the first step; there is nothing to save"
-UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": f"test {os.getpid()}", "LOCAL_WORLD_SIZE": "2"}
+UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": f"test {os.getpid()}", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
 
 
 @pytest.fixture
@@ -47,6 +48,15 @@ def test_a_signal_ends_a_run_that_starts(number: str, status: int, settings: Pat
         run.process.send_signal(getattr(signal, number))
         assert run.wait(TIMEOUT) == status
         assert run.text == f"{number} received: {NOTHING}\n"
+
+
+def test_a_process_that_starts_after_torchrun_has_ended(settings: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with start("vimfast.train", "--config", str(settings), **UNDER_TORCHRUN, **store) as run:
+        assert run.wait(TIMEOUT) == 75
+        assert run.text == f"torchrun is gone: {NOTHING}\n"
 
 
 def launch(settings: Path, tmp_path: Path) -> tuple[Watched, list[int]]:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+from contextlib import suppress
 from types import TracebackType
 
 from vimfast.cli import exit_now, report_once, was_reported
@@ -39,6 +40,20 @@ def wake_sockets() -> tuple[socket.socket, socket.socket]:
 def torchrun() -> int | None:
     """Its process id, if it has started this process and is still there."""
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def _store_is_gone() -> bool:
+    """Whether torchrun ended before this process could take note of it: the store in which processes meet is its."""
+    on_one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if not on_one_host or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    with suppress(OSError, ValueError, KeyError):
+        try:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address, timeout=5).close()
+        except ConnectionRefusedError:
+            return True
+    return False
 
 
 class Starting:
@@ -79,6 +94,8 @@ class Starting:
         self.hand_over()
 
     def _watch(self) -> None:
+        if self.parent is not None and _store_is_gone():
+            self._end("torchrun", "torchrun is gone")
         while True:
             try:
                 received = self._wake.recv(1)
