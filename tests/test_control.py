@@ -11,7 +11,7 @@ import pytest
 
 from vimfast.control import Control
 from vimfast.dist import World
-from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, USER_ERROR, Hub, Message, Peer, Ticks
+from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, STOPPED, USER_ERROR, Hub, Message, Peer, Ticks
 
 
 class Told:
@@ -36,6 +36,10 @@ class Told:
 
 def beat(ticks: int, idle: float = 0.0, doing: str = "training step", line: str = "") -> Message:
     return {"say": "beat", "ticks": ticks, "place": f"step {ticks}", "doing": doing, "idle": idle, "line": line}
+
+
+def failed(kind: str, text: str) -> Message:
+    return {"say": "failed", "kind": kind, "text": text, "trace": f"trace of {text}"}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -108,8 +112,8 @@ def test_a_rank_that_has_said_goodbye_is_not_lost_and_counts_in_a_vote() -> None
 
 def test_a_death_is_reported_before_the_errors_that_it_causes() -> None:
     told = Told(3)
-    told.hub.hear(0, {"say": "failed", "kind": "collective", "text": "RuntimeError: gloo"}, 1.0)
-    told.hub.hear(1, {"say": "failed", "kind": "crash", "text": "RuntimeError: odd"}, 1.1)
+    told.hub.hear(0, failed("collective", "RuntimeError: gloo"), 1.0)
+    told.hub.hear(1, failed("crash", "RuntimeError: odd"), 1.1)
     told.hub.look(1.5)
     assert not told.ended
     told.hub.lost(2, 1.6)
@@ -132,10 +136,29 @@ def test_a_death_is_reported_before_the_errors_that_it_causes() -> None:
 def test_the_cause_is_reported(failures: list[tuple[int, str, str]], status: int, sentence: str) -> None:
     told = Told(3)
     for rank, kind, text in failures:
-        told.hub.hear(rank, {"say": "failed", "kind": kind, "text": text}, 1.0)
+        told.hub.hear(rank, failed(kind, text), 1.0)
     assert told.ended == (len(failures) == 3)  # nobody is left to hear from
     told.hub.look(2.1)
     assert (told.end()["status"], told.end()["sentence"]) == (status, sentence)
+    assert sentence.endswith(told.end()["trace"].removeprefix("trace of "))  # the cause's, told with the sentence
+
+
+def test_a_signal_after_a_failure_promises_nothing() -> None:
+    """torchrun sends it to the others because one has failed."""
+    told = Told(2)
+    told.hub.hear(0, beat(5), 0)
+    told.hub.lost(1, 1)
+    told.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 1.1)
+    assert not told.messages
+    told.hub.look(2)
+    assert told.end()["status"] == RANK_LOST
+
+
+def test_a_rank_that_a_signal_ends_while_it_starts_is_not_lost() -> None:
+    told = Told(2)
+    told.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 0)
+    told.hub.lost(1, 0)
+    assert told.end()["status"] == STOPPED["SIGTERM"]
 
 
 def test_a_rank_that_does_not_answer_is_the_one_to_blame() -> None:
@@ -152,6 +175,27 @@ def test_a_rank_that_does_not_answer_is_the_one_to_blame() -> None:
         in end["sentence"]
     )
     assert (end["killer"], end["victim"]) == (0, 101)
+
+
+def test_a_rank_that_freezes_while_the_others_wait_for_its_goodbye_is_killed() -> None:
+    told = Told(2)
+    told.hub.hear(0, {"say": "bye", "ticks": 5}, 0)
+    told.hub.hear(1, beat(5, doing="closing"), 0)
+    told.hub.look(11)
+    assert (told.end()["killer"], told.end()["victim"]) == (0, 101)
+
+
+def test_the_first_rank_is_missed() -> None:
+    control, ends = Control(World(rank=1, size=2)), []
+    control._peers, control._token = [Peer(0, "host", 100), Peer(1, "host", 101)], "none"
+    control._end = ends.append  # type: ignore[method-assign, assignment]
+    control._hub_is_lost("exited unexpectedly", RANK_LOST)
+    assert ends[0]["sentence"] == "error: rank 0 (pid 100 on host) exited unexpectedly; rank 1 was at starting"
+    control._leaving = True  # has said goodbye, and waits for the answer
+    control._hub_is_lost("has not answered", STALLED)
+    assert (ends[1]["killer"], ends[1]["victim"]) == (1, 100)
+    control._hub_is_lost("exited unexpectedly", RANK_LOST)  # it ends as this one does
+    assert len(ends) == 2
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ from vimfast.data.order import Order
 
 STEPS = 8  # in an epoch, of two
 CLASSES = 3
-ENDS_WITHIN = {"cuda": 5.0, "cpu": 60.0}  # seconds after the last line; CPUs may be busy with other work
+# Seconds after the last line. This is to catch a hang: how fast a run ends depends on what else a machine does, and is
+# measured by tools/bench_gpus.py.
+ENDS_WITHIN = 30.0
 LOST_WITHIN = 10.0  # seconds after the death of a process
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpus)]
@@ -138,9 +140,9 @@ def assert_ends(run: Watched, fleet: Fleet) -> None:
     """It ends with status 0, and all its processes exit within seconds of its last line."""
     assert run.wait(TIMEOUT) == 0, run.text
     assert run.ended is not None
-    last, within = run.lines[-1], ENDS_WITHIN[fleet.device]
-    assert run.ended - last.at < within, last
-    assert not run.gone_within(max(0.0, last.at + within - time.monotonic()))
+    last = run.lines[-1]
+    assert run.ended - last.at < ENDS_WITHIN, last
+    assert not run.gone_within(max(0.0, last.at + ENDS_WITHIN - time.monotonic()))
 
 
 def stop(run: Watched, how: Callable[[], None]) -> None:

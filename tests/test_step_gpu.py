@@ -36,7 +36,7 @@ def build(drop_path: float = 0.0, accum_steps: int = 1, reducing: bool = False, 
         criterion,
         amp=torch.autocast("cuda", torch.bfloat16, cache_enabled=False),
         average=build_ema(EmaConfig(model_ema_decay=0.9), model),
-        gradients=GradientSum(list(model.parameters()), bucket_bytes=100_000) if reducing else None,
+        gradients=GradientSum(dict(model.named_parameters()), bucket_bytes=100_000) if reducing else None,
         accum_steps=accum_steps,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 from runs import FORKING
 from watch import Line, Watched
+
+from vimfast.errors import UserError
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -78,15 +81,16 @@ def test_rows_of_gpus_are_measured_and_a_failed_one_says_why(
 
     monkeypatch.setitem(inner, "resident", resident)
 
-    def run(*flags: str) -> None:
+    def run(*flags: str, status: int = 0) -> None:
         monkeypatch.setattr(sys, "argv", ["bench_gpus.py", *flags])
-        script["main"]()
+        assert script["main"]() == status
 
     rows = ("--row", "gpus=2,batch=2,aug=none,model=test_vit", "--row", "gpus=2,batch=18,model=test_vit")
     tiny = ("--input-size", "160", "--steps", "6", "--log-every", "2", "--warm-up", "1", "--seconds", "0.1")
     out = tmp_path / "rows.json"
     run(str(tree), "--device", "cpu", *tiny, "--timeout", "600", "--json", str(out), *rows)
     assert "failed: 36 images make 1 step, but" in capsys.readouterr().out
+    run(str(tree), "--device", "cpu", *tiny, *rows[2:], status=1)  # all have failed
     record = json.loads(out.read_text())
     assert {"machine", "torch", "date", "command"} < record.keys()
     row, failed = record["rows"]
@@ -99,6 +103,32 @@ def test_rows_of_gpus_are_measured_and_a_failed_one_says_why(
     assert "img_s" not in failed
     run("--plot", str(out))
     assert Image.open(out.with_suffix(".png")).size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--row", "gpus=0"), "gpus is 0; it must be 1 or more"),
+        (("--row", "batch=-1"), "batch is -1; it must be 1 or more"),
+        (("--row", "gpus=1,cores=100000"), r"this machine has \d+ cores; request fewer"),
+        (("--row", "gpus=1", "--json", "nowhere/rows.json"), "no such folder"),
+        (("--row", "gpus=1", "--jsno", "rows.json"), "unknown flag --jsno; did you mean '--json'"),
+        (("--plot", "nowhere.json"), "nowhere.json holds no results"),
+    ],
+)
+def test_what_bench_gpus_refuses(
+    flags: tuple[str, ...], told: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_gpus.py", str(tree), "--device", "cpu", *flags])
+    with pytest.raises(UserError, match=told):
+        runpy.run_path(str(TOOLS / "bench_gpus.py"))["main"]()
+
+
+def test_two_nodes_tells_its_usage() -> None:
+    for flags, status in (["--help"], 0), ([], 2), (["--device", "cpu"], 2):
+        done = subprocess.run([str(TOOLS / "two_nodes.sh"), *flags], capture_output=True, text=True)
+        assert done.returncode == status
+        assert "tools/two_nodes.sh DATA [flags of vimfast.train]" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from vimfast.config import load_config
 from vimfast.control import Control
 from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.metrics import Reporter
 from vimfast.trainer import Trainer
 
 
@@ -81,9 +83,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_p
     assert not (tmp_path / "parts" / "log.txt").exists()
     torch.manual_seed(123)  # whatever happens in between
     train(*flags, str(tmp_path / "parts"), "--resume", "auto", control=Stops("epoch 1, step 1 "))
+    resumed = (*flags, str(tmp_path / "parts"), "--resume", "auto")
+    assert "keep the data and --steps-per-epoch as" in refused(*resumed, "--steps-per-epoch", str(whole.steps - 1))
+    assert "--accum-steps as it was, or give --global-batch-size 4" in refused(*resumed, "--batch-size", "2")
     torch.manual_seed(456)
     parts = train(*flags, str(tmp_path / "parts"), "--resume", "auto")
     assert parts.steps > 1
+    assert parts.control.promise == "all is done; ending"  # no place is saved any more
     assert same(whole.model.state_dict(), parts.model.state_dict())
     assert same(whole.ema.module.state_dict(), parts.ema.module.state_dict())
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
@@ -101,6 +107,23 @@ def test_a_run_killed_before_its_evaluation_makes_up_for_it(recipe: str, shards:
     train(*flags, "--resume", "auto")
     records = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [0, 1]
+
+
+def test_a_run_outlasts_its_console(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for the bar
+    end, pipe = os.pipe()
+    os.close(end)
+    with suppress(BrokenPipeError), open(pipe, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        report = Reporter(tmp_path, active=True)
+        assert report.live
+        report.say("a line")
+        with report.steps("epoch 0", 2):
+            report.advance()
+            report.news("epoch 0", "loss 1")
+        Control(World()).say("SIGTERM received")
+        report.close()
+    assert [line.split(maxsplit=2)[2] for line in (tmp_path / "train.log").open()] == ["a line\n", "epoch 0 loss 1\n"]
 
 
 def test_a_signal_saves_the_place(recipe: str, shards: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from watch import Line, Usage, Watched
 
-from vimfast.cli import run_main
+from vimfast.cli import Parser, run_main, whole
 from vimfast.config import MixConfig, ModelConfig
 from vimfast.data.hardware import DECODERS
 from vimfast.data.source import open_source
@@ -57,6 +58,7 @@ DECODING = re.compile(r"decoder (?P<decoder>\w+), threads (?P<threads>\d+)")
 RESIDENT = re.compile(r"resident: ([\d.]+) images/s")
 LEAST_REPORTS = 2  # after the warm-up
 EXIT_LIMIT = 5.0  # seconds; a process still alive then counts as left behind
+LEAST = {"gpus": 1, "cores": 0, "batch": 1}  # values of a row
 BARS = (95, 90)  # percent, plotted as lines
 
 
@@ -88,17 +90,19 @@ class Machine:
     memory_gib: float
 
 
-def main() -> None:
+def main() -> int:
     args = parse()
     if args.resident:
         measure_resident(args)
-        return
+        return 0
     if args.plot:
         plot(args.plot)
-        return
+        return 0
     machine = this_machine(args.device)
     if args.data is None:
         raise UserError("no data given; add the folder of shards, or of train/ and val/")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no such folder; make it first")
     rows = choose_rows(args, machine)
     record: dict[str, Any] = {
         "machine": asdict(machine),
@@ -125,10 +129,11 @@ def main() -> None:
     fill_in_shares(record)
     save(record, args.json)
     show(record)
+    return int(all("failed" in found for found in record["rows"]))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("tools/bench_gpus.py", __doc__ or "", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="shards, or a folder tree with train/ and val/")
     words = "gpus=4,cores=64,batch=128,decoder=auto,aug=default|one-rank|none,model=vim_tiny_patch16_224"
     parser.add_argument("--row", dest="rows", action="append", metavar="WORDS", help=f"for example {words}; repeatable")
@@ -136,19 +141,20 @@ def parse() -> argparse.Namespace:
         "--preset", choices=("node",), help="node: one GPU, all GPUs on fewer and fewer cores, other recipes"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--input-size", type=int, default=224)
-    parser.add_argument("--steps", type=int, default=400, help="steps of each row [400]")
-    parser.add_argument("--log-every", type=int, default=50, help="steps between reports [50, as in training]")
-    parser.add_argument("--warm-up", type=int, default=3, help="reports to ignore at the start [3]")
+    parser.add_argument("--input-size", type=whole(1), default=224)
+    parser.add_argument("--steps", type=whole(1), default=400, help="steps of each row [400]")
+    parser.add_argument("--log-every", type=whole(1), default=50, help="steps between reports [50, as in training]")
+    parser.add_argument("--warm-up", type=whole(0), default=3, help="reports to ignore at the start [3]")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to measure resident images [3]")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a run is stopped [300]")
     parser.add_argument(
-        "--repeat", type=int, default=1, help="use each image of a folder this many times, through links [1]"
+        "--repeat", type=whole(1), default=1, help="use each image of a folder this many times, through links [1]"
     )
     parser.add_argument("--json", type=Path, help="write the results here, after each row")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only plot the rows of this file, as a PNG")
     parser.add_argument("--resident", nargs=2, metavar=("MODEL", "BATCH"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parsed: argparse.Namespace = parser.parse_args(sys.argv[1:])
+    return parsed
 
 
 # What to run
@@ -171,7 +177,8 @@ def choose_rows(args: argparse.Namespace, machine: Machine) -> list[Row]:
         raise UserError("no rows given; add --preset node, or --row gpus=1")
     for row in rows:
         if row.cores > machine.cores or (args.device == "cuda" and row.gpus > machine.gpus):
-            raise UserError(f"{row}: this machine has {machine.gpus} GPUs and {machine.cores} cores; request fewer")
+            gpus = f"{machine.gpus} GPUs and " if args.device == "cuda" else ""
+            raise UserError(f"{row}: this machine has {gpus}{machine.cores} cores; request fewer")
     return list(dict.fromkeys(rows))
 
 
@@ -187,6 +194,8 @@ def read_row(words: str) -> Row:
             given[name] = type(defaults[name])(value)
         except ValueError:
             raise UserError(f"--row: {name} is {value!r}; it must be an integer") from None
+        if name in LEAST and given[name] < LEAST[name]:
+            raise UserError(f"--row: {name} is {value}; it must be {LEAST[name]} or more")
     for name, known in (("aug", AUGMENTATIONS), ("decoder", DECODERS)):
         if given.get(name, defaults[name]) not in known:
             raise UserError(f"--row: {name} is {given[name]!r}; it must be one of {', '.join(known)}")
@@ -421,13 +430,16 @@ def show(record: dict[str, Any]) -> None:
 
 def plot(source: Path) -> None:
     """A bar chart of the rows' shares, as a PNG next to the JSON."""
+    try:
+        record = json.loads(source.read_text())
+        machine, rows = record["machine"], record["rows"][::-1]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--plot {source} holds no results of --json ({type(error).__name__}: {error})") from None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    record = json.loads(source.read_text())
-    machine, rows = record["machine"], record["rows"][::-1]
     figure, axes = plt.subplots(figsize=(10, 0.5 * len(rows) + 1.8), layout="constrained")
     shares = [100 * (row.get("share") or 0.0) for row in rows]
     axes.barh(range(len(rows)), shares, 0.62, color="#2a7f62", label="trainer, from files")
@@ -473,4 +485,6 @@ def this_machine(device: str) -> Machine:
 
 
 if __name__ == "__main__":
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, lambda number, frame: sys.exit(128 + number))  # by way of Watched, which ends its command
     run_main(main)

@@ -7,7 +7,19 @@
 # PROCESSES=2 on each node, on CPUs, through gloo; PYTHON=python is the one with torch. Ends with 0 if both nodes do.
 set -euo pipefail
 
-data=$(realpath "${1:?usage: tools/two_nodes.sh DATA [flags of vimfast.train]}")
+for word in "$@"; do
+    case $word in -h | --help)
+        sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+        exit
+        ;;
+    esac
+done
+case ${1-} in "" | -*)
+    echo "usage: tools/two_nodes.sh DATA [flags of vimfast.train]" >&2
+    exit 2
+    ;;
+esac
+data=$(realpath "$1")
 shift
 processes=${PROCESSES:-2} port=29500 python=${PYTHON:-python}
 names=(vimfast-node0 vimfast-node1) # of the namespaces, and the hosts

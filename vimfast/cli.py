@@ -61,7 +61,7 @@ def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sy
     try:
         status = main() or 0
     except UserError as error:
-        _report_once(error)
+        report_once(f"error: {error}")
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -95,28 +95,46 @@ def backstop(seconds: float) -> None:
 _nowhere: Any = None
 
 
-def _report_once(error: UserError) -> None:
-    """Report an error raised outside the control: once per host, as usually all processes have the same one."""
-    run = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")]
+def report_once(sentence: str) -> None:
+    """Say why the run ends, outside the control: once per host, as usually all its processes have the same to say."""
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
-    held = None if alone else first_on_host("-".join(run))
+    held = None if alone else first_on_host(_attempt())
     if alone or held is not None:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(sentence, file=sys.stderr, flush=True)
     if held is not None:
         time.sleep(1)  # by then the others have failed too, or torchrun has ended them
         held.close()
+
+
+def was_reported() -> bool:
+    """Whether a process of this host is in :func:`report_once`, which takes it a second."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(_lock_address(_attempt())) in (0, errno.EAGAIN)
+
+
+def _attempt() -> str:
+    """Names this attempt of this run among all runs on the host."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    return "-".join(os.environ.get(name, "") for name in names)
 
 
 def first_on_host(name: str) -> socket.socket | None:
     """A lock that is released when its process ends: for the first on this host that asks; None for the others."""
     lock = socket.socket(socket.AF_UNIX)
     try:
-        lock.bind(f"\0vimfast-{hashlib.sha256(name.encode()).hexdigest()}")
+        lock.bind(_lock_address(name))
+        lock.listen()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             lock.close()
             return None
     return lock
+
+
+def _lock_address(name: str) -> str:
+    return f"\0vimfast-{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def end_with_parent() -> None:

@@ -26,20 +26,21 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from vimfast import dist
 from vimfast.cli import backstop, exit_now, first_on_host
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, STOPPED, USER_ERROR, Hub, Message, Peer, Ticks
+from vimfast.starting import SIGNALS, Starting, listen, torchrun, wake_sockets
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 BEAT = 1.0  # seconds between two signs of life
 TWICE = 1.0  # seconds within which the copies of one Ctrl-C arrive: the terminal sends one, torchrun another
 LEAVING = 5.0  # seconds for everything after the last goodbye
 FAREWELL = 3.0  # seconds to report an error in
 CONNECTING = 60.0
+TRACE = 20_000  # last characters of a traceback that are told
 # Seconds to save the place in when torchrun is gone: the scheduler may be killing everything, or a second SIGTERM ended
 # torchrun while its processes were still saving after the first.
 ORPHANED, ORPHANED_STOPPING = 9.0, 30.0
@@ -60,19 +61,25 @@ class Control:
         world: this process among the others.
         stall_timeout: seconds without progress after which the run ends.
         folder: the run folder, for ``train.log`` and the stacks of a stall, if there is one.
+        starting: what has listened to signals until now, to be relieved.
     """
 
-    def __init__(self, world: World, stall_timeout: float = 600.0, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        stall_timeout: float = 600.0,
+        folder: Path | None = None,
+        starting: Starting | None = None,
+    ) -> None:
         self.world, self.stall_timeout, self.folder = world, stall_timeout, folder
         self.place: Callable[[], str] = lambda: ""  # in the run
         self.promise = "ending"  # what the run does when told to stop, for the answer to a signal
-        self.say: Callable[[str], None] = lambda text: print(text, flush=True)
+        self.say: Callable[[str], None] = lambda text: _print_at_once(f"{text}\n", sys.stdout)
         self.status = 0  # to exit with
         self._ticks = Ticks()
         self._doing, self._since = "starting", time.monotonic()
         self._beat = min(BEAT, stall_timeout / 6)
         self._leaving = False
-        self._error: BaseException | None = None
         self._left = threading.Event()
         # The watch thread's own
         self._out: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -83,7 +90,8 @@ class Control:
         self._heard = time.monotonic()  # the hub
         self._stopping = ""
         self._interrupted: float | None = None
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._starting = starting
+        self._parent = torchrun() if starting is None else starting.parent
         self._orphaned: float | None = None  # the time to end at
 
     # The main thread's
@@ -101,17 +109,12 @@ class Control:
         self._doing, self._since = what, time.monotonic()
 
     def __enter__(self) -> Control:
-        self._wake, self._waker = socket.socketpair()
-        for end in (self._wake, self._waker):
-            end.setblocking(False)
+        self._wake, self._waker = wake_sockets()
         self._meet()
         if threading.current_thread() is threading.main_thread():
-            # The handlers do nothing. What counts is the number that Python's C handler writes to the socket at once,
-            # even while the main thread is in a collective or waits for the device.
-            for number in SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is respected
-                    signal.signal(number, lambda *_: None)
-            signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+            listen(self._waker)
+        if self._starting is not None:
+            self._starting.hand_over()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
 
@@ -145,10 +148,10 @@ class Control:
         else:
             kind = "collective" if _is_collective(error) else "crash"
             text = f"{type(error).__name__}{text and ': '}{text[:300]}"
-        self._error = error
-        self._post({"say": "failed", "kind": kind, "text": text})
+        trace = "" if kind == "user" else _trace(error)
+        self._post({"say": "failed", "kind": kind, "text": text, "trace": trace})
         time.sleep(LEAVING)
-        self._report(f"error: {text}", error)  # the hub cannot be reached
+        self._report(f"error: {text}", trace)  # the hub cannot be reached
         exit_now(USER_ERROR if kind == "user" else CRASHED)
 
     def _post(self, message: Message) -> None:
@@ -214,7 +217,7 @@ class Control:
                 while self._own:
                     self._obey(self._own.popleft())
         except BaseException as error:  # without this thread nothing could end the run
-            self._report("error: the control of the run failed, which is a bug; please report it", error)
+            self._report("error: the control of the run failed, which is a bug; please report it", _trace(error))
             exit_now(CRASHED)
 
     def _receive(self, source: Any, now: float) -> None:
@@ -336,21 +339,23 @@ class Control:
 
     def _answer(self, why: str, by: int) -> None:
         heard = "torchrun is gone" if why == "torchrun" else f"{why} received" + (f" by rank {by}" if by else "")
-        more = "; Ctrl-C again ends it at once" if why == "SIGINT" else ""
+        again = "Ctrl-C again" + ("" if self._parent is None else ", or any other signal to torchrun,")
+        more = f"; {again} ends it at once" if why == "SIGINT" else ""
         # In a thread of its own: a blocked console must not hold up this one.
         threading.Thread(target=self.say, args=(f"{heard}: {self.promise}{more}",), daemon=True).start()
 
     # Ending
 
     def _hub_is_lost(self, what: str, status: int) -> None:
-        if self._leaving or self._left.is_set():
+        if self._left.is_set() or (self._leaving and status != STALLED):
             self._left.set()
             return
         if self._orphaned is not None:
             exit_now(COME_AGAIN)
         first, here = self._peers[0], self._peers[self.world.rank]
         lock = first_on_host(self._token)
-        sentence = f"error: {first} {what}; rank {here.rank} was at {self.place()} ({self._doing})"
+        here.place, here.doing = self.place(), self._doing
+        sentence = f"error: {first} {what}; rank {here.rank} was at {here.where}"
         sentence += "; resume with --resume auto" if self.folder else ""
         message: Message = {"status": status, "sentence": sentence, "say": lock is not None}
         if status == STALLED:
@@ -375,10 +380,8 @@ class Control:
         sentence = message["sentence"]
         if "stacks" in message and self.folder is not None:
             sentence += f"; the ranks' stacks are in {self.folder}/stall-rank*.txt"
-        if me == message.get("traceback") and self._error is not None and not isinstance(self._error, UserError):
-            _print_at_once("".join(traceback.format_exception(self._error)))
         if message.get("say", self.world.is_main):
-            self._report(sentence)
+            self._report(sentence, message.get("trace", ""))
         if "stacks" in message:
             self._dump_stacks(to_console=me == message["stacks"])
         if message.get("say"):  # the lock that makes this the one to report it is held until the others know
@@ -408,12 +411,9 @@ class Control:
                 except (EOFError, OSError):  # noqa: PERF203
                     del self._connections[connection]  # type: ignore[arg-type]
 
-    def _report(self, sentence: str, error: BaseException | None = None) -> None:
-        """To the console and the run's log; either may be broken by now."""
-        with suppress(OSError, ValueError):
-            if error is not None and not isinstance(error, UserError):
-                _print_at_once("".join(traceback.format_exception(error)))
-            _print_at_once(f"{sentence}\n")
+    def _report(self, sentence: str, trace: str = "") -> None:
+        """To the console, after the traceback, and to the run's log; either may be broken by now."""
+        _print_at_once(f"{trace}{sentence}\n")
         if self.folder is not None and self.folder.is_dir() and self.world.is_main:
             with suppress(OSError), open(self.folder / "train.log", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
@@ -429,9 +429,14 @@ class Control:
         return ""
 
 
-def _print_at_once(text: str) -> None:
-    """Print to the console in one write, so that lines of several processes do not run into each other."""
-    print(text, end="", file=sys.__stderr__, flush=True)
+def _print_at_once(text: str, stream: TextIO | None = sys.__stderr__) -> None:
+    """Print to the console, if it is still there, in one write: lines of several processes must not mingle."""
+    with suppress(OSError, ValueError):
+        print(text, end="", file=stream, flush=True)
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-TRACE:]
 
 
 def _is_collective(error: BaseException) -> bool:

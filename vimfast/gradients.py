@@ -6,7 +6,7 @@ all of a bucket's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class _Bucket(NamedTuple):
 
 
 class GradientSum:
-    """Sums the gradients of `parameters` over the processes of the default group, bucket by bucket.
+    """Sums the gradients of `parameters`, by name, over the processes of the default group, bucket by bucket.
 
     The first backward pass under :meth:`reducing` shows in which order gradients come; buckets are filled in that order
     (rank 0's), so that all but the last are reduced while backward continues with earlier layers. Each process sees
@@ -40,7 +40,7 @@ class GradientSum:
     A parameter that gets no gradient in a later pass counts as zero there.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
         self.processes = dist.get_world_size()
         self._bucket_bytes = bucket_bytes
         self._buckets: list[_Bucket] = []
@@ -49,7 +49,8 @@ class GradientSum:
         self._arrived: list[nn.Parameter] = []  # in the first pass
         self._missing: list[int] = []  # gradients still to come, of each bucket
         self._works: list[dist.Work] = []
-        self._parameters = list(parameters)
+        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._parameters = list(self._names)
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
@@ -80,7 +81,10 @@ class GradientSum:
             self._arrived.append(parameter)
             return
         if parameter not in self._bucket_of:
-            raise RuntimeError("a parameter has its first gradient after the first step; it cannot be trained so")
+            raise RuntimeError(
+                f"parameter {self._names[parameter]} got its first gradient after the first step, or not on rank 0; "
+                "use every trained parameter in the first step on rank 0, or freeze it with requires_grad_(False)"
+            )
         self._missing[self._bucket_of[parameter]] -= 1
         while len(self._works) < len(self._buckets) and self._missing[len(self._works)] == 0:
             self._reduce(self._buckets[len(self._works)])

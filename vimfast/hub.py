@@ -24,6 +24,8 @@ GRACE_LOST = 0.3  # a death is a cause; this is for others that died with it
 
 COLLECTIVE = ("/torch/", "vimfast/gradients.py:")  # where a main thread waits for others, or for its device
 
+BEFORE_FIRST_STEP = "stopped before the first step; there is nothing to save"
+
 START = 300.0  # seconds allowed for anything before the first step, even if --stall-timeout is shorter
 
 
@@ -98,8 +100,9 @@ def _innocence(peer: Peer) -> tuple[bool, bool, bool, float]:
 
 class _Failure(NamedTuple):
     rank: int
-    kind: str  # "user", "crash"
+    kind: str  # "user", "crash", "collective"
     text: str
+    trace: str
 
 
 class Hub:
@@ -147,7 +150,7 @@ class Hub:
             peer.ticks = self._votes[rank] = message["ticks"]
             self._count()
         elif kind == "failed":
-            self._failures.append(_Failure(rank, message["kind"], message["text"]))
+            self._failures.append(_Failure(rank, message["kind"], message["text"], message["trace"]))
             self._expect_verdict(now + GRACE)
         elif kind == "bye":
             peer.left, peer.ticks = True, message["ticks"]
@@ -160,6 +163,8 @@ class Hub:
     def lost(self, rank: int, now: float) -> None:
         """The connection to a process is closed. That is a death unless the process has said why."""
         if not self.peers[rank].left and not any(f.rank == rank for f in self._failures):
+            if self._why and not any(p.ticks for p in self.peers):  # the signal met it before it had a control
+                self._end(STOPPED[self._why], BEFORE_FIRST_STEP)
             self._lost.append(rank)
             self._expect_verdict(now + GRACE_LOST)
         self._judge(now)
@@ -189,7 +194,7 @@ class Hub:
     # Stopping
 
     def _stop(self, rank: int, why: str) -> None:
-        if self._why:
+        if self._why or self._verdict_due is not None:  # torchrun signals the others once one has failed
             return
         self._why = why
         self._tell_all({"do": "vote", "why": why, "by": rank})
@@ -200,7 +205,7 @@ class Hub:
         self._decided = True
         target = max(p.ticks for p in self.peers)
         if target == 0 and not any(p.left for p in self.peers):  # still building or tuning
-            self._end(STOPPED[self._why], "stopped before the first step; there is nothing to save")
+            self._end(STOPPED[self._why], BEFORE_FIRST_STEP)
         else:
             self._tell_all({"do": "stop", "ticks": target})
 
@@ -228,8 +233,8 @@ class Hub:
         cause = min(self._failures, key=lambda f: (f.kind != "user", f.kind == "collective"))
         everywhere = any(f.rank == 0 and f.text == cause.text for f in self._failures)
         name = "" if everywhere else f"rank {cause.rank}: "
-        rank, status = 0 if everywhere else cause.rank, USER_ERROR if cause.kind == "user" else CRASHED
-        self._end(status, f"error: {name}{cause.text}", traceback=rank)
+        status = USER_ERROR if cause.kind == "user" else CRASHED
+        self._end(status, f"error: {name}{cause.text}", trace=cause.trace)
 
     def _report_stall(self, last: list[Peer], now: float) -> None:
         silent = max(last, key=lambda p: now - p.heard)
@@ -243,8 +248,10 @@ class Hub:
             f"error: no progress for {culprit.idle + now - culprit.heard:.0f} s (--stall-timeout): {culprit} "
             f"is stuck at {culprit.where}{state}{self.advice}"
         )
-        awake = [p for p in self.peers if not p.left and now - p.heard <= self._stall_timeout / 2]
-        neighbours = [p for p in awake if p.host == culprit.host]
+        # This very process is awake; one that has said goodbye no longer shows whether it is.
+        awake = [p for p in self.peers if p.rank == 0 or (not p.left and now - p.heard <= self._stall_timeout / 2)]
+        awake += [p for p in self.peers if p.left]
+        neighbours = [p for p in awake if p.host == culprit.host and p is not culprit]
         self._end(
             STALLED,
             sentence,

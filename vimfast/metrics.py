@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -139,6 +140,28 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+class _Outlasted:
+    """A stream that may close before the run ends, such as a pipe to ``head`` or a terminal: it then swallows the rest.
+
+    rich would end the program when its pipe closes, and a progress bar writes from a thread of its own.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or io.StringIO()
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Reporter:
     """Tells the main process's news, and is silent on the others.
 
@@ -149,7 +172,8 @@ class Reporter:
     def __init__(self, folder: Path | None, active: bool) -> None:
         self.active = active
         self.folder = folder if active else None
-        self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
+        stream: Any = _Outlasted(sys.stdout)
+        self.console = Console(file=stream, quiet=not active, highlight=False, soft_wrap=True)
         self.live = active and self.console.is_terminal
         self._bar: tuple[Progress, Any] | None = None
         self._board = None
@@ -159,8 +183,7 @@ class Reporter:
             self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def say(self, text: str) -> None:
-        with suppress(OSError):  # a terminal that has gone must not end a run that is to save its place
-            self.console.print(text, markup=False)
+        self.console.print(text, markup=False)
         self._log(text)
 
     def warn(self, text: str) -> None:

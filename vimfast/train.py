@@ -9,11 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from vimfast.cli import end_process, run_main
-from vimfast.config import load_config
 from vimfast.errors import UserError
+from vimfast.starting import Starting
 
 
 def main() -> int:
+    with Starting() as starting:  # before all that takes time
+        return _run(starting)
+
+
+def _run(starting: Starting) -> int:
+    from vimfast.config import load_config
+
     cfg = load_config(sys.argv[1:])
     if not cfg.data.data_path:
         raise UserError("--data-path is missing; give the folder of shards, or of train/ and val/")
@@ -31,7 +38,7 @@ def main() -> int:
     # waits for graphs that use it. On an error the control ends all processes, and nothing is waited for.
     with (
         processes(run.device, timeout=run.stall_timeout + 120) as world,  # the control's sentence comes first
-        Control(world, run.stall_timeout, folder) as control,
+        Control(world, run.stall_timeout, folder, starting) as control,
     ):
         start_up.done("process group")
         from vimfast.trainer import Trainer

@@ -122,7 +122,7 @@ class Trainer:
             self.epoch, self.step = cfg.run.start_epoch, 0
         if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
             self.model.compile()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         for module in (self.model, self.ema.module) if self.ema else (self.model,):
             copy_from_first(module)
         self.start_up.done("model")
@@ -166,7 +166,8 @@ class Trainer:
             accum, limit = self.batches.accum_steps, self.cfg.run.steps_per_epoch
             updates = order.steps // accum
             if updates == 0 < order.steps:
-                raise UserError(f"--accum-steps {accum} is more than the {order.steps} batches of an epoch; lower it")
+                held = f"{order.steps} batch{'es' * (order.steps > 1)}"
+                raise UserError(f"--accum-steps {accum} is too many for an epoch of {held}; lower it")
             order = replace(order, limit=accum * (updates if limit is None else min(limit, updates)))
         size = self.cfg.model.input_size
         if training:
@@ -231,7 +232,7 @@ class Trainer:
             return path
         if own is not None and own.exists() and (path is None or path.resolve() != own.resolve()):
             raise UserError(
-                f"{own} holds an earlier run, which would be overwritten; go on with it by --resume auto, "
+                f"{own} holds an earlier run, which would be overwritten; continue it with --resume auto, "
                 "or choose another --output_dir"
             )
         return path
@@ -288,9 +289,15 @@ class Trainer:
         if state.get("evaluated", True) and self.step >= state.get("steps", self.steps):
             self.epoch, self.step = self.epoch + 1, 0
         if self.step and (state["steps"], state["global_batch"]) != (self.steps, self.global_batch):
+            mend = "the data and --steps-per-epoch as they were"
+            if state["global_batch"] != self.global_batch:
+                mend = (
+                    "processes x --batch-size x --accum-steps as it was, "
+                    f"or give --global-batch-size {state['global_batch']}"
+                )
             raise UserError(
                 f"the checkpoint stands inside an epoch of {state['steps']} steps of {state['global_batch']} pictures, "
-                f"this run has {self.steps} of {self.global_batch}; keep processes x batch size as it was"
+                f"this run has {self.steps} of {self.global_batch}; keep {mend}"
             )
         processes = state.get("processes", [])
         if len(processes) != self.world.size:  # sums are the run's, random states a process's own
@@ -353,6 +360,7 @@ class Trainer:
                 self._evaluate()
             else:
                 self._train()
+            self.control.promise = "all is done; ending"
         except Stopped:
             self._keep_place()
             return False
@@ -362,7 +370,7 @@ class Trainer:
 
     def _keep_place(self) -> None:
         if self.cfg.run.eval:
-            self.report.say("stopped")
+            self.report.say("stopped before the evaluation was complete; there is nothing to save, start it again")
             return
         if self._saved != (self.epoch, self.step):
             self.save(CHECKPOINT)
@@ -494,7 +502,7 @@ class Trainer:
             self.control.doing("training step")
             return batch
         except UserError:  # a picture that cannot be read; the weights are sound, so keep them
-            if self.world.size == 1:
+            if self.world.size == 1:  # of several, the others are inside the step by now, and wait for this one
                 self.save(CHECKPOINT)
             raise
 

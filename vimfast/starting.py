@@ -1,0 +1,117 @@
+"""Signals, and the end of torchrun, while a run starts: until its control takes over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from contextlib import suppress
+from types import TracebackType
+
+from vimfast.cli import exit_now, report_once, was_reported
+from vimfast.errors import UserError
+from vimfast.hub import BEFORE_FIRST_STEP, STOPPED
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+LOOK = 0.25  # seconds between two looks at torchrun
+SETTLE = 0.5  # seconds after an error, which may come before torchrun's end can be seen
+
+
+def listen(waker: socket.socket) -> None:
+    """Have each signal that stops a run written to `waker` as its number, and do nothing else.
+
+    Python's C handler writes it at once, even while the main thread imports, waits for the device or for others.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is respected
+            signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+
+
+def wake_sockets() -> tuple[socket.socket, socket.socket]:
+    """A pair for :func:`listen`: one end to read, one for the signals."""
+    wake, waker = socket.socketpair()
+    wake.setblocking(False)
+    waker.setblocking(False)
+    return wake, waker
+
+
+def torchrun() -> int | None:
+    """Its process id, if it has started this process and is still there."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def _store_is_gone() -> bool:
+    """Whether torchrun ended before this process could take note of it: the store in which processes meet is its."""
+    on_one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if not on_one_host or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    with suppress(OSError, ValueError, KeyError):
+        try:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address, timeout=5).close()
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
+class Starting:
+    """In its block, a signal or the end of torchrun ends this process with the status that docs/stopping.md lists.
+
+    A program's main thread enters it first of all. It is over when the control calls :meth:`hand_over`.
+    """
+
+    def __init__(self) -> None:
+        self.parent = torchrun()
+        self._several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
+        self._told = False  # a process of this host has said why the run ends
+        self._thread = threading.Thread(target=self._watch, name="starting", daemon=True)
+
+    def __enter__(self) -> Starting:
+        self._wake, self._waker = wake_sockets()
+        self._wake.settimeout(LOOK)
+        listen(self._waker)
+        self._thread.start()
+        return self
+
+    def hand_over(self) -> None:
+        """Something else listens now. A signal that came before still ends the process."""
+        self._waker.send(b"\0")
+        self._thread.join()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._thread.is_alive():  # handed over
+            return
+        if self.parent is not None and isinstance(error, Exception) and not isinstance(error, UserError):
+            self._thread.join(SETTLE)
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self.hand_over()
+
+    def _watch(self) -> None:
+        if self.parent is not None and _store_is_gone():
+            self._end("torchrun", "torchrun is gone")
+        while True:
+            try:
+                received = self._wake.recv(1)
+            except TimeoutError:
+                received = b""
+            if received == b"\0":
+                return
+            if received:
+                name = signal.Signals(received[0]).name
+                self._end(name, f"{name} received")
+            if self.parent is not None and os.getppid() != self.parent:
+                self._end("torchrun", "torchrun is gone")
+            # torchrun ends the others when one has failed, and that one's sentence is enough.
+            self._told = self._told or (self._several and was_reported())
+
+    def _end(self, why: str, heard: str) -> None:
+        if not self._told:
+            report_once(f"{heard}: {BEFORE_FIRST_STEP}")
+        exit_now(STOPPED[why])
