@@ -25,13 +25,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, **options: Any) -> None:
         super().__init__(prog, description=description, allow_abbrev=False, **options)
 
-    def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         known = [flag for action in self._actions for flag in action.option_strings]
         for word in args:  # before argparse, which may complain of a missing flag instead
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in known:
                 raise UserError(f"unknown flag {flag}{did_you_mean(flag, known)}", "--help lists all flags")
-        return super().parse_args(args, namespace)
+        parsed: argparse.Namespace = super().parse_args(args, namespace)
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"see {self.prog} --help")

@@ -247,7 +247,7 @@ def _timm_wnids() -> list[str]:
     for folder in (spec and spec.submodule_search_locations) or []:
         if (file := Path(folder, "data", "_info", "imagenet_synsets.txt")).is_file():
             return file.read_text().split()
-    from timm.data import ImageNetInfo  # of a timm that keeps it elsewhere
+    from timm.data.imagenet_info import ImageNetInfo  # of a timm that keeps it elsewhere
 
     return list(ImageNetInfo().label_names())
 

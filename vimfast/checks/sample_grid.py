@@ -65,7 +65,7 @@ def class_captions(classes: Sequence[str]) -> list[tuple[str, str]]:
     wnids = imagenet_wnids(classes)
     if not wnids:
         return [(name, "") for name in classes]
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     describe = ImageNetInfo().label_name_to_description
     return [(describe(name).split(",")[0], name) if name in wnids else (name, "") for name in classes]

@@ -10,7 +10,7 @@ from io import BytesIO
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Buffer: TypeAlias = "bytes | memoryview | np.ndarray"
 
@@ -162,6 +162,6 @@ def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 100) 
 
 def _why(error: Exception) -> str:
     """Pillow's reason without its object addresses."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image in any known format"
     return str(error) or type(error).__name__
