@@ -61,7 +61,7 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 def class_captions(classes: Sequence[str]) -> list[tuple[str, str]]:
-    """Two lines per class: for ImageNet an English name and the wnid, else the class name alone."""
+    """Two lines per class: for ImageNet an English name and the wnid, otherwise just the class name."""
     wnids = imagenet_wnids(classes)
     if not wnids:
         return [(name, "") for name in classes]
