@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,15 @@ def write_picture(path: Path, seed: int, size: tuple[int, int] = (64, 48), mode:
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse.convert(mode).save(path, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else None)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Every torch.empty full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from vimfast.config import Config, load_config
+from vimfast.config import Config, ModelConfig, load_config
 from vimfast.errors import UserError
+from vimfast_kernels import backend_names
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -49,6 +51,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--batch-size", "0"], ["batch_size", "0", "at least 1"]),
         (["--mixup-mode", "bach"], ["bach", "batch"]),
+        (["--scan-backend", "gluno"], ["scan_backend", "did you mean 'gluon'", *backend_names()]),
         (["--model-kwargs", "depth"], ["name=value", "depth"]),
         (["--data", "x"], ["--data", "unknown flag"]),  # no abbreviations
     ],
@@ -78,6 +81,11 @@ def test_wrong_yaml_says_the_cure(tmp_path: Path, text: str, words: list[str]) -
     with pytest.raises(UserError) as error:
         load_config(["--config", str(path)])
     assert all(word in str(error.value) for word in words)
+
+
+def test_help_lists_the_backends() -> None:
+    (field,) = (f for f in fields(ModelConfig) if f.name == "scan_backend")
+    assert field.metadata["help"].endswith(": " + ", ".join(backend_names()))
 
 
 def test_missing_yaml() -> None:

@@ -14,7 +14,8 @@ pytest.importorskip("triton.experimental.gluon")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from vimfast_kernels import scan_gluon, tuning  # noqa: E402
+from vimfast_kernels import tuning  # noqa: E402
+from vimfast_kernels.scan import launch  # noqa: E402
 
 FP32 = {"a_ptr", "skip_ptr", "bias_ptr", "dbc_ptr", "dparam_ptr"}
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one program may have
@@ -42,8 +43,8 @@ def compiled(kernel: Any, arch: int, element: str, num_warps: int, **constants: 
 def shape_of(function: Any, name: str, choice: Any, *arguments: Any) -> dict[str, Any]:
     """The constants of a program that is launched with this choice, on a GPU of 132 multiprocessors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_gluon, "tuning_of", lambda device: replace(tuning.DEFAULT, **{name: choice}))
-        patch.setattr(scan_gluon, "multiprocessors", lambda device: 132)
+        patch.setattr(launch, "tuning_of", lambda device: replace(tuning.DEFAULT, **{name: choice}))
+        patch.setattr(launch, "multiprocessors", lambda device: 132)
         options = function(*arguments, torch.device("cuda", 0))
     return {key: value for key, value in options.items() if key.isupper()}
 
@@ -61,27 +62,27 @@ def shape_of(function: Any, name: str, choice: Any, *arguments: Any) -> dict[str
 )
 def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None:
     constants = {
-        "D": 384, "N": n, "DIRS": directions, "CHUNK": scan_gluon.CHUNK, "FLIP": 0, "GATE": True,
+        "D": 384, "N": n, "DIRS": directions, "CHUNK": launch.CHUNK, "FLIP": 0, "GATE": True,
         "PRECISE": element != "bf16",
     }  # fmt: skip
     dtype = torch.bfloat16 if element == "bf16" else torch.float32
     name = "scan_forward" if element == "bf16" else "scan_forward_fp32"
     programs = [
-        shape_of(scan_gluon.forward_program, name, choice, dtype, batch, 384, n)
+        shape_of(launch.forward_program, name, choice, dtype, batch, 384, n)
         for choice in tuning.CHOICES[name]
         for batch in (1024, 1)
     ]
     for program in programs if n == 16 else programs[:2]:
-        forward = compiled(scan_gluon.scan_forward, arch, element, directions, SAVE=True, **program, **constants)
+        forward = compiled(launch.scan_forward, arch, element, directions, SAVE=True, **program, **constants)
         assert 0 < forward.metadata.shared <= SHARED_MEMORY[arch] * 1024
         # A loop that lost its body compiles too, and is fast: the exponentials of all states must be there.
         states_a_thread = program["BD"] * n // 32
         assert forward.asm["ptx"].count("ex2.approx") >= program["UNROLL"] * states_a_thread
-    for sums, name in ((scan_gluon.PRODUCTS_SUMS, "scan_backward"), (1, "scan_backward_fp32")):
+    for sums, name in ((launch.PRODUCTS_SUMS, "scan_backward"), (1, "scan_backward_fp32")):
         for choice in tuning.CHOICES[name] if n == 16 else tuning.CHOICES[name][:1]:
-            program = shape_of(scan_gluon.backward_program, name, choice, dtype, n, sums)
+            program = shape_of(launch.backward_program, name, choice, dtype, n, sums)
             warps = program["WARPS"]
-            backward = compiled(scan_gluon.scan_backward, arch, element, warps, OUT=True, **program, **constants)
+            backward = compiled(launch.scan_backward, arch, element, warps, OUT=True, **program, **constants)
             assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
             states_a_thread = program["BD"] // warps * n // 32
             assert backward.asm["ptx"].count("ex2.approx") >= 2 * program["UNROLL"] * states_a_thread

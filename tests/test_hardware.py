@@ -118,11 +118,11 @@ def test_threads_asked_for_decide_who_decodes(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("cores_here", "demand", "decoder", "steps_at_once"),
     [
-        (16, Demand(44, 128, 22.7e-3, lambda: ORIGINALS), "cpu", 2),  # Vim-Tiny, three crops from each
-        (8, Demand(44, 128, 22.7e-3, lambda: ORIGINALS), "cpu", 2),
+        (16, Demand(44, 128, 22.7e-3, lambda: ORIGINALS), "cpu", 4),  # Vim-Tiny, three crops from each
+        (8, Demand(44, 128, 22.7e-3, lambda: ORIGINALS), "cpu", 4),
         (4, Demand(44, 128, 22.7e-3, lambda: ORIGINALS), "cuda", 4),
         (8, Demand(128, 128, 22.7e-3, lambda: ORIGINALS), "cuda", 4),
-        (8, Demand(128, 128, 47.6e-3, lambda: ORIGINALS), "cpu", 2),  # Vim-Small
+        (8, Demand(128, 128, 47.6e-3, lambda: ORIGINALS), "cpu", 4),  # Vim-Small
         (4, Demand(64, 64, None, lambda: ORIGINALS), "hardware", 4),
         (8, Demand(1000, 1000, 22.7e-3, lambda: ORIGINALS), "cuda", 1),
     ],

@@ -9,19 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from vimfast_kernels import bidirectional_block, reference
+from vimfast_kernels import bidirectional_block, explain, report
+from vimfast_kernels.arithmetic import wide
+from vimfast_kernels.conv.reference import conv_silu
+from vimfast_kernels.norm.reference import add_layer_norm, add_rms_norm
+from vimfast_kernels.scan import reference
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from vimfast_kernels import scan_gluon, tuning  # noqa: E402
-from vimfast_kernels.conv_triton import causal_conv_silu  # noqa: E402
-from vimfast_kernels.norm_triton import add_norm  # noqa: E402
-from vimfast_kernels.scan_gluon import selective_scan  # noqa: E402
+from vimfast_kernels import tuning  # noqa: E402
+from vimfast_kernels.block.weights import unflatten  # noqa: E402
+from vimfast_kernels.conv.launch import causal_conv_silu  # noqa: E402
+from vimfast_kernels.norm.launch import add_norm  # noqa: E402
+from vimfast_kernels.scan import launch as scan_launch  # noqa: E402
+from vimfast_kernels.scan.launch import selective_scan  # noqa: E402
 from vimfast_kernels.tuning import CHOICES, DEFAULT  # noqa: E402
-from vimfast_kernels.weights import unflatten  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Below these a difference is that of the order of a sum, not of precision.
@@ -71,6 +76,18 @@ def check(
         bound = 2 * relative(c, b) + NOISE[dtype] + (slack or {}).get(i, 0.0)
         assert relative(a, b) <= bound, f"output {i}: {relative(a, b):.2e} > {bound:.2e}"
         assert torch.equal(a, d), f"output {i} differs from run to run"
+
+
+def test_auto_runs_every_op_on_these_kernels() -> None:
+    for dtype in (BF16, FP16, FP32):
+        choices = report("auto", torch.device("cuda"), dtype)
+        assert set(choices.values()) == {("gluon", None)}
+    assert explain("auto", torch.device("cuda"), BF16) == "gluon"
+    assert explain("auto", torch.device("cuda"), torch.float64) == "reference (gluon does not take torch.float64)"
+    with pytest.raises(ValueError, match="runs on cuda tensors and these are on cpu"):
+        explain("gluon", torch.device("cpu"), FP32)
+    with pytest.raises(ValueError, match="state size 10 has no kernel; take one of"):
+        explain("gluon", torch.device("cuda"), FP32, 10)
 
 
 def scan_inputs(
@@ -177,7 +194,7 @@ def test_conv(shape: tuple[int, int, int], dtype: torch.dtype, reverse: list[boo
     x = torch.randn(b, length, 2 * d, device="cuda", dtype=dtype)[..., :d]
     weight, bias = torch.randn(k, d, 4, device="cuda"), torch.randn(k, d, device="cuda")
     grad = torch.randn(k, b, length, d, device="cuda", dtype=dtype)
-    plain = lambda *v: reference.conv_silu(*v, list(reverse))  # noqa: E731
+    plain = lambda *v: conv_silu(*v, list(reverse))  # noqa: E731
     kernel = lambda *v: causal_conv_silu(*v, reverse=reverse)  # noqa: E731
     check(kernel, plain, [x, weight, bias], [grad], dtype)
 
@@ -192,16 +209,16 @@ def test_norm(shape: tuple[int, int, int], dtype: torch.dtype, rms: bool) -> Non
     weight, bias = torch.randn(shape[-1], device="cuda"), torch.randn(shape[-1], device="cuda")
     grads = [torch.randn(shape, device="cuda", dtype=dtype), torch.randn(shape, device="cuda")]
     if rms:
-        check(lambda *v: add_norm(*v), reference.add_rms_norm, [x, residual, weight], grads, dtype)
+        check(lambda *v: add_norm(*v), add_rms_norm, [x, residual, weight], grads, dtype)
         check(
             lambda x, w: add_norm(x, None, w),
-            lambda x, w: reference.add_rms_norm(x, None, w),
+            lambda x, w: add_rms_norm(x, None, w),
             [x, weight],
             grads,
             dtype,
         )
     else:
-        check(lambda *v: add_norm(*v, rms=False), reference.add_layer_norm, [x, residual, weight, bias], grads, dtype)
+        check(lambda *v: add_norm(*v, rms=False), add_layer_norm, [x, residual, weight, bias], grads, dtype)
 
 
 def test_norm_drops_paths() -> None:
@@ -212,7 +229,7 @@ def test_norm_drops_paths() -> None:
     grads = [torch.randn_like(x), torch.randn_like(residual)]
 
     def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        y, r = reference.add_rms_norm(reference.wide(x) * keep[:, None, None], residual, weight)
+        y, r = add_rms_norm(wide(x) * keep[:, None, None], residual, weight)
         return y.to(x.dtype), r
 
     check(lambda *v: add_norm(*v, noise=noise, drop_rate=0.5), plain, [x, residual, weight], grads, BF16)
@@ -293,7 +310,7 @@ def test_block_options(shape: tuple[int, int, int], options: dict[str, object], 
 )
 def test_every_choice_of_programs(name: str, choice: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_chosen", {torch.cuda.current_device(): replace(DEFAULT, **{name: choice})})
-    monkeypatch.setattr(scan_gluon, "multiprocessors", lambda device: 1)  # as small as this batch, so that it is wide
+    monkeypatch.setattr(scan_launch, "multiprocessors", lambda device: 1)  # as small as this batch, so that it is wide
     fp32 = name.endswith("fp32")
     check_block((3, 197, 96), not fp32, FP32 if fp32 else BF16)
 

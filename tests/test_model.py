@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from vimfast.errors import UserError
 from vimfast.models import VisionMamba, create_model
+from vimfast.models.embedding import PatchEmbed
 from vimfast.models.mixer import drop_path
 from vimfast.models.pos_embed import resample_pos_embed
 from vimfast.models.registry import MODELS
-from vimfast.models.vision_mamba import PatchEmbed
 
 SMALL: dict[str, Any] = {
     "img_size": (24, 32),
@@ -381,7 +381,7 @@ def test_other_models_on_the_same_rails() -> None:
         ("vim_tiny_patch16_224", {"scan_backend": "fast"}, "unknown scan backend 'fast'"),
         ("vim_tiny_patch16_224", {"bimamba_type": "v3"}, "bimamba_type is 'v3'; it must be one of none, v1, v2"),
         ("vim_tiny_patch16_224", {"final_pool_type": "men"}, "final_pool_type is 'men'"),
-        ("vim_tiny_patch16_224", {"img_size": 8}, "does not fit a picture of 8 x 8"),
+        ("vim_tiny_patch16_224", {"img_size": 8}, "does not fit an image of 8 x 8"),
         ("vim_tiny_patch16_224", {"if_bidirectional": True, "depth": 3}, "depth 3 is odd"),
         ("vim_tiny_patch16_224", {"if_random_cls_token_position": True}, "use_middle_cls_token=False"),
         ("vim_tiny_patch16_224", {"if_rope": True, "embed_dim": 18}, "multiple of 4"),

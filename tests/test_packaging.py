@@ -34,6 +34,10 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
     assert packed == tree
 
 
+def test_wheel_says_that_it_is_typed(wheel: Path) -> None:
+    assert {"vimfast/py.typed", "vimfast_kernels/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_installed_elsewhere_it_runs(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     install = [

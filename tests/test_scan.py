@@ -1,21 +1,72 @@
-"""The selective scan against a step-by-step float64 computation: output and every gradient."""
+"""The selective scan of every backend that serves a CPU against a step-by-step float64 computation.
+
+Output and every gradient. Another backend is tested by one entry in EXTRA.
+"""
 
 from __future__ import annotations
 
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 import vim_float64
+from numerics import SEQUENCES, agree, make, results
 from torch import Tensor
 
-import vimfast_kernels
-from vimfast_kernels import backends, bidirectional_scan, reference, selective_scan
+from vimfast_kernels import Backend, bidirectional_scan, register, selective_scan, serving
+from vimfast_kernels.backends import unregister
+from vimfast_kernels.scan import reference
 
-Inputs = dict[str, Tensor]
-SEQUENCES = ("u", "delta", "B", "C", "z")
+
+def chunked_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    reverse: Sequence[bool],
+    scale: float,
+    steps: int = 8,
+) -> Tensor:
+    """In chunks of a few steps, each a masked product of its steps with one another: differentiated by autograd."""
+    total = torch.zeros_like(u[0], dtype=torch.float64)
+    for k, back in enumerate(reverse):
+        x, raw, b, c = (v[k].double().flip(1) if back else v[k].double() for v in (u, delta, B, C))
+        dt = F.softplus(raw if delta_bias is None else raw + delta_bias[k].double())  # [b, L, d]
+        rates = dt.unsqueeze(3) * A[k].double()  # [b, L, d, N]
+        drive = (dt * x).unsqueeze(3) * b.unsqueeze(2)
+        state, ys = torch.zeros_like(drive[:, 0]), []
+        for t in (slice(i, i + steps) for i in range(0, x.shape[1], steps)):
+            passed = rates[:, t].cumsum(1)  # from the chunk's start to after each step
+            between = passed.unsqueeze(2) - passed.unsqueeze(1)  # [b, to, from, d, N]
+            later = torch.ones(between.shape[1:3], dtype=torch.bool).tril()[:, :, None, None]
+            kept = torch.where(later, between, -torch.inf).exp()
+            states = (kept * drive[:, t].unsqueeze(1)).sum(2) + passed.exp() * state.unsqueeze(1)
+            ys.append((states * c[:, t].unsqueeze(2)).sum(3))
+            state = states[:, -1]
+        y = torch.cat(ys, 1) if D is None else torch.cat(ys, 1) + D[k].double() * x
+        total = total + (y.flip(1) if back else y)
+    gate = 1.0 if z is None else F.silu(z.double())
+    return (scale * gate * total).to(u.dtype)
+
+
+# Backends beside those of the package, tested in the same way.
+EXTRA = {"chunked": Backend("chunked", ops={"scan": chunked_scan}, devices=("cpu",))}
+
+
+@pytest.fixture(params=[*serving("scan", torch.device("cpu"), torch.float64), *EXTRA])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend with a scan for a CPU, those of this file registered meanwhile."""
+    if request.param in EXTRA:
+        register(EXTRA[request.param])
+    yield request.param
+    if request.param in EXTRA:
+        unregister(request.param)
 
 
 @pytest.fixture(params=["whole", "pieces"])
@@ -24,44 +75,6 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "pieces":
         monkeypatch.setattr(reference, "STEP_ELEMENTS", 40)
         monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 40)
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Every torch.empty full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def make(batch: int, length: int, channels: int, states: int, ways: int = 0, seed: int = 0) -> Inputs:
-    """Float64 inputs as in a model; with `ways` directions stacked in front where there is one for each."""
-    g = torch.Generator().manual_seed(seed)
-    k = (ways,) if ways else ()
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    return {
-        "u": normal(*k, batch, length, channels),
-        "delta": normal(*k, batch, length, channels),
-        "A": -torch.exp(normal(*k, channels, states)),
-        "B": normal(*k, batch, length, states),
-        "C": normal(*k, batch, length, states),
-        "D": normal(*k, channels),
-        "z": normal(batch, length, channels),
-        "delta_bias": normal(*k, channels) - 1,
-    }
-
-
-def results(function: Callable[..., Tensor], inputs: Inputs) -> Inputs:
-    """The output and the gradient of each input, of a loss that weighs every output differently."""
-    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    out = function(**leaves)
-    weights = torch.sin(torch.arange(out.numel())).bfloat16().double().view(out.shape)  # exact in any dtype
-    grads = torch.autograd.grad((out.double() * weights).sum(), list(leaves.values()))
-    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
 def step_by_step(reverse: bool) -> Callable[..., Tensor]:
@@ -83,45 +96,38 @@ def both_step_by_step(scale: float) -> Callable[..., Tensor]:
     return function
 
 
-def agree(got: Inputs, want: Inputs, tolerance: float) -> None:
-    """Relative errors in norm; a NaN agrees with nothing."""
-    for name, x in want.items():
-        assert got[name].shape == x.shape, name
-        error = (got[name].double() - x.double()).norm() / x.double().norm().clamp(min=1e-30)
-        assert error <= tolerance, f"{name}: {error:.1e}"
-
-
 @pytest.mark.usefixtures("pieces", "poison")
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "states"),
     [(1, 1, 5, 16), (2, 3, 7, 1), (3, 17, 5, 16), (1, 63, 3, 8), (2, 63, 1, 3), (3, 197, 3, 5)],
 )
-def test_one_direction(batch: int, length: int, channels: int, states: int, reverse: bool) -> None:
+def test_one_direction(batch: int, length: int, channels: int, states: int, reverse: bool, backend: str) -> None:
     inputs = make(batch, length, channels, states)
-    got = results(lambda **x: selective_scan(**x, reverse=reverse), inputs)
+    got = results(partial(selective_scan, reverse=reverse, backend=backend), inputs)
     agree(got, results(step_by_step(reverse), inputs), 1e-10)
 
 
 @pytest.mark.usefixtures("pieces", "poison")
 @pytest.mark.parametrize("without", [("D",), ("z",), ("delta_bias",), ("D", "z"), ("D", "z", "delta_bias")])
-def test_optional_inputs(without: tuple[str, ...]) -> None:
+def test_optional_inputs(without: tuple[str, ...], backend: str) -> None:
     inputs = {name: x for name, x in make(2, 17, 5, 4).items() if name not in without}
-    agree(results(selective_scan, inputs), results(step_by_step(False), inputs), 1e-10)
+    one, both = partial(selective_scan, backend=backend), partial(bidirectional_scan, backend=backend)
+    agree(results(one, inputs), results(step_by_step(False), inputs), 1e-10)
     inputs = {name: x for name, x in make(2, 17, 5, 4, ways=2).items() if name not in without}
-    agree(results(bidirectional_scan, inputs), results(both_step_by_step(1.0), inputs), 1e-10)
+    agree(results(both, inputs), results(both_step_by_step(1.0), inputs), 1e-10)
 
 
 @pytest.mark.usefixtures("pieces", "poison")
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 3), (2, 63)])
-def test_both_directions(batch: int, length: int) -> None:
+def test_both_directions(batch: int, length: int, backend: str) -> None:
     inputs = make(batch, length, 5, 6, ways=2)
-    got = results(lambda **x: bidirectional_scan(**x, scale=0.5), inputs)
+    got = results(partial(bidirectional_scan, scale=0.5, backend=backend), inputs)
     agree(got, results(both_step_by_step(0.5), inputs), 1e-10)
 
 
 @pytest.mark.usefixtures("pieces", "poison")
-def test_directions_may_share_their_inputs() -> None:
+def test_directions_may_share_their_inputs(backend: str) -> None:
     """As in mixer v1: views expanded over the directions, whose gradients add up."""
     shared, A = make(2, 17, 5, 4), make(2, 17, 5, 4, ways=2)["A"]
 
@@ -130,7 +136,7 @@ def test_directions_may_share_their_inputs() -> None:
 
     inputs = {**shared, "A": A}
     agree(
-        results(lambda **x: both(bidirectional_scan, **x), inputs),
+        results(lambda **x: both(partial(bidirectional_scan, backend=backend), **x), inputs),
         results(lambda **x: both(both_step_by_step(1.0), **x), inputs),
         1e-10,
     )
@@ -138,7 +144,7 @@ def test_directions_may_share_their_inputs() -> None:
 
 @pytest.mark.usefixtures("pieces", "poison")
 @pytest.mark.parametrize("reverse", [False, True])
-def test_strides_do_not_matter(reverse: bool) -> None:
+def test_strides_do_not_matter(reverse: bool, backend: str) -> None:
     inputs = make(3, 17, 5, 4)
     wide = torch.cat([inputs["B"], inputs["C"], inputs["u"], inputs["z"]], dim=-1)  # as slices of projections
     strided = {
@@ -150,36 +156,37 @@ def test_strides_do_not_matter(reverse: bool) -> None:
         "delta": inputs["delta"].transpose(1, 2).contiguous().transpose(1, 2),
         "A": inputs["A"].t().contiguous().t(),
     }
-    scan = lambda **x: selective_scan(**x, reverse=reverse)  # noqa: E731
+    scan = partial(selective_scan, reverse=reverse, backend=backend)
     agree(results(scan, strided), results(scan, inputs), 1e-14)
 
 
 @pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
-def test_arithmetic_is_fp32_in_any_dtype(dtype: torch.dtype, tolerance: float) -> None:
+def test_arithmetic_is_fp32_in_any_dtype(dtype: torch.dtype, tolerance: float, backend: str) -> None:
     """bf16 and fp16 cost the rounding of inputs and outputs (2^-9, 2^-12 of them), no more."""
     inputs = make(2, 197, 5, 16, ways=2)
     low = {name: x.to(dtype if name in SEQUENCES else torch.float32) for name, x in inputs.items()}
-    got = results(bidirectional_scan, low)
+    got = results(partial(bidirectional_scan, backend=backend), low)
     assert got["out"].dtype == dtype
     assert {name: got[name].dtype for name in low} == {name: x.dtype for name, x in low.items()}
     rounded = {name: x.double() for name, x in low.items()}
     agree(got, results(both_step_by_step(1.0), rounded), tolerance)
 
 
-def test_long_steps_and_steep_decay_stay_finite() -> None:
+def test_long_steps_and_steep_decay_stay_finite(backend: str) -> None:
     inputs = {name: x.float() for name, x in make(2, 63, 5, 16).items()}
     inputs["delta"] = inputs["delta"] * 50  # softplus up to 100 and down to 0
     inputs["A"] = inputs["A"] * 50
     exact = {name: x.double() for name, x in inputs.items()}
-    agree(results(selective_scan, inputs), results(step_by_step(False), exact), 1e-5)
+    agree(results(partial(selective_scan, backend=backend), inputs), results(step_by_step(False), exact), 1e-5)
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_changes_nothing(backend: str) -> None:
     inputs = {name: x.float() for name, x in make(2, 17, 5, 4, ways=2).items()}
+    scan = partial(bidirectional_scan, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
-        got = results(bidirectional_scan, inputs)
-    want = results(bidirectional_scan, inputs)
+        got = results(scan, inputs)
+    want = results(scan, inputs)
     assert all(torch.equal(got[name], x) for name, x in want.items())
 
 
@@ -222,62 +229,3 @@ def test_saved_states_are_few() -> None:
     assert -(-197 // steps) * 16 <= 4 * 197
     for batch, length in ((1, 197), (64, 197), (128, 6085)):
         assert reference.piece(batch, length, 384, 16, on_gpu=False)[1] >= 8
-
-
-def test_backend_switch() -> None:
-    inputs = make(1, 5, 3, 2)
-    assert torch.equal(selective_scan(**inputs, backend="auto"), selective_scan(**inputs, backend="reference"))
-    with pytest.raises(
-        ValueError, match="unknown scan backend 'fast'; the known ones are auto, gluon, mamba_ssm, reference"
-    ):
-        selective_scan(**inputs, backend="fast")
-
-
-@pytest.fixture
-def fake_mamba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Modules with the public functions of mamba_ssm and causal_conv1d, in their [b, d, L] layout."""
-
-    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
-        assert delta_softplus
-        sequences = [None if x is None else x.transpose(1, 2) for x in (u, delta, B, C, z)]
-        u, delta, B, C, z = sequences
-        return vim_float64.scan(u, delta, A, B, C, D, z, delta_bias).transpose(1, 2)
-
-    def causal_conv1d_fn(x, weight, bias=None, activation=None):
-        assert activation == "silu"
-        return vim_float64.conv_silu(x.transpose(1, 2), weight, bias).transpose(1, 2)
-
-    names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface", "causal_conv1d")
-    modules = {name: types.ModuleType(name) for name in names}
-    modules[names[2]].selective_scan_fn = selective_scan_fn
-    modules[names[3]].causal_conv1d_fn = causal_conv1d_fn
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    backends._load_mamba.cache_clear()
-    yield
-    backends._load_mamba.cache_clear()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
-def test_mamba_ssm_without_its_packages_or_a_gpu(request: pytest.FixtureRequest) -> None:
-    backends._load_mamba.cache_clear()
-    with pytest.raises(ValueError, match=r"needs the packages mamba-ssm and causal-conv1d.*vimfast\[mamba\]"):
-        vimfast_kernels.check_backend("mamba_ssm")
-    request.getfixturevalue("fake_mamba")
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        selective_scan(**make(1, 5, 3, 2), backend="mamba_ssm")
-    assert backends.resolve("auto", torch.zeros(1)) == "reference"
-    assert vimfast_kernels.explain("auto", torch.device("cpu"), torch.float32) == "reference (no GPU)"
-    assert vimfast_kernels.explain("reference", torch.device("cpu"), torch.float32) == "reference"
-
-
-@pytest.mark.usefixtures("fake_mamba")
-@pytest.mark.parametrize("reverse", [False, True])
-def test_mamba_ssm_gets_its_layout(reverse: bool) -> None:
-    inputs = {name: x.float() for name, x in make(2, 17, 5, 4).items()}
-    got = results(lambda **x: backends.mamba_scan(**x, reverse=reverse), inputs)
-    agree(got, results(lambda **x: selective_scan(**x, reverse=reverse), inputs), 1e-5)
-    x, weight, bias = inputs["u"], torch.randn(5, 4), torch.randn(5)
-    got_conv = backends.mamba_conv(x, weight, bias, reverse)
-    want = vimfast_kernels.causal_conv1d_silu(x, weight, bias, reverse=reverse, backend="reference")
-    torch.testing.assert_close(got_conv, want)

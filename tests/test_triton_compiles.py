@@ -11,14 +11,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from vimfast_kernels import norm_triton, weights_triton  # noqa: E402
-from vimfast_kernels.weights import Direction, MixerWeights  # noqa: E402
-from vimfast_kernels.weights_triton import Packed, Pieces  # noqa: E402
+from vimfast_kernels import Direction, MixerWeights  # noqa: E402
+from vimfast_kernels.block import device as block  # noqa: E402
+from vimfast_kernels.block import packing  # noqa: E402
+from vimfast_kernels.block.packing import Packed, Pieces  # noqa: E402
+from vimfast_kernels.norm import device as norm  # noqa: E402
 
 F32, BF16 = "*fp32", "*bf16"
-SIZES = {"C": 192, "D": 384, "N": 16, "RANK": 12, "PAD": 16, "WIDTH": 4, "BLOCK": weights_triton.BLOCK}
+SIZES = {"C": 192, "D": 384, "N": 16, "RANK": 12, "PAD": 16, "WIDTH": 4, "BLOCK": packing.BLOCK}
 PARTS = {"IN_PARTS": 32, "OUT_PARTS": 32, "PARTS": 16, "IN_ROWS": 32, "OUT_ROWS": 32, "ROWS": 16}
-TILES = {"LONG": weights_triton.LONG_SUM, "TILE": weights_triton.TILE}
+TILES = {"LONG": packing.LONG_SUM, "TILE": packing.TILE}
 NUMBERS = dict.fromkeys(("rows", "length", "conv_rows", "norm_rows"), "i32") | dict.fromkeys(
     ("rate", "kept", "eps"), "fp32"
 )
@@ -29,13 +31,13 @@ PACKED = Packed(BF16, None, BF16, None, BF16, BF16, *[F32] * 5)
 PIECES = Pieces(F32, None, F32, None, *[F32] * 8)
 # Every pointer that is not named is to fp32.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "pack": (weights_triton._pack, {"raw": WEIGHTS, "packed": PACKED, **SIZES}),
+    "pack": (block.pack_weights, {"raw": WEIGHTS, "packed": PACKED, **SIZES}),
     "gradients": (
-        weights_triton._write_gradients,
+        block.write_all_gradients,
         {"pieces": PIECES, "grads": WEIGHTS, "norm_bias": None, **SIZES, **PARTS, **TILES},
     ),
-    "norm": (norm_triton._norm_forward, {"x_ptr": BF16, "bias_ptr": None, "out_ptr": BF16, **NORM}),
-    "norm backward": (norm_triton._norm_backward, {"dout_ptr": BF16, "dx_ptr": BF16, "again_ptr": BF16, **NORM}),
+    "norm": (norm.norm_forward, {"x_ptr": BF16, "bias_ptr": None, "out_ptr": BF16, **NORM}),
+    "norm backward": (norm.norm_backward, {"dout_ptr": BF16, "dx_ptr": BF16, "again_ptr": BF16, **NORM}),
 }
 
 

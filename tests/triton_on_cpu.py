@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimfast_kernels import bidirectional_block, mixer_gluon, reference, scan_gluon
-from vimfast_kernels.conv_triton import causal_conv_silu
-from vimfast_kernels.norm_triton import add_norm
-from vimfast_kernels.weights import Direction, MixerWeights, flatten, unflatten
-from vimfast_kernels.weights_triton import pack, padded, unpack
+from vimfast_kernels import Backend, Direction, MixerWeights, bidirectional_block, gluon, register
+from vimfast_kernels.block.packing import pack, padded, unpack
+from vimfast_kernels.block.weights import flatten, unflatten
+from vimfast_kernels.conv.launch import causal_conv_silu
+from vimfast_kernels.conv.reference import conv_silu
+from vimfast_kernels.norm.launch import add_norm
+from vimfast_kernels.norm.reference import add_layer_norm, add_rms_norm
+from vimfast_kernels.scan import launch as scan_launch
+from vimfast_kernels.scan import reference
 
 Op = Callable[..., Any]
 A_LOGS = (7, 14)  # places in `flatten`
@@ -48,14 +52,12 @@ def compare(kernel: Op, plain: Op, inputs: Sequence[Tensor | None]) -> float:
 def conv(b: int, length: int, d: int, reverse: list[bool], width: int, bias: bool) -> float:
     k = len(reverse)
     inputs = [torch.randn(b, length, d), torch.randn(k, d, width), torch.randn(k, d) if bias else None]
-    return compare(
-        lambda *v: causal_conv_silu(*v, reverse=reverse), lambda *v: reference.conv_silu(*v, reverse), inputs
-    )
+    return compare(lambda *v: causal_conv_silu(*v, reverse=reverse), lambda *v: conv_silu(*v, reverse), inputs)
 
 
 def conv_of_a_view() -> float:
     xz, weight = torch.randn(2, 11, 48), torch.randn(2, 24, 4)
-    exact = reference.conv_silu(xz[..., 24:].double(), weight, None, [False, True])
+    exact = conv_silu(xz[..., 24:].double(), weight, None, [False, True])
     return relative(causal_conv_silu(xz[..., 24:], weight), exact)
 
 
@@ -65,7 +67,7 @@ def norm(shape: tuple[int, int, int], rms: bool, residual: bool, dropped: bool) 
     inputs += [] if rms else [torch.randn(c)]
     noise = torch.tensor(RANDOM[: shape[0]]) if dropped else None
     keep = torch.tensor([0.0, 2.0, 2.0][: shape[0]] if dropped else [1.0])[:, None, None]
-    plain = reference.add_rms_norm if rms else reference.add_layer_norm
+    plain = add_rms_norm if rms else add_layer_norm
     return compare(
         lambda *v: add_norm(*v, noise=noise, rms=rms, **DROP), lambda x, *v: plain(x * keep.to(x), *v), inputs
     )
@@ -111,18 +113,18 @@ def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
     return wrong + relative(got.A, -torch.exp(both(lambda way: way.A_log, torch.float64)))
 
 
-def forward_by_reference(u, delta, A, B, C, D, z, bias, reverse, scale, save, out=None):  # type: ignore[no-untyped-def]
+def forward_by_reference(inputs, save, out=None):  # type: ignore[no-untyped-def]
     """The Gluon scan, which has no interpreter."""
-    y, states = scan_gluon.empty_saved(u, *u.shape, A.shape[2], save, True)
+    u, delta, A, B, C, D, z, bias, reverse, scale = inputs
+    y, states = scan_launch.empty_saved(u, *u.shape, A.shape[2], save, True)
     if save:
         y.copy_(reference.scan(u, delta, A, B, C, D, None, bias, reverse, 1.0)[0])
     result = reference.scan(u, delta, A, B, C, D, z, bias, reverse, scale)[0]
     return (result if out is None else out.copy_(result)), y, states
 
 
-def backward_by_reference(dout, u, delta, A, B, C, D, z, bias, y, _, reverse, scale, dB, dC, dz, out):  # type: ignore[no-untyped-def]
-    out.copy_(scale * F.silu(z) * y)
-    inputs = u, delta, A, B, C, D, z, bias, reverse, scale
+def backward_by_reference(dout, inputs, y, _, dB, dC, dz, out):  # type: ignore[no-untyped-def]
+    out.copy_(inputs.scale * F.silu(inputs.z) * y)
     du, ddelta, dA, *others, dbias = reference.scan_backward(dout, reference.scan(*inputs)[1], *inputs)
     dB.copy_(others[0])
     dC.copy_(others[1])
@@ -143,8 +145,7 @@ def blocks(
     ]
 
     def fast(*v: Any, **more: Any) -> Any:
-        weights = unflatten(v[4:])
-        return mixer_gluon.bidirectional_block(*v[:4], weights, dtype=torch.float32, **options, **more)
+        return bidirectional_block(*v[:4], unflatten(v[4:]), **options, **more, backend="interpreted")
 
     return fast, lambda *v: bidirectional_block(*v[:4], unflatten(v[4:]), **options), inputs
 
@@ -184,7 +185,8 @@ def block_compiled() -> float:
 def main() -> None:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # every torch.empty is full of NaN
-    scan_gluon.launch_forward, scan_gluon.launch_backward = forward_by_reference, backward_by_reference
+    scan_launch.launch_forward, scan_launch.launch_backward = forward_by_reference, backward_by_reference
+    register(Backend("interpreted", ops={op: run for op, run in gluon.BACKEND.ops.items() if op != "scan"}))
     fp32, bf16 = torch.float32, torch.bfloat16
     errors = {
         "conv": conv(2, 19, 40, [False, True], 4, True),
@@ -201,6 +203,7 @@ def main() -> None:
         "packing, widened": packing(torch.float16, fp32, 24, 32, 16, 12, 4, True, False),
         "block": compare(*blocks(*USUAL)),
         "block, layer norm, 3 taps": compare(*blocks(3, 3, 33, False, True, False, 64, 8, 12, 3, True, False)),
+        "block of a width without kernels": compare(*blocks(2, 5, 10, True, True, True, 20, 8, 3, 4, True, False)),
         "block, one step": compare(*blocks(1, 1, 32, True, False, False, 64, 16, 8, 4, False, False)),
         "block without gradients": block_without_gradients(),
         "block with frozen weights": block_with_frozen_weights(),

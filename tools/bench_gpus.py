@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=400, help="steps of each row [400]")
-    parser.add_argument("--log-every", type=int, default=25, help="steps between reports [25]")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between reports [50, as in training]")
     parser.add_argument("--warm-up", type=int, default=3, help="reports to ignore at the start [3]")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to measure resident images [3]")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a run is stopped [300]")

@@ -30,13 +30,15 @@ from torch import Tensor
 from vimfast.cli import run_main
 from vimfast.errors import UserError
 from vimfast.files import write_text
-from vimfast_kernels import bidirectional_conv1d_silu, bidirectional_scan, check_backend, reference
-from vimfast_kernels.conv_triton import causal_conv_silu
-from vimfast_kernels.mixer_gluon import bidirectional_block
-from vimfast_kernels.norm_triton import add_norm
-from vimfast_kernels.scan_gluon import selective_scan
+from vimfast_kernels import Direction, MixerWeights, bidirectional_conv1d_silu, bidirectional_scan, check_backend
+from vimfast_kernels.block.launch import bidirectional_block
+from vimfast_kernels.conv.launch import causal_conv_silu
+from vimfast_kernels.conv.reference import conv_silu
+from vimfast_kernels.norm.launch import add_norm
+from vimfast_kernels.norm.reference import add_rms_norm
+from vimfast_kernels.scan import reference as scan_reference
+from vimfast_kernels.scan.launch import selective_scan
 from vimfast_kernels.tune import milliseconds
-from vimfast_kernels.weights import Direction, MixerWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STATES = 16
@@ -85,7 +87,7 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
         Case(
             "scan",
             lambda *v: selective_scan(*v, scale=0.5),
-            lambda *v: reference.scan(*v, both, 0.5)[0],
+            lambda *v: scan_reference.scan(*v, both, 0.5)[0],
             [u, delta, A, B, C, D, xz[..., d:], bias],
             scan[:1],
             scan,
@@ -94,7 +96,7 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
         Case(
             "conv + SiLU",
             lambda *v: causal_conv_silu(*v),
-            lambda *v: reference.conv_silu(*v, both),
+            lambda *v: conv_silu(*v, both),
             [xz[..., :d], weight, conv_bias],
             conv[:1],
             conv,
@@ -103,7 +105,7 @@ def cases(batch: int, length: int, d: int, dtype: torch.dtype) -> list[Case]:
         Case(
             "add + RMSNorm",
             lambda *v: add_norm(*v),
-            reference.add_rms_norm,
+            add_rms_norm,
             [h, r, torch.ones(d // 2, **f32)],
             norms[:1],
             norms,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vimfast.cli import run_main
 from vimfast_kernels import selective_scan
-from vimfast_kernels.reference import piece
+from vimfast_kernels.scan.reference import piece
 
 Scan = Callable[..., Tensor]
 
@@ -38,7 +38,7 @@ def step_by_step(
     """All of exp(dt A) and dt B u first, as [b, d, L, N]; then L steps of autograd.
 
     A step picks its slice by index, as the original does, and the backward of each such pick fills a tensor of the
-    whole size; with ``views`` the slices are taken by one unbind, the cheapest mend.
+    whole size; with ``views`` the slices are taken by one unbind, the cheapest fix.
     """
     u, delta, B, C, z = (x.transpose(1, 2) for x in (u, delta, B, C, z))  # [b, d or N, L]
     dt = F.softplus(delta + delta_bias[:, None])

@@ -1,4 +1,4 @@
-"""Whole training and inference steps on synthetic pictures: images a second, memory, distance to the floor.
+"""Whole training and inference steps on synthetic images: images a second, memory, distance to the floor.
 
     python tools/bench_train.py                              # every row
     python tools/bench_train.py --rows tiny small --backends auto mamba_ssm
@@ -35,6 +35,7 @@ from vimfast.files import write_text
 from vimfast.models import create_model
 from vimfast.optim import build_ema, build_optimizer
 from vimfast.step import TrainStep
+from vimfast_kernels import backend_names
 
 Run = Callable[[], object]
 
@@ -222,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [row.name for row in (*ROWS, *BASELINES)]
     parser.add_argument("--rows", nargs="+", choices=known, default=known, metavar="ROW", help=" ".join(known))
-    parser.add_argument("--backends", nargs="+", default=["auto"], help="auto, mamba_ssm, reference")
+    parser.add_argument("--backends", nargs="+", default=["auto"], choices=backend_names(), help="kernels to time")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json", type=Path, help="write the figures here")

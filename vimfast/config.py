@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +30,22 @@ def option(
     *,
     least: float | None = None,
     aliases: tuple[str, ...] = (),
-    choices: tuple[str, ...] = (),
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = (),
 ) -> Any:
-    """A dataclass field that is also a flag: `help` is its ``--help`` line, `aliases` are other spellings."""
+    """A dataclass field that is also a flag: `help` is its ``--help`` line, `aliases` are other spellings.
+
+    Choices may be a function, which is called for a value other than the default only.
+    """
     metadata = {"help": help, "least": least, "aliases": aliases, "choices": choices}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _backend_names() -> tuple[str, ...]:
+    from vimfast_kernels import backend_names  # imports torch, which a command line without this flag can do without
+
+    return backend_names()
 
 
 @dataclass
@@ -46,7 +56,9 @@ class ModelConfig:
     input_size: int = option(224, "side of the square input, pixels", least=1)
     drop: float = option(0.0, "dropout rate after the position embedding", least=0)
     drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0)
-    scan_backend: str = option("auto", "kernels of the model: auto, gluon, mamba_ssm, reference")
+    scan_backend: str = option(
+        "auto", "kernels of the model: auto, gluon, mamba_ssm, reference", choices=_backend_names
+    )
     random_cls_token_position: bool = option(
         False,
         "insert the class token anywhere in training, a new place each step; in evaluation it is the first",
@@ -317,6 +329,8 @@ def _check(config: Config) -> None:
             value, least, choices = getattr(part, f.name), f.metadata["least"], f.metadata["choices"]
             if value is not None and least is not None and value < least:
                 raise UserError(f"{f.name} is {value}, want at least {least}")
+            if callable(choices):
+                choices = () if value == f.default else choices()
             if choices and value not in choices:
                 raise UserError(
                     f"{f.name} is {value!r}{did_you_mean(value, choices)}; want one of {', '.join(choices)}"
@@ -417,7 +431,8 @@ def _add_flag(group: Any, f: dataclasses.Field, kind: Any) -> None:
     if kind is dict:
         group.add_argument(*flags, dest=f.name, nargs="+", action=_KeyValue, metavar="NAME=VALUE", help=text)
         return
-    arguments: dict[str, Any] = {"metavar": "|".join(f.metadata["choices"])} if f.metadata["choices"] else {}
+    choices = f.metadata["choices"]
+    arguments: dict[str, Any] = {"metavar": "|".join(choices)} if choices and not callable(choices) else {}
     base = next(o for o in typing.get_args(kind) if o is not type(None)) if isinstance(kind, types.UnionType) else kind
     if typing.get_origin(base) is tuple:
         inner = typing.get_args(base)

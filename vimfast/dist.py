@@ -16,6 +16,8 @@ from torch import Tensor
 from vimfast.affinity import settle
 from vimfast.errors import UserError
 
+CONNECT_BYTES = 32 << 20
+
 
 @dataclass(frozen=True)
 class World:
@@ -81,7 +83,21 @@ def start(device: str, timeout: float = 1800.0) -> World:
             timeout=limit,
             device_id=where if where.type == "cuda" else None,
         )
-    return World(rank, local_rank, size, local_size, where, *_neighbours(rank, local_rank, size, local_size))
+    neighbours, host = _neighbours(rank, local_rank, size, local_size)
+    if size > 1 and where.type == "cuda":
+        _connect(where, host)
+    return World(rank, local_rank, size, local_size, where, neighbours, host)
+
+
+def _connect(device: torch.device, host: dist.ProcessGroup | None) -> None:
+    """Let NCCL connect the GPUs, as it would at the first sum and the first exchange: seconds that others can use.
+
+    It connects again for sums of another size, so this one is as large as a model's.
+    """
+    dist.all_reduce(torch.zeros(CONNECT_BYTES // 4, device=device))
+    if host is not None:
+        sent = torch.zeros(host.size(), device=device)
+        dist.all_to_all_single(torch.empty_like(sent), sent, group=host)
 
 
 def _neighbours(rank: int, local_rank: int, size: int, local_size: int) -> tuple[int, dist.ProcessGroup | None]:

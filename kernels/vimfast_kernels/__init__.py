@@ -1,21 +1,28 @@
 """Ops of Vision Mamba, channels last, one signature for every backend. Never imports vimfast.
 
-Source of the mathematics: :mod:`vimfast_kernels.reference`; of the switch: :mod:`vimfast_kernels.backends`.
+One package per op, with its public function, its plain-torch reference and the kernels of the ``gluon`` backend:
+:mod:`~vimfast_kernels.scan`, :mod:`~vimfast_kernels.conv`, :mod:`~vimfast_kernels.norm`, :mod:`~vimfast_kernels.block`.
+:mod:`vimfast_kernels.backends` chooses between backends, which are registered here.
 """
 
-from vimfast_kernels.backends import BACKENDS, check_backend, explain
+from vimfast_kernels import gluon, mamba, reference
+from vimfast_kernels.backends import Backend, backend_names, check_backend, explain, register, report, serving
+from vimfast_kernels.block import bidirectional_block, bidirectional_mixer
+from vimfast_kernels.block.weights import Direction, MixerWeights
 from vimfast_kernels.conv import bidirectional_conv1d_silu, causal_conv1d_silu
-from vimfast_kernels.mixer import bidirectional_block, bidirectional_mixer
 from vimfast_kernels.norm import add_layer_norm, add_rms_norm, drop_path
 from vimfast_kernels.scan import bidirectional_scan, selective_scan
-from vimfast_kernels.weights import Direction, MixerWeights
+
+for _backend in (gluon.BACKEND, mamba.BACKEND, reference.BACKEND):  # in the order that "auto" prefers
+    register(_backend)
 
 __all__ = [
-    "BACKENDS",
+    "Backend",
     "Direction",
     "MixerWeights",
     "add_layer_norm",
     "add_rms_norm",
+    "backend_names",
     "bidirectional_block",
     "bidirectional_conv1d_silu",
     "bidirectional_mixer",
@@ -24,5 +31,8 @@ __all__ = [
     "check_backend",
     "drop_path",
     "explain",
+    "register",
+    "report",
     "selective_scan",
+    "serving",
 ]

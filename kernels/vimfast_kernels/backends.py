@@ -1,186 +1,195 @@
-"""Which implementation runs an op: ``auto``, ``gluon``, ``mamba_ssm`` or ``reference``.
+"""Which implementation runs an op. A backend is one object; to add one, register it.
 
-``auto`` takes the fastest that works for the tensors at hand and never fails. On a GPU that is ``gluon``, our kernels
-in Gluon and Triton, which are built and tried once for each dtype; if they fail, a warning tells why, and mamba_ssm's
-CUDA kernels serve where they are installed. Everywhere else it is the reference in plain torch.
+``auto`` picks, for each op, the first registered backend that implements it and serves the given tensors; it never
+fails. A backend requested by name runs the ops it has, or raises ValueError; the reference runs those it lacks.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-BACKENDS = ("auto", "gluon", "mamba_ssm", "reference")
-OLDEST_GPU = (8, 0)  # compute capability of the first GPUs with cp.async, which the Gluon kernels use
-
-
-class _Mamba(NamedTuple):
-    scan: Callable[..., Tensor]  # selective_scan_fn(u [b, d, L], ...)
-    conv: Callable[..., Tensor]  # causal_conv1d_fn(x [b, d, L], weight [d, W], ...)
+Op = Literal["scan", "conv", "norm", "block"]
+OPS: tuple[Op, ...] = get_args(Op)
+AUTO = "auto"
+REFERENCE = "reference"  # has every op and serves every tensor
+STATES = 16  # the state size to ask about for ops that have none
 
 
-@functools.cache
-def _load_mamba() -> _Mamba | str:
-    """The public functions of mamba_ssm and causal_conv1d, or why they cannot be had."""
-    try:
-        from causal_conv1d import causal_conv1d_fn
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except Exception as error:  # built for another torch, they fail in many ways
-        return f"{type(error).__name__}: {error}"
-    return _Mamba(selective_scan_fn, causal_conv1d_fn)
+def _nothing(*_: Any) -> None:
+    """Default: no objection."""
 
 
-@functools.cache
-def _trial(device: int, dtype: torch.dtype, states: int) -> str | None:
-    """Why the Gluon kernels do not serve on this GPU, or None: a small block is built and run, forward and backward."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_GPU:
-        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
-    try:
-        from vimfast_kernels import mixer_gluon, scan_gluon
-        from vimfast_kernels.weights import Direction, MixerWeights
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """Implementations of some ops, and whether they can serve.
 
-        scan_gluon.check(dtype, states, length=1)
-        # The first call may come from inference, where no tensor made could have a gradient.
-        outside = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False)
-        with outside[0], outside[1], outside[2], torch.cuda.device(device):
+    Attributes:
+        ops: functions with the signatures given in :mod:`vimfast_kernels.reference`.
+        why_not: ``why_not(device, dtype, states)`` is the reason why supported tensors cannot be served after all, or
+            None. ``auto`` warns about it once. Answers are cached, so a trial run is affordable.
+        missing: what this machine lacks, phrased to follow the backend's name ("needs ..."), or None.
+        devices, dtypes: what the ops support; anything if empty. ``auto`` skips unsupported tensors silently.
+    """
 
-            def small(*shape: int) -> Tensor:
-                return torch.full(shape, 1 / 16, device="cuda")
+    name: str
+    ops: Mapping[Op, Callable[..., Any]]
+    why_not: Callable[[torch.device, torch.dtype, int], str | None] = _nothing
+    missing: Callable[[], str | None] = _nothing
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
 
-            conv = small(64, 4), small(64)
-            one = Direction(*conv, small(2 + 2 * states, 64), small(64, 2), small(64), small(64, states), small(64))
-            weights = MixerWeights(small(128, 32), None, one, one, small(32, 64), None)
-            length = scan_gluon.PRODUCTS_SUMS  # long enough for the kernels that real sequences meet
-            x = small(1, length, 32).to(dtype).requires_grad_()
-            out, total = mixer_gluon.bidirectional_block(x, small(1, length, 32), small(32), None, weights, dtype=dtype)
-            (grad,) = torch.autograd.grad(out.sum() + total.sum(), x)
-            finite = bool(out.isfinite().all() & grad.isfinite().all())
-    except Exception as error:  # no triton, one with other names, a driver too old: they fail in many ways
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    return None if finite else "a trial run gave no finite numbers"
+    def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why such tensors are unsupported, or None."""
+        if self.devices and device.type not in self.devices:
+            return "no GPU" if device.type == "cpu" else f"{self.name} does not run on {device.type}"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"{self.name} does not take {dtype}"
+        lacking = self.missing()
+        return lacking and f"{self.name} {lacking}"
 
 
-@functools.cache  # so the warning comes once, and the answer costs nothing in a step
-def _tell_trial(device: int, dtype: torch.dtype, states: int) -> bool:
-    trouble = _trial(device, dtype, states)
-    if trouble is not None:
-        rest = "mamba_ssm" if _mamba_loads() else "reference"
-        warnings.warn(f"the fast kernels do not run on this GPU ({trouble}); using {rest!r}", stacklevel=2)
-    return trouble is None
+class Choice(NamedTuple):
+    """The backend that runs an op, and why the one that ``auto`` prefers most does not (None if it does)."""
+
+    backend: str
+    reason: str | None
+
+
+_registry: dict[str, Backend] = {}  # in ``auto``'s order of preference
+
+
+def register(backend: Backend, *, before: str | None = None) -> None:
+    """Make a backend available by name; ``auto`` prefers it to ``before``, and never picks it without."""
+    if backend.name in (AUTO, *_registry):
+        raise ValueError(f"kernel backend {backend.name!r} already exists; choose another name")
+    if unknown := [op for op in backend.ops if op not in OPS]:
+        raise ValueError(f"kernel backend {backend.name!r} has the unknown op {unknown[0]!r}; ops are {', '.join(OPS)}")
+    if before is not None and before not in _registry:
+        raise ValueError(
+            f"there is no kernel backend {before!r} to prefer {backend.name!r} to; use {', '.join(_registry)}"
+        )
+    names = list(_registry)
+    later = [] if before is None else names[names.index(before) :]
+    _registry.update({backend.name: backend, **{name: _registry.pop(name) for name in later}})
+    _forget()
+
+
+def unregister(name: str) -> None:
+    """The inverse of :func:`register`."""
+    del _registry[name]
+    _forget()
+
+
+def _forget() -> None:
+    _serves.cache_clear()
+    _choose.cache_clear()
+
+
+def backend_names() -> tuple[str, ...]:
+    """The choices of a model's backend: ``auto`` and every registered one."""
+    return (AUTO, *_registry)
+
+
+def check_backend(name: str) -> str:
+    """``name`` itself if this machine can run it; otherwise ValueError with the fix."""
+    if name not in backend_names():
+        raise ValueError(f"unknown scan backend {name!r}; the known ones are {', '.join(backend_names())}")
+    if name != AUTO and (lacking := _registry[name].missing()):
+        raise ValueError(f"scan backend {name!r} {lacking}; use 'auto'")
+    return name
+
+
+def dispatch(
+    op: Op, backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES
+) -> Callable[..., Any]:
+    """The function that runs an op on such tensors, given a backend's name or ``auto``."""
+    return _registry[_chosen(op, backend, device, dtype, states)].ops[op]
+
+
+def serving(op: Op, device: torch.device, dtype: torch.dtype, states: int = STATES) -> list[str]:
+    """The backends that implement an op and serve such tensors, in ``auto``'s order of preference."""
+    return [backend.name for backend in _having(op) if _objection(backend, device, dtype, states) is None]
+
+
+def report(backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES) -> dict[Op, Choice]:
+    """For each op: which backend runs it on such tensors, and why not a preferred one."""
+    device = torch.empty(0, device=device).device  # fills in the index
+    choices = {}
+    for op in OPS:
+        name = _choose(op, backend, device, dtype, states)
+        passed = _preferred(op, name) if backend == AUTO else ()
+        choices[op] = Choice(name, next((_objection(b, device, dtype, states) for b in passed), None))
+    return choices
+
+
+def explain(backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES) -> str:
+    """:func:`report` in one line: ``"reference (no GPU)"``, ``"mamba_ssm (norm and block: reference)"``."""
+    choices = report(backend, device, dtype, states)
+    main, reason = choices["scan"]
+    notes = [reason] if reason else []
+    for other in dict.fromkeys(choice.backend for choice in choices.values()):
+        ops = [op for op, choice in choices.items() if choice.backend == other]
+        if other != main:
+            notes.append(f"{' and '.join(filter(None, [', '.join(ops[:-1]), ops[-1]]))}: {other}")
+    return f"{main} ({'; '.join(notes)})" if notes else main
 
 
 def _constant(function: F) -> F:
-    """For the compiler, which looks through a cache, but not through a function that it is told to take for a constant.
+    """Keep torch.compile, which traces through caches, out of a function whose result is constant.
 
-    ``torch.compiler.assume_constant_result`` does no more, and imports the whole compiler for it, which takes seconds.
+    ``torch.compiler.assume_constant_result`` does the same, but imports the whole compiler, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @_constant
-def _gluon_trouble(device: int, dtype: torch.dtype, states: int) -> str | None:
-    return _trial(device, dtype, states)
+def _chosen(op: Op, backend: str, device: torch.device, dtype: torch.dtype, states: int) -> str:
+    return _choose(op, backend, device, dtype, states)
 
 
-@_constant
-def _gluon_serves(device: int, dtype: torch.dtype, states: int) -> bool:
-    return dtype != torch.float64 and _tell_trial(device, dtype, states)
+@functools.cache  # free in a training step
+def _choose(op: Op, backend: str, device: torch.device, dtype: torch.dtype, states: int) -> str:
+    if backend == AUTO:
+        return next(b.name for b in _having(op) if _serves(b.name, device, dtype, states))
+    named = _registry[check_backend(backend)]
+    if named.devices and device.type not in named.devices:
+        kinds = " or ".join(named.devices)
+        raise ValueError(f"scan backend {backend!r} runs on {kinds} tensors and these are on {device}; use 'auto'")
+    if reason := _objection(named, device, dtype, states):
+        raise ValueError(f"scan backend {backend!r} does not serve {dtype} on {device} ({reason}); use 'auto'")
+    return backend if op in named.ops else REFERENCE
 
 
-@_constant
-def _mamba_loads() -> bool:
-    return isinstance(_load_mamba(), _Mamba)
+def _having(op: Op) -> Iterator[Backend]:
+    return (backend for backend in _registry.values() if op in backend.ops)
 
 
-def check_backend(backend: str) -> str:
-    """``backend`` itself if this machine can run it; a ValueError with the cure if not."""
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown scan backend {backend!r}; the known ones are {', '.join(BACKENDS)}")
-    if backend == "gluon" and not torch.cuda.is_available():
-        raise ValueError("scan backend 'gluon' needs a CUDA GPU and there is none here; use 'auto'")
-    if backend == "mamba_ssm":
-        if isinstance(found := _load_mamba(), str):
-            raise ValueError(
-                "scan backend 'mamba_ssm' needs the packages mamba-ssm and causal-conv1d, which do not import"
-                f" ({found}); install vimfast[mamba] or use 'auto'"
-            )
-        if not torch.cuda.is_available():
-            raise ValueError("scan backend 'mamba_ssm' needs a CUDA GPU and there is none here; use 'auto'")
-    return backend
+def _preferred(op: Op, chosen: str) -> Iterator[Backend]:
+    """The backends with an op that ``auto`` tries before the chosen one."""
+    return takewhile(lambda backend: backend.name != chosen, _having(op))
 
 
-def resolve(backend: str, x: Tensor, states: int = 16) -> str:
-    """The backend, ``gluon``, ``mamba_ssm`` or ``reference``, that will work on ``x`` with this state size."""
-    if backend == "reference":
-        return backend
-    if backend == "auto":
-        if x.is_cuda and _gluon_serves(x.device.index, x.dtype, states):
-            return "gluon"
-        return "mamba_ssm" if x.is_cuda and x.dtype != torch.float64 and _mamba_loads() else "reference"
-    check_backend(backend)
-    if not x.is_cuda:
-        raise ValueError(f"scan backend {backend!r} works on CUDA tensors and this one is on {x.device}; use 'auto'")
-    if backend == "gluon" and (trouble := _gluon_trouble(x.device.index, x.dtype, states)):
-        raise ValueError(f"scan backend 'gluon' does not run on this GPU ({trouble}); use 'auto'")
-    return backend
+def _objection(backend: Backend, device: torch.device, dtype: torch.dtype, states: int) -> str | None:
+    return backend.unfit(device, dtype) or backend.why_not(device, dtype, states)
 
 
-def explain(backend: str, device: torch.device, dtype: torch.dtype, states: int = 16) -> str:
-    """Which backend will work on tensors of this kind, and why not a faster one: ``"reference (no GPU)"``."""
-    probe = torch.empty(0, device=device, dtype=dtype)
-    chosen = resolve(backend, probe, states)
-    if backend != "auto" or chosen == "gluon":
-        return chosen
-    if not probe.is_cuda:
-        return f"{chosen} (no GPU)"
-    return f"{chosen} ({_gluon_trouble(probe.device.index, dtype, states)})"
-
-
-def mamba_scan(
-    u: Tensor,  # [b, L, d]
-    delta: Tensor,  # [b, L, d]
-    A: Tensor,  # [d, N]
-    B: Tensor,  # [b, L, N]
-    C: Tensor,  # [b, L, N]
-    D: Tensor | None,  # [d]
-    z: Tensor | None,  # [b, L, d]
-    delta_bias: Tensor | None,  # [d]
-    reverse: bool,
-) -> Tensor:  # [b, L, d]
-    """The reference's scan of one direction through mamba_ssm, whose sequences are [b, d, L] of one dtype."""
-
-    def there(x: Tensor | None) -> Any:
-        if x is None:
-            return None
-        x = x.to(u.dtype).transpose(1, 2)
-        return x.flip(2) if reverse else x
-
-    def plain(x: Tensor | None) -> Any:
-        return None if x is None else x.float()
-
-    mamba = _load_mamba()
-    assert isinstance(mamba, _Mamba)
-    y = mamba.scan(
-        there(u), there(delta), plain(A), there(B), there(C), plain(D), there(z), plain(delta_bias), delta_softplus=True
-    )
-    return (y.flip(2) if reverse else y).transpose(1, 2)
-
-
-def mamba_conv(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """The reference's convolution and SiLU of one direction, x [b, L, d] and weight [d, W], through causal_conv1d."""
-    mamba = _load_mamba()
-    assert isinstance(mamba, _Mamba)
-    x = (x.flip(1) if reverse else x).transpose(1, 2)
-    if x.stride(0) % 8 or x.stride(2) % 8:  # its channels-last kernel reads 8 channels at a time
-        x = x.contiguous()
-    y = mamba.conv(x, weight, bias, activation="silu").transpose(1, 2)
-    return y.flip(1) if reverse else y
+@functools.cache  # warns once
+def _serves(name: str, device: torch.device, dtype: torch.dtype, states: int) -> bool:
+    backend = _registry[name]
+    if backend.unfit(device, dtype):
+        return False
+    reason = backend.why_not(device, dtype, states)
+    if reason is not None:
+        later = list(_registry)[list(_registry).index(name) + 1 :]
+        rest = next(n for n in later if "scan" in _registry[n].ops and _serves(n, device, dtype, states))
+        warnings.warn(f"the {name} kernels do not run on {device} ({reason}); using {rest!r}", stacklevel=2)
+    return reason is None

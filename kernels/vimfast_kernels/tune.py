@@ -2,8 +2,8 @@
 
     python -m vimfast_kernels.tune
 
-Each kernel is timed by itself on the shapes of a Vision Mamba of width 192 at 224 pixels and batch 128. The trainer
-does this once for each kind of GPU that nobody has measured, before its first step.
+Each kernel is timed on its own, with the shapes of a Vision Mamba of width 192 at 224 pixels and batch 128. The trainer
+does this once for each GPU model that has not been measured, before its first step.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from vimfast_kernels import tuning
 from vimfast_kernels.tuning import CHOICES, DEFAULT, Tuning
 
 BATCH, LENGTH, CHANNELS, STATES, RANK = 128, 197, 384, 16, 16
-GAIN = 0.98  # what a choice's time must be of the best before it, to be taken instead
+GAIN = 0.98  # a choice must be this much faster than the best before it
 REPEATS = 15
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> float:
-    """Median time of a CUDA graph's replay that finds the L2 cache cold: `flush`, larger than it, is written before."""
+    """Median time of a CUDA graph's replay with a cold L2 cache: `flush`, which is larger, is overwritten first."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -40,7 +40,7 @@ def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> fl
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU: NCCL's does
         function()
-    times = []
+    times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
@@ -49,42 +49,47 @@ def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> fl
         end.record()
         times.append((start, end))
     torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in times)[repeats // 2]
+    taken: list[float] = sorted(a.elapsed_time(b) for a, b in times)
+    return taken[repeats // 2]
 
 
 def kernels() -> dict[str, Callable[[], Any]]:
-    """What is timed for each name of CHOICES."""
-    from vimfast_kernels import conv_triton, mixer_gluon, norm_triton, scan_gluon
+    """What is timed for each key of CHOICES."""
+    from vimfast_kernels.block.launch import sum_of_products
+    from vimfast_kernels.conv import launch as conv
+    from vimfast_kernels.norm import launch as norm
+    from vimfast_kernels.scan import launch as scan
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device="cuda", dtype=dtype) / 8
 
-    def scan(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def scan_inputs(dtype: torch.dtype) -> scan.Inputs:
         rows = (2, BATCH, LENGTH)
         A = -torch.rand(2, CHANNELS, STATES, device="cuda") * 8
         D, bias = random(2, CHANNELS, dtype=torch.float32), random(2, CHANNELS, dtype=torch.float32) - 3
         u, delta = (random(*rows, CHANNELS, dtype=dtype) for _ in range(2))
         B, C = (random(*rows, STATES, dtype=dtype) for _ in range(2))
-        return u, delta, A, B, C, D, random(BATCH, LENGTH, CHANNELS, dtype=dtype), bias
+        z = random(BATCH, LENGTH, CHANNELS, dtype=dtype)
+        return scan.Inputs(u, delta, A, B, C, D, z, bias, both, 0.5)
 
     def scan_forward(dtype: torch.dtype) -> Callable[[], Any]:
-        inputs = scan(dtype)
-        return lambda: scan_gluon.launch_forward(*inputs, both, 0.5, True)
+        inputs = scan_inputs(dtype)
+        return lambda: scan.launch_forward(inputs, save=True)
 
     def scan_backward(dtype: torch.dtype) -> Callable[[], Any]:
-        inputs = scan(dtype)
-        _, y, states = scan_gluon.launch_forward(*inputs, both, 0.5, True)
-        dB, dC, dz, out = (torch.empty_like(inputs[i]) for i in (3, 4, 6, 6))
+        inputs = scan_inputs(dtype)
+        _, y, states = scan.launch_forward(inputs, save=True)
         grad = random(BATCH, LENGTH, CHANNELS, dtype=dtype)
-        return lambda: scan_gluon.launch_backward(grad, *inputs, y, states, both, 0.5, dB, dC, dz, out)
+        dB, dC, dz, out = (torch.empty_like(x) for x in (inputs.B, inputs.C, grad, grad))
+        return lambda: scan.launch_backward(grad, inputs, y, states, dB, dC, dz, out)
 
-    def conv() -> None:
-        conv_triton.launch_forward(x, taps, tap_bias, both)
-        conv_triton.launch_backward(dout, x, taps, tap_bias, both, dx)
+    def run_conv() -> None:
+        conv.launch_forward(x, taps, tap_bias, both)
+        conv.launch_backward(dout, x, taps, tap_bias, both, dx)
 
-    def norm() -> None:
-        norm_triton.launch_forward(h, residual, None, weight, None, 0.0, 1e-5, True, normed, total)
-        norm_triton.launch_backward(h, residual, total, None, weight, None, 0.0, 1e-5, True, normed, again)
+    def run_norm() -> None:
+        norm.launch_forward(h, residual, None, weight, None, 0.0, 1e-5, True, normed, total)
+        norm.launch_backward(h, residual, total, None, weight, None, 0.0, 1e-5, True, normed, again)
 
     def products(dtype: torch.dtype) -> Callable[[], Any]:
         rows = BATCH * LENGTH
@@ -92,7 +97,7 @@ def kernels() -> dict[str, Callable[[], Any]]:
             (random(1, rows, 2 * CHANNELS, dtype=dtype), random(1, rows, CHANNELS // 2, dtype=dtype)),
             (random(2, rows, RANK + 2 * STATES, dtype=dtype), random(2, rows, CHANNELS, dtype=dtype)),
         ]
-        return lambda: [mixer_gluon.sum_of_products(*pair) for pair in pairs]
+        return lambda: [sum_of_products(*pair) for pair in pairs]
 
     both = [False, True]
     x, dx = random(BATCH, LENGTH, 2 * CHANNELS)[..., :CHANNELS], random(BATCH, LENGTH, CHANNELS)
@@ -105,21 +110,21 @@ def kernels() -> dict[str, Callable[[], Any]]:
         "scan_forward_fp32": scan_forward(torch.float32),
         "scan_backward": scan_backward(torch.bfloat16),
         "scan_backward_fp32": scan_backward(torch.float32),
-        "conv": conv,
-        "norm": norm,
+        "conv": run_conv,
+        "norm": run_norm,
         "products": products(torch.bfloat16),
         "products_fp32": products(torch.float32),
     }
 
 
-def tune(device: int, tell: Tell) -> Tuning:
-    """The fastest choice for each kernel on this GPU, which this process launches from here on.
+def tune(device: int, log: Log) -> Tuning:
+    """The fastest choice for each kernel on this GPU; this process uses it from now on.
 
-    What stands first in CHOICES stays unless another is faster beyond the noise; a choice that the GPU or the compiler
-    refuses is passed over.
+    The first of CHOICES stays unless another is faster beyond the noise; a choice that the GPU or the compiler rejects
+    is skipped.
     """
     best = DEFAULT
-    with torch.cuda.device(device), torch.random.fork_rng([device]):  # a run draws the same after as without
+    with torch.cuda.device(device), torch.random.fork_rng([device]):  # tuning does not change a run's random numbers
         flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
         for name, run in kernels().items():
             fastest = math.inf
@@ -127,10 +132,10 @@ def tune(device: int, tell: Tell) -> Tuning:
                 tuning.use(device, replace(best, **{name: choice}))
                 try:
                     taken = milliseconds(run, flush, REPEATS)
-                except Exception as error:  # too much shared memory, too few registers, a compiler's own: many kinds
-                    tell(f"{name} {choice}: {type(error).__name__}")
+                except Exception as error:  # shared memory, registers, the compiler's own: many types
+                    log(f"{name} {choice}: {type(error).__name__}")
                     continue
-                tell(f"{name} {choice}: {taken:.4f} ms")
+                log(f"{name} {choice}: {taken:.4f} ms")
                 if taken < GAIN * fastest:
                     best, fastest = replace(best, **{name: choice}), taken
     tuning.use(device, best)
@@ -138,46 +143,46 @@ def tune(device: int, tell: Tell) -> Tuning:
     return best
 
 
-def tune_once(device: int, tell: Tell, step: Tell | None = None) -> None:
-    """Tune and keep the outcome, unless this kind of GPU was measured before.
+def tune_once(device: int, log: Log, step: Log | None = None) -> None:
+    """Tune and save the result, unless this GPU model was measured before.
 
     Args:
-        tell: is told the two sentences that a user of the trainer should read.
-        step: is told each time measured.
+        log: called with the two lines that a user of the trainer should see.
+        step: called with each measurement.
     """
     if tuning.is_tuned(device):
         return
-    tell(f"timing the kernels on {torch.cuda.get_device_name(device)}: a minute or two, once for this kind of GPU")
-    keep(tune(device, step or (lambda line: None)), device, tell)
+    log(f"timing the kernels on {torch.cuda.get_device_name(device)}: a minute or two, once for this GPU model")
+    keep(tune(device, step or (lambda line: None)), device, log)
 
 
-def keep(found: Tuning, device: int, tell: Tell) -> None:
+def keep(found: Tuning, device: int, log: Log) -> None:
     path = tuning.cache_file(device)
     try:
         tuning.save(found, path)
     except OSError as error:
         warnings.warn(
-            f"{path} cannot be written ({error.strerror}), so the kernels run as on an H200 and the next run times "
-            "them again; set XDG_CACHE_HOME to a folder that can be written",
+            f"{path} cannot be written ({error.strerror}), so the next run times the kernels again; set "
+            "XDG_CACHE_HOME to a writable folder",
             stacklevel=2,
         )
         return
     changed = [f"{name} {getattr(found, name)}" for name in CHOICES if getattr(found, name) != getattr(DEFAULT, name)]
-    tell(f"{path}: {'; '.join(changed) if changed else 'as on an H200'}")
+    log(f"{path}: {'; '.join(changed) if changed else 'as on an H200'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--again", action="store_true", help="even if this kind of GPU was measured before")
+    parser.add_argument("--again", action="store_true", help="even if this GPU model was measured before")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("error: no CUDA device here, and nothing but a GPU is tuned")
+        sys.exit("error: tuning needs a CUDA device and there is none here")
     device = torch.cuda.current_device()
-    say: Tell = functools.partial(print, flush=True)
+    say: Log = functools.partial(print, flush=True)
     if args.again:
         keep(tune(device, say), device, say)
     elif tuning.is_tuned(device):
-        say(f"{torch.cuda.get_device_name(device)} is tuned already; --again does it again")
+        say(f"{torch.cuda.get_device_name(device)} is already tuned; --again tunes it again")
     else:
         tune_once(device, say, say)
 

@@ -1,18 +1,20 @@
-"""What may differ from one GPU to another in how the kernels are launched: the choices, and the file that keeps them.
+"""How kernels are launched on different GPUs: the choices, and the file that stores them.
 
-A choice is a shape of program, never another result beyond the order of a sum. What stands first in CHOICES is the
-fastest on an H200. For another GPU :mod:`vimfast_kernels.tune` times all of them once and writes the fastest down; a
-process reads that file when it first launches a kernel, and keeps to it.
+A choice is the shape of a program; it changes no result beyond the order of a sum. The first of CHOICES is the fastest
+on an H200. For another GPU, :mod:`vimfast_kernels.tune` times all of them once and saves the fastest; a process reads
+that file when it first launches a kernel, and does not change its choices afterwards.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,13 +47,13 @@ class Conv(NamedTuple):
 
 
 class Norm(NamedTuple):
-    entries: int  # that a program works on at a time
+    entries: int  # per program and iteration
     warps: int
-    programs: int  # of the backward pass, a multiprocessor: each leaves one row of partial sums
+    programs: int  # of the backward pass, per multiprocessor: each leaves one row of partial sums
 
 
 class Products(NamedTuple):
-    """Into how many products a weight's gradient is cut over the rows, to fill the GPU."""
+    """A weight's gradient is split over the rows into this many products, to fill the GPU."""
 
     parts: int
 
@@ -78,7 +80,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "scan_forward_fp32": tuple(
         ScanForward(*v) for v in ((32, 1, 4, 168), (64, 1, 4, 168), (64, 1, 2, 168), (32, 1, 4, 255), (32, 2, 4, 128))
     ),
-    # 168 let 12 warps reside. Shared memory, which GeForce cards have half as much of, allows them 6 in any case.
+    # 168 let 12 warps reside. Shared memory, of which GeForce cards have half as much, allows them 6 anyway.
     "scan_backward": tuple(ScanBackward(*v) for v in ((2, 2, 168), (1, 2, 168), (2, 4, 168), (1, 2, 255), (4, 2, 168))),
     "scan_backward_fp32": tuple(ScanBackward(*v) for v in ((2, 4, None), (1, 4, None), (2, 4, 168), (1, 4, 168))),
     "conv": tuple(Conv(*v) for v in ((64, 16, 8, 2), (64, 8, 8, 2), (64, 16, 8, 1), (64, 16, 8, 4), (32, 16, 8, 2))),
@@ -87,28 +89,42 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "products_fp32": tuple(Products(v) for v in (32, 8, 16)),
 }
 DEFAULT = Tuning(**{name: choices[0] for name, choices in CHOICES.items()})
-MEASURED = ((9, 0),)  # compute capabilities whose choices stand first
+MEASURED = ((9, 0),)  # compute capabilities whose choices come first
 
 
-def cache_file(device: int) -> Path:
-    """Where this GPU's choices are kept: another GPU, torch, Triton or version of the kernels has another file."""
+# By kernels' name, the name of the same kernels before 0.2.0, when it came from the text of every module.
+FORMER_NAMES = {"d30ff500bd": "1bc4929ec8"}
+
+
+def cache_file(device: int, kernels: str | None = None) -> Path:
+    """Where this GPU's choices are saved: one file for each GPU, torch, Triton and text of the kernels."""
     import triton
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     versions = f"torch-{torch.__version__.split('+')[0]}-triton-{triton.__version__}"
-    return home / "vimfast" / f"kernels-{name}-{versions}-{_sources()}.json"
+    return home / "vimfast" / f"kernels-{name}-{versions}-{kernels or kernels_name()}.json"
 
 
 @functools.cache
-def _sources() -> str:
-    """A short name for the text of all kernels."""
-    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:10]
+def kernels_name() -> str:
+    """A short name for the text of all device functions, in whatever module they are."""
+    package = Path(__file__).parent
+    modules = [package / "device.py", package / "sums.py", *package.glob("*/device*.py")]
+    functions = sorted(text for path in modules for text in _device_functions(path.read_text()))
+    return hashlib.sha256("\0".join(functions).encode()).hexdigest()[:10]
+
+
+def _device_functions(module: str) -> Iterator[str]:
+    """The text of each decorated function of a module of device code."""
+    lines = module.splitlines()
+    for node in ast.parse(module).body:
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            yield "\n".join(lines[node.decorator_list[0].lineno - 1 : node.end_lineno])
 
 
 def save(tuning: Tuning, path: Path) -> None:
-    """Write aside, then rename: whoever reads meanwhile finds the old file or the new one."""
+    """Write to a temporary file, then rename: a concurrent reader finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     aside.write_text(json.dumps({name: value._asdict() for name, value in _items(tuning)}, indent=1) + "\n")
@@ -116,7 +132,7 @@ def save(tuning: Tuning, path: Path) -> None:
 
 
 def load(path: Path) -> Tuning | None:
-    """The choices in a file that :func:`save` wrote; None where there is none, or one that holds anything else."""
+    """The choices in a file that :func:`save` wrote; None if it is missing or holds anything else."""
     try:
         written = json.loads(path.read_text())
         found = {name: next(c for c in CHOICES[name] if c._asdict() == value) for name, value in written.items()}
@@ -125,32 +141,40 @@ def load(path: Path) -> Tuning | None:
         return None
 
 
+def saved(device: int) -> Tuning | None:
+    """The choices saved for this GPU, under today's name or the one before 0.2.0."""
+    kernels = kernels_name()
+    found = load(cache_file(device, kernels))
+    former = FORMER_NAMES.get(kernels)
+    return load(cache_file(device, former)) if found is None and former is not None else found
+
+
 def is_tuned(device: int) -> bool:
-    """Whether the choices for this GPU are known, and not only guessed from another's."""
-    return torch.cuda.get_device_capability(device) in MEASURED or load(cache_file(device)) is not None
+    """Whether the choices for this GPU were measured rather than guessed from another's."""
+    return torch.cuda.get_device_capability(device) in MEASURED or saved(device) is not None
 
 
 _chosen: dict[int, Tuning] = {}
 
 
 def tuning_of(device: torch.device) -> Tuning:
-    """The choices for the GPU that a tensor is on, read from disk but once in a process."""
+    """The choices for the GPU that a tensor is on, read from disk once per process."""
     if device.type != "cuda":  # Triton's interpreter
         return DEFAULT
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _chosen:
-        _chosen[index] = load(cache_file(index)) or DEFAULT
+        _chosen[index] = saved(index) or DEFAULT
     return _chosen[index]
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; of a CPU, where Triton's interpreter works: few."""
+    """Of a GPU; a few for the CPU, where Triton's interpreter runs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def use(device: int, tuning: Tuning) -> None:
-    """Launch with these from here on, in this process."""
+    """Launch with these choices from now on, in this process."""
     _chosen[device] = tuning
 
 

@@ -28,25 +28,20 @@ class Exchange:
         self._group = group
         size, ranks, local = order.batch_size, order.node, order.rank % order.node
         owners = (np.arange(ranks * size) % ranks).reshape(ranks, size)  # [rank that decodes, place in its stretch]
-        self._send_order = np.argsort(owners[local], kind="stable")
+        self.sending_order = np.argsort(owners[local], kind="stable")
+        """int64 [B]: the places of this rank's stretch (:meth:`Order.decoded`), in the order in which they are sent."""
         self._sent = np.bincount(owners[local], minlength=ranks).tolist()
         self._received = (owners == local).sum(axis=1).tolist()
 
-    def __call__(self, images: Tensor, labels: Tensor, places: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The crops and labels of this rank's positions, in their order.
+    def __call__(self, sent: Tensor) -> Tensor:
+        """What the ranks of this host have for this one, in the order of its positions.
 
         Args:
-            images: uint8 [n, S, S, 3].
-            labels: int64 [n].
-            places: int64 [B], where in `images` the crops of this rank's stretch lie.
+            sent: [B, ...], what this rank has for all of them, in `sending_order`.
 
         Returns:
-            uint8 [B, S, S, 3], int64 [B].
+            as `sent`.
         """
-        index = torch.from_numpy(places[self._send_order]).to(images.device, non_blocking=True)
-        return self._all_to_all(images.index_select(0, index)), self._all_to_all(labels.index_select(0, index))
-
-    def _all_to_all(self, sent: Tensor) -> Tensor:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, self._received, self._sent, group=self._group)
         return received

@@ -35,10 +35,10 @@ _WHOLE = 1.45
 _UNKNOWN_STEP, _WITHOUT_ENGINE, _ROOM = 22.9e-3 / 128, 2, 1.2
 _FEW_THREADS = 6  # fewer than these leave the JPEG engine most of the work in training too, where it has most to do
 
-# A GPU's decoders wait about a step's time for each batch, whatever is in it, so they get the pictures of several steps
-# at once; the CPU's wait is short, and evens out over two.
-_STEPS_AT_ONCE = {"hardware": 4, "cuda": 4, "cpu": 2}
-_MOST_AT_ONCE = 512  # pictures
+# Images of several steps are decoded together. A GPU's decoders wait about a step's time for each batch, whatever is in
+# it; on the CPU, threads idle at the end of a batch until its largest image is done.
+_STEPS_AT_ONCE = 4
+_MOST_AT_ONCE = 512  # images
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -95,7 +95,7 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, dema
     if threads is None:
         threads = min(cores, _MOST_THREADS[decoder]) if decoder in _MOST_THREADS else max(1, cores - _OWN_CORES)
     share = min(engine / (engine + _THREAD * threads), _LARGEST_SHARE) if decoder == "hardware" else 0.0
-    at_once = 1 if demand is None else min(_STEPS_AT_ONCE[decoder], max(1, _MOST_AT_ONCE // demand.pictures))
+    at_once = 1 if demand is None else min(_STEPS_AT_ONCE, max(1, _MOST_AT_ONCE // demand.pictures))
     return Decoding(decoder, threads, share, at_once)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class GraphSettings:
         threads: decoding threads on the CPU.
         prefetch: batches in work at once.
         decoder: ``"hardware"`` (the GPU's JPEG engine and its ordinary cores together), ``"cuda"`` or ``"cpu"``.
-        hw_decoder_load: share of the pictures that go to the JPEG engine.
+        hw_decoder_load: share of the images that go to the JPEG engine.
     """
 
     batch_size: int
@@ -82,7 +82,8 @@ class Graph:
     def __init__(self, define: Callable[[GraphSettings, Feed], tuple[Any, ...]], settings: GraphSettings, feed: Feed):
         """
         Args:
-            define: :func:`training_graph`, :func:`copies_graph`, :func:`cut_graph` or :func:`evaluation_graph`.
+            define: :func:`training_graph`, :func:`copies_graph`, :func:`cut_graph`, :func:`evaluation_graph` or
+                :func:`regions_graph`.
             feed: gives the next batch's inputs, as `define` lists them, and raises StopIteration at the end. DALI
                 does not copy them: they must not change while their batch is in work. It keeps them alive.
         """
@@ -98,8 +99,8 @@ class Graph:
             self._pipe.set_outputs(*define(settings, feed))
         self._pipe.build()
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Images as the graph makes them and labels int64 [b], on the device; copies of a picture side by side.
+    def next(self) -> Tensor:
+        """Images as the graph makes them, on the device; copies of an image side by side.
 
         On a GPU the host does not wait: the work that torch's current stream is given from here on does.
 
@@ -107,54 +108,102 @@ class Graph:
             StopIteration: the feed has ended and its last batch was handed out.
             DecodeError: DALI failed.
         """
+        images = [torch.from_dlpack(output.as_tensor()) for output in self._run()]
+        return images[0] if len(images) == 1 else torch.stack(images, 1).flatten(0, 1)
+
+    def next_regions(self) -> Regions:
+        """What :func:`regions_graph` makes. Otherwise as :meth:`next`."""
+        return Regions.of(*self._run())
+
+    def skip(self) -> bool:
+        """Drop the next batch; False at the end, where there is none."""
+        try:
+            self._run()
+        except StopIteration:
+            return False
+        return True
+
+    def _run(self) -> tuple[Any, ...]:
         stream = torch.cuda.current_stream(self._settings.device) if self._settings.on_gpu else None
         try:
-            outputs = self._pipe.run(stream)
+            return self._pipe.run(stream)
         except RuntimeError as error:
             raise DecodeError(str(error)) from error
-        *images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        if len(images) == 1:
-            return images[0], labels
-        return torch.stack(images, 1).flatten(0, 1), labels.repeat_interleave(len(images))
 
     def rewind(self) -> None:
         """Pull from the feed again, after :meth:`next` raised StopIteration."""
         self._pipe.reset()
 
 
-def training_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
-    """Decode a box, resize it to the square, mirror; uint8 [b, size, size, 3].
+class Regions(NamedTuple):
+    """Decoded parts of images, uint8 [h, w, 3] each, in memory of DALI's that lives as long as this does.
 
-    The feed gives: n arrays of uint8; labels, int64 [n]; the box's corner (top, left) and its extent (height, width)
-    in pixels, int32 [n, 2] each; 1 where to mirror, int32 [n]; 1 for bicubic, 0 for bilinear, int32 [n].
+    On a GPU, DALI takes it back in the order of the stream that was current when the graph was asked for it.
+    """
+
+    addresses: np.ndarray  # int64 [n]
+    sizes: np.ndarray  # int64 [n, 2]: height, width
+    held: tuple[Any, ...]  # DALI's tensors, n
+
+    @classmethod
+    def of(cls, tensors: Any) -> Regions:
+        """Those of a list of DALI's."""
+        held = tuple(tensors)
+        addresses = np.fromiter((tensor.data_ptr() for tensor in held), np.int64, len(held))
+        return cls(addresses, np.array([shape[:2] for shape in tensors.shape()], np.int64), held)
+
+    def split(self, counts: Sequence[int]) -> list[Regions]:
+        """Consecutive parts of these lengths."""
+        ends = np.cumsum(counts).tolist()
+        parts = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        return [Regions(self.addresses[part], self.sizes[part], self.held[part]) for part in parts]
+
+    def images(self) -> list[Tensor]:
+        return [torch.from_dlpack(tensor) for tensor in self.held]
+
+
+def regions_graph(settings: GraphSettings, feed: Feed) -> tuple[Any]:
+    """Decode a box; uint8 [h, w, 3] for each, from which crops are cut later.
+
+    The feed gives: n arrays of uint8; the box's corner (top, left) and its extent (height, width) in pixels, int32
+    [n, 2] each.
     """
     fn, types = import_dali().fn, import_dali().types
-    encoded, labels, corner, extent, flip, cubic = fn.external_source(
-        feed,
-        num_outputs=6,
-        dtype=[types.UINT8, types.INT64, *4 * [types.INT32]],
-        ndim=[1, 0, 1, 1, 0, 0],
-        no_copy=True,
+    encoded, corner, extent = fn.external_source(
+        feed, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT32], ndim=[1, 1, 1], no_copy=True
+    )
+    return (_decode(fn.decoders.image_slice, encoded, settings, start=corner, shape=extent, axes=[0, 1]),)
+
+
+def training_graph(settings: GraphSettings, feed: Feed) -> tuple[Any]:
+    """Decode a box, resize it to the square, mirror; uint8 [b, size, size, 3].
+
+    The feed gives: n arrays of uint8; the box's corner (top, left) and its extent (height, width) in pixels, int32
+    [n, 2] each; 1 where to mirror, int32 [n]; 1 for bicubic, 0 for bilinear, int32 [n].
+    """
+    fn, types = import_dali().fn, import_dali().types
+    encoded, corner, extent, flip, cubic = fn.external_source(
+        feed, num_outputs=5, dtype=[types.UINT8, *4 * [types.INT32]], ndim=[1, 1, 1, 0, 0], no_copy=True
     )
     boxes = _decode(fn.decoders.image_slice, encoded, settings, start=corner, shape=extent, axes=[0, 1])
     squares = _resize(boxes, [settings.size, settings.size], _filters(cubic))
-    return _mirror(squares, flip), labels.gpu() if settings.on_gpu else labels
+    return (_mirror(squares, flip),)
 
 
 def copies_graph(copies: int) -> Callable[[GraphSettings, Feed], tuple[Any, ...]]:
     """As :func:`training_graph`, several pictures from each: what is decoded once is what their boxes cover together.
 
-    The feed gives: n arrays of uint8; labels, int64 [n]; corner and extent of what is decoded; then for each copy its
-    box's corner in there and its extent, where to mirror and which filter.
+    The feed gives: n arrays of uint8; corner and extent of what is decoded; then for each copy its box's corner in
+    there and its extent, where to mirror and which filter.
     """
 
     def define(settings: GraphSettings, feed: Feed) -> tuple[Any, ...]:
         fn, types = import_dali().fn, import_dali().types
-        encoded, labels, corner, extent, *cuts = fn.external_source(
+        encoded, corner, extent, *cuts = fn.external_source(
             feed,
-            num_outputs=4 + 4 * copies,
-            dtype=[types.UINT8, types.INT64, *(2 + 4 * copies) * [types.INT32]],
-            ndim=[1, 0, 1, 1, *copies * [1, 1, 0, 0]],
+            num_outputs=3 + 4 * copies,
+            dtype=[types.UINT8, *(2 + 4 * copies) * [types.INT32]],
+            ndim=[1, 1, 1, *copies * [1, 1, 0, 0]],
             no_copy=True,
         )
         covered = _decode(fn.decoders.image_slice, encoded, settings, start=corner, shape=extent, axes=[0, 1])
@@ -162,45 +211,37 @@ def copies_graph(copies: int) -> Callable[[GraphSettings, Feed], tuple[Any, ...]
         for start, shape, flip, cubic in zip(*4 * [iter(cuts)], strict=True):
             box = fn.slice(covered, start=start, shape=shape, axes=[0, 1])
             squares.append(_mirror(_resize(box, [settings.size, settings.size], _filters(cubic)), flip))
-        return *squares, labels.gpu() if settings.on_gpu else labels
+        return tuple(squares)
 
     return define
 
 
-def cut_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
+def cut_graph(settings: GraphSettings, feed: Feed) -> tuple[Any]:
     """Decode, resize, cut the square out, black where it lies outside, mirror; uint8 [b, size, size, 3].
 
-    The feed gives: n arrays of uint8; labels, int64 [n]; height and width to resize to, float32 [n, 2]; the square's
-    corner (top, left) in the resized picture, int32 [n, 2]; then as for :func:`training_graph`.
+    The feed gives: n arrays of uint8; height and width to resize to, float32 [n, 2]; the square's corner (top, left) in
+    the resized image, int32 [n, 2]; then as for :func:`training_graph`.
     """
     fn, types = import_dali().fn, import_dali().types
-    encoded, labels, resized, corner, flip, cubic = fn.external_source(
-        feed,
-        num_outputs=6,
-        dtype=[types.UINT8, types.INT64, types.FLOAT, *3 * [types.INT32]],
-        ndim=[1, 0, 1, 1, 0, 0],
-        no_copy=True,
+    encoded, resized, corner, flip, cubic = fn.external_source(
+        feed, num_outputs=5, dtype=[types.UINT8, types.FLOAT, *3 * [types.INT32]], ndim=[1, 1, 1, 0, 0], no_copy=True
     )
     whole = _resize(_decode(fn.decoders.image, encoded, settings), resized, _filters(cubic))
     squares = fn.slice(
         whole, start=corner, shape=[settings.size, settings.size], axes=[0, 1], out_of_bounds_policy="pad"
     )
-    return _mirror(squares, flip), labels.gpu() if settings.on_gpu else labels
+    return (_mirror(squares, flip),)
 
 
-def evaluation_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
+def evaluation_graph(settings: GraphSettings, feed: Feed) -> tuple[Any]:
     """Decode, resize, cut the square out, normalize; [b, 3, size, size].
 
-    The feed gives: n arrays of uint8; labels, int64 [n]; height and width to resize to, float32 [n, 2]; the square's
-    corner (top, left) in the resized picture, int32 [n, 2].
+    The feed gives: n arrays of uint8; height and width to resize to, float32 [n, 2]; the square's corner (top, left) in
+    the resized image, int32 [n, 2].
     """
     fn, types = import_dali().fn, import_dali().types
-    encoded, labels, resized, corner = fn.external_source(
-        feed,
-        num_outputs=4,
-        dtype=[types.UINT8, types.INT64, types.FLOAT, types.INT32],
-        ndim=[1, 0, 1, 1],
-        no_copy=True,
+    encoded, resized, corner = fn.external_source(
+        feed, num_outputs=3, dtype=[types.UINT8, types.FLOAT, types.INT32], ndim=[1, 1, 1], no_copy=True
     )
     # Chroma as libjpeg, and so Pillow, has it; costs time.
     whole = _decode(fn.decoders.image, encoded, settings, jpeg_fancy_upsampling=True)
@@ -208,7 +249,7 @@ def evaluation_graph(settings: GraphSettings, feed: Feed) -> tuple[Any, Any]:
     how = {"interp_type": getattr(types, _FILTERS[settings.interpolation]), "antialias": True, "mode": "stretch"}
     whole = fn.resize(fn.resize(whole, resize_x=resized[1], **how), resize_y=resized[0], **how)
     squares = fn.slice(whole, start=corner, shape=[settings.size, settings.size], axes=[0, 1])
-    return _normalize(squares, settings), labels.gpu() if settings.on_gpu else labels
+    return (_normalize(squares, settings),)
 
 
 def undecodable(encoded: Sequence[np.ndarray], settings: GraphSettings) -> list[int]:

@@ -1,4 +1,4 @@
-"""The block: the Mamba mixer behind a norm with a residual. The only caller of vimfast_kernels."""
+"""The block: a norm with a residual, then the Mamba mixer. The only caller of vimfast_kernels."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class Block(nn.Module):
 
     ``drop_path_rate`` is that of stochastic depth of x, which is the output of the block before; the noise [B],
     uniform in [0, 1), says which samples it meets. With ``overwrite``, r may take the residual's memory, or x's in
-    the first block, where no gradient is asked for.
+    the first block, where no gradient is needed.
     """
 
     def __init__(self, mixer: MambaMixer, norm: AddRMSNorm, drop_path_rate: float) -> None:

@@ -3,75 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import lecun_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vimfast.errors import UserError
-from vimfast.models.mixer import AddLayerNorm, AddRMSNorm, Block, MambaMixer, drop_path
-from vimfast.models.pos_embed import (
-    RESAMPLE,
-    insert_tokens,
-    remove_tokens,
-    resample_pos_embed,
-    rotary_tables,
-    rotate,
-)
-
-FINAL_POOL_TYPES = ("none", "mean", "max", "all")
+from vimfast.models.embedding import PatchEmbed, Rotary
+from vimfast.models.mixer import AddLayerNorm, AddRMSNorm, Block, MambaMixer
+from vimfast.models.pos_embed import RESAMPLE, insert_tokens, resample_pos_embed, rotate
+from vimfast.models.timm_api import TimmModel, known_pool, new_head
 
 
-class PatchEmbed(nn.Module):
-    """Pictures [B, channels, H, W] -> patches [B, rows * columns, C], row by row. Patches overlap if stride < size."""
-
-    def __init__(
-        self, img_size: tuple[int, int], patch_size: int, stride: int, channels: int, dim: int, **to: Any
-    ) -> None:
-        super().__init__()
-        if patch_size > min(img_size) or stride < 1:
-            raise UserError(
-                f"a patch of {patch_size} pixels every {stride} does not fit a picture of"
-                f" {img_size[0]} x {img_size[1]}; give a larger img_size or a smaller patch_size"
-            )
-        self.img_size, self.channels = img_size, channels
-        self.grid_size = (img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(channels, dim, patch_size, stride, **to)
-        assert self.proj.bias is not None
-        lecun_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != (self.channels, *self.img_size):
-            raise UserError(
-                f"pictures are {' x '.join(map(str, x.shape[1:]))} (channels, height, width), the model was built for"
-                f" {self.channels} x {self.img_size[0]} x {self.img_size[1]}; build it with that size (--input-size)"
-            )
-        size = self.proj.kernel_size[0]
-        if self.proj.stride[0] != size:
-            return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
-        # Patches that do not overlap are rows of a matrix: one copy, which also casts, and one product.
-        rows, columns = self.grid_size
-        x = x[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
-        x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, channels, size, size]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type), memory_format=torch.contiguous_format)
-        return F.linear(x.reshape(len(x), rows * columns, -1), self.proj.weight.flatten(1), self.proj.bias)
-
-
-class VisionMamba(nn.Module):
+class VisionMamba(TimmModel):
     """Vision Mamba with the constructor options and state-dict keys of hustvl/Vim. An unknown option is an error.
 
     Args:
-        img_size: height and width of the pictures, or the one number for both; fixed for the life of the model.
+        img_size: height and width of the images, or the one number for both; fixed for the life of the model.
         patch_size, stride: of the patch embedding, in pixels.
         depth, embed_dim, d_state: blocks, width C, state size N of the scan.
-        channels: of the pictures.
+        channels: of the images.
         num_classes: of the head; 0 for features.
         ssm_cfg: further options of :class:`~vimfast.models.mixer.MambaMixer`.
         drop_rate: dropout after the position embedding, and only with one.
@@ -97,7 +50,7 @@ class VisionMamba(nn.Module):
         if_random_cls_token_position: in training, insert the class token anywhere (a new place each step); needs
             ``use_middle_cls_token=False``.
         if_random_token_rank: in training, shuffle the sequence each step.
-        scan_backend: ``auto``, ``gluon``, ``mamba_ssm`` or ``reference``, see :mod:`vimfast_kernels.backends`.
+        scan_backend: one of :func:`vimfast_kernels.backend_names`, for all ops of the blocks.
         device, dtype: of the parameters; A_log and D stay fp32.
 
     Raises:
@@ -158,7 +111,7 @@ class VisionMamba(nn.Module):
         self.model_args: dict[str, Any] = {}  # of a named model, by the registry
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.final_pool_type = _known_pool(final_pool_type)
+        self.final_pool_type = known_pool(final_pool_type)
         self.if_cls_token, self.use_double_cls_token = if_cls_token, use_double_cls_token
         self.use_middle_cls_token = use_middle_cls_token
         self.if_bidirectional, self.if_rope_residual = if_bidirectional, if_rope_residual
@@ -169,14 +122,14 @@ class VisionMamba(nn.Module):
 
         # The order of these lines is that of the original: optimizer states in its checkpoints go by it.
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-        for name in self._class_token_names():
+        for name in self.class_token_names():
             self.register_parameter(name, _small_normal(1, 1, embed_dim, **to))
         self.patch_embed = PatchEmbed(size, patch_size, stride, channels, embed_dim, **to)
-        tokens = self.patch_embed.num_patches + len(self._class_token_names())
+        tokens = self.patch_embed.num_patches + len(self.class_token_names())
         self.pos_embed = _small_normal(1, tokens, embed_dim, **to) if if_abs_pos_embed else None
         self.pos_drop = nn.Dropout(drop_rate if if_abs_pos_embed else 0.0)
         self.rope = Rotary(self.patch_embed.grid_size, embed_dim, pt_hw_seq_len, device) if if_rope else None
-        self.head = _new_head(embed_dim, num_classes, **to)
+        self.head = new_head(embed_dim, num_classes, **to)
         rates = [0.0, *torch.linspace(0, drop_path_rate, depth).tolist()]
         norm = AddRMSNorm if rms_norm else AddLayerNorm
         self.layers = nn.ModuleList(
@@ -212,13 +165,13 @@ class VisionMamba(nn.Module):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
                 weight.data.div_(math.sqrt(n_residuals_per_layer * len(self.layers)))
 
-    def _class_token_names(self) -> tuple[str, ...]:
+    def class_token_names(self) -> tuple[str, ...]:
         if not self.if_cls_token:
             return ()
         return ("cls_token_head", "cls_token_tail") if self.use_double_cls_token else ("cls_token",)
 
     def class_places(self, patches: int) -> tuple[int, ...]:
-        """Where the class tokens stand in the sequence of so many patches and themselves."""
+        """The positions of the class tokens in a sequence with this many patches."""
         if not self.if_cls_token:
             return ()
         if self.use_double_cls_token:
@@ -226,12 +179,12 @@ class VisionMamba(nn.Module):
         return (patches // 2,) if self.use_middle_cls_token else (0,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures [B, channels, H, W] -> logits [B, K]; [B, M, K] with final_pool_type ``all`` and no class token."""
+        """Images [B, channels, H, W] -> logits [B, K]; [B, M, K] with final_pool_type ``all`` and no class token."""
         tokens, places = self._encode(x)
         return self._classify(self._pool(tokens, places))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Pictures [B, channels, H, W] -> normalized tokens [B, M, C], class tokens included, in scan order."""
+        """Images [B, channels, H, W] -> normalized tokens [B, M, C], class tokens included, in scan order."""
         return self._encode(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -239,71 +192,8 @@ class VisionMamba(nn.Module):
 
         With ``pre_logits`` what the head would read: [B, C], or all tokens for final_pool_type ``max`` and ``all``.
         """
-        x = self._pool(x, self.class_places(x.shape[1] - len(self._class_token_names())))
+        x = self._pool(x, self.class_places(x.shape[1] - len(self.class_token_names())))
         return x if pre_logits else self._classify(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        norm: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """What timm's feature extraction calls: the residual stream behind some blocks, as maps of the patches.
-
-        Args:
-            x: pictures [B, channels, H, W].
-            indices: behind which blocks, or pairs of them with ``if_bidirectional``: so many last ones, these, or all.
-            norm: apply the last norm to each.
-            output_fmt: ``NCHW`` for maps [B, C, rows, columns], ``NLC`` for sequences [B, rows * columns, C]; class
-                tokens are left out, and a shuffled or reversed sequence is put right.
-            intermediates_only: return the list of them alone, else (:meth:`forward_features`, the list).
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise UserError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
-        x, turns, places, order = self._embed(x)
-        streams: list[Tensor] = []
-        x, residual, noise = self._mix(x, turns, streams)
-        last = drop_path(x, noise, self.drop_path_rate)
-        streams = [*streams[1:], last if residual is None else residual + last]
-        maps = []
-        for i in _known_indices(len(streams), indices):
-            stream = self.norm_f(streams[i], None)[0] if norm else streams[i]
-            if order is not None:
-                stream = stream[:, torch.tensor(order).argsort().to(x.device, non_blocking=True)]
-            stream = remove_tokens(stream, places)  # [B, P, C]
-            grid = self.patch_embed.grid_size
-            maps.append(stream.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else stream)
-        return maps if intermediates_only else (self.norm_f(last, residual)[0], maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what :meth:`forward_intermediates` of these indices does not need; returns them counted from 0."""
-        blocks = 2 if self.if_bidirectional else 1
-        taken = _known_indices(len(self.layers) // blocks, indices)
-        kept = (taken[-1] + 1) * blocks
-        dropped = self.layers[kept:]
-        for block in dropped[:1]:
-            assert isinstance(block, Block)
-            self.drop_path_rate = block.drop_path_rate  # the last kept output is dropped as often as before
-        self.layers = self.layers[:kept]
-        if prune_head:
-            self.reset_classifier(0)
-        if prune_norm:
-            self.register_module("norm_f", nn.Identity())
-        return taken
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """Channels, stride and module of each map of :meth:`forward_intermediates`."""
-        blocks = 2 if self.if_bidirectional else 1
-        return [
-            {"num_chs": self.embed_dim, "reduction": self.patch_embed.proj.stride[0], "module": f"layers.{i}"}
-            for i in range(blocks - 1, len(self.layers), blocks)
-        ]
 
     def _encode(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """(normalized tokens [B, M, C] in scan order, places of the class tokens in it)."""
@@ -321,7 +211,7 @@ class VisionMamba(nn.Module):
             places = (int(torch.randint(x.shape[1] + 1, ())),)
         turns = None if self.rope is None else self.rope(places)  # 2 x [M, C]
         if places:
-            class_tokens = torch.cat([getattr(self, name) for name in self._class_token_names()], dim=1)
+            class_tokens = torch.cat([getattr(self, name) for name in self.class_token_names()], dim=1)
             x = insert_tokens(x, class_tokens.expand(len(x), -1, -1), places)  # [B, M, C]
         if self.pos_embed is not None:
             x = self.pos_drop(x + self.pos_embed)
@@ -366,7 +256,7 @@ class VisionMamba(nn.Module):
         return x, residual, last_noise
 
     def _draw_noise(self, x: Tensor) -> list[Tensor | None]:
-        """What stochastic depth goes by in each block and, last, before the last norm: [B] each, or None."""
+        """The noise of stochastic depth for each block and, last, for the last norm: [B] each, or None."""
         rates = [*(block.drop_path_rate for block in self.layers), self.drop_path_rate]
         if not self.training or not any(rates):
             return [None] * len(rates)
@@ -391,24 +281,9 @@ class VisionMamba(nn.Module):
         x = self.head(x)
         return x.amax(1) if self.final_pool_type == "max" and not self.if_cls_token else x
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, freshly initialized, for ``num_classes`` (0: none); ``global_pool`` sets final_pool_type."""
-        if global_pool is not None:
-            self.final_pool_type = _known_pool(global_pool)
-        weight = self.patch_embed.proj.weight
-        self.num_classes = num_classes
-        self.head = _new_head(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of each block for backward and run it again then."""
-        self.grad_checkpointing = enable
-
     @property
     def capturable(self) -> bool:
-        """Whether a CUDA graph of a training step may stand for the next one: nothing is drawn on the host."""
+        """Whether a CUDA graph of a training step can be replayed for the next one: nothing is drawn on the host."""
         on_host = self.if_random_cls_token_position or self.if_random_token_rank or self.flip_img_sequences_ratio > 0
         return not on_host
 
@@ -418,26 +293,17 @@ class VisionMamba(nn.Module):
         assert isinstance(mixer, MambaMixer)
         return mixer.kernels(dtype)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How timm numbers the parameters by depth: the embedding, each block (`coarse`: all in one), norm and head."""
-        stem = r"^cls_token|^pos_embed|^patch_embed"
-        blocks = r"^layers" if coarse else [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]
-        return {"stem": stem, "blocks": blocks}
-
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", *self._class_token_names()}
-
     def fit_pos_embed(self, state_dict: Mapping[str, Tensor], how: str = "patches") -> dict[str, Tensor]:
-        """The state dict of a model of another picture size or stride, its position embedding resampled to fit.
+        """The state dict of a model of another image size or stride, its position embedding resampled to fit.
 
         ``how="original"`` resamples as hustvl/Vim does: as if the class tokens stood before the patches, wherever they
         are. What is of this model's size stays as it is.
         """
         if how not in RESAMPLE:
-            raise UserError(f"the position embedding is to be resampled by {how!r}; want {' or '.join(RESAMPLE)}")
+            raise UserError(f"how is {how!r}; it must be {' or '.join(RESAMPLE)}")
         state = dict(state_dict)
         if "pos_embed" in state:
-            first = tuple(range(len(self._class_token_names())))
+            first = tuple(range(len(self.class_token_names())))
             places = self.class_places if how == "patches" else lambda patches: first
             state["pos_embed"] = resample_pos_embed(state["pos_embed"], self.patch_embed.grid_size, places)
         if self.rope is not None:  # tables, not weights: of another grid, the own ones are right
@@ -446,49 +312,5 @@ class VisionMamba(nn.Module):
         return state
 
 
-class Rotary(nn.Module):
-    """Rotary position tables; its buffers stand in the original's state dict."""
-
-    def __init__(
-        self, grid: tuple[int, int], dim: int, pretraining_side: int, device: torch.device | str | None
-    ) -> None:
-        super().__init__()
-        cos, sin = rotary_tables(grid, dim, pretraining_side)
-        self.freqs_cos: Tensor
-        self.freqs_sin: Tensor
-        self.register_buffer("freqs_cos", cos.to(device))
-        self.register_buffer("freqs_sin", sin.to(device))
-
-    def forward(self, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(cos, sin) [M, C] of patches and, at ``places``, class tokens, which do not turn."""
-        cos, sin = self.freqs_cos[None], self.freqs_sin[None]  # [1, P, C]
-        still = cos.new_ones(1, len(places), cos.shape[2])
-        return insert_tokens(cos, still, places)[0], insert_tokens(sin, torch.zeros_like(still), places)[0]
-
-
-def _known_pool(name: str) -> str:
-    if name not in FINAL_POOL_TYPES:
-        raise UserError(f"final_pool_type is {name!r}; it must be one of {', '.join(FINAL_POOL_TYPES)}")
-    return name
-
-
-def _known_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Which of `count` maps are meant, ascending: the last so many, these (negative ones from the end), or all."""
-    wanted = range(count) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
-    taken = sorted({i + count if i < 0 else i for i in wanted})
-    if not taken or taken[0] < 0 or taken[-1] >= count:
-        raise UserError(f"out_indices is {indices}, and there are maps 0 to {count - 1}")
-    return taken
-
-
 def _small_normal(*shape: int, **to: Any) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape, **to), std=0.02))
-
-
-def _new_head(dim: int, num_classes: int, **to: Any) -> nn.Module:
-    if num_classes == 0:
-        return nn.Identity()
-    head = nn.Linear(dim, num_classes, **to)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head

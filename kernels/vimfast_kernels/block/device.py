@@ -1,24 +1,11 @@
-"""A mixer's weights to and from the form that its kernels read, in Triton: one launch for all of a layer's."""
+"""The kernels that pack a mixer's weights and write their gradients, in Triton."""
 
 # Device functions are written in Triton's own dialect: no annotations beyond constexpr.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from vimfast_kernels.weights import MixerWeights
-
-ALIGN = 64  # entries: every piece of a buffer starts on a multiple
-BLOCK = 1024  # entries a program copies
-TILE = 4096  # entries a program adds up at a time
-LONG_SUM = 256  # rows of such a tile where there are hundreds to add
 
 
 @triton.jit
@@ -33,7 +20,7 @@ def _copy(block, src, dst, offset, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pack(
+def pack_weights(
     raw, packed, C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PAD: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +134,7 @@ def _add_steps(
 
 
 @triton.jit(do_not_specialize=["conv_rows", "norm_rows"])
-def _write_gradients(
+def write_all_gradients(
     pieces, grads, norm_weight, norm_bias, conv_rows, norm_rows, C: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     RANK: tl.constexpr, PAD: tl.constexpr, WIDTH: tl.constexpr, IN_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
     PARTS: tl.constexpr, IN_ROWS: tl.constexpr, OUT_ROWS: tl.constexpr, ROWS: tl.constexpr, LONG: tl.constexpr,
@@ -176,134 +163,3 @@ def _write_gradients(
     block = _add(block, pieces.out_weight, 0, grads.out_weight, OUT_PARTS, C * D, C * D, OUT_ROWS, TILE)
     block = _copy(block, pieces.in_bias, grads.in_bias, 0, 2 * D, BLOCK)
     _copy(block, pieces.out_bias, grads.out_bias, 0, C, BLOCK)
-
-
-class Packed(NamedTuple):
-    """What the kernels and products of a layer read."""
-
-    in_weight: Tensor  # [2 d, C]
-    in_bias: Tensor | None  # [2 d]
-    out_weight: Tensor  # [C, d]
-    out_bias: Tensor | None  # [C]
-    x_weight: Tensor  # [2, P + 2 N, d]: the rank filled up by zeros to P, see `padded`
-    dt_weight: Tensor  # [2, d, P]
-    conv_weight: Tensor  # [2, d, W], from here on fp32
-    conv_bias: Tensor | None  # [2, d]
-    dt_bias: Tensor  # [2, d]
-    A: Tensor  # [2, d, N]
-    D: Tensor  # [2, d]
-
-
-class Pieces(NamedTuple):
-    """The gradients of a layer's weights as its backward pass leaves them, fp32; None for those nobody asked for."""
-
-    in_weight: Tensor | None  # [parts, 2 d, C], still to be summed
-    in_bias: Tensor | None  # [2 d]
-    out_weight: Tensor | None  # [parts, C, d]
-    out_bias: Tensor | None  # [C]
-    x_weight: Tensor  # [2, parts, P + 2 N, d]
-    dt_weight: Tensor  # [2, parts, d, P]
-    conv: Tensor  # [rows, 2, W + 1, d], taps and bias
-    norm: Tensor  # [rows, 2, C], weight and bias
-    dt_bias: Tensor  # [2, d]
-    dA: Tensor  # [2, d, N]
-    D: Tensor  # [2, d]
-    A: Tensor  # [2, d, N], as it was
-
-
-def padded(rank: int) -> int:
-    """The rank up to a multiple of 8: rows of x_dbl then start on 16 bytes, and products are several times faster."""
-    return rank + -rank % 8
-
-
-def _sizes(weights: MixerWeights) -> dict[str, int]:
-    d, n = weights.forth.A_log.shape
-    rank = weights.forth.dt_weight.shape[1]
-    return {
-        "C": weights.out_weight.shape[0], "D": d, "N": n, "RANK": rank, "PAD": padded(rank),
-        "WIDTH": weights.forth.conv_weight.shape[1],
-    }  # fmt: skip
-
-
-def _shapes(weights: MixerWeights, dtype: torch.dtype) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
-    """Of what is packed in `dtype`, and in fp32."""
-    s = _sizes(weights)
-    d, n = s["D"], s["N"]
-    narrow: dict[str, Sequence[int]] = {"x_weight": (2, s["PAD"] + 2 * n, d), "dt_weight": (2, d, s["PAD"])}
-    for name in ("in_weight", "in_bias", "out_weight", "out_bias"):
-        x = getattr(weights, name)
-        if x is not None and x.dtype != dtype:
-            narrow[name] = x.shape
-    wide: dict[str, Sequence[int]] = {"A": (2, d, n), "D": (2, d), "dt_bias": (2, d), "conv_weight": (2, d, s["WIDTH"])}
-    if weights.forth.conv_bias is not None:
-        wide["conv_bias"] = (2, d)
-    return narrow, wide
-
-
-def _room(shape: Sequence[int]) -> int:
-    return -(-math.prod(shape) // ALIGN) * ALIGN
-
-
-def _carve(buffer: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    views, at = {}, 0
-    for name, shape in shapes.items():
-        views[name] = buffer[at : at + math.prod(shape)].view(shape)
-        at += _room(shape)
-    return views
-
-
-def empty_packed(weights: MixerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The two buffers that hold a layer's packed weights, in `dtype` and in fp32."""
-    narrow, wide = (sum(map(_room, shapes.values())) for shapes in _shapes(weights, dtype))
-    like = weights.in_weight
-    return like.new_empty(narrow, dtype=dtype), like.new_empty(wide, dtype=torch.float32)
-
-
-def _views(weights: MixerWeights, narrow: Tensor, wide: Tensor) -> Packed:
-    """Of the buffers; None for what is not packed, as the parameters of in_proj and out_proj in the right dtype."""
-    shapes = _shapes(weights, narrow.dtype)
-    views: dict[str, Any] = dict.fromkeys(Packed._fields)
-    return Packed(**(views | _carve(narrow, shapes[0]) | _carve(wide, shapes[1])))
-
-
-def unpack(weights: MixerWeights, narrow: Tensor, wide: Tensor) -> Packed:
-    """The buffers' contents, and the parameters themselves where they were of the right dtype."""
-    found = _views(weights, narrow, wide)
-    outer = ("in_weight", "in_bias", "out_weight", "out_bias")
-    return found._replace(**{name: getattr(weights, name) for name in outer if getattr(found, name) is None})
-
-
-def pack(weights: MixerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The two buffers of `empty_packed`, filled. Weights are contiguous."""
-    narrow, wide = empty_packed(weights, dtype)
-    packed = _views(weights, narrow, wide)
-    outer = [x for x in packed[:4] if x is not None]
-    blocks = sum(triton.cdiv(x.numel(), BLOCK) for x in outer)
-    blocks += sum(2 * triton.cdiv(x[0].numel(), BLOCK) for x in packed[4:] if x is not None)
-    _pack[(blocks,)](weights, packed, **_sizes(weights), BLOCK=BLOCK)
-    return narrow, wide
-
-
-def write_gradients(
-    pieces: Pieces, weights: MixerWeights, grads: MixerWeights, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> None:
-    """Every gradient that is not None, contiguous and of its parameter's shape, from the pieces."""
-    parts = [1 if x is None else x.shape[0] for x in (pieces.in_weight, pieces.out_weight, pieces.x_weight[0])]
-    in_rows, out_rows, rows = (min(triton.next_power_of_2(p), TILE // 16) for p in parts)
-
-    def blocks(x: Tensor | None, columns: int) -> int:
-        return 0 if x is None else triton.cdiv(x.numel(), columns)
-
-    grid = sum(blocks(x, TILE // LONG_SUM) for x in (norm_weight, norm_bias))
-    for own in (grads.forth, grads.back):
-        grid += sum(blocks(x, TILE // LONG_SUM) for x in (own.conv_weight, own.conv_bias))
-        grid += sum(blocks(x, TILE // rows) for x in (own.x_weight, own.dt_weight))
-        grid += sum(blocks(x, BLOCK) for x in (own.dt_bias, own.A_log, own.D))
-    grid += blocks(grads.in_weight, TILE // in_rows) + blocks(grads.out_weight, TILE // out_rows)
-    grid += blocks(grads.in_bias, BLOCK) + blocks(grads.out_bias, BLOCK)
-    if grid:
-        _write_gradients[(grid,)](
-            pieces, grads, norm_weight, norm_bias, pieces.conv.shape[0], pieces.norm.shape[0], **_sizes(weights),
-            IN_PARTS=parts[0], OUT_PARTS=parts[1], PARTS=parts[2], IN_ROWS=in_rows, OUT_ROWS=out_rows, ROWS=rows,
-            LONG=LONG_SUM, TILE=TILE, BLOCK=BLOCK,
-        )  # fmt: skip

@@ -1,101 +1,16 @@
 """Residual addition and RMSNorm or LayerNorm in one pass, in Triton; the residual stream stays in fp32."""
 
-# Device functions are written in Triton's own dialect: no annotations beyond constexpr.
-# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from vimfast_kernels.conv_triton import sum_rows
+from vimfast_kernels.norm.device import norm_backward, norm_forward
+from vimfast_kernels.sums import sum_rows
 from vimfast_kernels.tuning import multiprocessors, tuning_of
-
-
-@triton.jit
-def _statistics(v, mask, C: tl.constexpr, eps, CENTER: tl.constexpr):
-    """(v - mean, 1 / deviation) of each row; without CENTER the mean is taken as 0."""
-    if CENTER:
-        v = tl.where(mask, v - tl.sum(v, 1)[:, None] / C, 0.0)
-    return v, 1.0 / tl.sqrt(tl.sum(v * v, 1) / C + eps)
-
-
-@triton.jit
-def _share(noise_ptr, sample, mask, rate, kept):
-    """What stays of each row of a sample: nothing where its noise is below the rate."""
-    noise = tl.load(noise_ptr + sample, mask=mask, other=0.0)
-    return tl.where(noise < rate, 0.0, kept)[:, None]
-
-
-@triton.jit(do_not_specialize=["rows", "length"])
-def _norm_forward(
-    x_ptr, residual_ptr, noise_ptr, weight_ptr, bias_ptr, out_ptr, sum_ptr, rows, length, rate, kept, eps,
-    C: tl.constexpr, CENTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (column < C)[None, :]
-    at = row.to(tl.int64)[:, None] * C + column[None, :]
-    v = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if noise_ptr is not None:
-        v *= _share(noise_ptr, row // length, row < rows, rate, kept)
-    if residual_ptr is not None:
-        v += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(sum_ptr + at, v, mask=mask)
-    v, rstd = _statistics(v, mask, C, eps, CENTER)
-    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-    v = v * rstd[:, None] * weight[None, :]
-    if bias_ptr is not None:
-        v += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + at, v.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows", "length"])
-def _norm_backward(
-    dout_ptr, dsum_ptr, sum_ptr, noise_ptr, weight_ptr, bias_ptr, dx_ptr, dresidual_ptr, again_ptr, partial_ptr,
-    rows, length, rate, kept, eps,
-    C: tl.constexpr, CENTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    # A program takes every num_programs-th block of rows and keeps its share of the weight's gradient.
-    column = tl.arange(0, COLUMNS)
-    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
-    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = block * ROWS + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (column < C)[None, :]
-        at = row.to(tl.int64)[:, None] * C + column[None, :]
-        v = tl.load(sum_ptr + at, mask=mask, other=0.0)
-        dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        dv = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if dsum_ptr is not None:  # here and not behind the sums over rows, where it would be waited for once more
-            dv = tl.load(dsum_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        v, rstd = _statistics(v, mask, C, eps, CENTER)
-        v *= rstd[:, None]
-        if again_ptr is not None:
-            out = v * weight
-            if bias_ptr is not None:
-                out += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-            tl.store(again_ptr + at, out.to(again_ptr.dtype.element_ty), mask=mask)
-        dweight += dout * v
-        if bias_ptr is not None:
-            dbias += dout
-        g = dout * weight
-        own = g - v * (tl.sum(g * v, 1) / C)[:, None]
-        if CENTER:
-            own -= (tl.sum(g, 1) / C)[:, None]
-        dv += own * rstd[:, None]
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + at, dv.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if noise_ptr is not None:
-            dv *= _share(noise_ptr, row // length, row < rows, rate, kept)
-        tl.store(dx_ptr + at, dv.to(dx_ptr.dtype.element_ty), mask=mask)
-    at = partial_ptr + tl.program_id(0) * (2 * C) + column
-    tl.store(at, tl.sum(dweight, 0), mask=column < C)
-    tl.store(at + C, tl.sum(dbias, 0), mask=column < C)
 
 
 def _meta(x: Tensor, drop_rate: float, eps: float, rms: bool) -> dict[str, Any]:
@@ -123,7 +38,7 @@ def launch_forward(
 ) -> None:
     meta = _meta(x, drop_rate, eps, rms)
     grid = (triton.cdiv(meta["rows"], meta["ROWS"]),)
-    _norm_forward[grid](x, residual, noise, weight, bias, out, total, **meta)
+    norm_forward[grid](x, residual, noise, weight, bias, out, total, **meta)
 
 
 def launch_backward(
@@ -145,7 +60,7 @@ def launch_backward(
     most = tuning_of(dout.device).norm.programs * multiprocessors(dout.device)
     programs = min(most, triton.cdiv(meta["rows"], meta["ROWS"]))
     partial = total.new_empty(programs, 2, meta["C"])
-    _norm_backward[(programs,)](
+    norm_backward[(programs,)](
         dout, dtotal, total, noise, weight, bias, dx, dresidual, again, partial, **meta
     )  # fmt: skip
     return partial
@@ -170,7 +85,7 @@ def _norm(
 
 
 @_norm.register_fake
-def _(x, residual, noise, weight, bias, drop_rate, eps, rms):
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32)
 
 
@@ -192,19 +107,22 @@ def _norm_grad(
 
 
 @_norm_grad.register_fake
-def _(dout, dtotal, total, residual_dtype, noise, weight, bias, drop_rate, eps, rms):
+def _(
+    dout: Tensor, dtotal: Tensor | None, total: Tensor, residual_dtype: torch.dtype | None, noise: Tensor | None,
+    weight: Tensor, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dresidual = dout.new_empty(dout.shape if residual_dtype is not None else (0,), dtype=residual_dtype)
     return dout.new_empty(dout.shape), dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, residual, noise, weight, bias, *ctx.options = inputs
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(output[1], noise, weight, bias)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dtotal):
+def _backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
     total, noise, weight, bias = ctx.saved_tensors
     if dout is None:
         raise RuntimeError("the norm's output has no gradient although its residual has; use the residual directly")
@@ -219,7 +137,7 @@ _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check(x: Tensor, residual: Tensor | None, noise: Tensor | None, weight: Tensor) -> None:
-    """A ValueError for shapes that do not fit."""
+    """Raises ValueError for shapes that do not match."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight is {tuple(weight.shape)} for {x.shape[-1]} channels; they must agree")
     if residual is not None and residual.shape != x.shape:
@@ -245,4 +163,5 @@ def add_norm(
     where not: stochastic depth. Returns (out in x's dtype, sum in fp32). fp32 inside. Deterministic.
     """
     check(x, residual, noise, weight)
-    return _norm(x, residual, noise, weight, bias, drop_rate, eps, rms)
+    out: tuple[Tensor, Tensor] = _norm(x, residual, noise, weight, bias, drop_rate, eps, rms)
+    return out

@@ -1,22 +1,25 @@
 """A whole block of Vision Mamba as one op: residual addition, norm, projections, convolution, scan, gate. One node for
 autograd, the compiler and DDP, which takes the parameters as they are and writes all their gradients in one launch."""
 
-# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimfast_kernels import conv_triton, norm_triton, scan_gluon
+from vimfast_kernels.block.packing import Packed, Pieces, empty_packed, pack, padded, unpack, write_gradients
+from vimfast_kernels.block.weights import MixerWeights, flatten, unflatten
+from vimfast_kernels.conv import launch as conv
+from vimfast_kernels.norm import launch as norm
+from vimfast_kernels.scan import launch as scan
 from vimfast_kernels.tuning import tuning_of
-from vimfast_kernels.weights import MixerWeights, flatten, unflatten
-from vimfast_kernels.weights_triton import Packed, Pieces, empty_packed, pack, padded, unpack, write_gradients
 
 REVERSE = [False, True]
+CHANNELS = 16  # d is a multiple of it
 
 _DIRECTION = (
     "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0},"
@@ -33,7 +36,7 @@ def _between(w: Packed, xz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(u [2, b, L, d], x_dbl [2, b, L, P + 2 N], delta [2, b, L, d])."""
     b, length, _ = xz.shape
     d = w.D.shape[1]
-    u = conv_triton.launch_forward(xz[..., :d], w.conv_weight, w.conv_bias, REVERSE)
+    u = conv.launch_forward(xz[..., :d], w.conv_weight, w.conv_bias, REVERSE)
     flat = torch.bmm(u.view(2, b * length, d), w.x_weight.transpose(1, 2))
     return u, flat.view(2, b, length, -1), _time_steps(w, flat).view_as(u)
 
@@ -48,6 +51,10 @@ def _states(w: Packed, x_dbl: Tensor) -> tuple[Tensor, Tensor]:
     return x_dbl[..., -2 * n : -n], x_dbl[..., -n:]
 
 
+def _scan_inputs(w: Packed, u: Tensor, delta: Tensor, x_dbl: Tensor, z: Tensor, scale: float) -> scan.Inputs:
+    return scan.Inputs(u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale)
+
+
 def _normalize_and_project(
     x: Tensor, residual: Tensor | None, noise: Tensor | None, total: Tensor, flat: Any, w: Packed, options: Any
 ) -> Tensor:
@@ -56,9 +63,7 @@ def _normalize_and_project(
     norm_weight, norm_bias = flat[:2]
     normed = torch.empty_like(total, dtype=w.x_weight.dtype)
     residual = None if residual is None else residual.contiguous()
-    norm_triton.launch_forward(
-        x.contiguous(), residual, noise, norm_weight, norm_bias, drop_rate, eps, rms, normed, total
-    )
+    norm.launch_forward(x.contiguous(), residual, noise, norm_weight, norm_bias, drop_rate, eps, rms, normed, total)
     return F.linear(normed, w.in_weight, w.in_bias)
 
 
@@ -68,7 +73,7 @@ def _normalize_and_project(
     schema=f"(Tensor x, Tensor? residual, Tensor? noise, {_WEIGHTS}, {_OPTIONS}, ScalarType dtype) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _block(x, residual, noise, *rest):
+def _block(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """(out, the new residual, and for backward: the packed weights' buffers, xz, x_dbl, the sum before the gate,
     states)."""
     *flat, drop_rate, eps, rms, scale, dtype = rest
@@ -79,21 +84,19 @@ def _block(x, residual, noise, *rest):
     xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
     u, x_dbl, delta = _between(w, xz)
     z = xz[..., w.D.shape[1] :]
-    gated, y, states = scan_gluon.launch_forward(
-        u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale, save=True
-    )
+    gated, y, states = scan.launch_forward(_scan_inputs(w, u, delta, x_dbl, z, scale), save=True)
     return F.linear(gated, w.out_weight, w.out_bias), total, narrow, wide, xz, x_dbl, y, states
 
 
 @_block.register_fake
-def _(x, residual, noise, *rest):
+def _(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *flat, _, _, _, _, dtype = rest
     weights = unflatten(flat[2:])
     b, length, _ = x.shape
     d, n = weights.forth.A_log.shape
     xz = x.new_empty(b, length, 2 * d, dtype=dtype)
     x_dbl = xz.new_empty(2, b, length, padded(weights.forth.dt_weight.shape[1]) + 2 * n)
-    saved = scan_gluon.empty_saved(xz, 2, b, length, d, n, save=True, gate=True)
+    saved = scan.empty_saved(xz, 2, b, length, d, n, save=True, gate=True)
     total = x.new_empty(x.shape, dtype=torch.float32)
     return xz.new_empty(x.shape), total, *empty_packed(weights, dtype), xz, x_dbl, *saved
 
@@ -104,7 +107,7 @@ def _(x, residual, noise, *rest):
     schema=f"(Tensor x, Tensor? residual, Tensor(a!) total, Tensor? noise, {_WEIGHTS}, {_OPTIONS}, ScalarType dtype)"
     " -> Tensor",
 )
-def _block_inference(x, residual, total, noise, *rest):
+def _block_inference(x: Tensor, residual: Tensor | None, total: Tensor, noise: Tensor | None, *rest: Any) -> Tensor:
     """out; the new residual goes into total, which may be the old one."""
     *flat, drop_rate, eps, rms, scale, dtype = rest
     weights = unflatten(flat[2:])
@@ -112,16 +115,14 @@ def _block_inference(x, residual, total, noise, *rest):
     xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
     u, x_dbl, delta = _between(w, xz)
     x_half, z = xz.chunk(2, dim=-1)
-    scan_gluon.launch_forward(
-        u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale, save=False, out=x_half
-    )
+    scan.launch_forward(_scan_inputs(w, u, delta, x_dbl, z, scale), save=False, out=x_half)
     del u, delta, x_dbl
     rows = xz.view(-1, xz.shape[2])[:, : x_half.shape[2]]  # a matrix with long rows: no copy
     return F.linear(rows, w.out_weight, w.out_bias).view(x.shape)
 
 
 @_block_inference.register_fake
-def _(x, residual, total, noise, *rest):
+def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=rest[-1])
 
 
@@ -142,7 +143,10 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     f" Tensor x_dbl, Tensor y, Tensor states, {_WEIGHTS}, {_OPTIONS}, ScalarType x_dtype, ScalarType? residual_dtype,"
     " bool[] needed) -> Tensor[]",
 )
-def _block_grad(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, *rest):
+def _block_grad(
+    dout: Tensor, dtotal: Tensor | None, noise: Tensor | None, total: Tensor, narrow: Tensor, wide: Tensor, xz: Tensor,
+    x_dbl: Tensor, y: Tensor, states: Tensor, *rest: Any,
+) -> list[Tensor]:  # fmt: skip
     """Gradients of x, the residual and the weights, empty where none is needed."""
     *flat, drop_rate, eps, rms, scale, x_dtype, residual_dtype, needed = rest
     weights = unflatten(flat[2:])
@@ -153,14 +157,14 @@ def _block_grad(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, 
     b, length, _ = xz.shape
     rows, d, pad = b * length, w.D.shape[1], w.dt_weight.shape[2]
     x, z = xz[..., :d], xz[..., d:]
-    # Two products and a convolution again cost less than keeping 4 [b, L, d] arrays a layer.
-    u = conv_triton.launch_forward(x, w.conv_weight, w.conv_bias, REVERSE)
+    # Recomputing two products and a convolution costs less than keeping four [b, L, d] arrays per layer.
+    u = conv.launch_forward(x, w.conv_weight, w.conv_bias, REVERSE)
     delta = _time_steps(w, x_dbl.view(2, rows, -1)).view_as(u)
     dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
     dout = dout.contiguous()
-    du, ddelta, dA, dD, ddt_bias = scan_gluon.launch_backward(
-        torch.matmul(dout, w.out_weight), u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, y, states, REVERSE,
-        scale, *_states(w, dx_dbl), dxz[..., d:], out=gated,
+    du, ddelta, dA, dD, ddt_bias = scan.launch_backward(
+        torch.matmul(dout, w.out_weight), _scan_inputs(w, u, delta, x_dbl, z, scale), y, states,
+        *_states(w, dx_dbl), dxz[..., d:], out=gated,
     )  # fmt: skip
     del delta
     dout = dout.view(1, rows, -1)
@@ -173,11 +177,11 @@ def _block_grad(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, 
     ddt_weight = sum_of_products(ddelta, x_dbl.view(2, rows, -1)[..., :pad])
     dx_weight = sum_of_products(dflat, u.view(2, rows, d))
     torch.baddbmm(du, dflat, w.x_weight, out=du)
-    dconv = conv_triton.launch_backward(du.view_as(u), x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])
+    dconv = conv.launch_backward(du.view_as(u), x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])
     del u, du, ddelta
     dnormed = torch.matmul(dxz, w.in_weight)
     normed = None if asked.in_weight is None else torch.empty_like(dnormed)
-    dnorm = norm_triton.launch_backward(
+    dnorm = norm.launch_backward(
         dnormed, None if dtotal is None else dtotal.contiguous(), total, noise, flat[0], flat[1], drop_rate, eps, rms,
         grads[0], wanted[1], normed,
     )  # fmt: skip
@@ -202,7 +206,13 @@ def _block_grad(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, 
     return grads
 
 
-def _empty_gradients(total, flat, x_dtype, residual_dtype, needed):
+def _empty_gradients(
+    total: Tensor,
+    flat: Sequence[Any],
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    needed: Sequence[bool],
+) -> list[Tensor]:
     dx = total.new_empty(total.shape, dtype=x_dtype)
     dresidual = total.new_empty((0,) if residual_dtype is None else total.shape, dtype=residual_dtype)
     own = [v.new_empty(v.shape) if need else total.new_empty(0) for v, need in zip(flat, needed, strict=True)]
@@ -210,21 +220,21 @@ def _empty_gradients(total, flat, x_dtype, residual_dtype, needed):
 
 
 @_block_grad.register_fake
-def _(dout, dtotal, noise, total, narrow, wide, xz, x_dbl, y, states, *rest):
-    *flat, _, _, _, _, x_dtype, residual_dtype, needed = rest
+def _(dout: Tensor, dtotal: Tensor | None, noise: Tensor | None, total: Tensor, *rest: Any) -> list[Tensor]:
+    *flat, _, _, _, _, x_dtype, residual_dtype, needed = rest[6:]
     return _empty_gradients(total, flat, x_dtype, residual_dtype, needed)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, noise, *rest = inputs
     *flat, drop_rate, eps, rms, scale, _ = rest
     residual_dtype = None if residual is None else residual.dtype
     ctx.options = drop_rate, eps, rms, scale, x.dtype, residual_dtype
     ctx.save_for_backward(noise, *output[1:], *flat)
-    ctx.set_materialize_grads(False)  # else zeros are written for what is only kept
+    ctx.set_materialize_grads(False)  # otherwise zeros are written for outputs that are only saved
 
 
-def _backward(ctx, dout, dtotal, *_):
+def _backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     noise, total, narrow, *saved = ctx.saved_tensors
     if dout is None:
         dout = narrow.new_zeros(total.shape)
@@ -254,17 +264,17 @@ def bidirectional_block(
 ) -> tuple[Tensor, Tensor]:
     """`vimfast_kernels.bidirectional_block`, its products in ``dtype``, which is that of the output.
 
-    Kept for backward, beside the inputs: the new residual, xz, x_dbl, the sum before the gate, every 8th state; the
-    normalized x, the convolution, the time steps and the gated sum are made again. Raises ValueError for a d that is
-    no multiple of 16 and where `scan_gluon.selective_scan` and `norm_triton.add_norm` would.
+    Saved for backward, besides the inputs: the new residual, xz, x_dbl, the sum before the gate, every 8th state; the
+    normalized x, the convolution, the time steps and the gated sum are recomputed. Raises ValueError for a d that is
+    not a multiple of 16, and where `scan.selective_scan` and `norm.add_norm` do.
     """
-    norm_triton.check(x, residual, noise, norm_weight)
+    norm.check(x, residual, noise, norm_weight)
     d, n = weights.forth.A_log.shape
-    scan_gluon.check(dtype, n, x.shape[1])
-    if d % 16 or tuple(weights.in_weight.shape) != (2 * d, x.shape[2]):
+    scan.check(dtype, n, x.shape[1])
+    if d % CHANNELS or tuple(weights.in_weight.shape) != (2 * d, x.shape[2]):
         raise ValueError(
             f"in_weight is {tuple(weights.in_weight.shape)} for {x.shape[2]} channels and A_log of {d}; take twice a"
-            " multiple of 16 rows and its half"
+            f" multiple of {CHANNELS} rows and its half"
         )
     flat = [None if v is None else v.contiguous() for v in (norm_weight, norm_bias, *flatten(weights))]
     noise = None if noise is None else noise.contiguous()

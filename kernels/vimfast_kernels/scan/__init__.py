@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vimfast_kernels import reference
-from vimfast_kernels.backends import mamba_scan, resolve
+from vimfast_kernels.backends import AUTO, dispatch
 
 
 def selective_scan(
@@ -19,28 +18,19 @@ def selective_scan(
     delta_bias: Tensor | None = None,  # [d]
     *,
     reverse: bool = False,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:  # [b, L, d] in u's dtype
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t; y_t = (C_t . h_t + D u_t) silu(z_t); dt = softplus(delta + delta_bias).
 
     State and arithmetic are fp32 whatever the dtypes (float64 for a float64 u, on the reference). ``reverse`` scans
-    from the last position to the first. Differentiable in every tensor. A ValueError tells of shapes that do not fit
-    and of a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
+    from the last position to the first. Differentiable in every tensor. Raises ValueError for shapes that do not
+    match and for a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.
     """
-    _check(u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias), 1)
-    chosen = resolve(backend, u, A.shape[1])
-    if chosen == "mamba_ssm":
-        return mamba_scan(u, delta, A, B, C, D, z, delta_bias, reverse)
-    if chosen == "gluon":
-        from vimfast_kernels import scan_gluon
-
-        return scan_gluon.selective_scan(
-            u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias), reverse=[reverse]
-        )
-    return reference.scan(
-        u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias), [reverse], 1.0
-    )[0]
+    stacked = u[None], delta[None], A[None], B[None], C[None], _stack(D), z, _stack(delta_bias)
+    _check(*stacked, 1)
+    out: Tensor = dispatch("scan", backend, u.device, u.dtype, A.shape[1])(*stacked, [reverse], 1.0)
+    return out
 
 
 def bidirectional_scan(
@@ -54,33 +44,20 @@ def bidirectional_scan(
     delta_bias: Tensor | None = None,  # [2, d]
     *,
     scale: float = 1.0,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:  # [b, L, d] in u's dtype
     """scale * silu(z) * (scan of u[0] + reversed scan of u[1]): :func:`selective_scan` in both directions, one gate.
 
     The second direction runs from the last position to the first; nothing is flipped in memory.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, 2)
-    chosen = resolve(backend, u, A.shape[2])
-    if chosen == "gluon":
-        from vimfast_kernels import scan_gluon
-
-        return scan_gluon.selective_scan(u, delta, A, B, C, D, z, delta_bias, scale=scale)
-    if chosen == "mamba_ssm":
-        ways = [
-            mamba_scan(u[k], delta[k], A[k], B[k], C[k], _pick(D, k), z, _pick(delta_bias, k), reverse=k == 1)
-            for k in (0, 1)
-        ]
-        return (ways[0] + ways[1]) * scale
-    return reference.scan(u, delta, A, B, C, D, z, delta_bias, [False, True], scale)[0]
+    run = dispatch("scan", backend, u.device, u.dtype, A.shape[2])
+    out: Tensor = run(u, delta, A, B, C, D, z, delta_bias, [False, True], scale)
+    return out
 
 
 def _stack(x: Tensor | None) -> Tensor | None:
     return None if x is None else x[None]
-
-
-def _pick(x: Tensor | None, k: int) -> Tensor | None:
-    return None if x is None else x[k]
 
 
 def _check(
@@ -94,7 +71,7 @@ def _check(
     delta_bias: Tensor | None,
     ways: int,
 ) -> None:
-    """A ValueError for the first tensor whose shape does not follow from those of u and A."""
+    """Raises ValueError for the first tensor whose shape does not match u and A."""
     if u.dim() != 4 or A.dim() != 3 or u.shape[0] != ways or not u.is_floating_point():
         lead = "[2, " if ways == 2 else "["
         raise ValueError(
@@ -114,4 +91,4 @@ def _check(
     }
     for name, (x, shape) in expected.items():
         if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"selective scan: {name} is {tuple(x.shape)}, but u and A ask for {shape}")
+            raise ValueError(f"selective scan: {name} is {tuple(x.shape)}, but u and A imply {shape}")

@@ -1,17 +1,16 @@
 """Bidirectional selective scan on NVIDIA GPUs, forward and backward, without a compiler on the machine."""
 
-# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from vimfast_kernels.scan_backward_gluon import scan_backward, sum_partials
-from vimfast_kernels.scan_forward_gluon import scan_forward
+from vimfast_kernels.scan.device_backward import scan_backward, sum_partials
+from vimfast_kernels.scan.device_forward import scan_forward
 from vimfast_kernels.tuning import ScanForward, multiprocessors, tuning_of
 
 CHUNK = 8  # steps between saved states, and steps worked on at a time
@@ -32,12 +31,27 @@ BACKWARD = {
     32: {"BD": 32, "WARPS": 1, "PER_THREAD": 16, "UNROLL": 2, "PRODUCTS": False},
     64: {"BD": 16, "WARPS": 1, "PER_THREAD": 32, "UNROLL": 2, "PRODUCTS": False},
 }
-# In bf16, dB and dC are products with the states and their gradients as bf16, rounded once more. That adds a third to
-# the error that bf16 outputs have in any case, but only on the average: one sum whose terms cancel may be off by more.
-# So only where there are this many sums.
+# In bf16, dB and dC are products with the states and their gradients as bf16, rounded once more. On average that adds a
+# third to the error that bf16 outputs have anyway, but a single sum whose terms cancel may be off by more: only used
+# where there are at least this many sums.
 PRODUCTS_SUMS = 128
 BACKWARD_REGISTERS = 168  # in bf16: 12 warps reside on a multiprocessor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Inputs(NamedTuple):
+    """What the kernels read. d is a multiple of 16, and rows are 16-byte aligned."""
+
+    u: Tensor  # [k, b, L, d], one scan for each of the k directions
+    delta: Tensor  # [k, b, L, d]
+    A: Tensor  # [k, d, N] fp32
+    B: Tensor  # [k, b, L, N]
+    C: Tensor  # [k, b, L, N]
+    D: Tensor  # [k, d] fp32
+    z: Tensor | None  # [b, L, d]
+    delta_bias: Tensor  # [k, d] fp32
+    reverse: Sequence[bool]  # [k]
+    scale: float
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -64,19 +78,19 @@ def _meta(u: Tensor, N: int, reverse: Sequence[bool], gate: bool) -> dict[str, o
 
 
 def check(dtype: torch.dtype, states: int, length: int) -> None:
-    """A ValueError for what no kernel takes."""
+    """Raises ValueError for what no kernel supports."""
     if dtype not in DTYPES:
         raise ValueError(f"u is {dtype}; this scan takes bfloat16, float16 or float32")
     if states not in FORWARD_NARROW:
         raise ValueError(f"state size {states} has no kernel; take one of {sorted(FORWARD_NARROW)}")
     if length == 0:
-        raise ValueError("the sequence is empty; L must be at least 1")
+        raise ValueError("the sequence is empty; L must be >= 1")
 
 
 def empty_saved(
     like: Tensor, k: int, b: int, length: int, d: int, n: int, save: bool, gate: bool
 ) -> tuple[Tensor, Tensor]:
-    """(sum before the gate, states every CHUNK steps) for backward, empty where there is nothing to keep."""
+    """(sum before the gate, states every CHUNK steps) for backward, without elements where there is nothing to save."""
     keep = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
     y = like.new_empty((b, length, d) if save and gate else (0,))
     return y, like.new_empty((k, b, (length + CHUNK - 1) // CHUNK, d, n) if save else (0,), dtype=keep)
@@ -89,7 +103,10 @@ def forward_program(dtype: torch.dtype, batch: int, channels: int, states: int, 
     if 3 * batch * triton.cdiv(channels, program.channels) <= WIDE_PROGRAMS * multiprocessors(device):
         program = FORWARD_NARROW[states]
     shape = {"BD": program.channels, "LANES": program.lanes, "UNROLL": program.unroll}
-    return shape | {"maxnreg": program.registers, "enable_fp_fusion": True}  # newer Tritons fuse only if told to
+    return shape | {
+        "maxnreg": program.registers,
+        "enable_fp_fusion": True,
+    }  # newer Tritons only fuse on request
 
 
 def backward_program(dtype: torch.dtype, states: int, sums: int, device: torch.device) -> dict[str, Any]:
@@ -107,22 +124,14 @@ def backward_program(dtype: torch.dtype, states: int, sums: int, device: torch.d
 
 
 def launch_forward(
-    u: Tensor,  # [k, b, L, d]
-    delta: Tensor,  # [k, b, L, d]
-    A: Tensor,  # [k, d, N] fp32
-    B: Tensor,  # [k, b, L, N]
-    C: Tensor,  # [k, b, L, N]
-    D: Tensor,  # [k, d] fp32
-    z: Tensor | None,  # [b, L, d]
-    delta_bias: Tensor,  # [k, d] fp32
-    reverse: Sequence[bool],
-    scale: float,
+    inputs: Inputs,
     save: bool,
     out: Tensor | None = None,  # [b, L, d], written
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [b, L, d], sum of directions before the gate [b, L, d], states every CHUNK steps [k, b, chunks, d, N]);
-    the last two are empty unless ``save``. d is a multiple of 16 and rows are 16-byte aligned; a given ``out`` may be
-    any memory with such rows that no input lies in."""
+    the last two are empty unless ``save``. A given ``out`` may be any memory with 16-byte aligned rows that no input
+    lies in."""
+    u, delta, A, B, C, D, z, delta_bias, reverse, scale = inputs
     k, b, length, d = u.shape
     N = A.shape[-1]
     out = u.new_empty(b, length, d) if out is None else out
@@ -140,24 +149,16 @@ def launch_forward(
 
 def launch_backward(
     dout: Tensor,  # [b, L, d]
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor,
+    inputs: Inputs,
     y: Tensor,
     states: Tensor,
-    reverse: Sequence[bool],
-    scale: float,
     dB: Tensor,  # [k, b, L, N], written
     dC: Tensor,  # [k, b, L, N], written
     dz: Tensor | None,  # [b, L, d], written
     out: Tensor | None = None,  # [b, L, d], forward's output, written again; needs z
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(du, ddelta [k, b, L, d], dA [k, d, N], dD, ddelta_bias [k, d]), the last three fp32."""
+    u, delta, A, B, C, D, z, delta_bias, reverse, scale = inputs
     k, b, length, d = u.shape
     N = A.shape[-1]
     program = backward_program(u.dtype, N, k * b * length, u.device)
@@ -197,14 +198,22 @@ def _scan(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(
-        copyable(u), copyable(delta), A.contiguous(), _rows(B), _rows(C), D.contiguous(),
-        None if z is None else copyable(z), delta_bias.contiguous(), reverse, scale, save,
+    return launch_forward(_readable(Inputs(u, delta, A, B, C, D, z, delta_bias, reverse, scale)), save)
+
+
+def _readable(x: Inputs) -> Inputs:
+    """The same inputs in memory that the kernels can read."""
+    return Inputs(
+        copyable(x.u), copyable(x.delta), x.A.contiguous(), _rows(x.B), _rows(x.C), x.D.contiguous(),
+        None if x.z is None else copyable(x.z), x.delta_bias.contiguous(), x.reverse, x.scale,
     )  # fmt: skip
 
 
 @_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, reverse, scale, save):
+def _(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, delta_bias: Tensor,
+    reverse: Sequence[bool], scale: float, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     k, b, length, d = u.shape
     y, states = empty_saved(u, k, b, length, d, A.shape[-1], save, z is not None)
     return u.new_empty(b, length, d), y, states
@@ -229,15 +238,16 @@ def _scan_grad(
     """Gradients of (u, delta, A, B, C, D, z, delta_bias); z's is empty where there is no z."""
     dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
     dz = None if z is None else u.new_empty(z.shape)
-    du, ddelta, dA, dD, dbias = launch_backward(
-        copyable(dout), copyable(u), copyable(delta), A.contiguous(), _rows(B), _rows(C), D.contiguous(),
-        None if z is None else copyable(z), delta_bias.contiguous(), y, states, reverse, scale, dB, dC, dz,
-    )  # fmt: skip
+    inputs = _readable(Inputs(u, delta, A, B, C, D, z, delta_bias, reverse, scale))
+    du, ddelta, dA, dD, dbias = launch_backward(copyable(dout), inputs, y, states, dB, dC, dz)
     return du, ddelta, dA, dB, dC, dD, u.new_empty(0) if dz is None else dz, dbias
 
 
 @_scan_grad.register_fake
-def _(dout, u, delta, A, B, C, D, z, delta_bias, y, states, reverse, scale):
+def _(
+    dout: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+    delta_bias: Tensor, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     dz = u.new_empty(0 if z is None else z.shape)
     return (
         u.new_empty(u.shape), u.new_empty(u.shape), A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape),
@@ -245,14 +255,14 @@ def _(dout, u, delta, A, B, C, D, z, delta_bias, y, states, reverse, scale):
     )  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.reverse, ctx.scale, _ = inputs
     _, y, states = output
     ctx.save_for_backward(*tensors, y, states)
-    ctx.set_materialize_grads(False)  # else zeros are written for y and states
+    ctx.set_materialize_grads(False)  # otherwise zeros are written for y and states
 
 
-def _backward(ctx, dout, _dy, _dstates):
+def _backward(ctx: Any, dout: Tensor | None, _dy: None, _dstates: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 11
     *tensors, y, states = ctx.saved_tensors
@@ -310,5 +320,5 @@ def selective_scan(
         z = None if z is None else torch.nn.functional.pad(z, (0, pad))
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
-    out, _, _ = _scan(*tensors, list(reverse), scale, save)
+    out: Tensor = _scan(*tensors, list(reverse), scale, save)[0]
     return out[..., :d] if pad else out

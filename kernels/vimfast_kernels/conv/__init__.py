@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from vimfast_kernels import reference
-from vimfast_kernels.backends import mamba_conv, resolve
+from vimfast_kernels.backends import AUTO, dispatch
 
 
 def causal_conv1d_silu(
@@ -15,23 +13,17 @@ def causal_conv1d_silu(
     bias: Tensor | None = None,  # [d]
     *,
     reverse: bool = False,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:  # [b, L, d] in x's dtype
     """silu(bias + sum_{lag < W} weight[:, W-1-lag] x_{t-lag}); with ``reverse`` it looks ahead: x_{t+lag}.
 
-    Positions outside the sequence count as zero. fp32 inside. Differentiable in every tensor. A ValueError tells of
-    shapes that do not fit and of a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
+    Positions outside the sequence count as zero. fp32 inside. Differentiable in every tensor. Raises ValueError for
+    shapes that do not match and for a backend that cannot run here (see :mod:`vimfast_kernels.backends`).
     """
-    _check(x, weight[None], None if bias is None else bias[None], 1)
-    chosen = resolve(backend, x)
-    if chosen == "mamba_ssm":
-        return mamba_conv(x, weight, bias, reverse)
-    if chosen == "gluon":
-        from vimfast_kernels import conv_triton
-
-        one_bias = None if bias is None else bias[None]
-        return conv_triton.causal_conv_silu(x, weight[None], one_bias, reverse=[reverse])[0]
-    return reference.conv_silu(x, weight[None], None if bias is None else bias[None], [reverse])[0]
+    stacked = weight[None], None if bias is None else bias[None]
+    _check(x, *stacked, 1)
+    out: Tensor = dispatch("conv", backend, x.device, x.dtype)(x, *stacked, [reverse])
+    return out[0]
 
 
 def bidirectional_conv1d_silu(
@@ -39,20 +31,12 @@ def bidirectional_conv1d_silu(
     weight: Tensor,  # [2, d, W]
     bias: Tensor | None = None,  # [2, d]
     *,
-    backend: str = "auto",
+    backend: str = AUTO,
 ) -> Tensor:  # [2, b, L, d] in x's dtype
     """:func:`causal_conv1d_silu` of one x in both directions, each with its own weight: looking back, looking ahead."""
     _check(x, weight, bias, 2)
-    chosen = resolve(backend, x)
-    if chosen == "gluon":
-        from vimfast_kernels import conv_triton
-
-        return conv_triton.causal_conv_silu(x, weight, bias, reverse=[False, True])
-    if chosen == "mamba_ssm":
-        return torch.stack(
-            [mamba_conv(x, weight[k], None if bias is None else bias[k], reverse=k == 1) for k in (0, 1)]
-        )
-    return reference.conv_silu(x, weight, bias, [False, True])
+    out: Tensor = dispatch("conv", backend, x.device, x.dtype)(x, weight, bias, [False, True])
+    return out
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, ways: int) -> None:

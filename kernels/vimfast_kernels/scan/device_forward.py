@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from vimfast_kernels._gluon import LN2, LOG2E, axis, block_barrier, silu, softplus_in_ln2, view_shared
+from vimfast_kernels.device import LN2, LOG2E, axis, block_barrier, silu, softplus_in_ln2, view_shared
 
 
 @gluon.jit

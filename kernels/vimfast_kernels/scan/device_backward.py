@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from vimfast_kernels._gluon import (
+from vimfast_kernels.device import (
     LN2,
     LOG2E,
     axis,

@@ -1,0 +1,237 @@
+"""Crops resized on the GPU in three launches: the filters' weights, then rows, then columns, with 8 bits in between.
+
+The arithmetic is that of Pillow's ``libImaging/Resample.c``: weights in float64, rounded to 22 bits after the point,
+sums in int32, rows before columns. The weights are worked out once for each place of each crop, and not once for each
+pixel: float64 is slow on many GPUs. Between rows and columns a pixel is a word of its own, red lowest, so that it is
+stored and loaded in one go. The mirror image is made where rows are stored, because it costs nothing there.
+"""
+
+# Device functions are written in Triton's own dialect: no annotations beyond constexpr.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What is known of a crop, a row of int64: the address of its box, the bytes from one row of the image to the next, the
+# box's height and width, their ratios to the size (float64), the most taps of a filter down and across, 1 for bicubic,
+# 1 to mirror, where its weights begin (int32) and where its resized rows do (words).
+_FIELDS = tl.constexpr(12)
+_SOURCE, _STRIDE, _HEIGHT, _WIDTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_SCALE_Y, _SCALE_X, _TAPS_Y, _TAPS_X = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
+_CUBIC, _MIRROR, _TABLE, _SCRATCH = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
+_BITS = tl.constexpr(22)  # Pillow's PRECISION_BITS for 8-bit images
+_HALF = tl.constexpr(1 << 21)
+
+
+@triton.jit
+def _filter(x, cubic):
+    x = tl.abs(x)
+    near = ((1.5 * x - 2.5) * x) * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    smooth = tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
+    return tl.where(cubic != 0, smooth, tl.where(x < 1.0, 1.0 - x, 0.0))
+
+
+@triton.jit
+def _weights(crops_ptr, tables_ptr, S: tl.constexpr, BLOCK: tl.constexpr):
+    # A program makes BLOCK columns of one table, which is int32 [2 + taps, S]: first pixel, number of pixels, weights.
+    # A crop has two: of its rows' filter, then of its columns'.
+    crop_ptr, vertical = crops_ptr + tl.program_id(0) * _FIELDS, tl.program_id(1)
+    cubic = tl.load(crop_ptr + _CUBIC)
+    table_ptr = tables_ptr + tl.load(crop_ptr + _TABLE)
+    taps = tl.load(crop_ptr + _TAPS_X).to(tl.int32)
+    if vertical != 0:
+        table_ptr += (2 + taps) * S
+    taps = tl.load(crop_ptr + _TAPS_X - vertical).to(tl.int32)
+    length = tl.load(crop_ptr + _WIDTH - vertical).to(tl.int32)
+    scale = tl.load(crop_ptr + _SCALE_X - vertical).to(tl.float64, bitcast=True)
+    stretch = tl.maximum(scale, 1.0)
+    support = tl.where(cubic != 0, 2.0 * stretch, stretch)
+    narrow = 1.0 / stretch
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < S
+    center = (tl.minimum(at, S - 1).to(tl.float64) + 0.5) * scale
+    first = tl.maximum((center - support + 0.5).to(tl.int32), 0)
+    count = tl.minimum((center + support + 0.5).to(tl.int32), length) - first
+    total = tl.zeros((BLOCK,), tl.float64)
+    for t in range(taps):
+        weight = _filter(((first + t).to(tl.float64) - center + 0.5) * narrow, cubic)
+        total += tl.where(t < count, weight, 0.0)
+    tl.store(table_ptr + at, first, mask=inside)
+    tl.store(table_ptr + S + at, tl.minimum(count, taps), mask=inside)
+    row_ptr = table_ptr + 2 * S + at
+    for t in range(taps):
+        weight = _filter(((first + t).to(tl.float64) - center + 0.5) * narrow, cubic) / total
+        fixed = (weight * 4194304.0 + tl.where(weight < 0.0, -0.5, 0.5)).to(tl.int32)
+        tl.store(row_ptr + t * S, tl.where(t < count, fixed, 0), mask=inside)
+
+
+@triton.jit
+def _rounded(total):
+    return tl.minimum(tl.maximum(total >> _BITS, 0), 255)
+
+
+@triton.jit
+def _resize_rows(
+    crops_ptr, tables_ptr, scratch_ptr,
+    S: tl.constexpr, PITCH: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # A program makes COLUMNS columns of every STRIPS-th block of ROWS rows of one crop: a thread's rows share weights.
+    BLOCKS: tl.constexpr = (S + COLUMNS - 1) // COLUMNS
+    block, strip = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS % STRIPS
+    crop_ptr = crops_ptr + tl.program_id(0) // (BLOCKS * STRIPS) * _FIELDS
+    height = tl.load(crop_ptr + _HEIGHT).to(tl.int32)
+    stride = tl.load(crop_ptr + _STRIDE)
+    source = tl.load(crop_ptr + _SOURCE).to(tl.pointer_type(tl.uint8))
+    scratch = scratch_ptr + tl.load(crop_ptr + _SCRATCH)
+    table = tables_ptr + tl.load(crop_ptr + _TABLE)
+    x = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = x < S
+    first = tl.load(table + x, mask=inside, other=0)
+    count = tl.load(table + S + x, mask=inside, other=0)
+    most = tl.max(count, 0)
+    to = tl.where(tl.load(crop_ptr + _MIRROR) != 0, S - 1 - x, x)
+    for top in range(strip * ROWS, height, STRIPS * ROWS):
+        y = top + tl.arange(0, ROWS)
+        p = source + tl.minimum(y, height - 1)[:, None] * stride + first[None, :] * 3
+        weights = table + 2 * S + x
+        r = tl.full((ROWS, COLUMNS), _HALF, tl.int32)
+        g, b = r, r
+        for t in range(most):
+            # What is read outside a filter has the weight 0.
+            weight = tl.load(weights, mask=inside, other=0)[None, :]
+            used = (t < count)[None, :]
+            r += tl.load(p, mask=used).to(tl.int32) * weight
+            g += tl.load(p + 1, mask=used).to(tl.int32) * weight
+            b += tl.load(p + 2, mask=used).to(tl.int32) * weight
+            p += 3
+            weights += S
+        pixel = _rounded(r) | (_rounded(g) << 8) | (_rounded(b) << 16)
+        tl.store(scratch + y[:, None] * PITCH + to[None, :], pixel, mask=(y < height)[:, None] & inside[None, :])
+
+
+@triton.jit
+def _resize_columns(
+    crops_ptr, tables_ptr, scratch_ptr, out_ptr,
+    S: tl.constexpr, PITCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # A program makes a tile of one crop. out: uint8 [n, S, S, 3], as words where S is a multiple of four.
+    ACROSS: tl.constexpr = (S + COLUMNS - 1) // COLUMNS
+    DOWN: tl.constexpr = (S + ROWS - 1) // ROWS
+    block, strip = tl.program_id(0) % ACROSS, tl.program_id(0) // ACROSS % DOWN
+    crop = tl.program_id(0) // (ACROSS * DOWN)
+    crop_ptr = crops_ptr + crop * _FIELDS
+    taps = tl.load(crop_ptr + _TAPS_X).to(tl.int32)
+    table = tables_ptr + tl.load(crop_ptr + _TABLE) + (2 + taps) * S
+    scratch = scratch_ptr + tl.multiple_of(tl.load(crop_ptr + _SCRATCH), 4)
+    y, x = strip * ROWS + tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = y < S
+    first = tl.load(table + y, mask=inside, other=0)
+    count = tl.load(table + S + y, mask=inside, other=0)
+    most = tl.max(count, 0)
+    p = scratch + first[:, None] * PITCH + x[None, :]
+    weights = table + 2 * S + y
+    r = tl.full((ROWS, COLUMNS), _HALF, tl.int32)
+    g, b = r, r
+    for t in range(most):
+        weight = tl.load(weights, mask=inside, other=0)[:, None]
+        pixel = tl.load(p, mask=(t < count)[:, None] & (x < PITCH)[None, :])
+        r += (pixel & 255) * weight
+        g += ((pixel >> 8) & 255) * weight
+        b += ((pixel >> 16) & 255) * weight
+        p += PITCH
+        weights += S
+    r, g, b = _rounded(r), _rounded(g), _rounded(b)
+    row = crop.to(tl.int64) * S + y
+    if S % 4 == 0:
+        # Four pixels are three words.
+        pixels = tl.reshape(r | (g << 8) | (b << 16), (ROWS, COLUMNS // 4, 2, 2))
+        even, odd = tl.split(pixels)
+        p0, p2 = tl.split(even)
+        p1, p3 = tl.split(odd)
+        four = block * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+        out = out_ptr + row[:, None] * (S // 4 * 3) + four[None, :] * 3
+        mask = inside[:, None] & (four < S // 4)[None, :]
+        tl.store(out, p0 | (p1 << 24), mask=mask)
+        tl.store(out + 1, (p1 >> 8) | (p2 << 16), mask=mask)
+        tl.store(out + 2, (p2 >> 16) | (p3 << 8), mask=mask)
+    else:
+        out = out_ptr + row[:, None] * (S * 3) + x[None, :] * 3
+        mask = inside[:, None] & (x < S)[None, :]
+        tl.store(out, r.to(tl.uint8), mask=mask)
+        tl.store(out + 1, g.to(tl.uint8), mask=mask)
+        tl.store(out + 2, b.to(tl.uint8), mask=mask)
+
+
+TABLE_BLOCK = 128  # places of a program that makes weights
+ROWS, COLUMNS, WARPS = 16, 32, 4  # tile of a program that resizes
+STRIPS = 16  # programs that share the rows of a crop
+
+
+def crop_resize(
+    addresses: np.ndarray,
+    sizes: np.ndarray,
+    which: np.ndarray,
+    boxes: np.ndarray,
+    mirror: np.ndarray,
+    cubic: np.ndarray,
+    size: int,
+    device: torch.device,
+) -> Tensor:
+    """:func:`vimfast_kernels.resize.crop_resize_at` on the current stream; arguments are checked there."""
+    n = len(which)
+    out = torch.empty((n, size, size, 3), dtype=torch.uint8, device=device)
+    if not n:
+        return out
+    pitch = -(-size // 4) * 4  # so that four words can be loaded at once
+    rows, weights, words = _describe(addresses, sizes, which, boxes, mirror, cubic, size, pitch)
+    crops = torch.from_numpy(rows)
+    if device.type == "cuda":
+        crops = crops.pin_memory().to(device, non_blocking=True)
+    tables = torch.empty(weights, dtype=torch.int32, device=device)
+    scratch = torch.empty(words, dtype=torch.int32, device=device)
+    across, down = triton.cdiv(size, COLUMNS), triton.cdiv(size, ROWS)
+    _weights[(n, 2, triton.cdiv(size, TABLE_BLOCK))](
+        crops, tables, S=size, BLOCK=TABLE_BLOCK, num_warps=4, enable_fp_fusion=False
+    )
+    _resize_rows[(n * across * STRIPS,)](
+        crops, tables, scratch, S=size, PITCH=pitch, STRIPS=STRIPS, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+    )
+    _resize_columns[(n * across * down,)](
+        crops, tables, scratch, out.view(-1).view(torch.int32) if size % 4 == 0 else out,
+        S=size, PITCH=pitch, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+def _describe(
+    addresses: np.ndarray,
+    sizes: np.ndarray,
+    which: np.ndarray,
+    boxes: np.ndarray,
+    mirror: np.ndarray,
+    cubic: np.ndarray,
+    size: int,
+    pitch: int,
+) -> tuple[np.ndarray, int, int]:
+    """The crops' rows of fields, int64 [n, 12]; then int32 of all tables and words of all scratch."""
+    corner, extent = boxes[:, :2].astype(np.int64), boxes[:, 2:].astype(np.int64)
+    scale = extent / size
+    # One more than a filter covers: rounding may put both its ends on a pixel, whose weight is then 0.
+    taps = np.ceil(np.where(cubic, 4, 2)[:, None] * np.maximum(scale, 1)).astype(np.int64) + 1
+    rows = np.empty((len(which), 12), np.int64)
+    rows[:, 1] = 3 * sizes[which, 1]
+    rows[:, 0] = addresses[which] + corner[:, 0] * rows[:, 1] + 3 * corner[:, 1]
+    rows[:, 2:4] = extent
+    rows[:, 4:6] = scale.view(np.int64)
+    rows[:, 6:8] = taps
+    rows[:, 8] = cubic
+    rows[:, 9] = mirror
+    ends = np.cumsum(np.stack([size * (taps.sum(axis=1) + 4), pitch * extent[:, 0]], axis=1), axis=0)
+    rows[0, 10:] = 0
+    rows[1:, 10:] = ends[:-1]
+    return rows, int(ends[-1, 0]), int(ends[-1, 1])

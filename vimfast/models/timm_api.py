@@ -1,0 +1,154 @@
+"""What timm expects of a model beside its forward pass: features, classifier, parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vimfast.errors import UserError
+from vimfast.models.embedding import PatchEmbed
+from vimfast.models.mixer import Block, drop_path
+from vimfast.models.pos_embed import remove_tokens
+
+FINAL_POOL_TYPES = ("none", "mean", "max", "all")
+
+
+class TimmModel(nn.Module):
+    """The part of a Vision Mamba that timm's tools call; what it is made of is :class:`~vimfast.models.VisionMamba`."""
+
+    patch_embed: PatchEmbed
+    layers: nn.ModuleList
+    norm_f: nn.Module
+    head: nn.Module
+    embed_dim: int
+    num_classes: int
+    final_pool_type: str
+    if_bidirectional: bool
+    drop_path_rate: float
+    grad_checkpointing: bool
+
+    def class_token_names(self) -> tuple[str, ...]:
+        """The parameters that are class tokens, in the order of the sequence."""
+        raise NotImplementedError
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, ...], list[int] | None]:
+        raise NotImplementedError
+
+    def _mix(
+        self, x: Tensor, turns: tuple[Tensor, Tensor] | None, streams: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        raise NotImplementedError
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """What timm's feature extraction calls: the residual stream after some blocks, as maps of the patches.
+
+        Args:
+            x: images [B, channels, H, W].
+            indices: after which blocks, or pairs of them with ``if_bidirectional``: this many last ones, these, or all.
+            norm: apply the last norm to each.
+            output_fmt: ``NCHW`` for maps [B, C, rows, columns], ``NLC`` for sequences [B, rows * columns, C]; class
+                tokens are left out, and a shuffled or reversed sequence is put right.
+            intermediates_only: return the list of them alone, else (:meth:`forward_features`, the list).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
+        x, turns, places, order = self._embed(x)
+        streams: list[Tensor] = []
+        x, residual, noise = self._mix(x, turns, streams)
+        last = drop_path(x, noise, self.drop_path_rate)
+        streams = [*streams[1:], last if residual is None else residual + last]
+        maps = []
+        for i in _known_indices(len(streams), indices):
+            stream = self.norm_f(streams[i], None)[0] if norm else streams[i]
+            if order is not None:
+                stream = stream[:, torch.tensor(order).argsort().to(x.device, non_blocking=True)]
+            stream = remove_tokens(stream, places)  # [B, P, C]
+            grid = self.patch_embed.grid_size
+            maps.append(stream.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else stream)
+        return maps if intermediates_only else (self.norm_f(last, residual)[0], maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what :meth:`forward_intermediates` of these indices does not need; returns them counted from 0."""
+        blocks = 2 if self.if_bidirectional else 1
+        taken = _known_indices(len(self.layers) // blocks, indices)
+        kept = (taken[-1] + 1) * blocks
+        dropped = self.layers[kept:]
+        for block in dropped[:1]:
+            assert isinstance(block, Block)
+            self.drop_path_rate = block.drop_path_rate  # the last kept output is dropped as often as before
+        self.layers = self.layers[:kept]
+        if prune_head:
+            self.reset_classifier(0)
+        if prune_norm:
+            self.register_module("norm_f", nn.Identity())
+        return taken
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels, stride and module of each map of :meth:`forward_intermediates`."""
+        blocks = 2 if self.if_bidirectional else 1
+        return [
+            {"num_chs": self.embed_dim, "reduction": self.patch_embed.proj.stride[0], "module": f"layers.{i}"}
+            for i in range(blocks - 1, len(self.layers), blocks)
+        ]
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, freshly initialized, for ``num_classes`` (0: none); ``global_pool`` sets final_pool_type."""
+        if global_pool is not None:
+            self.final_pool_type = known_pool(global_pool)
+        weight = self.patch_embed.proj.weight
+        self.num_classes = num_classes
+        self.head = new_head(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of each block for backward and run it again then."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How timm numbers the parameters by depth: the embedding, each block (`coarse`: all in one), norm and head."""
+        stem = r"^cls_token|^pos_embed|^patch_embed"
+        blocks = r"^layers" if coarse else [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]
+        return {"stem": stem, "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", *self.class_token_names()}
+
+
+def known_pool(name: str) -> str:
+    if name not in FINAL_POOL_TYPES:
+        raise UserError(f"final_pool_type is {name!r}; it must be one of {', '.join(FINAL_POOL_TYPES)}")
+    return name
+
+
+def _known_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Which of `count` maps are meant, ascending: the last so many, these (negative ones from the end), or all."""
+    wanted = range(count) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+    taken = sorted({i + count if i < 0 else i for i in wanted})
+    if not taken or taken[0] < 0 or taken[-1] >= count:
+        raise UserError(f"out_indices is {indices}, and there are maps 0 to {count - 1}")
+    return taken
+
+
+def new_head(dim: int, num_classes: int, **to: Any) -> nn.Module:
+    if num_classes == 0:
+        return nn.Identity()
+    head = nn.Linear(dim, num_classes, **to)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
