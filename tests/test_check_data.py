@@ -438,7 +438,7 @@ def test_dalis_index_of_another_shard(check: Check, shards: Path) -> None:
         ("crc32", 1, "differs from its checksum"),
         ("height", 1, "by the index"),
         ("shard", 2, "other shards than the manifest"),
-        ("offset", 0, "lies outside"),
+        ("offset", 0, "is outside"),
         ("size", 7, "by the tar, 7 by the index"),
     ],
 )
@@ -536,7 +536,7 @@ def test_the_table_caps_long_lists(
     assert check_data.main() == 1
     text = capsys.readouterr().out
     assert text.count(": empty (0 bytes)") == 5
-    assert "and 7 more such" in text
+    assert "and 7 more; --json" in text
     assert "download the file again" in text
     assert "not fit to train on: 12 error(s), 0 warning(s)" in text
 

@@ -3,7 +3,7 @@
     python -m vimfast.check_data imagenet_data/
     python -m vimfast.check_data shards/ --decode --json
 
-Exit status 0: it is; warnings leave it so. 1: it is not, or there is nothing to check. (2: a misspelled flag.)
+Exit status 0: it is, perhaps with warnings. 1: it is not, or there is nothing to check. (2: a misspelled flag.)
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from vimfast.cli import Parser, run_main, whole
 from vimfast.errors import UserError
 from vimfast.shards.format import SPLITS, is_shards_folder
 
-_LINES_A_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
+_LINES_PER_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
 
 
 def check(path: Path, options: CheckOptions) -> Report:
     """Check all of a folder tree or a shards folder.
 
     Raises:
-        UserError: nothing is there, or a worker process was killed.
+        UserError: there is nothing, or a worker process was killed.
         OSError: the folder cannot be read.
     """
     return check_shards(path, options) if is_shards_folder(path) else check_folder(path, options)
@@ -72,12 +72,12 @@ def _draw_samples(report: Report, args: argparse.Namespace) -> None:
     except UserError as error:
         report.findings.append(Finding.of(error, args.splits[0], args.path))
     except OSError as error:
-        fix = "give --sample-grid a file name ending in .png in a folder that is there"
+        fix = "give --sample-grid a file name ending in .png in a folder that exists"
         report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", fix))
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report in plain values, every finding included."""
+    """The report in plain values, with all findings."""
     severities = [finding.severity for finding in report.findings]
     return {
         "path": report.path,
@@ -105,10 +105,10 @@ def _print(report: Report, console: Console) -> None:
     groups = _group(report.findings)
     for (severity, split, fix), findings in groups[:_GROUPS]:
         say(f"{severity}{split and f' in {split}'}", "bold red" if severity == "error" else "bold yellow")
-        for finding in findings[:_LINES_A_GROUP]:
+        for finding in findings[:_LINES_PER_GROUP]:
             say(f"  {finding.file}: {finding.what}")
-        if len(findings) > _LINES_A_GROUP:
-            say(f"  and {len(findings) - _LINES_A_GROUP:,} more such; --json lists all")
+        if len(findings) > _LINES_PER_GROUP:
+            say(f"  and {len(findings) - _LINES_PER_GROUP:,} more; --json lists all")
         say(f"  -> {fix}\n" if fix else "", "cyan")
     if len(groups) > _GROUPS:
         say(f"and {len(groups) - _GROUPS:,} more kinds of findings; --json lists all\n")
@@ -140,9 +140,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="folder with train/ and val/, or with shards")
-    text = "number of classes; default: 1,000 where names are ImageNet's, else train and val need only agree"
+    text = "number of classes; default: 1,000 if the names are ImageNet's, otherwise train and val need only agree"
     add("--classes", metavar="N", type=whole(1), help=text)
-    text = "splits that must be there and are checked [train val]"
+    text = "splits that must exist and are checked [train val]"
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help=text)
     add("--decode", action="store_true", help="decode every image: slow, finds what headers do not show")
     add("--json", action="store_true", help="print a JSON object, with all findings, instead of a table")

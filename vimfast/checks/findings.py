@@ -1,4 +1,4 @@
-"""What a check finds, and the checks that folder trees and shards share: of one image, and of the set of classes."""
+"""What a check finds, and the checks that folder trees and shards share: of an image, and of the classes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
 IMAGENET_PER_CLASS = {"train": (732, 1300), "val": (50, 50)}
 WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
-# What a format's files are called.
+# The file name extensions of each format.
 _EXTENSIONS = {
     "jpeg": {".jpg", ".jpeg"},
     "png": {".png"},
@@ -49,8 +49,8 @@ Severity = Literal["error", "warning"]
 class Finding:
     """One thing that is wrong: an error makes the data unfit to train on, a warning does not.
 
-    `split` is empty where it concerns the whole; `file` is a path, for an image in a shard ``<tar>: <member>``; `fix`
-    is empty where `what` says it all.
+    `split` is empty for what concerns the whole data set; `file` is a path, and ``<tar>: <member>`` for an image in a
+    shard; `fix` is empty where `what` says it all.
     """
 
     severity: Severity
@@ -61,14 +61,14 @@ class Finding:
 
     @classmethod
     def of(cls, error: UserError, split: str, path: Path) -> Finding:
-        """The same in a finding; our sentences begin with the path (or its folder's)."""
+        """The finding for an error; our sentences begin with the path, or that of its folder."""
         what = error.problem
         file = next((f for f in (str(path), str(path.parent)) if what.startswith(f"{f} ")), str(path))
         return cls("error", split, file, what.removeprefix(f"{file} ").removeprefix("is "), error.fix or "")
 
 
 class SplitSummary(NamedTuple):
-    """What a split holds; `least` and `most` are images per class, `bytes` those of the images."""
+    """What a split holds; `least` and `most` are images per class, `bytes` is the size of all images."""
 
     split: str
     classes: int
@@ -80,10 +80,10 @@ class SplitSummary(NamedTuple):
 
 @dataclass
 class Report:
-    """Everything found in a folder. `kind` is ``"folder tree"``, ``"shards"`` or, of neither, ``"nothing"``."""
+    """Everything found in a folder. `kind` is ``"nothing"`` if it is neither."""
 
     path: str
-    kind: str
+    kind: Literal["folder tree", "shards", "nothing"]
     splits: list[SplitSummary] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
@@ -94,7 +94,7 @@ class Report:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What is asked for: `classes` is their number (None: judge by the names), `splits` those that must be there."""
+    """What to check: `classes` is the expected number (None: judge by the names), `splits` those that must exist."""
 
     classes: int | None = None
     splits: tuple[str, ...] = ("train", "val")
@@ -116,13 +116,13 @@ _ODD = "look at the image; if it is damaged, download the file again"
 
 
 def check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg.ImageInfo | None, list[Flaw]]:
-    """Look at an image's header and end; decode it if asked to or if it looks damaged.
+    """Check an image's header and end; decode it if requested or if it looks damaged.
 
     Args:
-        extension: with its dot, in lower case; None where the name does not matter.
+        extension: with its dot, in lower case; None if the name does not matter.
 
     Returns:
-        What the header says, None where these bytes are not an image, and what is wrong.
+        What the header says, None if these bytes are not an image, and what is wrong.
     """
     if not data:
         return None, [Flaw("error", "empty (0 bytes)", _REPLACE)]
@@ -160,24 +160,24 @@ def _why_undecodable(data: bytes) -> str | None:
 class ClassCheck:
     """Whether the classes are the expected ones, each with its images.
 
-    They are judged as ImageNet-1k where most of the names are its, unless another number of classes is wanted. Asking
-    for 1,000 explicitly turns names and numbers of images other than its own into warnings.
+    They are compared with ImageNet-1k if most of the names are from it, unless another number of classes is expected.
+    Asking for 1,000 explicitly turns deviations in names and numbers of images into warnings.
 
     Attributes:
         counts: split -> class name -> images.
-        wanted: the number of classes; None: 1,000 for ImageNet, else only the splits must agree.
-        place: where a class (``""``: a split) lies, for a person to find it.
-        fix: what to do where classes or images are missing.
+        expected: the number of classes; None: 1,000 for ImageNet, otherwise the splits need only agree.
+        place: the path that a person finds a class (``""``: a split) by.
+        fix: what to do if classes or images are missing.
     """
 
     counts: Mapping[str, Mapping[str, int]]
-    wanted: int | None
+    expected: int | None
     place: Callable[[str, str], str]
     fix: str
 
     def run(self) -> Iterator[Finding]:
         names = sorted(set().union(*self.counts.values()))
-        wnids = imagenet_wnids(names) if self.wanted in (None, IMAGENET_CLASSES) else frozenset()
+        wnids = imagenet_wnids(names) if self.expected in (None, IMAGENET_CLASSES) else frozenset()
         for split, held in self.counts.items():
             yield from self._check_number(split, bool(wnids))
             yield from self._check_missing(split, wnids)
@@ -188,23 +188,23 @@ class ClassCheck:
         if all(name.isdecimal() for name in names) and names != (by_value := sorted(names, key=int)):
             place = next(i for i, name in enumerate(names) if name != by_value[i])
             what = f"class names are numbers but sorted as text, so that {names[place]!r} is class {place}"
-            fix = "pad the numbers with zeros if the model's outputs are to follow them"
+            fix = "pad the numbers with zeros if the model's outputs are to be in numerical order"
             yield Finding("warning", "", self.place(next(iter(self.counts)), ""), what, fix)
 
     @property
     def _strict(self) -> Severity:
-        """How bad it is not to be ImageNet-1k as published."""
-        return "error" if self.wanted is None else "warning"
+        """How severe a deviation from ImageNet-1k as published is."""
+        return "error" if self.expected is None else "warning"
 
     def _error(self, split: str, name: str, what: str, fix: str) -> Finding:
         return Finding("error", split, self.place(split, name), what, fix)
 
     def _check_number(self, split: str, is_imagenet: bool) -> Iterator[Finding]:
-        found, wanted = len(self.counts[split]), IMAGENET_CLASSES if is_imagenet else self.wanted
-        if wanted is None or found == wanted:
+        found, expected = len(self.counts[split]), IMAGENET_CLASSES if is_imagenet else self.expected
+        if expected is None or found == expected:
             return
-        what = f"has {found:,} classes, {'ImageNet-1k has' if is_imagenet else '--classes says'} {wanted:,}"
-        fix = self.fix if found < wanted else "move away the folders that are not classes"
+        what = f"has {found:,} classes, {'ImageNet-1k has' if is_imagenet else '--classes says'} {expected:,}"
+        fix = self.fix if found < expected else "move away the folders that are not classes"
         yield self._error(split, "", what, f"{fix}, or pass --classes {found} if that is what you have")
 
     def _check_missing(self, split: str, wnids: frozenset[str]) -> Iterator[Finding]:
@@ -226,7 +226,7 @@ class ClassCheck:
         usual = f"{least:,} to {most:,}" if least < most else f"exactly {least}"
         for name, images in held.items():
             if images and name in wnids and not least <= images <= most:
-                what = f"holds {images:,} image(s), ImageNet-1k's classes {usual}"
+                what = f"holds {images:,} image(s), ImageNet-1k's classes hold {usual}"
                 yield Finding(self._strict, split, self.place(split, name), what, fix)
         total = sum(held.values())
         if total != IMAGENET_IMAGES[split] and wnids <= set(held):
@@ -242,18 +242,18 @@ def imagenet_wnids(names: Iterable[str]) -> frozenset[str]:
 
 
 def _timm_wnids() -> list[str]:
-    """From timm's own list, which stands in a file: importing timm brings torch and takes seconds."""
+    """From the file with timm's own list: importing timm brings in torch and takes seconds."""
     spec = importlib.util.find_spec("timm")
     for folder in (spec and spec.submodule_search_locations) or []:
         if (file := Path(folder, "data", "_info", "imagenet_synsets.txt")).is_file():
             return file.read_text().split()
-    from timm.data import ImageNetInfo  # of a timm that keeps it elsewhere
+    from timm.data.imagenet_info import ImageNetInfo  # in case timm has moved the file
 
     return list(ImageNetInfo().label_names())
 
 
 class Tally(NamedTuple):
-    """What came of a few images."""
+    """The result for a few images."""
 
     images: int
     bytes: int
@@ -263,9 +263,9 @@ class Tally(NamedTuple):
 def run_tasks(
     function: Callable[..., Tally], tasks: Iterable[tuple[Any, ...]], title: str, total: int, workers: int
 ) -> Iterator[Tally]:
-    """``function(*task)`` for every task, in order, by `workers` processes, with a bar on a terminal.
+    """``function(*task)`` for every task, in order, in `workers` processes, with a bar on a terminal.
 
-    Tasks are taken from their iterator as the workers get to them.
+    Tasks are taken from the iterator only as workers become free.
 
     Args:
         total: images in all tasks.
@@ -292,7 +292,7 @@ def run_tasks(
 
 
 def _spread(function: Callable[..., Tally], tasks: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Tally]:
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
     waiting: deque[Future[Tally]] = deque()
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:

@@ -27,7 +27,7 @@ from vimfast.shards.tree import is_image_name, scan_split
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip", ".rar", ".7z")
 _UNPACK = "put the class's images there: unpack its archive again"
-_SORT_IN = (
+_SORT = (
     "move each image into a folder named after its class; for ImageNet's validation images "
     "valprep.sh of github.com/soumith/imagenetloader.torch does that"
 )
@@ -35,8 +35,8 @@ _CHUNK = 256  # images per task
 
 
 class _ClassFolder(NamedTuple):
-    """The images of a class; `paths` are those inside the folder, each ended by a zero byte: as a million Python
-    strings they would take five times the memory."""
+    """The images of a class; `paths` are those inside the folder, each terminated by a zero byte: a million Python
+    strings would take five times the memory."""
 
     name: str
     images: int
@@ -73,10 +73,10 @@ def check_folder(root: Path, options: CheckOptions) -> Report:
 
 
 def _missing_split(root: Path, split: str) -> Finding:
-    """What is wrong where a split's folder is not there, with a guess at what was meant.
+    """What is wrong where a split's folder is not there, with a guess at what the user meant.
 
     Raises:
-        UserError: there is no root folder either.
+        UserError: the root folder does not exist either.
     """
     path = root / split
     names = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
@@ -95,7 +95,7 @@ def _missing_split(root: Path, split: str) -> Finding:
 
 
 class _Lister:
-    """Lists the class folders of a split, and notes what else lies there."""
+    """Lists the class folders of a split, and notes what else is in there."""
 
     def __init__(self, folder: Path, split: str, findings: list[Finding]) -> None:
         self.folder, self.split, self.findings = folder, split, findings
@@ -115,11 +115,11 @@ class _Lister:
             else:
                 self._stray(self.folder / entry.name, unpacked=False)
         if loose:
-            what = f"holds {len(loose):,} image(s) outside of class folders, the first {loose[0]}"
-            self._note("error", self.folder, what, _SORT_IN)
+            what = f"holds {len(loose):,} image(s) outside class folders, the first is {loose[0]}"
+            self._note("error", self.folder, what, _SORT)
         for name in [name for name in folders if name in SPLITS]:
-            fix = f"move what is in it up into {self.folder}/ and delete it, then check again"
-            self._note("error", self.folder / name, "doubles a level: class folders belong there", fix)
+            fix = f"move its contents up into {self.folder}/ and delete it, then check again"
+            self._note("error", self.folder / name, "a level too many: class folders belong here", fix)
             folders.remove(name)
         if not folders and not self.findings:
             self._note("error", self.folder, "empty", "put one folder of images per class there")
@@ -139,17 +139,17 @@ class _Lister:
         inner = {path.partition("/")[0] for path in paths if "/" in path}
         for other in sorted(inner & (classes - {name})):
             fix = f"move its images to {self.folder / other}/"
-            self._note("error", folder / other, f"lies inside another class, its images count as {name}", fix)
+            self._note("error", folder / other, f"is inside another class, so its images count as {name}", fix)
         return _ClassFolder(name, len(paths), b"".join(os.fsencode(path) + b"\0" for path in paths))
 
     def _check_sole(self, only: _ClassFolder) -> None:
         inner = {path.partition(b"/")[0] for path in only.paths.split(b"\0") if b"/" in path}
         if len(inner) > 1:
-            what = f"the only class folder and holds {len(inner):,} folders: a level too many?"
+            what = f"the only class folder, with {len(inner):,} folders in it: a level too many?"
             self._note("error", self.folder / only.name, what, f"move its folders up into {self.folder}/")
 
     def _walk(self, folder: Path, inside: str) -> Iterator[str]:
-        """Paths below `folder` of all files that are not hidden."""
+        """Paths, relative to `folder`, of all files that are not hidden."""
         for entry in self._entries(folder / inside):
             if entry.name.startswith("."):
                 self._hidden(folder / inside / entry.name)
@@ -174,7 +174,7 @@ class _Lister:
             if unpacked:
                 self._note("warning", path, "an archive beside images", "delete it once it is unpacked")
             else:
-                fix = "unpack it into a class folder of its own name, and delete it"
+                fix = "unpack it into a class folder of the same name, and delete it"
                 self._note("error", path, "an archive that is not unpacked", fix)
         else:
             fix = "delete it, or rename it if it is an image"

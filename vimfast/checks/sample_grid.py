@@ -61,11 +61,11 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 def class_captions(classes: Sequence[str]) -> list[tuple[str, str]]:
-    """Two lines per class: for ImageNet an English name and the wnid, else the class name alone."""
+    """Two lines per class: for ImageNet an English name and the wnid, otherwise just the class name."""
     wnids = imagenet_wnids(classes)
     if not wnids:
         return [(name, "") for name in classes]
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     describe = ImageNetInfo().label_name_to_description
     return [(describe(name).split(",")[0], name) if name in wnids else (name, "") for name in classes]

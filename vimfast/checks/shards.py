@@ -1,5 +1,5 @@
-"""Are shards fit to train on? Manifest, index, tars and DALI's indexes against one another, and every image's
-checksum.
+"""Are shards fit to train on? Compares the manifest, the index, the tars and DALI's indexes with one another,
+and checks every image's checksum.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _leftovers(folder: Path, manifest: Manifest) -> Iterator[Finding]:
         known |= {shard.name for shard in entry.shards}
         known |= {dali_index_name(split, number) for number in range(len(entry.shards))}
         for note in entry.skipped:
-            fix = "nothing to do if it may be missing; otherwise download it again and run vimfast-prepare again"
+            fix = "nothing to do if you can do without it; otherwise download it again and run vimfast-prepare again"
             yield Finding("warning", split, f"{split}/{note.file}", f"was left out by --skip-bad: {note.why}", fix)
     for path in sorted(folder.iterdir()):
         if path.name in known or path.name.startswith("."):
@@ -106,7 +106,7 @@ class _SplitCheck:
         self.findings.append(Finding("error", self.split, str(self.folder / name), what, _again(name)))
 
     def read_index(self) -> np.ndarray | None:
-        """The index if it can be used at all."""
+        """The index, if it can be used at all."""
         name, samples = index_name(self.split), self.entry.samples
         try:
             rows = read_index(self.folder, self.split, samples)
@@ -119,12 +119,12 @@ class _SplitCheck:
             self._error(name, f"has images of {stored:,} bytes in all, the manifest says {self.entry.bytes:,}")
         per_shard = [shard.samples for shard in self.entry.shards]
         if not np.array_equal(rows["shard"], np.repeat(np.arange(len(per_shard)), per_shard)):
-            self._error(name, "spreads its samples over other shards than the manifest")
+            self._error(name, "assigns its samples to other shards than the manifest")
             return None
         return rows
 
     def find_tars(self) -> set[str]:
-        """The names of the tars that are there."""
+        """The names of the tars that exist."""
         found = set()
         for shard in self.entry.shards:
             name = shard.name
@@ -161,7 +161,7 @@ class _SplitCheck:
         try:
             head, *lines = (self.folder / name).read_bytes().splitlines()
         except FileNotFoundError:
-            self._error(name, "missing; only DALI's own webdataset reader needs it")
+            self._error(name, "missing (only DALI's own webdataset reader needs it)")
             return
         except (OSError, ValueError) as error:
             self._error(name, f"cannot be read: {error}")
@@ -204,7 +204,7 @@ def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode:
                     name, flaws = _check_sample(tar, file.read(length), row, classes, decode)
                 else:
                     name = f"the sample at byte {offset}"
-                    flaws = [_damaged(tar, f"lies outside of the tar's {end:,} bytes")]
+                    flaws = [_damaged(tar, f"is outside the tar's {end:,} bytes")]
                 findings += [Finding(flaw.severity, split, f"{tar}: {name}", flaw.what, flaw.fix) for flaw in flaws]
     except OSError as error:
         flaw = _damaged(tar, f"cannot be read: {error.strerror}")

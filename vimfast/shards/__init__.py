@@ -1,1 +1,1 @@
-"""Shards: what lies on the disk, and the conversion of a folder of images into it. Imports neither torch nor DALI."""
+"""The shard format, and the conversion of a folder of images into it. Imports neither torch nor DALI."""

@@ -1,6 +1,6 @@
-"""Converting a folder of images into shards: what may be written where, the parts in order, and the manifest last.
+"""Converting a folder of images into shards: check the output folder, write the shards, then the manifest.
 
-Run again after a crash it resumes: shards whose record is there are kept.
+A conversion that was interrupted resumes when it is run again: shards that have a record are kept.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ _PLAN = "plan.json"
 def convert(
     root: Path, out: Path, options: ConversionOptions, *, workers: int, skip_bad: bool = False, overwrite: bool = False
 ) -> str:
-    """Make `out` hold the images of `root` as shards, keeping what is there of an earlier run with the same options.
+    """Make `out` hold the images of `root` as shards, keeping what an earlier run with the same options has written.
 
     Args:
         root: a folder in the ImageNet layout.
         workers: processes.
         skip_bad: leave unreadable images out and record them in the manifest.
-        overwrite: delete shards that lie in `out` first.
+        overwrite: first delete the shards in `out`.
 
     Returns:
-        a line on what `out` holds now.
+        a line that describes what `out` holds now.
 
     Raises:
-        UserError: `root` or `out` does not serve, an image cannot be read, or the disk is full.
+        UserError: `root` or `out` cannot be used, an image cannot be read, or the disk is full.
     """
     _check_out(root, out)
     plans = _make_plans(root, options)
@@ -83,7 +83,7 @@ def convert(
 
 
 def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
-    """One plan for each split that is there; the training set decides the classes."""
+    """One plan for each split that exists; the training set determines the classes."""
     plans: list[ShardPlan] = []
     for split in [s for s in SPLITS if (root / s).is_dir()] or ["train"]:
         files = scan_split(root, split, plans[0].files.classes if plans else None)
@@ -103,14 +103,14 @@ def _check_out(root: Path, out: Path) -> None:
     inside = [root.resolve(), *((root / split).resolve() for split in SPLITS)]
     target = out.resolve()
     if target == inside[0] or any(target == folder or folder in target.parents for folder in inside[1:]):
-        raise UserError(f"--out {out} lies among the images of {root}", "give a folder of its own")
+        raise UserError(f"--out {out} is inside the images of {root}", "give a folder of its own")
     if target.exists() and not target.is_dir():
         raise UserError(f"--out {out} is a file", "give a folder")
 
 
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Keeps a second vimfast-prepare out of the folder; the system frees the lock however this process ends."""
+    """Keep a second vimfast-prepare out of the folder; the system releases the lock however this process ends."""
     try:
         (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
         file = open(out / STATE_FOLDER / "lock", "w")  # noqa: SIM115
@@ -129,7 +129,7 @@ def _lock(out: Path) -> Iterator[None]:
 
 
 def _is_continued(out: Path, digests: dict[str, PlanDigest]) -> bool:
-    """Whether `out` was begun with these plans; False where it holds no shards, an error where it holds others."""
+    """Whether `out` was started with these plans; False if it holds no shards, an error if it holds others."""
     known = read_plan_digests(out / STATE_FOLDER / _PLAN) or _manifest_plan(out)
     if not known and not is_shards_folder(out):
         return False
@@ -160,7 +160,7 @@ def _flags(options: ConversionOptions) -> str:
 
 
 def _is_finished(out: Path, digests: dict[str, PlanDigest]) -> bool:
-    """Whether the manifest is there, covers these splits, and all the files it names are there in full."""
+    """Whether there is a manifest that covers these splits, and all the files it names are complete."""
     try:
         manifest = read_manifest(out)
         if set(manifest.splits) != set(digests):
@@ -177,14 +177,14 @@ def _is_finished(out: Path, digests: dict[str, PlanDigest]) -> bool:
 
 
 def _our_files(out: Path) -> list[Path]:
-    """Everything in `out` that some vimfast-prepare wrote."""
+    """Everything in `out` that any vimfast-prepare wrote."""
     names = [f"{split}-[0-9]*.{kind}*" for split in SPLITS for kind in ("tar", "idx")]
     names += [f"{index_name(split)}*" for split in SPLITS] + [f"{MANIFEST}*"]
     return [path for name in names for path in out.glob(name)]
 
 
 def _delete_shards(out: Path) -> None:
-    (out / MANIFEST).unlink(missing_ok=True)  # first: a folder on its way out must not look complete
+    (out / MANIFEST).unlink(missing_ok=True)  # first: a folder being deleted must not look complete
     for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*"), out / STATE_FOLDER / _PLAN]:
         path.unlink(missing_ok=True)
 
@@ -256,7 +256,7 @@ def _notes(pairs: Iterable[tuple[str, str]]) -> list[Note]:
 
 
 def _summarize(manifest: Manifest) -> str:
-    """The manifest in a line."""
+    """The manifest in one line."""
     parts = []
     for split, entry in manifest.splits.items():
         counts = {"changed": len(entry.changed), "skipped": len(entry.skipped)}

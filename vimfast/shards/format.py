@@ -3,7 +3,7 @@
 A shards folder is flat::
 
     train-000000.tar  train-000000.idx  train-000001.tar  ...   WebDataset tars, and DALI's own index beside each
-    train.index.npy                                             one row a sample, in shard order, memory-mappable
+    train.index.npy                                             one row per sample, in shard order, memory-mappable
     val-000000.tar  ...  val.index.npy
     manifest.json                                               written last: a folder without it is not complete
 
@@ -75,7 +75,7 @@ class ConversionOptions(Struct, frozen=True):
     """Everything that decides the shards' bytes besides the files themselves.
 
     `resize` is the short side in pixels or None for the original bytes; `quality` that of resized JPEGs;
-    `shard_samples` the most samples of a shard.
+    `shard_samples` the most samples in a shard.
     """
 
     seed: int = 0
@@ -107,7 +107,7 @@ class ShardEntry(Struct, frozen=True):
 
 
 class SplitEntry(Struct, frozen=True):
-    """One split; `bytes` is the sum of its images', `index_crc32` of the whole index file."""
+    """One split; `bytes` is the total size of its images; `index_crc32` is of the whole index file."""
 
     samples: Count
     bytes: Count
@@ -211,7 +211,7 @@ def read_plan_digests(path: Path) -> dict[str, PlanDigest]:
 
 
 def index_header(samples: int) -> bytes:
-    """What stands before the rows in an index file of so many samples."""
+    """The header of an index file with so many rows."""
     header = BytesIO()
     described = {"descr": np.lib.format.dtype_to_descr(INDEX_DTYPE), "fortran_order": False, "shape": (samples,)}
     np.lib.format.write_array_header_1_0(header, described)

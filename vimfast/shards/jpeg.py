@@ -1,4 +1,4 @@
-"""What an image's bytes are, from its header alone, and the one way odd images become JPEGs.
+"""What an image is, from its header alone, and the one way in which odd images become JPEGs.
 
 ``vimfast-prepare`` converts with these functions when it writes shards, and the folder source converts with them
 in memory, so training from either sees the same bytes.
@@ -10,11 +10,11 @@ from io import BytesIO
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Buffer: TypeAlias = "bytes | memoryview | np.ndarray"
 
-# What is tried on bytes that are not a JPEG. Pillow's whole list holds formats that run other programs or only stubs.
+# What is tried on bytes that are not a JPEG. Pillow's full list includes stubs and formats that run other programs.
 _OTHER_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # markers that no length follows: TEM, RST0-7
@@ -32,11 +32,11 @@ _FRAMES = {
 class ImageInfo(NamedTuple):
     """What the header says.
 
-    `format` is ``"jpeg"`` for the 8-bit Huffman-coded JPEGs that every decoder reads; ``"jpeg-rgb"`` where the channels
+    `format` is ``"jpeg"`` for 8-bit Huffman-coded JPEGs, which every decoder reads; ``"jpeg-rgb"`` where the channels
     are not YCbCr but RGB, which GPUs decode to wrong colours; ``"jpeg-12bit"``, ``"jpeg-lossless"``,
     ``"jpeg-arithmetic"`` or ``"jpeg-hierarchical"`` for the others; else Pillow's name in lower case. `height` and
     `width` are the stored frame's, in pixels, whatever EXIF says about rotation. `complete` is False for a JPEG that
-    looks damaged, by junk between markers or a missing end: only a decoder can tell then.
+    looks damaged, with junk between markers or no end marker: only decoding shows whether it is.
     """
 
     format: str
@@ -143,8 +143,8 @@ def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 100) 
     try:
         with Image.open(BytesIO(view), formats=("JPEG", *_OTHER_FORMATS)) as image:
             if resize is not None:
-                # The decoder may halve in the DCT as long as twice the wanted size is left for the filter below:
-                # what aliasing the halving brings is then filtered out (Pillow's own thumbnail() keeps this gap).
+                # The decoder may halve in the DCT as long as twice the target size is left for the filter below:
+                # the aliasing of the halving is then filtered out (Pillow's own thumbnail() keeps this gap).
                 image.draft(None, (2 * resize, 2 * resize))
             image.load()
             rgb = image if image.mode == "RGB" else image.convert("RGB")
@@ -162,6 +162,6 @@ def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 100) 
 
 def _why(error: Exception) -> str:
     """Pillow's reason without its object addresses."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image in any known format"
     return str(error) or type(error).__name__

@@ -22,7 +22,7 @@ _MANY_SHARDS, _FEW_SAMPLES = 64, 512
 
 @dataclass(frozen=True)
 class Part:
-    """One shard's part of the plan: all that writing it needs."""
+    """One shard's part of the plan: everything needed to write it."""
 
     split: str
     number: int
@@ -34,10 +34,10 @@ class Part:
 
 
 class ShardPlan:
-    """Which image of a split goes to which place of which shard, under which key.
+    """Where each image of a split goes: its shard, its position there, and its key.
 
     The training set is shuffled as a whole, validation stays sorted. Shards are of equal length within one sample,
-    and a small set is cut into more of them than it must, for readers that share out whole shards.
+    and a small set is cut into more of them than necessary, for readers that distribute whole shards.
     """
 
     def __init__(self, split: str, files: FileList, options: ConversionOptions) -> None:
@@ -62,7 +62,7 @@ class ShardPlan:
         return Part(self.split, number, str(self.files.folder), names, keys, labels, self.options)
 
     def digest(self) -> PlanDigest:
-        """What tells this plan from those that write other shards."""
+        """What distinguishes this plan from those that write other shards."""
         content = [VERSION, self.split, msgspec.to_builtins(self.options), self.files.classes]
         digest = hashlib.sha256(json.dumps(content).encode())
         for array in (self.files.names, self.files.offsets, self.files.labels):
@@ -76,8 +76,8 @@ class ShardPlan:
         return f"{self._folders[label]}/{_stem(name)}"
 
     def _find_numbered(self) -> tuple[np.ndarray, dict[int, str]]:
-        """Which samples cannot be called after their file, and for each class that has such ones, what the numbers
-        that they get instead begin with."""
+        """Which samples cannot be named after their file, and, for each class that has any, the prefix of the
+        numbers that they get instead."""
         numbered, tags = np.zeros(len(self), bool), {}
         starts = np.searchsorted(self.files.labels, np.arange(len(self.files.classes) + 1))
         for label, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
@@ -96,7 +96,7 @@ class ShardPlan:
 
 
 def _stem(name: str) -> str:
-    """The path inside the class folder, without what would confuse readers: WebDataset takes all after the first dot
+    """The path inside the class folder, without what confuses readers: WebDataset takes all after the first dot
     of a file name for its extension, and DALI's index separates names by white space."""
     inside = name.split("/", 1)[1]
     folder, slash, base = os.path.splitext(inside)[0].rpartition("/")

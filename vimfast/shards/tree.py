@@ -19,14 +19,14 @@ IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", "
 
 @dataclass(frozen=True)
 class FileList:
-    """The images of one split, sorted by class and name, in three arrays: no Python object per sample.
+    """The images of one split, sorted by class and name, in three arrays, without a Python object per sample.
 
     Attributes:
         folder: the split's folder.
         classes: class names; a label is a position in this list.
         labels: int32 [N].
         names: uint8 [bytes], the paths inside their class folders, one after the other.
-        offsets: int64 [N + 1], where each path starts in `names`.
+        offsets: int64 [N + 1], the start of each path in `names`.
     """
 
     folder: Path
@@ -60,8 +60,8 @@ def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> 
     are followed. Class folders without images keep their index.
 
     Args:
-        classes: the training classes, where the split's own folder names are not to decide. A folder that is not among
-            them is an error, one that is missing is not.
+        classes: the training classes, if the split's own folder names are not to define them. A folder that is not
+            among them is an error, a missing one is not.
 
     Raises:
         UserError: no such folder, no class folders, a doubled level, an unknown class, or no images at all.
@@ -127,7 +127,7 @@ def _images(folder: Path, inside: str = "") -> Iterator[str]:
 
 
 def _missing(root: Path, split: str) -> UserError:
-    """The error for a split's folder that is not there, with a guess at what was meant."""
+    """The error for a split's folder that is not there, with a guess at what the user meant."""
     if not root.exists():
         return UserError(f"{root} does not exist", "give the folder that holds train/ and val/")
     if not root.is_dir():

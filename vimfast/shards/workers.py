@@ -1,4 +1,4 @@
-"""The processes that write shards, and how far they are."""
+"""The processes that write the shards, and their progress."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def write_shards(plans: Sequence[ShardPlan], out: Path, workers: int, skip_bad: bool) -> int:
-    """Write all shards that are not there; returns the number of images written.
+    """Write all shards that do not exist yet; returns the number of images written.
 
     Raises:
         UserError: unreadable images (all are listed first), or a worker cannot continue.
     """
     todo = ((plan, number) for plan in plans for number in range(plan.shards))
     pace = _WritingPace(sum(map(len, plans)))
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whoever calls
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
     shared = Shared(context.Value("q", 0), context.Event())
     bad: list[tuple[Path, str]] = []
     running: dict[Future[tuple[Record, bool]], ShardPlan] = {}
@@ -45,7 +45,7 @@ def write_shards(plans: Sequence[ShardPlan], out: Path, workers: int, skip_bad: 
     with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool, _progress(pace) as show:
         try:
             while True:
-                # A few parts ahead of the workers and no more: parts are lists of names.
+                # Only a few parts ahead of the workers: parts are lists of names.
                 with _interrupts_held():
                     while len(running) < 2 * workers and (following := next(todo, None)):
                         plan, number = following
@@ -76,7 +76,7 @@ def write_shards(plans: Sequence[ShardPlan], out: Path, workers: int, skip_bad: 
 
 
 def report(line: str) -> None:
-    """A line for the user, beside the program's result."""
+    """Print a line for the user, on stderr: stdout has only the result."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -91,7 +91,7 @@ class Shared(NamedTuple):
 
 
 class _Stopped(Exception):
-    """Ends a worker's task when the run is over for another reason."""
+    """Ends a worker's task when the run is being stopped."""
 
 
 _shared: Shared | None = None
@@ -119,8 +119,8 @@ def _work(part: Part, out: Path, skip_bad: bool) -> tuple[Record, bool]:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block. It reaches a whole group of processes, and those started in the block
-    never see it: the run tells its workers to stop."""
+    """Defer Ctrl-C to the end of the block. It reaches the whole process group, except for processes started in the
+    block: the run itself tells its workers to stop."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -132,7 +132,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 class _WritingPace:
-    """How far it is, how fast, and how long it will take. Shards that were there count as done, not as speed."""
+    """Progress, rate and time left. Shards that existed already count as progress but not towards the rate."""
 
     def __init__(self, total: int) -> None:
         self.total, self.found, self.begin = total, 0, time.monotonic()
@@ -147,7 +147,7 @@ class _WritingPace:
 
 @contextmanager
 def _progress(pace: _WritingPace) -> Iterator[Callable[[int], None]]:
-    """A function to call often with the number of images written: a bar on a terminal, else a line now and then."""
+    """A function to call often with the number of images written: a bar on a terminal, otherwise an occasional line."""
     console = Console(stderr=True)
     if not console.is_terminal:
         last = time.monotonic()

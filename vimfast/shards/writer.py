@@ -1,8 +1,8 @@
 """Writing shards, each from its part of the plan, and the index from the records of all of them.
 
-A shard is a pure function of its part of the plan and of the files named there, so any process or machine may write it,
-at any time, and twice gives the same bytes. What is finished is known from its record, written last into the folder's
-hidden ``.prepare``: the shard's rows of the index, and what was changed or left out.
+A shard is a pure function of its part of the plan and of the files named there, so any process or machine may write it
+at any time, and writing it twice gives the same bytes. A finished shard has a record, written last into the hidden
+``.prepare``: its rows of the index, and what was changed or left out.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _FILE_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP})
 
 
 class Record(Struct, frozen=True):
-    """What became of one shard.
+    """What happened to one shard.
 
-    `tar_bytes` is the tar's size, `image_bytes` the sum of the images' in it. `sources` is a checksum of the source
+    `tar_bytes` is the size of the tar, `image_bytes` that of all images in it. `sources` is a checksum of the source
     files' sizes and times, so that a resumed run notices a file that was replaced. `changed` and `skipped` hold pairs
     of a file and why.
     """
@@ -65,7 +65,7 @@ class Record(Struct, frozen=True):
 def stored(data: bytes, options: ConversionOptions) -> tuple[bytes, tuple[int, int], str | None]:
     """What a shard holds of a file's bytes: the JPEG, its (height, width), and why it is another file, if it is.
 
-    A resized JPEG counts as what was asked for, not as changed; one that is small enough stays byte for byte.
+    A JPEG that was resized as requested does not count as changed; one that is small enough is kept byte for byte.
 
     Raises:
         ValueError: unreadable; the message says why.
@@ -74,7 +74,7 @@ def stored(data: bytes, options: ConversionOptions) -> tuple[bytes, tuple[int, i
     plain = jpeg.is_plain(info)
     if plain and (options.resize is None or min(info.height, info.width) <= options.resize):
         if not info.complete:
-            jpeg.to_rgb_jpeg(data)  # damaged or only odd? What decodes is kept as it is
+            jpeg.to_rgb_jpeg(data)  # damaged or merely odd? What decodes is kept as it is
         return data, (info.height, info.width), None
     if options.resize is None:
         image, size = jpeg.to_rgb_jpeg(data)
@@ -101,18 +101,18 @@ def estimate_bytes(plan: ShardPlan) -> int:
 
 
 def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None]) -> tuple[Record, bool]:
-    """Write one shard, its DALI index and its record, unless they are there.
+    """Write one shard, its DALI index and its record, unless they exist already.
 
     Args:
-        skip_bad: leave unreadable images out. Otherwise one of them leaves the shard unwritten, and the rest is only
-            searched for more.
+        skip_bad: leave unreadable images out. Otherwise one is enough to leave the shard unwritten, and the rest is
+            only checked for more.
         tick: called before each image.
 
     Returns:
-        The record, whose `skipped` lists all unreadable images, and whether the shard was there already.
+        The record, whose `skipped` lists all unreadable images, and whether the shard existed already.
 
     Raises:
-        UserError: the disk is full, or the source folder went away.
+        UserError: the disk is full, or the source folder is gone.
     """
     sources = _checksum_sources(part)
     existing = read_record(out, part.split, part.number)
@@ -120,7 +120,7 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None])
         return existing, True
     tar_path = out / shard_name(part.split, part.number)
     try:
-        record_path(out, part.split, part.number).unlink(missing_ok=True)  # of a tar that is about to go
+        record_path(out, part.split, part.number).unlink(missing_ok=True)  # its tar is about to be replaced
         with atomic_write(tar_path) as file:
             record, rows, lines = _write_samples(part, _Tar(file), sources, skip_bad, tick)
             if record.skipped and not skip_bad:
@@ -161,8 +161,8 @@ class _Tar:
         return start
 
     def flush(self) -> None:
-        """Start the disk on what has come, so that little is left for fsync to wait for, and a data set larger than
-        memory does not evict everyone else's pages."""
+        """Send what has accumulated to the disk, so that fsync has little left to wait for, and a data set larger
+        than memory does not evict everyone else's pages."""
         if self._end - self._flushed >= _FLUSH_BYTES:
             self._file.flush()
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -207,7 +207,7 @@ def _write_samples(
 
 
 def _read(path: Path) -> bytes:
-    """The file's bytes; a ValueError where the file itself is at fault, a UserError where more than it is."""
+    """The file's bytes; a ValueError if the file itself is at fault, a UserError if it is more than that."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -241,9 +241,9 @@ def record_path(out: Path, split: str, number: int) -> Path:
 
 
 def write_record(path: Path, record: Record, rows: np.ndarray) -> None:
-    """Declare a shard finished."""
+    """Mark a shard as finished."""
     text = json.dumps(msgspec.to_builtins(record)).encode()
-    # A record that a power failure cuts off is seen to be damaged, so it need not be waited for.
+    # A record that a power failure cuts off is recognized as damaged, so there is no need to wait for the disk.
     with atomic_write(path, durable=False) as file:
         np.savez(file, rows=rows, record=np.frombuffer(text, np.uint8))
 

@@ -1,0 +1,29 @@
+"""``vimfast-prepare`` whose workers wait after ``HOLD`` images until they are told to stop, so that a test can act in
+the middle of a conversion on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from vimfast.prepare import main
+from vimfast.shards import workers, writer
+
+HOLD = int(os.environ["HOLD"])
+
+_stored = writer.stored
+
+
+def held(*args: Any) -> Any:
+    shared = workers._shared  # None in the process that leads
+    while shared is not None and shared.written.value > HOLD and not shared.stop.is_set():
+        time.sleep(0.01)
+    return _stored(*args)
+
+
+writer.stored = held  # in each worker too: they import this file
+
+if __name__ == "__main__":
+    main()
