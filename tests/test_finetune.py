@@ -56,7 +56,7 @@ def test_the_originals_resampling_takes_class_tokens_for_the_first(double: bool)
     got = new.fit_pos_embed({"pos_embed": embedding}, "original")["pos_embed"][0]
     torch.testing.assert_close(got, torch.cat([embedding[0, :tokens], want]))
     assert not torch.equal(got, new.fit_pos_embed({"pos_embed": embedding})["pos_embed"][0])
-    with pytest.raises(UserError, match="want patches or original"):
+    with pytest.raises(UserError, match="by 'orginal'; it must be patches or original"):
         new.fit_pos_embed({"pos_embed": embedding}, "orginal")
 
 

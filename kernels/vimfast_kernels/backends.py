@@ -67,7 +67,7 @@ _registry: dict[str, Backend] = {}  # in ``auto``'s order of preference
 
 
 def register(backend: Backend, *, before: str | None = None) -> None:
-    """Make a backend available by name; ``auto`` prefers it to ``before``, and never picks it without."""
+    """Make a backend available by name. ``auto`` prefers it to ``before`` if given, and otherwise never picks it."""
     if backend.name in (AUTO, *_registry):
         raise ValueError(f"kernel backend {backend.name!r} already exists; choose another name")
     if unknown := [op for op in backend.ops if op not in OPS]:
