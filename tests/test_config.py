@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,28 @@ def test_help_lists_the_backends() -> None:
     assert field.metadata["help"].endswith(": " + ", ".join(backend_names()))
 
 
-def test_missing_yaml() -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        load_config(["--config", "nowhere.yaml"])
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("nowhere.yaml", ["nowhere.yaml does not exist", "the recipes are debug, demo, "]),
+        ("configs/vim_tiny_1gpu.yaml", ["does not exist", "--config vim_tiny_1gpu is the recipe"]),
+        ("vim_tny", ["no recipe 'vim_tny'", "did you mean 'vim_tiny'", "vim_tiny_1gpu, ", "by its path"]),
+        ("folder", ["no recipe 'folder'"]),
+    ],
+)
+def test_a_recipe_that_is_not_there(word: str, words: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_config(["--config", word])
+    assert all(part in str(error.value) for part in words)
+
+
+def test_a_recipe_goes_by_name_and_any_file_by_its_path(tmp_path: Path, monkeypatch: Any) -> None:
+    """Whatever lies in the working directory, a name stays a name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("vim_small", "own", "vim_base.yaml"):
+        Path(name).write_text("schedule:\n  epochs: 7\n")
+    assert load_config(["--config", "vim_small"]).model.model == "vim_small_patch16_224"
+    for word in ("./vim_small", str(tmp_path / "vim_small"), "own", "vim_base.yaml"):
+        assert load_config(["--config", word]).schedule.epochs == 7

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from vimfast import original
 from vimfast.cli import Parser
 from vimfast.errors import UserError, did_you_mean
 from vimfast.files import write_text
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def option(
@@ -313,13 +315,39 @@ def load_config(argv: list[str]) -> Config:
     config = Config()
     path = given.pop("config", None)
     if path is not None:
-        _apply_yaml(config, Path(path))
+        _apply_yaml(config, find_recipe(path))
     for section in fields(Config):
         part = getattr(config, section.name)
         for name in given.keys() & {f.name for f in fields(part)}:
             setattr(part, name, given[name])
     _check(config)
     return config
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with this package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def find_recipe(word: str) -> Path:
+    """The file that ``--config`` means: a recipe's name, or a path, which has a slash or an extension.
+
+    Raises:
+        UserError: there is no such recipe or no such file.
+    """
+    path, known = Path(word), recipes()
+    if "/" not in word and not path.suffix and (word in known or not path.is_file()):
+        if word not in known:
+            raise UserError(f"there is no recipe {word!r}{did_you_mean(word, known)}", _known(known))
+        return known[word]
+    if not path.exists():
+        raise UserError(f"{path} does not exist", _known(known, path.stem))
+    return path
+
+
+def _known(names: Iterable[str], meant: str = "") -> str:
+    hint = f"--config {meant} is the recipe of that name; " if meant in names else ""
+    return f"{hint}the recipes are {', '.join(names)}; any other YAML file goes by its path"
 
 
 def _check(config: Config) -> None:
@@ -340,8 +368,6 @@ def _check(config: Config) -> None:
 def _apply_yaml(config: Config, path: Path) -> None:
     try:
         sections = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; configs/ holds the recipes") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is no readable YAML: {' '.join(str(error).split())}") from None
     known_sections = [f.name for f in fields(Config)]
@@ -406,7 +432,9 @@ def _parser() -> Parser:
         "Train or evaluate a Vision Mamba. Settings: defaults < --config YAML < these flags.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="YAML", help="recipe to start from; configs/ holds some")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help=f"start from a recipe ({', '.join(recipes())}), or a YAML file"
+    )
     original.add_flags(parser)
     for section in fields(Config):
         group = parser.add_argument_group(section.name)
