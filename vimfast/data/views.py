@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vimfast.augment.pixels import carry_out
 from vimfast.augment.plan import Plan
 from vimfast.augment.recipe import Recipe, training_crop
 from vimfast.config import AugmentConfig
+from vimfast.config.choices import Interpolation
 from vimfast.data import decoding
 from vimfast.data.decoding import Encoded, Flag, Flags, GraphSettings, Pair, Pairs, Size
 from vimfast.data.exchange import Exchange
@@ -31,7 +32,7 @@ from vimfast.data.order import Order
 from vimfast.data.source import Pictures
 from vimfast.errors import UserError, did_you_mean
 
-INTERPOLATIONS = ("bicubic", "bilinear", "random")
+INTERPOLATIONS = get_args(Interpolation)
 
 Read = Callable[[np.ndarray], tuple[np.ndarray, Pictures]]  # ids wanted -> ids that come, and their images
 
@@ -122,7 +123,7 @@ class Training:
     device: torch.device
     stage: Callable[[int], Stage]
     flip: float = 0.5
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     normalization: Normalization = IMAGENET
 
     training: ClassVar[bool] = True
@@ -373,7 +374,7 @@ class Evaluation:
     device: torch.device
     size: int = 224
     crop: SquareCrop = field(default_factory=CentreCrop)
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     normalization: Normalization = IMAGENET
 
     training: ClassVar[bool] = False
@@ -413,7 +414,7 @@ def training_view(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
-    interpolation: str = "bicubic",
+    interpolation: Interpolation = "bicubic",
     normalization: Normalization = IMAGENET,
     group: ProcessGroup | None = None,
 ) -> View:
@@ -448,7 +449,7 @@ def crop_view(
     stage: Callable[[int], Stage],
     *,
     flip: float = 0.5,
-    interpolation: str = "bicubic",
+    interpolation: Interpolation = "bicubic",
     normalization: Normalization = IMAGENET,
     group: ProcessGroup | None = None,
 ) -> View:
