@@ -120,7 +120,8 @@ class RandAugment:
 
 def normal(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Normal numbers from two independent uniform ones each, by the transform of Box and Muller."""
-    return np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
+    drawn: np.ndarray = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
+    return drawn
 
 
 def policy(words: str, interpolation: Interpolation = "bicubic") -> RandAugment | None:

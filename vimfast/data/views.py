@@ -146,6 +146,11 @@ class Training:
         return Batch(carry_out(crops, plan, mean=mean, std=std, dtype=dtype), labels)
 
 
+def _split(images: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    parts: tuple[Tensor, ...] = images.split(counts)
+    return parts
+
+
 class BoxWork(NamedTuple):
     """What is drawn for the images of a step that are trained on as boxes."""
 
@@ -296,7 +301,7 @@ class Copies(_Boxes):
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
         copies = [decoding.tensor(output) for output in outputs]
         together = copies[0] if len(copies) == 1 else torch.stack(copies, 1).flatten(0, 1)
-        return together.split([len(work.ids) * self.copies for work in works])
+        return _split(together, [len(work.ids) * self.copies for work in works])
 
     def finish(self, decoded: Tensor, work: Work) -> Batch:
         assert isinstance(work.crops, np.ndarray)
@@ -346,7 +351,7 @@ class CutOut(Training):
         return [decoding.mirror(decoding.cut(whole, x.corner, x.extent), x.mirror)]
 
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
-        return decoding.tensor(*outputs).split([len(work.ids) for work in works])
+        return _split(decoding.tensor(*outputs), [len(work.ids) for work in works])
 
     def finish(self, decoded: Tensor, work: Work) -> Batch:
         return self._batch(decoded, torch.from_numpy(work.labels).to(self.device, non_blocking=True), work.plan)
@@ -397,7 +402,7 @@ class Evaluation:
         return [decoding.normalize(squares, self.normalization)]
 
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
-        return decoding.tensor(*outputs).split([len(work.ids) for work in works])
+        return _split(decoding.tensor(*outputs), [len(work.ids) for work in works])
 
     def finish(self, decoded: Tensor, work: Work) -> Batch:
         labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
