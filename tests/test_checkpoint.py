@@ -24,7 +24,7 @@ from vimfast.checkpoint import (
 from vimfast.config import OptimConfig
 from vimfast.errors import UserError
 from vimfast.models import VisionMamba
-from vimfast.optim import build_optimizer
+from vimfast.train.optim import build_optimizer
 
 
 class Evil:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from vimfast.checkpoint import save_checkpoint
 from vimfast.config import DistillConfig, FinetuneConfig, OptimConfig
 from vimfast.errors import UserError
-from vimfast.finetune import freeze
-from vimfast.losses import Objective, build_teacher
 from vimfast.models import VisionMamba, create_model
-from vimfast.optim import build_optimizer
+from vimfast.train.freezing import freeze
+from vimfast.train.losses import Objective, build_teacher
+from vimfast.train.optim import build_optimizer
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 3, "num_classes": 5}
 

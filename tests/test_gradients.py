@@ -10,7 +10,7 @@ import torch.distributed as dist
 from processes import run_on
 from torch import Tensor, nn
 
-from vimfast.gradients import GradientSum, copy_from_first
+from vimfast.train.gradients import GradientSum, copy_from_first
 
 
 class Net(nn.Module):

@@ -15,19 +15,10 @@ FLOORS = (
     ("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.hub"),
     ("vimfast.cli", "vimfast.original"),
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
-    (
-        "vimfast.augment",
-        "vimfast.models",
-        "vimfast.dist",
-        "vimfast.optim",
-        "vimfast.gradients",
-        "vimfast.checkpoint",
-        "vimfast.starting",
-    ),
-    ("vimfast.data", "vimfast.step", "vimfast.metrics", "vimfast.control", "vimfast.finetune"),
-    ("vimfast.evaluate", "vimfast.losses", "vimfast.checks"),
-    ("vimfast.trainer",),
-    ("vimfast.train", "vimfast.check_data", "vimfast.prepare"),
+    ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint", "vimfast.starting"),
+    ("vimfast.data", "vimfast.control"),
+    ("vimfast.train", "vimfast.checks"),
+    ("vimfast.check_data", "vimfast.prepare"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

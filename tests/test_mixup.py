@@ -8,7 +8,7 @@ import torch
 from timm.data.mixup import Mixup as TimmMixup
 
 from vimfast.config import MixConfig
-from vimfast.data.mixup import Mixup
+from vimfast.train.mixing import Mixup
 
 K = 7
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimfast.config import EmaConfig, OptimConfig
-from vimfast.gradients import GradientSum
 from vimfast.models import create_model
-from vimfast.optim import build_ema, build_optimizer
-from vimfast.step import TrainStep
+from vimfast.train.gradients import GradientSum
+from vimfast.train.optim import build_ema, build_optimizer
+from vimfast.train.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")

@@ -341,7 +341,7 @@ def resident(row: Row, args: argparse.Namespace) -> float | None:
 def measure_resident(args: argparse.Namespace) -> None:
     import bench_share
 
-    from vimfast.data.mixup import Mixup
+    from vimfast.train.mixing import Mixup
     from vimfast_kernels.tune import tune_once
     from vimfast_kernels.tuning import read_again
 

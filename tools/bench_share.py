@@ -24,14 +24,14 @@ from vimfast.cli import run_main
 from vimfast.config import AugmentConfig, EmaConfig, MixConfig, OptimConfig
 from vimfast.data.hardware import DECODERS
 from vimfast.data.loader import Loader, LoaderSettings
-from vimfast.data.mixup import Mixup
 from vimfast.data.order import Order
 from vimfast.data.source import open_source
 from vimfast.data.views import training_view
 from vimfast.errors import UserError
 from vimfast.models import create_model
-from vimfast.optim import build_ema, build_optimizer
-from vimfast.step import TrainStep
+from vimfast.train.mixing import Mixup
+from vimfast.train.optim import build_ema, build_optimizer
+from vimfast.train.step import TrainStep
 
 CLASSES = 1000
 WARM_UP_STEPS, STEPS_AT_ONCE = 12, 10

@@ -33,8 +33,8 @@ from vimfast.config import EmaConfig, OptimConfig
 from vimfast.errors import UserError
 from vimfast.files import write_text
 from vimfast.models import create_model
-from vimfast.optim import build_ema, build_optimizer
-from vimfast.step import TrainStep
+from vimfast.train.optim import build_ema, build_optimizer
+from vimfast.train.step import TrainStep
 from vimfast_kernels import backend_names
 
 Run = Callable[[], object]

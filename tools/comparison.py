@@ -22,9 +22,9 @@ from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.config import OptimConfig
 from vimfast.files import write_text
 from vimfast.models import create_model
-from vimfast.optim import build_optimizer
 from vimfast.shards.tree import scan_split
-from vimfast.step import TrainStep
+from vimfast.train.optim import build_optimizer
+from vimfast.train.step import TrainStep
 
 PEAK_LR = 1e-3
 Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> pictures [B, 3, S, S] and labels [B]

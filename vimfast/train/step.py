@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vimfast.gradients import GradientSum
+from vimfast.train.gradients import GradientSum
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (pictures, logits, targets) -> scalar
 
@@ -241,6 +241,11 @@ class TrainStep:
             self._ends.popleft().synchronize()
 
     # Health
+
+    @property
+    def counts(self) -> Tensor:
+        """fp32 [3] on the device: steps skipped in all, in a row up to now, and the longest row."""
+        return self._skipped
 
     def health(self) -> Health:
         """Skipped steps so far; the host waits for the device."""

@@ -13,7 +13,8 @@ from vimfast.control import Control, Stopped
 from vimfast.data.loader import Loader
 from vimfast.dist import World
 from vimfast.errors import UserError
-from vimfast.metrics import Reporter, Sums
+from vimfast.train.report import Reporter
+from vimfast.train.sums import Sums
 
 
 class Scores(NamedTuple):
