@@ -15,8 +15,8 @@ from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
-from vimfast.control import Control
 from vimfast.dist import World
+from vimfast.processes.control import Control
 from vimfast.train.build import Hooks, build
 
 ROOT = Path(__file__).parent.parent

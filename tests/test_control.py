@@ -9,9 +9,21 @@ from typing import Any
 
 import pytest
 
-from vimfast.control import Control
 from vimfast.dist import World
-from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, STOPPED, USER_ERROR, Hub, Message, Peer, Ticks
+from vimfast.processes.control import Control
+from vimfast.processes.hub import (
+    COME_AGAIN,
+    CRASHED,
+    RANK_LOST,
+    STALLED,
+    STOPPED,
+    USER_ERROR,
+    Hub,
+    Message,
+    Peer,
+    Ticks,
+)
+from vimfast.processes.meeting import Links
 
 
 class Told:
@@ -187,7 +199,7 @@ def test_a_rank_that_freezes_while_the_others_wait_for_its_goodbye_is_killed() -
 
 def test_the_first_rank_is_missed() -> None:
     control, ends = Control(World(rank=1, size=2)), []
-    control._peers, control._token = [Peer(0, "host", 100), Peer(1, "host", 101)], "none"
+    control._links = Links([Peer(0, "host", 100), Peer(1, "host", 101)], "none", None, {})
     control._end = ends.append  # type: ignore[method-assign, assignment]
     control._hub_is_lost("exited unexpectedly", RANK_LOST)
     assert ends[0]["sentence"] == "error: rank 0 (pid 100 on host) exited unexpectedly; rank 1 was at starting"

@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.hub"),
+    ("vimfast_kernels", "vimfast.errors", "vimfast.files"),
     ("vimfast.cli", "vimfast.original"),
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
-    ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint", "vimfast.starting"),
-    ("vimfast.data", "vimfast.control"),
+    ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint"),
+    ("vimfast.data", "vimfast.processes"),
     ("vimfast.train", "vimfast.checks"),
     ("vimfast.check_data", "vimfast.prepare"),
 )

@@ -193,7 +193,7 @@ def test_a_frozen_rank_is_named(victim: int, flags: tuple[str, ...], tmp_path: P
         assert f"rank {victim} (pid {ranks[victim]} on " in sentence, run.text
         assert "--stall-timeout" in sentence
         assert "state T (stopped)" in sentence, sentence
-    assert (tmp_path / f"stall-rank{1 - victim}.txt").read_text().count("paced_train_batch") == 1
+    assert (tmp_path / f"stall-rank{1 - victim}.txt").read_text().count("in _train_batch") == 1
 
 
 def test_a_stuck_rank_is_named_with_its_stack(flags: tuple[str, ...], tmp_path: Path) -> None:

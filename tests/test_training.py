@@ -24,9 +24,9 @@ from runs import RECIPE, call, same, train
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
-from vimfast.control import Control
 from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.processes.control import Control
 from vimfast.train.build import build
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.report import Reporter

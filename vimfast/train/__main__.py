@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vimfast.cli import end_process, run_main
 from vimfast.errors import UserError
-from vimfast.starting import Starting
+from vimfast.processes.starting import Starting
 
 if TYPE_CHECKING:
     from vimfast.train.build import Hooks
@@ -38,8 +38,8 @@ def _run(starting: Starting, hooks: Hooks | None) -> int:
     gc.disable()
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir and not cfg.run.eval else None
     threading.Thread(target=_import_all, args=(folder is not None,), daemon=True).start()
-    from vimfast.control import Control
     from vimfast.dist import processes
+    from vimfast.processes.control import Control
     from vimfast.train.start_up import StartUp
 
     run, start_up = cfg.run, StartUp()

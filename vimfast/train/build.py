@@ -15,7 +15,6 @@ from vimfast.augment.crops import CentreCrop
 from vimfast.augment.recipe import LARGEST_PADDED
 from vimfast.checkpoint import load_checkpoint, load_for_finetuning
 from vimfast.config import Batches, Config, DataConfig, ModelConfig, plan_batches
-from vimfast.control import Control
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
@@ -23,6 +22,7 @@ from vimfast.data.views import Evaluation, training_view
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.models import create_model
+from vimfast.processes.control import Control
 from vimfast.train.freezing import freeze
 from vimfast.train.gradients import GradientSum, copy_from_first
 from vimfast.train.hooks import Beginning, Checkpoints, GradientHealth, NoCheckpoints, Progress, Records

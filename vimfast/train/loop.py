@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from vimfast.control import Control, Stopped
 from vimfast.data.loader import Loader
 from vimfast.data.views import Batch
 from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.processes.control import Control, Stopped
 from vimfast.train.evaluation import Scores, evaluate
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.losses import Objective
