@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["gluon", "reference"], help="BACKEND or BACKEND:fp32")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=10_000, help="of the training split")
+    parser.add_argument("--images", type=int, default=10_000, help="of the training split")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--patch", type=int, default=8)
     parser.add_argument("--depth", type=int, default=24)
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the figures here")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (images, labels), val_set = (pictures(args.tree, s, args.size, args.pictures, device) for s in ("train", "val"))
+    (images, labels), val_set = (pictures(args.tree, s, args.size, args.images, device) for s in ("train", "val"))
     options = {
         "img_size": args.size, "patch_size": args.patch, "stride": args.patch, "depth": args.depth, "num_classes": 10,
     }  # fmt: skip
