@@ -57,33 +57,33 @@ class Drawing:
 
 
 def draw(source: Path, out: Path) -> None:
-    picture: dict[str, Any] = yaml.safe_load(source.read_text())
-    kinds, arrows = picture["kinds"], picture["arrows"]
+    content: dict[str, Any] = yaml.safe_load(source.read_text())
+    kinds, arrows = content["kinds"], content["arrows"]
     drawing = Drawing()
     drawing.box(0, 0, 10_000, 10_000, "white", "none", radius=0)
 
     left, x = {}, float(MARGIN)
-    widths = {lane["id"]: lane["width"] for lane in picture["lanes"]}
-    for lane in picture["lanes"]:
+    widths = {lane["id"]: lane["width"] for lane in content["lanes"]}
+    for lane in content["lanes"]:
         left[lane["id"]] = x
         x += lane["width"] + GAP
     right = x - GAP + MARGIN
 
-    heights = {box["id"]: LINE * (1 + len(box["text"]) + len(box["file"])) + PAD for box in picture["boxes"]}
+    heights = {box["id"]: LINE * (1 + len(box["text"]) + len(box["file"])) + PAD for box in content["boxes"]}
     top, y = {}, MARGIN + HEAD + 14.0
-    for row in range(1, 1 + max(box["row"] for box in picture["boxes"])):
+    for row in range(1, 1 + max(box["row"] for box in content["boxes"])):
         top[row] = y
-        y += max(heights[box["id"]] for box in picture["boxes"] if box["row"] == row) + ROW_GAP
+        y += max(heights[box["id"]] for box in content["boxes"] if box["row"] == row) + ROW_GAP
     bottom = y - ROW_GAP + 14
 
-    for lane in picture["lanes"]:
+    for lane in content["lanes"]:
         at, width = left[lane["id"]], lane["width"]
         drawing.box(at - 12, MARGIN, width + 24, bottom - MARGIN, "#fafafa", "#d0d0d0", radius=10)
         drawing.text(at + width / 2, MARGIN + 26, "lane", lane["title"], "middle")
         drawing.text(at + width / 2, MARGIN + 46, "note", lane["note"], "middle")
 
     places = {}
-    for box in picture["boxes"]:
+    for box in content["boxes"]:
         at, y, kind = left[box["lane"]], top[box["row"]], kinds[box["kind"]]
         places[box["id"]] = at, y, widths[box["lane"]], heights[box["id"]]
         drawing.box(at, y, widths[box["lane"]], heights[box["id"]], kind["fill"], kind["line"])
@@ -91,7 +91,7 @@ def draw(source: Path, out: Path) -> None:
         for i, (style, words) in enumerate(lines):
             drawing.text(at + PAD, y + LINE * (i + 1) + 1, style, words)
 
-    for start, end, kind, *label in picture["links"]:
+    for start, end, kind, *label in content["links"]:
         (x0, y0, w0, h0), (x1, y1, w1, h1) = places[start], places[end]
         dashed = arrows[kind].get("dashed", False)
         if x0 == x1:  # straight down
@@ -106,7 +106,7 @@ def draw(source: Path, out: Path) -> None:
             drawing.text(x0 + w0 / 2 - 8, y1 + h1 / 2 - 6, "note", words, "end")
 
     # The upper right is empty: images enter on the left.
-    third, fourth = (picture["lanes"][i]["id"] for i in (2, 3))
+    third, fourth = (content["lanes"][i]["id"] for i in (2, 3))
     x, y = left[third], top[1]
     entries = [*kinds.values(), *arrows.values()]
     width = left[fourth] + widths[fourth] - x
