@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_picture
+from conftest import write_image
 from PIL import Image
 
 from vimfast import prepare
@@ -130,10 +130,10 @@ def test_dali_reads_them(out: Path) -> None:
     reader = pipeline()
     reader.build()
     assert reader.epoch_size("reader") == 36
-    pictures, labels = reader.run()
+    encoded, labels = reader.run()
     rows = np.load(out / "train.index.npy")
     assert [int(np.array(labels[i]).tobytes()) for i in range(36)] == rows["label"].tolist()
-    assert [zlib.crc32(np.array(pictures[i])) for i in range(36)] == rows["crc32"].tolist()
+    assert [zlib.crc32(np.array(encoded[i])) for i in range(36)] == rows["crc32"].tolist()
 
 
 def test_dali_index_is_what_its_own_tool_writes(out: Path, tmp_path: Path) -> None:
@@ -173,10 +173,10 @@ def odd(tmp_path: Path) -> Path:
     """A tree with one of each file that cannot be stored as it is, among good ones."""
     root = tmp_path / "odd"
     for i in range(4):
-        write_picture(root / f"train/n1/good_{i}.JPEG", i)
+        write_image(root / f"train/n1/good_{i}.JPEG", i)
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(root / "train/n1/is_png.JPEG", format="PNG")
-    write_picture(root / "train/n1/is_cmyk.JPEG", 7, mode="CMYK")
-    write_picture(root / "train/n1/is_grey.JPEG", 8, mode="L")
+    write_image(root / "train/n1/is_cmyk.JPEG", 7, mode="CMYK")
+    write_image(root / "train/n1/is_grey.JPEG", 8, mode="L")
     return root
 
 
@@ -203,7 +203,7 @@ def spoil(root: Path) -> list[str]:
     return [str(root / f"train/n1/{name}.JPEG") for name in (*bad, "dead")]
 
 
-def test_all_unreadable_pictures_are_listed_and_nothing_looks_complete(odd: Path, tmp_path: Path) -> None:
+def test_all_unreadable_images_are_listed_and_nothing_looks_complete(odd: Path, tmp_path: Path) -> None:
     bad, out = spoil(odd), tmp_path / "out"
     said = run(odd, "--out", out, "--shard-samples", 3, status=2)
     for path in bad:
@@ -224,18 +224,18 @@ def test_all_unreadable_pictures_are_listed_and_nothing_looks_complete(odd: Path
     assert visible(out) == visible(tmp_path / "at_once")
 
 
-def test_a_mended_picture_is_taken_on_the_next_run(odd: Path, tmp_path: Path) -> None:
+def test_a_mended_image_is_taken_on_the_next_run(odd: Path, tmp_path: Path) -> None:
     spoil(odd)
     run(odd, "--out", tmp_path / "out", status=2)
     for path in (odd / "train/n1").iterdir():
         if path.name.split(".")[0] in ("empty", "cut", "page", "zeros", "dead"):
             path.unlink()
-            write_picture(path, 9)
+            write_image(path, 9)
     run(odd, "--out", tmp_path / "out")
     assert read_manifest(tmp_path / "out").splits["train"].samples == 12
 
 
-def test_a_shard_of_nothing_but_unreadable_pictures_is_told(odd: Path, tmp_path: Path) -> None:
+def test_a_shard_of_nothing_but_unreadable_images_is_told(odd: Path, tmp_path: Path) -> None:
     spoil(odd)
     said = run(odd, "--out", tmp_path / "out", "--shard-samples", 1, "--skip-bad", status=2)
     assert "no empty shard" in said.splitlines()[-1]
@@ -243,8 +243,8 @@ def test_a_shard_of_nothing_but_unreadable_pictures_is_told(odd: Path, tmp_path:
 
 
 def test_resize(odd: Path, tmp_path: Path) -> None:
-    write_picture(odd / "train/n2/large.JPEG", 1, (400, 200))
-    write_picture(odd / "train/n2/small.JPEG", 1, (30, 90))
+    write_image(odd / "train/n2/large.JPEG", 1, (400, 200))
+    write_image(odd / "train/n2/small.JPEG", 1, (30, 90))
     out = tmp_path / "out"
     run(odd, "--out", out, "--resize", 40, "--quality", 80)
     manifest = read_manifest(out)
@@ -262,7 +262,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 images."""
     root = tmp_path_factory.mktemp("many")
     for i in range(6):
-        write_picture(root / f"train/n{i % 3}/{i}.JPEG", i, (140, 120))
+        write_image(root / f"train/n{i % 3}/{i}.JPEG", i, (140, 120))
     for i in range(6, 300):
         os.link(root / f"train/n{i % 3}/{i % 6}.JPEG", root / f"train/n{i % 3}/{i}.JPEG")
     return root
@@ -344,16 +344,16 @@ def test_a_damaged_folder_is_mended(tree: Path, out: Path, tmp_path: Path, damag
     assert (copy / "train-000000.tar").stat().st_ino == other
 
 
-def test_a_replaced_picture_is_noticed_when_resuming(tree: Path, out: Path, tmp_path: Path) -> None:
+def test_a_replaced_image_is_noticed_when_resuming(tree: Path, out: Path, tmp_path: Path) -> None:
     root, copy = tmp_path / "root", tmp_path / "copy"
     shutil.copytree(tree, root)
     run(root, "--out", copy, "--shard-samples", 10)
     (copy / MANIFEST).unlink()
-    picture = root / "train/n02/n02_3.JPEG"
-    write_picture(picture, 99)
+    file = root / "train/n02/n02_3.JPEG"
+    write_image(file, 99)
     run(root, "--out", copy, "--shard-samples", 10)
     found = {name: data for tar in copy.glob("train-*.tar") for name, data in members(tar).items()}
-    assert found["n02/n02_3.jpg"] == picture.read_bytes()
+    assert found["n02/n02_3.jpg"] == file.read_bytes()
 
 
 def test_another_plan_is_refused_and_overwrite_is_the_cure(tree: Path, tmp_path: Path) -> None:
@@ -401,9 +401,9 @@ def test_names_that_confuse_readers_get_other_keys(tmp_path: Path) -> None:
         "狗.jpg",
     ]
     for i, name in enumerate(names):
-        write_picture(root / "val/Egyptian cat" / name, i, (20 + i, 20))
-        write_picture(root / "val/Egyptian_cat" / name, i, (40 + i, 20))
-    write_picture(root / "val" / ("long " * 20) / "sub" / "a.jpg", 0, (60, 20))
+        write_image(root / "val/Egyptian cat" / name, i, (20 + i, 20))
+        write_image(root / "val/Egyptian_cat" / name, i, (40 + i, 20))
+    write_image(root / "val" / ("long " * 20) / "sub" / "a.jpg", 0, (60, 20))
     run(root, "--out", tmp_path / "out")
     tar, rows = tmp_path / "out/val-000000.tar", np.load(tmp_path / "out/val.index.npy")
     found = list(wds.WebDataset(str(tar), shardshuffle=False).decode("pil"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_picture
+from conftest import write_image
 from runs import FORKING, PACED, TIMEOUT, TORCHRUN, assert_gone, start
 from watch import Watched
 
@@ -261,7 +261,7 @@ def test_a_failure_is_reported_once(fault: str, sentence: str, flags: tuple[str,
 def test_a_damaged_image_that_only_one_rank_reads(flags: tuple[str, ...], tmp_path: Path) -> None:
     for split in ("train", "val"):
         for i in range(8):
-            write_picture(tmp_path / "tree" / split / f"n{i % 2}" / f"{split}{i}.JPEG", i)
+            write_image(tmp_path / "tree" / split / f"n{i % 2}" / f"{split}{i}.JPEG", i)
     bad = tmp_path / "tree" / "train" / "n1" / "train3.JPEG"
     bad.write_bytes(bad.read_bytes()[:200])
     extra = ("--data-path", str(tmp_path / "tree"), "--no-repeated-aug")

@@ -175,7 +175,7 @@ def test_two_processes_train_what_one_does(recipe: str, shards: Path, tree: Path
         torch.testing.assert_close(two["model"][name], weight, rtol=2e-3, atol=2e-5, msg=name)
     records = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("one", "two")]
     assert records[0]["train_loss"] == pytest.approx(records[1]["train_loss"], rel=1e-4)
-    # 15 pictures over 2 processes in batches of 2: each is counted once.
+    # 15 images over 2 processes in batches of 2: each is counted once.
     told = call("vimfast.train", *flags, "", "--eval", "--resume", str(tmp_path / "two/checkpoint.pth"), processes=2)
     assert f"Accuracy of the network on the 15 test images: {records[1]['test_acc1']:.1f}%" in told.stdout
     # The folder tree trains too, to the same loss: its order differs from that of the shuffled shards.
@@ -246,18 +246,18 @@ def test_a_run_that_only_skips_ends_and_leaves_sound_weights(recipe: str, shards
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 
 
-def test_small_pictures_are_evaluated_as_they_are(recipe: str, tmp_path: Path) -> None:
+def test_small_images_are_evaluated_as_they_are(recipe: str, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     for split in ("train", "val"):
         for i, pixels in enumerate(noise):
-            path = tmp_path / split / f"class{i}" / "picture.JPEG"
+            path = tmp_path / split / f"class{i}" / "image.JPEG"
             path.parent.mkdir(parents=True)
             Image.fromarray(pixels).save(path, quality=95)
     trainer = build(load_config(["--config", recipe, "--data-path", str(tmp_path)]), World())
     (images, labels), *_ = trainer.evaluated.loader.epoch(0)
     mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
     shown = (255 * (images * std + mean)).permute(0, 2, 3, 1)
-    files = [tmp_path / "val" / f"class{label}" / "picture.JPEG" for label in labels]
+    files = [tmp_path / "val" / f"class{label}" / "image.JPEG" for label in labels]
     stored = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
     assert (shown - stored).abs().max() < 1.01  # a level: two decoders
     trainer.close()
@@ -338,11 +338,11 @@ def test_shards_of_a_newer_format(recipe: str, shards: Path, tmp_path: Path) -> 
     assert "99" in refused("--config", recipe, "--data-path", str(newer))
 
 
-def test_a_corrupt_picture_is_named_and_nothing_is_lost(recipe: str, tree: Path, tmp_path: Path) -> None:
+def test_a_corrupt_image_is_named_and_nothing_is_lost(recipe: str, tree: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(tree, bad)
-    picture = bad / "train" / "n02" / "n02_3.JPEG"
-    picture.write_bytes(picture.read_bytes()[:200])
+    image = bad / "train" / "n02" / "n02_3.JPEG"
+    image.write_bytes(image.read_bytes()[:200])
     run = tmp_path / "run"
     flags = ("--config", recipe, "--data-path", str(bad), "--output_dir", str(run), "--no-repeated-aug")
     done = call("vimfast.train", *flags, ok=False)

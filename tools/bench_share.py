@@ -1,4 +1,4 @@
-"""How much of its speed training keeps with the loader, against the same training on pictures already on the GPU.
+"""How much of its speed training keeps with the loader, against the same training on images already on the GPU.
 
     python tools/bench_share.py shards/
     python tools/bench_share.py shards/ small/ --decoders cpu cuda hardware --threads 8 14 --copies 1 3
@@ -44,7 +44,7 @@ def main() -> None:
     sources = {data: open_source(data, "train") for data in args.data}
     for data, source in sources.items():
         if len(source) < args.batch_size:
-            raise UserError(f"{data} has {len(source)} pictures and --batch-size is {args.batch_size}; lower it")
+            raise UserError(f"{data} has {len(source)} images and --batch-size is {args.batch_size}; lower it")
     step = build(args, device)
     mix = Mixup(MixConfig(), CLASSES, 0, 0)
     columns = f"{'source':28} {'decoder':9} {'threads':>7} {'ahead':>5} {'copies':>6}"
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=["auto"])
     parser.add_argument("--threads", nargs="+", type=int, default=[None], help="default: as in training")
     parser.add_argument("--prefetch", nargs="+", type=int, default=[3], help="batches decoded ahead")
-    parser.add_argument("--copies", nargs="+", type=int, default=[1], help="of each picture, decoded once")
+    parser.add_argument("--copies", nargs="+", type=int, default=[1], help="of each image, decoded once")
     parser.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth, of which the trainer has 0.1")
     parser.add_argument("--seconds", type=float, default=3.0, help="to measure each row for")
     return parser.parse_args()
@@ -107,7 +107,7 @@ def show_plain(step: TrainStep, mix: Mixup, args: argparse.Namespace, device: to
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     labels = torch.arange(args.batch_size, device=device) % CLASSES
     rate, _ = measure(step, mix, itertools.repeat((images, labels)), args)
-    print(f"{'(pictures in memory)':60} {rate:8,.0f}", flush=True)
+    print(f"{'(images in memory)':60} {rate:8,.0f}", flush=True)
     return rate
 
 

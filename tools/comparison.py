@@ -27,18 +27,18 @@ from vimfast.train.optim import build_optimizer
 from vimfast.train.step import TrainStep
 
 PEAK_LR = 1e-3
-Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> pictures [B, 3, S, S] and labels [B]
+Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> images [B, 3, S, S] and labels [B]
 
 
-def pictures(root: Path, split: str, size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """At most `most` pictures of a split, resized and normalized [n, 3, size, size], spread over the classes, and
+def load_images(root: Path, split: str, size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """At most `most` images of a split, resized and normalized [n, 3, size, size], spread over the classes, and
     their labels [n]."""
     files = scan_split(root, split)
     picked = np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).astype(int))
     rows = []
     for i in picked.tolist():
-        with Image.open(files.path(i)) as picture:
-            rows.append(np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)))
+        with Image.open(files.path(i)) as image:
+            rows.append(np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)))
     pixels = torch.from_numpy(np.stack(rows)).to(device).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / std, torch.from_numpy(files.labels[picked].astype(np.int64)).to(device)
@@ -52,7 +52,7 @@ def train(
     options: dict[str, Any],
     seed: int,
     epochs: int,
-    batch: tuple[int, int],  # size, side of the pictures
+    batch: tuple[int, int],  # size, side of the images
     batches: Callable[[], Epochs],
     val_set: tuple[Tensor, Tensor],
     bf16: bool = True,

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which to write [raw]")
     parser.add_argument("--model", help="name of the model, where the checkpoint does not tell")
-    parser.add_argument("--input-size", type=int, help="side of its pictures, where the checkpoint does not tell [224]")
+    parser.add_argument("--input-size", type=int, help="side of its images, where the checkpoint does not tell [224]")
     args = parser.parse_args(sys.argv[1:])
     state = load_checkpoint(args.checkpoint)
     weights = state["model"] if args.weights == "raw" else state.get("model_ema")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-# One row of uniform numbers a picture, handed out by column. A column keeps its meaning for good: moving one would
-# change the pictures of every run that is resumed. Columns 24 to 63 are free.
+# One row of uniform numbers an image, handed out by column. A column keeps its meaning for good: moving one would
+# change the images of every run that is resumed. Columns 24 to 63 are free.
 COLUMNS = 64
 CROP_TRIES = 10
 CROP_AREA = slice(0, CROP_TRIES)
@@ -51,11 +51,11 @@ def uniforms(
 
 
 def flips(u: np.ndarray, probability: float = 0.5) -> np.ndarray:  # int32 [n]: 1 mirrors left and right
-    """Whether each picture is mirrored."""
+    """Whether each image is mirrored."""
     return (u[:, FLIP] < probability).astype(np.int32)
 
 
 def filters(u: np.ndarray, interpolation: str) -> np.ndarray:  # int32 [n]: 1 bicubic, 0 bilinear
-    """The resampling filter of each picture; where it is ``"random"``, either with the same probability."""
+    """The resampling filter of each image; where it is ``"random"``, either with the same probability."""
     drawn = (u[:, CROP_FILTER] >= 0.5).astype(np.int32)
     return drawn if interpolation == "random" else np.full_like(drawn, interpolation == "bicubic")

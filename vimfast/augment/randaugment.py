@@ -1,6 +1,6 @@
 """RandAugment from timm's strings, ThreeAugment and colour jitter: drawn here in numpy, carried out by vimfast_kernels.
 
-A drawn change is an array of OPERATION (see :mod:`vimfast.augment.plan`), a row a picture, NONE where nothing is
+A drawn change is an array of OPERATION (see :mod:`vimfast.augment.plan`), a row an image, NONE where nothing is
 done. Ranges, probabilities and roundings are those of timm 1.0.31 (``timm/data/auto_augment.py``).
 """
 
@@ -73,7 +73,7 @@ class RandAugment:
 
     @property
     def columns(self) -> int:
-        """Uniform numbers that a picture needs."""
+        """Uniform numbers that an image needs."""
         return self.layers * COLUMNS_PER_LAYER
 
     def draw(
@@ -81,7 +81,7 @@ class RandAugment:
         u: np.ndarray,  # float64 [n, columns]
         size: int,
     ) -> np.ndarray:  # OPERATION [n, any]
-        """What is done to pictures of `size` x `size` pixels."""
+        """What is done to images of `size` x `size` pixels."""
         u = u.reshape(len(u), self.layers, COLUMNS_PER_LAYER)
         chosen = self.choose(u[:, :, CHOICE])
         level = self.magnitudes(u) / _FULL_LEVEL
@@ -198,7 +198,7 @@ def _operation_set(text: str) -> tuple[str, ...] | dict[str, float]:
 
 _WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "m": (_whole(0), "the magnitude, a whole number, by default 10"),
-    "n": (_whole(1), "the number of operations a picture, at least 1, by default 2"),
+    "n": (_whole(1), "the number of operations an image, at least 1, by default 2"),
     "p": (_probability, "the probability of applying each, 0 to 1, by default 0.5"),
     "mstd": (_deviation, "the standard deviation of the magnitude, by default 0; above 100: uniform from 0 to m"),
     "mmax": (_whole(0), "the largest magnitude, a whole number, by default 10"),
@@ -263,7 +263,7 @@ def _warp(place: int, reach: float, of_size: bool = False) -> Builder:
 
 
 def _rotate(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: int) -> None:
-    """About the picture's centre, as Pillow's ``rotate`` has it."""
+    """About the image's centre, as Pillow's ``rotate`` has it."""
     angle = -np.radians(sign * (level * 30) % 360)
     cos, sin, centre = np.cos(angle).round(15), np.sin(angle).round(15), size / 2
     operations["code"][:, 0] = Op.AFFINE

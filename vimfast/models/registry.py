@@ -91,7 +91,7 @@ def create_model(name: str, *, img_size: int | None = None, scan_backend: str = 
 
     Args:
         name: ``vim_tiny_patch16_224`` and so on, or any timm model.
-        img_size: side of the pictures in pixels; None for the named one. Handed to a model built for one size only.
+        img_size: side of the images in pixels; None for the named one. Handed to a model built for one size only.
         scan_backend: of a Vision Mamba's scan, see :mod:`vimfast_kernels.backends`; other models have none.
         kwargs: constructor options, those of :class:`~vimfast.models.VisionMamba` for a Vision Mamba.
 

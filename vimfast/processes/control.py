@@ -11,7 +11,6 @@ import json
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
@@ -216,7 +215,7 @@ class Control:
         elif self._hub is not None:
             self._hub.hear(self._links.ranks[source], message, now)
 
-    def _read_signals(self, wake: socket.socket, now: float) -> None:
+    def _read_signals(self, wake: Any, now: float) -> None:
         with suppress(BlockingIOError):
             for number in wake.recv(1024):
                 if number:
