@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,11 +50,22 @@ def test_shipped_recipes_load(path: Path) -> None:
     [
         (["--lrr", "1"], ["--lrr", "--lr"]),
         (["--lr", "fast"], ["--lr", "fast"]),
-        (["--batch-size", "0"], ["batch_size", "0", "at least 1"]),
+        (["--batch-size", "0"], ["batch_size", "0", ">= 1"]),
         (["--mixup-mode", "bach"], ["bach", "batch"]),
         (["--scan-backend", "gluno"], ["scan_backend", "did you mean 'gluon'", *backend_names()]),
         (["--model-kwargs", "depth"], ["name=value", "depth"]),
         (["--data", "x"], ["--data", "unknown flag"]),  # no abbreviations
+        (["--aa", "augmix-m5"], ["--aa is 'augmix-m5'", "write rand-m9-mstd0.5-inc1"]),
+        (["--aa", "rand-m9-tweight"], ["tweight", "3a, 3aw, weights"]),
+        (["--aa", "rand-n99-tweights"], ["99 of 15 operations", "lower n"]),
+        (["--train-interpolation", "cubic"], ["train_interpolation", "did you mean 'bicubic'", "bilinear, random"]),
+        (["--decoder", "gpu"], ["decoder", "auto, hardware, cuda, cpu"]),
+        (["--scale", "0.5", "0.1"], ["(0.5, 0.1)", "MIN <= MAX"]),
+        (["--ratio", "0", "1"], ["(0.0, 1.0)", "above 0"]),
+        (["--eval-crop-ratio", "1.5"], ["1.5", "at most 1"]),
+        (["--cutmix-minmax", "0.8", "0.2"], ["cutmix_minmax", "MIN <= MAX"]),
+        (["--reprob", "25"], ["reprob is 25", "<= 1"]),
+        (["--lr", "nan"], ["lr is nan"]),
     ],
 )
 def test_wrong_flags_say_the_cure(argv: list[str], words: list[str]) -> None:
@@ -69,10 +81,13 @@ def test_wrong_flags_say_the_cure(argv: list[str], words: list[str]) -> None:
         ("optm:\n  lr: 1\n", ["optm", "did you mean 'optim'"]),
         ("schedule:\n  epochs: many\n", ["schedule.epochs", "many", "int"]),
         ("run:\n  amp: 1\n", ["run.amp", "bool"]),
-        ("mix:\n  cutmix_minmax: [0.1]\n", ["cutmix_minmax", "list of numbers"]),
+        ("mix:\n  cutmix_minmax: [0.1]\n", ["cutmix_minmax", "list of 2 numbers"]),
         ("data:\n  train_interpolation: cubic\n", ["cubic", "bicubic"]),
+        ("mix:\n  mixup_mode: true\n", ["mix.mixup_mode", "True", "str"]),
+        ("augment:\n  aa: rand-x9\n", ["--aa rand-x9", "'x9'"]),
+        ("mix: on\n", ["mix is True", "its keys are mixup, "]),
         ("- a\n", ["no sections"]),
-        ("a: [", ["no readable YAML"]),
+        ("a: [", ["not readable YAML"]),
     ],
 )
 def test_wrong_yaml_says_the_cure(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -83,11 +98,43 @@ def test_wrong_yaml_says_the_cure(tmp_path: Path, text: str, words: list[str]) -
     assert all(word in str(error.value) for word in words)
 
 
+def test_words_that_are_ignored_are_not_refused() -> None:
+    """ThreeAugment stands for itself, so that the original's command lines for it are taken as they are."""
+    assert load_config(["--ThreeAugment", "--aa", "original"]).augment.aa == "original"
+
+
+@pytest.mark.parametrize("aa", ["", "none"])
+def test_no_augmentation_has_two_names(aa: str) -> None:
+    assert load_config(["--aa", aa]).augment.aa == aa
+
+
 def test_help_lists_the_backends() -> None:
     (field,) = (f for f in fields(ModelConfig) if f.name == "scan_backend")
     assert field.metadata["help"].endswith(": " + ", ".join(backend_names()))
 
 
-def test_missing_yaml() -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        load_config(["--config", "nowhere.yaml"])
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("nowhere.yaml", ["nowhere.yaml does not exist", "the recipes are debug, demo, "]),
+        ("configs/vim_tiny_1gpu.yaml", ["does not exist", "--config vim_tiny_1gpu is the recipe"]),
+        ("vim_tny", ["no recipe 'vim_tny'", "did you mean 'vim_tiny'", "vim_tiny_1gpu, ", "by its path"]),
+        ("folder", ["no recipe 'folder'"]),
+    ],
+)
+def test_a_recipe_that_is_not_there(word: str, words: list[str], tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_config(["--config", word])
+    assert all(part in str(error.value) for part in words)
+
+
+def test_a_recipe_goes_by_name_and_any_file_by_its_path(tmp_path: Path, monkeypatch: Any) -> None:
+    """Whatever lies in the working directory, a name stays a name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("vim_small", "own", "vim_base.yaml"):
+        Path(name).write_text("schedule:\n  epochs: 7\n")
+    assert load_config(["--config", "vim_small"]).model.model == "vim_small_patch16_224"
+    for word in ("./vim_small", str(tmp_path / "vim_small"), "own", "vim_base.yaml"):
+        assert load_config(["--config", word]).schedule.epochs == 7

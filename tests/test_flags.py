@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from vimfast import original
-from vimfast.config import Config, load_config, plan_batches
+from vimfast.config import Config, compat, load_config, plan_batches
 from vimfast.errors import UserError
 from vimfast.models import create_model
 
@@ -141,7 +140,7 @@ def test_each_note_on_the_original_is_of_a_setting_and_each_setting_of_it_has_on
     noted = {place.split(".")[1] for _, _, place, _ in SETTINGS}
     assert set(TABLE["ORIGINAL"]) == noted | {"torch_compile"}
     taken = {words[0].lstrip("-").replace("-", "_").split("=")[0] for words in (*ACCEPTED, *REFUSED)}
-    assert taken == {*original.ACCEPTED, *original.REFUSED, "data_set"}
+    assert taken == {*compat.ACCEPTED, *compat.REFUSED, "data_set"}
 
 
 def test_the_random_token_flags_reach_the_model() -> None:

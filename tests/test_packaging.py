@@ -20,7 +20,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     source = out / "source"  # a copy, so that building leaves nothing in the checkout
     source.mkdir()
-    names = ("pyproject.toml", "README.md", "LICENSE", "vimfast", "kernels")
+    names = ("pyproject.toml", "README.md", "LICENSE", "configs", "vimfast", "kernels")
     subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names), str(source)], check=True)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, capture_output=True)
@@ -36,6 +36,22 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
 
 def test_wheel_says_that_it_is_typed(wheel: Path) -> None:
     assert {"vimfast/py.typed", "vimfast_kernels/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_a_recipe_loads_by_name_where_only_the_wheel_is(wheel: Path, tmp_path: Path) -> None:
+    site, folder = tmp_path / "site", tmp_path / "empty"
+    zipfile.ZipFile(wheel).extractall(site)
+    folder.mkdir()
+    code = (
+        "from vimfast.config import load_config, recipes\n"
+        "print(*recipes())\n"
+        "print(load_config(['--config', 'vim_small']).model.model)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    ran = [sys.executable, "-c", code]
+    names, model = subprocess.check_output(ran, cwd=folder, env=environment, text=True).splitlines()
+    assert names.split() == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert model == "vim_small_patch16_224"
 
 
 def test_installed_elsewhere_it_runs(wheel: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from runs import TIMEOUT, assert_gone, start
 from watch import Watched
 
-from vimfast import cli
+from vimfast.cli import reporting
 
 NOTHING = "stopped before the first step; there is nothing to save"
 UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": f"test {os.getpid()}", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
@@ -100,7 +100,7 @@ def test_a_process_that_is_ended_because_another_has_failed_is_silent(
 ) -> None:
     for name, value in UNDER_TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    told = cli.first_on_host(cli._attempt())
+    told = reporting.first_on_host(reporting.attempt())
     assert told is not None
     with start("vimfast.train", "--config", str(settings)) as run:
         wait_until_read(settings, run)

@@ -141,7 +141,7 @@ def worst_error(case: Case) -> float:
     grads = [torch.randn_like(o) for o in outs]
     outs += torch.autograd.grad(outs, leaves, grads)
     exact += torch.autograd.grad(exact, exact_leaves, [g.double() for g in grads])
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(outs, exact, strict=True))
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(outs, exact, strict=True))
 
 
 def measure(case: Case, error: float | None, gpu: Gpu, flush: Tensor, repeats: int, mamba: bool) -> dict[str, Any]:

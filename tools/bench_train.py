@@ -93,7 +93,7 @@ def milliseconds(run: Run, repeats: int) -> float:
 
 def queued_milliseconds(run: Run, calls: int = 2) -> float:
     """Median time on the GPU of one of `calls` calls that were all launched before the first of them began."""
-    times = []
+    times: list[float] = []
     for _ in range(7):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -137,7 +137,8 @@ def inference(row: Row, args: argparse.Namespace, backend: str) -> tuple[Run, Ru
     @torch.inference_mode()
     def forward() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=not row.fp32, cache_enabled=False):
-            return model(images)
+            logits: Tensor = model(images)
+            return logits
 
     def capture() -> None:
         nonlocal captured

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def main() -> None:
             backend, _, precision = variant.partition(":")
             found = train(
                 options | {"scan_backend": backend}, seed, args.epochs, (args.batch_size, args.size),
-                lambda seed=seed: shuffled(seed), val_set, bf16=precision != "fp32",
+                partial(shuffled, seed), val_set, bf16=precision != "fp32",
             )  # fmt: skip
             findings.add(variant, seed, **found)
     findings.show()

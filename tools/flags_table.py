@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vimfast import original
-from vimfast.config import Config
+from vimfast.config import Config, compat
 
 # Field -> (default and behaviour there, what differs here). A field without an entry is new.
 ORIGINAL: dict[str, tuple[str, str]] = {
@@ -110,15 +109,15 @@ def table() -> str:
         part: Any = section.default_factory
         lines += [_row(f) for f in dataclasses.fields(part)] + [""]
     lines += ["## Taken, for what they ask for is always so", "", "| flag | why |", "| --- | --- |"]
-    lines += [f"| `--{name}` | {why} |" for name, why in original.ACCEPTED.items()]
+    lines += [f"| `--{name}` | {why} |" for name, why in compat.ACCEPTED.items()]
     lines += ["| `--data_set IMNET` | any set of pictures in ImageNet's layout will do |", ""]
     lines += ["## Refused, with this sentence", "", "| flag | what to do instead |", "| --- | --- |"]
-    lines += [f"| `--{name}` | {why} |" for name, why in original.REFUSED.items()]
-    lines += [f"| `--data_set CIFAR` and so on | {original.DATA_SETS} |"]
+    lines += [f"| `--{name}` | {why} |" for name, why in compat.REFUSED.items()]
+    lines += [f"| `--data_set CIFAR` and so on | {compat.DATA_SETS} |"]
     return "\n".join(lines) + "\n"
 
 
-def _row(f: dataclasses.Field) -> str:
+def _row(f: dataclasses.Field[Any]) -> str:
     default = f.default_factory() if callable(f.default_factory) else f.default
     names = [f"`--{name.replace('_', '-')}`" for name in (f.name, *f.metadata["aliases"])]
     if default is True:

@@ -17,6 +17,7 @@ from PIL import Image
 from vimfast.augment.colours import Normalization
 from vimfast.augment.crops import CentreCrop
 from vimfast.cli import run_main
+from vimfast.config.choices import Decoder
 from vimfast.data.hardware import DECODERS
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
@@ -60,7 +61,7 @@ def pillow(source: Source, i: int, size: int, crop_ratio: float) -> torch.Tensor
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float()
 
 
-def evaluated(source: Source, count: int, decoder: str, args: argparse.Namespace) -> torch.Tensor:
+def evaluated(source: Source, count: int, decoder: Decoder, args: argparse.Namespace) -> torch.Tensor:
     """The loader's evaluation images as levels, float32 [count, 3, size, size]."""
     order, levels = Order(count, 50, shuffle=False, drop_last=False), Normalization((0.0,) * 3, (1 / 255,) * 3)
     crop = CentreCrop(args.crop_ratio)

@@ -9,8 +9,7 @@ import numpy as np
 
 from vimfast.augment.plan import PATCH
 from vimfast.augment.randaugment import normal
-
-MODES = ("pixel", "const", "rand")
+from vimfast.config.choices import EraseMode
 
 AREA = (0.02, 1 / 3)  # of all boxes of an image together, as a share of it
 ASPECT = (0.3, 1 / 0.3)  # height over width; log-uniform
@@ -33,7 +32,7 @@ class Erasing:
     """
 
     probability: float
-    mode: str = "pixel"
+    mode: EraseMode = "pixel"
     most: int = 1
 
     @property

@@ -29,7 +29,8 @@ def _shift(image: Image.Image, dx: int, dy: int) -> Image.Image:
 
 def _mirrored(at: np.ndarray, n: int) -> np.ndarray:
     at = np.abs(at)
-    return np.minimum(at, 2 * (n - 1) - at)
+    mirrored: np.ndarray = np.minimum(at, 2 * (n - 1) - at)
+    return mirrored
 
 
 _CHANGES: dict[int, Callable[[Image.Image, np.ndarray], Image.Image]] = {

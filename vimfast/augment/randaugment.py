@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from vimfast.augment.plan import OPERATION, Op
+from vimfast.config.choices import Interpolation
 from vimfast.errors import UserError
-
-FILTERS = ("bicubic", "bilinear", "random")
 
 _FULL_LEVEL = 10  # magnitudes are in tenths of an operation's range
 _PLAIN = (
@@ -59,7 +58,7 @@ class RandAugment:
         magnitude: in tenths of an operation's range.
         deviation: of the normal noise on the magnitude; infinite: uniform in [0, magnitude].
         ceiling: magnitudes are clipped to [0, ceiling].
-        interpolation: of warps, one of FILTERS.
+        interpolation: of warps.
     """
 
     names: tuple[str, ...]
@@ -69,7 +68,7 @@ class RandAugment:
     probability: float = 0.5
     deviation: float = 0.0
     ceiling: float = _FULL_LEVEL
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
 
     @property
     def columns(self) -> int:
@@ -121,10 +120,20 @@ class RandAugment:
 
 def normal(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Normal numbers from two independent uniform ones each, by the transform of Box and Muller."""
-    return np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
+    drawn: np.ndarray = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
+    return drawn
 
 
-def parse(text: str, interpolation: str = "bicubic") -> RandAugment:
+def policy(words: str, interpolation: Interpolation = "bicubic") -> RandAugment | None:
+    """What ``--aa`` asks for; ``none`` and nothing ask for none.
+
+    Raises:
+        UserError: as :func:`parse`.
+    """
+    return None if words in ("", "none") else parse(words, interpolation)
+
+
+def parse(text: str, interpolation: Interpolation = "bicubic") -> RandAugment:
     """``"rand-m9-mstd0.5-inc1"`` as timm reads it; what its words mean stands at :data:`_WORDS`.
 
     Raises:

@@ -10,6 +10,7 @@ from vimfast.augment.draws import uniforms
 from vimfast.augment.erasing import Erasing
 from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
 from vimfast.config import AugmentConfig
+from vimfast.config.choices import Interpolation
 
 LARGEST_PADDED = 32  # inputs up to this side are cut out of the padded image as it is, as the original does
 
@@ -45,20 +46,18 @@ class Recipe:
         UserError: a policy or a word of ``--aa`` that is not known.
     """
 
-    def __init__(self, cfg: AugmentConfig | None, interpolation: str = "bicubic") -> None:
+    def __init__(self, cfg: AugmentConfig | None, interpolation: Interpolation = "bicubic") -> None:
         self._policy: randaugment.RandAugment | None = None
         self._three, self._jitter, self._erasing = False, 0.0, Erasing(0.0)
         if cfg is None:
             return
-        aa = "" if cfg.aa == "none" else cfg.aa
         self._jitter = cfg.color_jitter
         if cfg.three_augment:
             self._three = True
             return
-        if aa:
-            self._policy = randaugment.parse(aa, interpolation)
-            if "3a" not in aa:  # timm jitters colours after the sets that are made after ThreeAugment, and only those
-                self._jitter = 0.0
+        self._policy = randaugment.policy(cfg.aa, interpolation)
+        if self._policy and "3a" not in cfg.aa:  # timm jitters colours after ThreeAugment's sets, and only those
+            self._jitter = 0.0
         self._erasing = Erasing(cfg.reprob, cfg.remode, cfg.recount)
 
     def draw(

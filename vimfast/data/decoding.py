@@ -112,9 +112,10 @@ class Graph:
         """
         stream = torch.cuda.current_stream(self._settings.device) if self._settings.on_gpu else None
         try:
-            return self._pipe.run(stream)
+            outputs: tuple[Any, ...] = self._pipe.run(stream)
         except RuntimeError as error:
             raise DecodeError(str(error)) from error
+        return outputs
 
     def skip(self) -> bool:
         """Drop the next batch; False at the end, where there is none."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
+from vimfast.config.choices import Decoder
 from vimfast.errors import UserError, did_you_mean
 
-DECODERS = ("auto", "hardware", "cuda", "cpu")
+DECODERS = get_args(Decoder)
 
 # Images a second that a GPU's JPEG engines decode (ImageNet's originals, 110 KB), by compute capability. For the H200
 # this follows from its fastest mixture (docs/benchmarks.md); the A100 has fewer engines, Blackwell's are taken to be as
@@ -77,7 +78,8 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, dema
         UserError: no such decoder, or not on this device.
     """
     if wanted not in DECODERS:
-        raise UserError(f"decoder is {wanted!r}{did_you_mean(wanted, DECODERS)}; want one of {', '.join(DECODERS)}")
+        hint = did_you_mean(wanted, DECODERS)
+        raise UserError(f"decoder is {wanted!r}{hint}", f"it must be one of {', '.join(DECODERS)}")
     cores = available_cores()
     if device.type != "cuda":
         if wanted in ("hardware", "cuda"):

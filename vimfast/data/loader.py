@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vimfast.config.choices import Decoder, OnBadImage
 from vimfast.data import decoding
 from vimfast.data.decoding import DecodeError, Graph, GraphSettings
 from vimfast.data.hardware import Decoding, Demand, choose_decoding, next_decoder
@@ -45,13 +46,13 @@ class LoaderSettings:
         report: is told of each image skipped; default: a warning on stderr.
     """
 
-    decoder: str = "auto"
+    decoder: Decoder = "auto"
     threads: int | None = None
     prefetch: int = 3
     readahead: int = 4
     steps_at_once: int | None = None
     engine_share: float | None = None
-    on_bad_image: str = "stop"
+    on_bad_image: OnBadImage = "stop"
     report: Callable[[str], None] | None = None
 
 

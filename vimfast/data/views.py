@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vimfast.augment.pixels import carry_out
 from vimfast.augment.plan import Plan
 from vimfast.augment.recipe import Recipe, training_crop
 from vimfast.config import AugmentConfig
+from vimfast.config.choices import Interpolation
 from vimfast.data import decoding
 from vimfast.data.decoding import Encoded, Flag, Flags, GraphSettings, Pair, Pairs, Size
 from vimfast.data.exchange import Exchange
@@ -31,7 +32,7 @@ from vimfast.data.order import Order
 from vimfast.data.source import Images
 from vimfast.errors import UserError, did_you_mean
 
-INTERPOLATIONS = ("bicubic", "bilinear", "random")
+INTERPOLATIONS = get_args(Interpolation)
 
 Read = Callable[[np.ndarray], tuple[np.ndarray, Images]]  # ids wanted -> ids that come, and their images
 
@@ -122,7 +123,7 @@ class Training:
     device: torch.device
     stage: Callable[[int], Stage]
     flip: float = 0.5
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     normalization: Normalization = IMAGENET
 
     training: ClassVar[bool] = True
@@ -143,6 +144,11 @@ class Training:
         assert plan is not None
         mean, std, dtype = self.normalization
         return Batch(carry_out(crops, plan, mean=mean, std=std, dtype=dtype), labels)
+
+
+def _split(images: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    parts: tuple[Tensor, ...] = images.split(counts)
+    return parts
 
 
 class BoxWork(NamedTuple):
@@ -295,7 +301,7 @@ class Copies(_Boxes):
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
         copies = [decoding.tensor(output) for output in outputs]
         together = copies[0] if len(copies) == 1 else torch.stack(copies, 1).flatten(0, 1)
-        return together.split([len(work.ids) * self.copies for work in works])
+        return _split(together, [len(work.ids) * self.copies for work in works])
 
     def finish(self, decoded: Tensor, work: Work) -> Batch:
         assert isinstance(work.crops, np.ndarray)
@@ -345,7 +351,7 @@ class CutOut(Training):
         return [decoding.mirror(decoding.cut(whole, x.corner, x.extent), x.mirror)]
 
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
-        return decoding.tensor(*outputs).split([len(work.ids) for work in works])
+        return _split(decoding.tensor(*outputs), [len(work.ids) for work in works])
 
     def finish(self, decoded: Tensor, work: Work) -> Batch:
         return self._batch(decoded, torch.from_numpy(work.labels).to(self.device, non_blocking=True), work.plan)
@@ -373,7 +379,7 @@ class Evaluation:
     device: torch.device
     size: int = 224
     crop: SquareCrop = field(default_factory=CentreCrop)
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     normalization: Normalization = IMAGENET
 
     training: ClassVar[bool] = False
@@ -396,7 +402,7 @@ class Evaluation:
         return [decoding.normalize(squares, self.normalization)]
 
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
-        return decoding.tensor(*outputs).split([len(work.ids) for work in works])
+        return _split(decoding.tensor(*outputs), [len(work.ids) for work in works])
 
     def finish(self, decoded: Tensor, work: Work) -> Batch:
         labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
@@ -413,7 +419,7 @@ def training_view(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
-    interpolation: str = "bicubic",
+    interpolation: Interpolation = "bicubic",
     normalization: Normalization = IMAGENET,
     group: ProcessGroup | None = None,
 ) -> View:
@@ -448,7 +454,7 @@ def crop_view(
     stage: Callable[[int], Stage],
     *,
     flip: float = 0.5,
-    interpolation: str = "bicubic",
+    interpolation: Interpolation = "bicubic",
     normalization: Normalization = IMAGENET,
     group: ProcessGroup | None = None,
 ) -> View:

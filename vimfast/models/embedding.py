@@ -41,7 +41,8 @@ class PatchEmbed(nn.Module):
             )
         size = self.proj.kernel_size[0]
         if self.proj.stride[0] != size:
-            return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
+            maps: Tensor = self.proj(x)
+            return maps.flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
         # Patches that do not overlap are rows of a matrix: one copy, which also casts, and one product.
         rows, columns = self.grid_size
         x = x[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))

@@ -266,9 +266,12 @@ class VisionMamba(TimmModel):
     def _run_block(
         self, i: int, x: Tensor, residual: Tensor | None, noise: Tensor | None, overwrite: bool = False
     ) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor]
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.layers[i], x, residual, noise, use_reentrant=False)
-        return self.layers[i](x, residual, noise, overwrite)
+            out = checkpoint(self.layers[i], x, residual, noise, use_reentrant=False)
+        else:
+            out = self.layers[i](x, residual, noise, overwrite)
+        return out
 
     def _pool(self, x: Tensor, places: tuple[int, ...]) -> Tensor:  # [B, M, C] -> [B, C], or as it is
         if places:

@@ -151,7 +151,7 @@ class TrainStep:
             self._graphs[True].replay()
             end.record()
             torch.cuda.synchronize(device)
-            times.append(begin.elapsed_time(end) / 1000)
+            times.append(float(begin.elapsed_time(end)) / 1000)
         return statistics.median(times)
 
     # Running

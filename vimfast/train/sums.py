@@ -49,7 +49,7 @@ class Mark:
     def since(self, earlier: Mark) -> float:
         """Seconds from one moment to the other, which both have passed."""
         if self._event is not None and earlier._event is not None:
-            return earlier._event.elapsed_time(self._event) / 1000
+            return float(earlier._event.elapsed_time(self._event)) / 1000
         return self._time - earlier._time
 
 

@@ -1,0 +1,44 @@
+"""Flags with helpful errors."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from vimfast.errors import UserError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations; its errors are a ``UserError``, with the nearest flag for a misspelled one."""
+
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for word in args:  # before argparse, which may complain of a missing flag instead
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in known:
+                raise UserError(f"unknown flag {flag}{did_you_mean(flag, known)}", "--help lists all flags")
+        parsed: argparse.Namespace = super().parse_args(args, namespace)
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"see {self.prog} --help")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer in this range."""
+    limits = f"must be >= {least}" if most is None else f"must be from {least} to {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer ({limits})") from None
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{limits}, not {value}")
+        return value
+
+    return parse

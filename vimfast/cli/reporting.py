@@ -1,0 +1,53 @@
+"""Errors of several processes, said once per host."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+
+
+def report_once(sentence: str) -> None:
+    """Say why the run ends, outside the control: once per host, as usually all its processes have the same to say."""
+    alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
+    held = None if alone else first_on_host(attempt())
+    if alone or held is not None:
+        with suppress(OSError):
+            print(sentence, file=sys.stderr, flush=True)
+    if held is not None:
+        time.sleep(1)  # by then the others have failed too, or torchrun has ended them
+        held.close()
+
+
+def was_reported() -> bool:
+    """Whether a process of this host is in :func:`report_once`, which takes it a second."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(_lock_address(attempt())) in (0, errno.EAGAIN)
+
+
+def attempt() -> str:
+    """Names this attempt of this run among all runs on the host."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    return "-".join(os.environ.get(name, "") for name in names)
+
+
+def first_on_host(name: str) -> socket.socket | None:
+    """A lock that is released when its process ends: for the first on this host that asks; None for the others."""
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind(_lock_address(name))
+        lock.listen()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            lock.close()
+            return None
+    return lock
+
+
+def _lock_address(name: str) -> str:
+    return f"\0vimfast-{hashlib.sha256(name.encode()).hexdigest()}"

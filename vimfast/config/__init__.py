@@ -1,0 +1,42 @@
+"""Every setting of a run: defaults < recipe (``--config``) < command line, typed and strict.
+
+:mod:`~vimfast.config.schema` has the settings, :mod:`~vimfast.config.choices` the words that they choose from,
+:mod:`~vimfast.config.loading` the order in which they win, :mod:`~vimfast.config.checks` what is refused, and
+:mod:`~vimfast.config.compat` the flags of hustvl/Vim that are no settings here.
+"""
+
+from vimfast.config.batches import Batches, plan_batches
+from vimfast.config.loading import load_config
+from vimfast.config.recipes import find_recipe, recipes
+from vimfast.config.schema import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    DistillConfig,
+    EmaConfig,
+    FinetuneConfig,
+    MixConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "Batches",
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "EmaConfig",
+    "FinetuneConfig",
+    "MixConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "find_recipe",
+    "load_config",
+    "plan_batches",
+    "recipes",
+]

@@ -1,0 +1,53 @@
+"""What is refused when settings are loaded, rather than seconds later behind opened data."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from vimfast.config.schema import Config, kinds
+from vimfast.errors import UserError, did_you_mean
+
+
+def check(config: Config) -> None:
+    """Whether every value is in its range and one of its choices.
+
+    Raises:
+        UserError: one is not.
+    """
+    for section in fields(Config):
+        part = getattr(config, section.name)
+        of = kinds(type(part))
+        for f in fields(part):
+            value = getattr(part, f.name)
+            if value is None:
+                continue
+            _check_range(f.name, value, f.metadata["least"], f.metadata["most"])
+            choices = of[f.name].choices
+            if f.metadata["choices"] is not None and value != f.default:
+                choices = f.metadata["choices"]()
+            if choices and value not in choices:
+                hint = did_you_mean(value, choices)
+                raise UserError(f"{f.name} is {value!r}{hint}", f"it must be one of {', '.join(choices)}")
+    _check_augmentation(config)
+
+
+def _check_range(name: str, value: Any, least: float | None, most: float | None) -> None:
+    if least is not None and not value >= least:  # nor nan
+        raise UserError(f"{name} is {value}", f"it must be >= {least}")
+    if most is not None and not value <= most:
+        raise UserError(f"{name} is {value}", f"it must be <= {most}")
+
+
+def _check_augmentation(config: Config) -> None:
+    """Build what checks its own arguments and is cheap to build."""
+    from vimfast.augment.crops import CentreCrop, RandomResizedCrop  # here, for --help needs no numpy
+    from vimfast.augment.randaugment import policy
+
+    data, augment, box = config.data, config.augment, config.mix.cutmix_minmax
+    RandomResizedCrop(data.scale, data.ratio)
+    CentreCrop(data.eval_crop_ratio)
+    if not augment.three_augment:  # which stands for itself
+        policy(augment.aa, data.train_interpolation)
+    if box is not None and not 0 <= box[0] <= box[1] <= 1:
+        raise UserError(f"cutmix_minmax is {box[0]} {box[1]}", "it must be MIN <= MAX, from 0 to 1")

@@ -1,0 +1,73 @@
+"""The command line of ``python -m vimfast.train``: a flag for each setting, made from its field."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import Field, fields
+from typing import Any
+
+import yaml
+
+from vimfast.cli import Parser
+from vimfast.config.compat import add_flags
+from vimfast.config.recipes import recipes
+from vimfast.config.schema import Config, Kind, kinds
+
+CONFIG = "config"  # the flag that is no setting
+
+
+def flag_parser() -> Parser:
+    """Reads flags into a namespace that holds nothing but the settings given."""
+    parser = Parser(
+        "python -m vimfast.train",
+        "Train or evaluate a Vision Mamba. Settings: defaults < --config RECIPE < these flags.",
+        argument_default=argparse.SUPPRESS,
+    )
+    known = ", ".join(recipes())
+    parser.add_argument(f"--{CONFIG}", metavar="RECIPE", help=f"start from a recipe ({known}), or a YAML file")
+    add_flags(parser)
+    for section in fields(Config):
+        group = parser.add_argument_group(section.name)
+        part: Any = section.default_factory
+        of = kinds(part)
+        for f in fields(part):
+            _add_flag(group, f, of[f.name])
+    return parser
+
+
+def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
+    hyphen = f.name.replace("_", "-")
+    names = [hyphen, *f.metadata["aliases"]]
+    flags = list(dict.fromkeys(f"--{n}" for name in names for n in (name, name.replace("-", "_"))))
+    default = f.default_factory() if callable(f.default_factory) else f.default
+    text = f.metadata["help"] + ("" if default in (None, "", {}) else f" [{default}]")
+    if kind.base is bool:
+        group.add_argument(*flags, dest=f.name, action="store_true", help=text)
+        negative = list(dict.fromkeys([f"--no-{hyphen}", f"--no_{f.name}", f"--no-{f.name}"]))
+        group.add_argument(*negative, dest=f.name, action="store_false", help=argparse.SUPPRESS if not default else "")
+    elif kind.base is dict:
+        group.add_argument(*flags, dest=f.name, nargs="+", action=_KeyValue, metavar="NAME=VALUE", help=text)
+    elif kind.length != 1:
+        several = {"nargs": kind.length or "+", "action": _AsTuple}
+        group.add_argument(*flags, dest=f.name, type=kind.base, help=text, **several)
+    else:
+        metavar = "|".join(kind.choices) or None
+        group.add_argument(*flags, dest=f.name, type=kind.base, help=text, metavar=metavar)
+
+
+class _KeyValue(argparse.Action):
+    """Collects ``name=value`` words into a dict, each value read as YAML."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = {}
+        for word in values:
+            name, equals, value = word.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes name=value words, not {word!r}")
+            pairs[name] = yaml.safe_load(value)
+        setattr(namespace, self.dest, pairs)
+
+
+class _AsTuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))

@@ -1,0 +1,289 @@
+"""The settings of a run: one dataclass for each section, named after the part that it goes to.
+
+A field is at once a YAML key (under its section's name) and a command-line flag. Names and defaults are those of
+hustvl/Vim's ``main.py`` where it has them, so its command lines carry over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from vimfast.config.choices import (
+    CopiesOn,
+    Decoder,
+    Distillation,
+    EraseMode,
+    ImageOrder,
+    Interpolation,
+    MixMode,
+    OnBadImage,
+    PositionResampling,
+)
+from vimfast.files import write_text
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    aliases: tuple[str, ...] = (),
+    choices: Callable[[], tuple[str, ...]] | None = None,
+) -> Any:
+    """A dataclass field that is also a flag: `help` is its ``--help`` line, `aliases` are other spellings.
+
+    The choices of a field are its ``Literal`` type; where only the run knows them, `choices` returns them. It is called
+    for a value other than the default only.
+    """
+    metadata = {"help": help, "least": least, "most": most, "aliases": aliases, "choices": choices}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Kind(NamedTuple):
+    """The values that a setting takes, as its annotation says."""
+
+    base: type  # bool, int, float, str or dict
+    optional: bool  # None is a value too
+    length: int = 1  # so many of `base`, in a tuple unless it is 1; 0: any number
+    choices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, annotation: Any) -> Kind:
+        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        (kind,) = (o for o in options if o is not type(None))
+        optional, origin, inner = len(options) > 1, typing.get_origin(kind), typing.get_args(kind)
+        if origin is Literal:
+            return cls(str, optional, choices=inner)
+        if origin is tuple:
+            return cls(inner[0], optional, length=0 if inner[-1] is Ellipsis else len(inner))
+        return cls(origin or kind, optional)
+
+
+def kinds(section: type) -> dict[str, Kind]:
+    """The kind of each field of a section."""
+    return {name: Kind.of(annotation) for name, annotation in typing.get_type_hints(section).items()}
+
+
+def _backend_names() -> tuple[str, ...]:
+    from vimfast_kernels import backend_names  # imports torch, which a command line without this flag can do without
+
+    return backend_names()
+
+
+@dataclass
+class ModelConfig:
+    model: str = option("vim_tiny_patch16_224", "name of a Vision Mamba, or of any timm model")
+    model_kwargs: dict[str, Any] = option({}, "constructor options for the model, e.g. depth=4 embed_dim=64")
+    num_classes: int | None = option(None, "classes of the head; default: as many as the data has", least=0)
+    input_size: int = option(224, "side of the square input, pixels", least=1)
+    drop: float = option(0.0, "dropout rate after the position embedding", least=0, most=1)
+    drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0, most=1)
+    scan_backend: str = option(
+        "auto", "kernels of the model: auto, gluon, mamba_ssm, reference", choices=_backend_names
+    )
+    random_cls_token_position: bool = option(
+        False,
+        "insert the class token anywhere in training, a new place each step; in evaluation it is the first",
+        aliases=("if-random-cls-token-position",),
+    )
+    random_token_rank: bool = option(
+        False, "shuffle the sequence in training, anew each step", aliases=("if-random-token-rank",)
+    )
+    use_checkpoint: bool = option(False, "recompute activations in backward to save memory")
+    torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same")
+    cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it")
+
+    def options(self) -> dict[str, Any]:
+        """Constructor options of the model that have no argument of their own in every model."""
+        options: dict[str, Any] = {"if_random_token_rank": True} if self.random_token_rank else {}
+        if self.random_cls_token_position:  # which a token held in the middle would be deaf to
+            options |= {"if_random_cls_token_position": True, "use_middle_cls_token": False}
+        return options | self.model_kwargs
+
+
+@dataclass
+class DataConfig:
+    data_path: str = option("", "shards from vimfast-prepare, or a folder tree with train/ and val/")
+    batch_size: int = option(64, "training pictures a step on each GPU (or process)", least=1)
+    eval_batch_size: int | None = option(
+        None, "validation pictures a step on each GPU; default: as in training", least=1
+    )
+    repeated_aug: bool = option(True, "three augmented copies of each drawn picture, as DeiT and Vim do")
+    repeated_aug_on: CopiesOn = option(
+        "all-ranks", "where the copies go: spread as DeiT does, or together, which decodes each picture once"
+    )
+    order: ImageOrder = option(
+        "permutation", "of the training pictures: of all of them, or of --order-window shards at a time"
+    )
+    order_window: int = option(64, "shards that --order window shuffles together; they should fit in memory", least=1)
+    scale: tuple[float, float] = option((0.08, 1.0), "area of a training crop, as a share of the picture: MIN MAX")
+    ratio: tuple[float, float] = option((3 / 4, 4 / 3), "width over height of a training crop: MIN MAX")
+    hflip: float = option(0.5, "probability of a horizontal flip in training", least=0, most=1)
+    train_interpolation: Interpolation = option("bicubic", "filter of crops and warps in training")
+    eval_crop_ratio: float = option(
+        0.875, "validation resizes the short side to input size / this, then crops; 1 for inputs up to 32 pixels"
+    )
+    num_workers: int | None = option(
+        None, "decoding threads of each process; default: as many as help, of the cores it may use", least=1
+    )
+    decoder: Decoder = option(
+        "auto", "the GPU's JPEG engine, its ordinary cores, or the CPU; auto: what slows training least on this machine"
+    )
+    prefetch: int = option(3, "batches decoded ahead", least=1)
+    readahead: int = option(4, "batches read ahead of those from disk", least=1)
+    on_bad_image: OnBadImage = option("stop", "at a picture that does not decode: end the run, or go on without it")
+
+
+@dataclass
+class AugmentConfig:
+    aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment in timm's words; none or '' for none")
+    color_jitter: float = option(
+        0.3, "change brightness, contrast and saturation by up to this; only where --aa is off", least=0
+    )
+    three_augment: bool = option(
+        False, "DeiT III's grey, solarize or blur, and --color-jitter; no --aa, no erasing", aliases=("ThreeAugment",)
+    )
+    src: bool = option(False, "simple random crop: short side to the input size, shifted by up to 4 pixels")
+    reprob: float = option(0.25, "probability of erasing a box", least=0, most=1)
+    remode: EraseMode = option("pixel", "what an erased box holds: noise, black or one colour")
+    recount: int = option(1, "erase up to this many boxes", least=1)
+
+
+@dataclass
+class MixConfig:
+    mixup: float = option(0.8, "mixup alpha; 0 turns it off", least=0)
+    cutmix: float = option(1.0, "cutmix alpha; 0 turns it off", least=0)
+    cutmix_minmax: tuple[float, float] | None = option(None, "cutmix box side as a share of the picture: MIN MAX")
+    mixup_prob: float = option(1.0, "probability of mixing at all", least=0, most=1)
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
+    mixup_mode: MixMode = option("batch", "one draw for each batch, pair or element")
+    smoothing: float = option(0.1, "label smoothing", least=0, most=1)
+    bce_loss: bool = option(False, "binary cross entropy on every class a target holds (smoothing is then unused)")
+
+
+@dataclass
+class OptimConfig:
+    opt: str = option("adamw", "any optimizer of timm's factory")
+    opt_eps: float | None = option(1e-8, "epsilon of the optimizer")
+    opt_betas: tuple[float, ...] | None = option(None, "betas of the optimizer; default: its own")
+    momentum: float = option(0.9, "momentum of SGD", least=0)
+    weight_decay: float = option(
+        0.05, "weight decay; 1-D tensors, biases, position and class tokens have none", least=0
+    )
+    decay_a_log: bool = option(True, "decay A_log too, as the published runs did")
+    clip_grad: float | None = option(None, "largest gradient norm; default: no clipping")
+    lr: float = option(5e-4, "learning rate for a global batch of 512; scaled in proportion to the batch", least=0)
+    unscale_lr: bool = option(False, "take --lr as it is, whatever the batch")
+    accum_steps: int = option(1, "batches of --batch-size on each GPU that make one update", least=1)
+    global_batch_size: int | None = option(
+        None, "pictures of an update, on all GPUs together; --batch-size is then the most a GPU takes at once", least=1
+    )
+    skip_limit: int = option(
+        20, "steps in a row that may be skipped, their gradients being no numbers, before the run stops", least=1
+    )
+
+
+@dataclass
+class FinetuneConfig:
+    finetune: str = option("", "start from these weights, whatever they were trained on: a checkpoint, or safetensors")
+    pos_embed_resample: PositionResampling = option(
+        "patches",
+        "at another input size or stride, resample the positions of the patches alone, or as the original does, which"
+        " takes the class token for the first of the sequence",
+    )
+    attn_only: bool = option(False, "train the mixers (or a transformer's attention), head and position embedding only")
+    freeze_layers: int = option(
+        0, "keep the embedding and the first so many blocks as they are; all of them: train the head alone", least=0
+    )
+
+
+@dataclass
+class DistillConfig:
+    distillation_type: Distillation = option("none", "learn from a teacher: its probabilities, or its answer")
+    teacher_model: str = option("regnety_160", "any timm model; it sees the pictures that the student sees")
+    teacher_path: str = option("", "the teacher's checkpoint, or safetensors")
+    distillation_alpha: float = option(0.5, "the teacher's share of the loss", least=0)
+    distillation_tau: float = option(1.0, "temperature of the probabilities")
+    cosub: bool = option(False, "train two draws of stochastic depth on each picture to agree (DeiT III's cosub)")
+
+
+@dataclass
+class ScheduleConfig:
+    epochs: int = option(300, "epochs to train", least=1)
+    sched: str = option("cosine", "any schedule of timm's factory: cosine, step, poly, constant, ...")
+    sched_on_updates: bool = option(False, "move the learning rate every step instead of every epoch")
+    warmup_lr: float = option(1e-6, "first learning rate of the warm-up (not scaled)")
+    min_lr: float = option(1e-5, "last learning rate (not scaled)")
+    warmup_epochs: int = option(5, "epochs of linear warm-up", least=0)
+    cooldown_epochs: int = option(10, "epochs at min_lr behind the schedule; --epochs ends a run before them")
+    decay_epochs: float = option(30, "interval of sched=step, epochs")
+    decay_rate: float = option(0.1, "factor of sched=step", aliases=("dr",))
+    lr_noise: tuple[float, ...] | None = option(None, "noise the rate from this share of the epochs on (to this one)")
+    lr_noise_pct: float = option(0.67, "largest noise, as a share of the rate")
+    lr_noise_std: float = option(1.0, "standard deviation of the noise")
+
+
+@dataclass
+class EmaConfig:
+    model_ema: bool = option(True, "keep an exponential moving average of the weights")
+    model_ema_decay: float = option(0.99996, "its decay a step")
+    model_ema_force_cpu: bool = option(False, "keep it in host memory")
+
+
+@dataclass
+class RunConfig:
+    output_dir: str = option("", "folder for checkpoints, logs and the resolved config; empty: save nothing")
+    resume: str = option("", "checkpoint to go on from (or to evaluate); 'auto': output_dir's own if there is one")
+    eval: bool = option(False, "only evaluate")
+    start_epoch: int | None = option(None, "first epoch; default: where the checkpoint stopped, or 0")
+    device: str = option("auto", "auto, cuda, cuda:N or cpu")
+    seed: int = option(0, "seed of the weights, the order, the augmentation and the mixing", least=0)
+    amp: bool = option(True, "bf16 autocast on a GPU that has it; --no_amp for fp32", aliases=("if-amp",))
+    steps_per_epoch: int | None = option(None, "end each epoch after this many steps; default: the whole data", least=1)
+    eval_steps: int | None = option(
+        None, "evaluate on this many steps' pictures only; default: every picture, once", least=1
+    )
+    log_every: int = option(50, "steps between two reports", least=1)
+    save_every: int | None = option(
+        None, "steps between two checkpoints inside an epoch; default: epoch ends only", least=1
+    )
+    stall_timeout: float = option(
+        600.0, "seconds without progress after which the run ends naming the process at fault", least=1
+    )
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by section and name, as YAML and checkpoints hold them."""
+        plain = dataclasses.asdict(self)
+        return {
+            section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+            for section, values in plain.items()
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the resolved settings as YAML that ``--config`` reads back."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
