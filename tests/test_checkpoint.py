@@ -237,7 +237,7 @@ def test_finetuning_at_another_size_with_another_head(tmp_path: Path) -> None:
     notes = load_for_finetuning(new, old.state_dict(), "c.pth", resample="patches")
     assert notes == [
         "position embedding resampled from 17 to 37 positions",
-        "head has 3 classes here and 5 in c.pth: it starts anew",
+        "head has 3 classes here and 5 in c.pth: it starts from initial values",
     ]
     assert torch.equal(new.head.weight, head)
     assert torch.equal(new.layers[1].mixer.D, old.layers[1].mixer.D)

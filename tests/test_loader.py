@@ -171,7 +171,7 @@ def test_any_place_gives_what_an_uninterrupted_run_gives(train: Source) -> None:
     stopped = training_loader(train)
     for _, first in zip(range(4), stopped.epoch(0), strict=False):
         assert len(first.labels) == 4
-    assert_same(list(stopped.epoch(0, start=4)), through[0][4:])  # goes on
+    assert_same(list(stopped.epoch(0, start=4)), through[0][4:])  # continues
     assert_same(list(stopped.epoch(0, start=1)), through[0][1:])  # goes back
     assert_same(list(stopped.epoch(1)), through[1])
 

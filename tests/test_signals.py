@@ -240,7 +240,7 @@ def assert_within(seconds: float, happens: Callable[[], bool]) -> None:
             ("1:1:crash", "error: rank 1: ValueError: a bug of ours"),
             ("1:1:user", "error: rank 1: the image is upside down; turn it"),
             ("all:1:user", "error: the image is upside down; turn it"),
-            ("1:1:memory", "error: rank 1: cpu has too little memory for 2 pictures a step; try --batch-size 1,"),
+            ("1:1:memory", "error: rank 1: cpu has too little memory for 2 images a step; try --batch-size 1,"),
         ],
         faults[:1],
     ),

@@ -3,7 +3,7 @@
     python tools/bench_share.py shards/
     python tools/bench_share.py shards/ small/ --decoders cpu cuda hardware --threads 8 14 --copies 1 3
 
-Steps are the trainer's own: mixing, forward, backward, fused AdamW, weight average, as a CUDA graph. Before and behind
+Steps are the trainer's own: mixing, forward, backward, fused AdamW, weight average, as a CUDA graph. Before and after
 every few rows comes one without a loader, and a share is of the last of these: machines drift. "waiting" is the part of
 the time that the host spends in the loader, which costs nothing while the GPU has steps in its queue.
 """

@@ -50,7 +50,7 @@ BLUR_SLOTS = 6  # three running means in either direction are Pillow's GaussianB
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`layers` operations of a set, one behind the other, each applied with `probability`.
+    """`layers` operations of a set, one after the other, each applied with `probability`.
 
     Args:
         names: of the set.

@@ -52,7 +52,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return {"model": _unwrapped(state)}
     raw = next((state[name] for name in RAW if _is_state_dict(state.get(name))), None)
     if raw is None:
-        raise UserError(f"{path} holds no model weights: want a state dict, or a dict with one under 'model'")
+        raise UserError(f"{path} holds no model weights; it must be a state dict, or a dict with one under 'model'")
     averaged = next((state[name] for name in AVERAGED if _is_state_dict(state.get(name))), None)
     return {**state, "model": _unwrapped(raw), "model_ema": None if averaged is None else _unwrapped(averaged)}
 

@@ -19,7 +19,7 @@ def load_weights(
             :data:`vimfast.models.pos_embed.RESAMPLE`; None: it is an error.
 
     Returns:
-        lines that tell what was changed on the way.
+        lines that say what was changed on the way.
 
     Raises:
         UserError: names or shapes differ, with the first of them.
@@ -46,7 +46,7 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], origin: st
         resample: as in :func:`load_weights`.
 
     Returns:
-        lines that tell what was resampled, what was not loaded, and why.
+        lines that say what was resampled, what was not loaded, and why.
 
     Raises:
         UserError: a shape outside the head differs, or nothing but the head would be loaded.
@@ -54,20 +54,22 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], origin: st
     weights, notes = _fitted(model, weights, resample)
     own = model.state_dict()
     heads = head_names(model)
-    anew: list[str] = []
+    fresh: list[str] = []
     for head in heads:
         new, old = own.get(f"{head}.weight"), weights.get(f"{head}.weight")
         if new is not None and old is not None and new.shape != old.shape:
-            anew += [f"{head}.weight", f"{head}.bias"]
-            notes.append(f"{head} has {len(new)} classes here and {len(old)} in {origin}: it starts anew")
-    weights = {name: value for name, value in weights.items() if name not in anew}
+            fresh += [f"{head}.weight", f"{head}.bias"]
+            notes.append(
+                f"{head} has {len(new)} classes here and {len(old)} in {origin}: it starts from initial values"
+            )
+    weights = {name: value for name, value in weights.items() if name not in fresh}
     shapes, missing, unknown = _differences(model, weights)
     if shapes:
         raise UserError(f"{origin} is of another model: {shapes[0]}; give the --model and --model-kwargs it is of")
     if not [name for name in own.keys() & weights.keys() if name.rpartition(".")[0] not in heads]:
         first = next(iter(weights), "nothing")
         raise UserError(f"{origin} has no weight of this model (its first is {first}); give the --model it is of")
-    missing = [name for name in missing if name not in anew]
+    missing = [name for name in missing if name not in fresh]
     if missing:
         notes.append(f"not in {origin}, so as initialized: {', '.join(missing)}")
     if unknown:
@@ -101,6 +103,6 @@ def _differences(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list[
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The classifier's module names, as timm's models tell them."""
+    """The classifier's module names, as timm's models give them."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     return (names,) if isinstance(names, str) else tuple(names)

@@ -17,7 +17,7 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, state: Mapping[str, A
 
     Args:
         optimizer: over `model`'s trainable parameters.
-        state: the checkpoint, with ``optimizer``; ``lr_scheduler`` tells that it is the original's.
+        state: the checkpoint, with ``optimizer``; ``lr_scheduler`` shows that it is the original's.
 
     Raises:
         ValueError, KeyError: the state is of another optimizer or model.

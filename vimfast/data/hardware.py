@@ -59,7 +59,7 @@ class Demand(NamedTuple):
     images: int  # to decode for a step
     crops: int  # that it trains on; more than images where several are cut from one
     seconds: float | None  # that it takes the GPU; None: unknown
-    image_bytes: Callable[[], float]  # tells the mean size of an encoded image, asked where it matters
+    image_bytes: Callable[[], float]  # gives the mean size of an encoded image, asked where it matters
 
 
 def choose_decoding(wanted: str, threads: int | None, device: torch.device, demand: Demand | None) -> Decoding:
@@ -137,7 +137,7 @@ def _pinned(mine: set[int]) -> bool:
 
 
 def _quota() -> int:
-    """The cores' time that a container may use, which the set of its cores does not tell."""
+    """The cores' time that a container may use, which the set of its cores does not show."""
     try:
         limit, period = _QUOTA.read_text().split()
         return max(1, round(int(limit) / int(period)))

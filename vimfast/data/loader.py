@@ -43,7 +43,7 @@ class LoaderSettings:
         steps_at_once: batches that DALI decodes together; default: what fits the decoder.
         engine_share: of the images, for the JPEG engine; default: what fits the GPU and the threads.
         on_bad_image: ``"stop"`` at an image that does not decode, or ``"skip"`` it (:class:`Reader`).
-        report: is told of each image skipped; default: a warning on stderr.
+        report: called with a sentence for each image skipped; default: a warning on stderr.
     """
 
     decoder: Decoder = "auto"

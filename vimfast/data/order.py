@@ -31,7 +31,7 @@ def windowed_permutation(seed: int, epoch: int, bounds: tuple[int, ...], window:
     """An order that needs `window` shards at a time: shards shuffled, then all images of each `window` of them.
 
     Every image once; int32 or int64 [samples], read-only. How near it comes to :func:`permutation` is a matter of the
-    window: ``tools/order_quality.py`` tells.
+    window: ``tools/order_quality.py`` shows.
 
     Args:
         bounds: the first image of each shard, and the number of all images.

@@ -20,9 +20,9 @@ class Reader:
     data alone, not by when a bad one was first met.
 
     Args:
-        skip: go on without bad images; else the first one ends the run.
+        skip: continue without bad images; else the first one ends the run.
         stand_in: put another image in the place of a bad one.
-        report: is told once of each bad image.
+        report: called once for each bad image, with a sentence.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Reader:
         """Find what keeps a batch from being decoded, so that reading it again gives one that is.
 
         What Pillow cannot decode is bad. What it can, and the loader's decoder cannot, is decoded by Pillow and encoded
-        anew from then on.
+        again from then on.
 
         Args:
             batches: ids and encoded images of those in work, the one that failed first.
@@ -91,7 +91,7 @@ class Reader:
         if names and not self._skip:
             raise UserError(
                 f"cannot decode {', '.join(sorted(names.values()))}",
-                "go on without such images with --on-bad-image skip, or find them all with "
+                "continue without such images with --on-bad-image skip, or find them all with "
                 "python -m vimfast.check_data DATA --decode",
             )
         for i, name in names.items():

@@ -93,7 +93,7 @@ def open_source(path: str | Path, split: str) -> Source:
     """The split ``"train"`` or ``"val"`` of a shards folder or a folder tree.
 
     A tree's validation labels are positions among its training classes where it has any, so a class without
-    validation images does not shift those behind it.
+    validation images does not shift those after it.
 
     Raises:
         UserError: neither kind of folder, the conversion did not finish, the split is missing, or files are.

@@ -24,7 +24,7 @@ def resample_pos_embed(
 
     ``class_places(patches)`` says where the T class tokens stand in a sequence of so many patches. Their entries move
     to the new places as they are; only the patches' are resampled. An embedding that fits comes back itself. A
-    UserError tells of one whose patches form no square.
+    UserError reports one whose patches form no square.
     """
     patches = pos_embed.shape[1] - len(class_places(0))
     if patches == grid[0] * grid[1]:

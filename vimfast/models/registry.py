@@ -101,8 +101,8 @@ def create_model(name: str, *, img_size: int | None = None, scan_backend: str = 
     ours = name in MODELS
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        cure = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
-        raise UserError(f"there is no model named {name!r}; {cure}")
+        fix = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
+        raise UserError(f"there is no model named {name!r}; {fix}")
     if ours:
         kwargs["scan_backend"] = scan_backend
     elif scan_backend != "auto":

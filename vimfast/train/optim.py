@@ -51,7 +51,7 @@ class LearningRate:
     """The learning rate as a function of the place in the run: timm's schedule, entered as the original enters it.
 
     By default the rate moves once an epoch, and one epoch late: epochs 0 and 1 both run at the schedule's start, as
-    in DeiT and Vim, where the scheduler steps behind the epoch with that epoch's number. With ``sched_on_updates``
+    in DeiT and Vim, where the scheduler steps after the epoch with that epoch's number. With ``sched_on_updates``
     it moves every step and nothing is late.
     """
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from vimfast.train.gradients import GradientSum
 
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (pictures, logits, targets) -> scalar
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (images, logits, targets) -> scalar
 
 IN_FLIGHT = 2  # steps the host may be ahead of the GPU
 WARM_UP = 2  # launched steps before capture: libraries make their handles, gradients find their buckets
@@ -31,7 +31,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Health(NamedTuple):
-    """What became of steps whose gradients are no numbers: they change no weights."""
+    """What became of steps with non-finite gradients: they change no weights."""
 
     skipped: int  # of all steps
     in_a_row: int  # longest run of skipped steps
@@ -159,7 +159,7 @@ class TrainStep:
     def __call__(
         self, images: Tensor, targets: Tensor, *, first: bool = True, last: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """One batch; with accumulation the weights change behind the `last` of the batches that the `first` began.
+        """One batch; with accumulation the weights change after the `last` of the batches that the `first` began.
 
         Args:
             images: [B, 3, S, S] on the device.
