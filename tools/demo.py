@@ -114,7 +114,7 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to work in, made anew [demo]")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to work in, emptied first [demo]")
     out = parser.parse_args().out
     if out.exists() and not (out / "digits").exists() and any(out.iterdir()):
         sys.exit(f"error: {out} exists and is no earlier demo; choose another --out")

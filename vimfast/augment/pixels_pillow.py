@@ -50,7 +50,7 @@ _CHANGES: dict[int, Callable[[Image.Image, np.ndarray], Image.Image]] = {
 
 
 def change(pixels: np.ndarray, operations: np.ndarray, fill: tuple[int, ...]) -> np.ndarray:
-    """One image, uint8 [H, W, 3], behind its operations (OPERATION [S]); pixels from outside are `fill`."""
+    """One image, uint8 [H, W, 3], after its operations (OPERATION [S]); pixels from outside are `fill`."""
     image = Image.fromarray(pixels)
     for code, cubic, args in operations.tolist():
         if code == Op.AFFINE:
