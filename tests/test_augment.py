@@ -90,7 +90,7 @@ def test_boxes_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
         "aspect": lambda box: box[:, 3] / box[:, 2],
     }.items():
         assert kolmogorov_smirnov(measure(ours), measure(theirs)) < 1.8, name
-    # The test can tell: a slightly narrower range of areas does not pass.
+    # The test is sharp enough: a slightly narrower range of areas does not pass.
     narrower = draw(np.tile(size, (count, 1)), scale=(0.15, 1.0))
     assert kolmogorov_smirnov(narrower[:, 2] * narrower[:, 3], theirs[:, 2] * theirs[:, 3]) > 1.8
 

@@ -78,7 +78,7 @@ def compare(device: str) -> None:
         difference = (ours - pixels_pillow.carry_out(images, plan, mean, std, torch.float32)).abs() * level
         assert difference.max() <= 1.001, title
         assert (difference > 0.5).float().mean() < 1e-3, title
-        # The comparison can tell: most images were changed.
+        # The comparison means something: most images were changed.
         unchanged = pixels_pillow.carry_out(images, Plan.nothing(len(images)), mean, std, torch.float32)
         assert ((unchanged - ours).abs().amax((1, 2, 3)) > 0.02).float().mean() > 0.6, title
     check_noise(device)

@@ -1,4 +1,4 @@
-"""Augmentation in the loader: drawn changes behind drawn crops, whatever the ranks and the place, and each crop."""
+"""Augmentation in the loader: drawn changes after drawn crops, of each kind, on any number of ranks, at any place."""
 
 from __future__ import annotations
 

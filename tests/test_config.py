@@ -68,7 +68,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         (["--lr", "nan"], ["lr is nan"]),
     ],
 )
-def test_wrong_flags_say_the_cure(argv: list[str], words: list[str]) -> None:
+def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         load_config(argv)
     assert all(word in str(error.value) for word in words)

@@ -193,7 +193,7 @@ def test_a_checkpoint_exported(tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{tmp_path / 'vim'}", pretrained=True).num_classes == 2
     with pytest.raises(UserError, match="holds no averaged weights"):
         export(str(tmp_path / "vim.pth"), "--out", str(tmp_path / "vim"), "--weights", "ema")
-    with pytest.raises(UserError, match="does not tell what model it is of; give its --model"):
+    with pytest.raises(UserError, match="does not say which model it is of; give its --model"):
         export(str(tmp_path / "vim"), "--out", str(tmp_path / "again"))
 
 

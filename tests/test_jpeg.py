@@ -1,4 +1,4 @@
-"""Headers are read right, garbage is told as such, and conversion keeps the image."""
+"""Headers are read correctly, garbage is reported as such, and conversion keeps the image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_jpeg_header(mode: str, options: dict[str, object], components: int, pla
 
 
 def test_channels_that_are_rgb() -> None:
-    """Told by Adobe's segment, or by the components' names where there is none, but not against JFIF's."""
+    """Recognized by Adobe's segment, or by the components' names where there is none, unless JFIF's says otherwise."""
     data = encode(smooth_image((61, 47)), keep_rgb=True)
     info = jpeg.inspect(data)
     assert info == ("jpeg-rgb", 47, 61, 3, True)

@@ -263,7 +263,7 @@ def test_half_precision_images(train: Source) -> None:
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    """Twelve images; the header of 5.JPEG is fine, so only its decoder can tell that its Huffman table is not."""
+    """Twelve images; the header of 5.JPEG is fine, so only decoding it shows that its Huffman table is not."""
     for i in range(12):
         write_image(tmp_path / "train" / "a" / f"{i}.JPEG", i)
     path = tmp_path / "train" / "a" / "5.JPEG"
@@ -280,7 +280,7 @@ def test_an_image_that_does_not_decode_is_named(damaged: Path, make: object) -> 
     with pytest.raises(UserError, match=r"cannot decode .*/a/5\.JPEG \(broken data .*check_data DATA --decode") as told:
         list(loader.epoch(0))
     assert "6.JPEG" not in str(told.value)
-    with pytest.raises(UserError, match=r"a/5\.JPEG"):  # and again, rather than going on without it
+    with pytest.raises(UserError, match=r"a/5\.JPEG"):  # and again, instead of continuing without it
         list(loader.epoch(0))
 
 
@@ -290,7 +290,7 @@ def skipping(root: Path, told: list[str], batch_size: int = 4, **settings: objec
 
 @pytest.fixture
 def worse(damaged: Path) -> Path:
-    """Two bad images side by side, and one that is no image at all, of which reading can tell."""
+    """Two bad images side by side, and one that is not an image at all, which reading finds."""
     folder = damaged / "train" / "a"
     (folder / "6.JPEG").write_bytes((folder / "5.JPEG").read_bytes())
     (folder / "8.JPEG").write_bytes(b"<html>not found</html>")

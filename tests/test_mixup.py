@@ -14,7 +14,7 @@ K = 7
 
 
 def constant_images(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images whose every pixel is their class index, so pixels tell whose they are."""
+    """Images whose every pixel is their class index, so a pixel shows whose it is."""
     labels = torch.arange(batch) % K
     return labels.float()[:, None, None, None].expand(batch, 3, 20, 24).contiguous(), labels
 

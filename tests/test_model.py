@@ -370,7 +370,7 @@ def test_names_in_timm() -> None:
 def test_other_models_on_the_same_rails() -> None:
     model = create_model("deit_tiny_patch16_224", img_size=64, num_classes=4)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
-    assert isinstance(create_model("resnet18", img_size=64, drop_path_rate=0.1), nn.Module)  # of any size: not told
+    assert isinstance(create_model("resnet18", img_size=64, drop_path_rate=0.1), nn.Module)  # of any size: no complaint
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_position_embedding_of_its_own_size_is_untouched() -> None:
     model = small()
     assert model.fit_pos_embed(model.state_dict())["pos_embed"].data_ptr() == model.pos_embed.data_ptr()
     assert "pos_embed" not in model.fit_pos_embed({})
-    with pytest.raises(UserError, match="no square grid"):
+    with pytest.raises(UserError, match="not a square grid"):
         resample_pos_embed(torch.zeros(1, 16, 4), (2, 2), model.class_places)
 
 

@@ -37,7 +37,7 @@ def originals_model(**options: Any) -> VisionMamba:
 
 
 def originals_state(model: VisionMamba, epoch: int) -> dict[str, Any]:
-    """What the original's main.py saves behind `epoch`, its optimizer as timm 0.4.12 makes it."""
+    """What hustvl/Vim's main.py saves after `epoch`, its optimizer as timm 0.4.12 makes it."""
     groups: tuple[list, list] = [], []
     for name, p in model.named_parameters():
         groups[len(p.shape) > 1 and not name.endswith(".bias") and name not in model.no_weight_decay()].append(p)

@@ -43,7 +43,7 @@ def run(*words: object, status: int = 0, **options: object) -> str:
 
 
 def visible(out: Path) -> dict[str, bytes]:
-    """The folder's files by name, without the line of the manifest that tells the time."""
+    """The folder's files by name, without the line of the manifest that contains the time."""
     files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     if manifest := files.get(MANIFEST):
         files[MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
@@ -224,7 +224,7 @@ def test_all_unreadable_images_are_listed_and_nothing_looks_complete(odd: Path, 
     assert visible(out) == visible(tmp_path / "at_once")
 
 
-def test_a_mended_image_is_taken_on_the_next_run(odd: Path, tmp_path: Path) -> None:
+def test_a_fixed_image_is_stored_by_the_next_run(odd: Path, tmp_path: Path) -> None:
     spoil(odd)
     run(odd, "--out", tmp_path / "out", status=2)
     for path in (odd / "train/n1").iterdir():
@@ -270,7 +270,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def held_after(images: int, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """A conversion that stands still after so many images; it is through when told to stop, or killed."""
+    """A conversion that pauses after so many images; it is stopped or killed there."""
     environment = {**os.environ, "HOLD": str(images), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "held_prepare.py"), *words]
     with subprocess.Popen(
@@ -329,7 +329,7 @@ def test_a_finished_folder_is_left_alone(tree: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["tar gone", "tar cut", "idx gone", "index gone", "manifest cut"])
-def test_a_damaged_folder_is_mended(tree: Path, out: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_folder_is_repaired(tree: Path, out: Path, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     what, how = damage.split()
@@ -356,7 +356,7 @@ def test_a_replaced_image_is_noticed_when_resuming(tree: Path, out: Path, tmp_pa
     assert found["n02/n02_3.jpg"] == file.read_bytes()
 
 
-def test_another_plan_is_refused_and_overwrite_is_the_cure(tree: Path, tmp_path: Path) -> None:
+def test_another_plan_is_refused_and_overwrite_is_the_fix(tree: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(tree / "val", root / "val")
     run(root, "--out", out)

@@ -86,7 +86,7 @@ def test_weights_of_an_older_timm() -> None:
         ("augmix-m5-w4-d2", "only RandAugment"),
         ("rand-m9-mst0.5", "unknown option 'mst0.5'; the known ones are m, n, p, mstd, mmax, inc, t, w"),
         ("rand-m9-inc", "cannot read 'inc'; inc is 1 for"),
-        ("rand-m9.5", "cannot read 'm9.5'; m is the magnitude, a whole number"),
+        ("rand-m9.5", "cannot read 'm9.5'; m is the magnitude, an integer"),
         ("rand-p1.5", "cannot read 'p1.5'; p is the probability"),
         ("rand-n0", "cannot read 'n0'"),
         ("rand-w1", "cannot read 'w1'; w is 0"),
@@ -226,7 +226,7 @@ def differences(ours: Draws, theirs: Draws) -> dict[str, float]:
 
     found = {}
     for title, measure in {
-        "operations an image": lambda row: [len(row)],
+        "operations per image": lambda row: [len(row)],
         "operations": lambda row: [name for name, _ in row],
         "pairs": lambda row: [tuple(name for name, _ in row)] if len(row) == 2 else [],
         "signs": lambda row: [(name, value < 0) for name, value in row if name.startswith(("R", "She", "T"))],
@@ -263,7 +263,7 @@ def test_draws_are_distributed_as_timms(text: str) -> None:
 
 def test_the_statistics_tell_dalis_own_randaugment_apart() -> None:
     found = differences(dalis_draws(), timms_draws(DEFAULT))
-    assert found["operations an image"] > 100
+    assert found["operations per image"] > 100
     assert found["operations"] > 100
     assert found["argument of BrightnessIncreasing"] > 5
 

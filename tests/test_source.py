@@ -1,4 +1,4 @@
-"""Images from shards and from a folder: the same bytes, sizes, labels and batches; and what is wrong told by name."""
+"""Images from shards and from a folder: the same bytes, sizes, labels and batches; and errors that name the file."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ def test_unreadable_file_is_named(tmp_path: Path, content: bytes | None, why: st
         write_image(tmp_path / "train" / "a" / f"{i}.JPEG", i)
     path = tmp_path / "train" / "a" / "1.JPEG"
     path.write_bytes(path.read_bytes()[:-50] if content is None else content)
-    with pytest.raises(UserError, match=rf"a/1\.JPEG is no readable image \(.*{why}.*vimfast-prepare --skip-bad"):
+    with pytest.raises(UserError, match=rf"a/1\.JPEG is not a readable image \(.*{why}.*vimfast-prepare --skip-bad"):
         open_source(tmp_path, "train").read(np.arange(3))
 
 

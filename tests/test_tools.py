@@ -31,7 +31,7 @@ def _tools_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
         ([10.0, 12.0, 14.0], [13.0, 15.0, 17.0], "a difference of +3, within"),
         ([10.0, 12.0, 14.0], [13.5, 15.5, 17.5], "a difference of +3.5, beyond"),
         ([10.0, 12.0, 14.0], [5.0, 7.0, 9.0], "a difference of -5, beyond"),
-        ([10.0], [10.0, 11.0], "one seed tells no spread"),
+        ([10.0], [10.0, 11.0], "one seed shows no spread"),
     ],
 )
 def test_means_are_compared_with_twice_their_standard_error(a: list[float], b: list[float], told: str) -> None:

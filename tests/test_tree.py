@@ -1,4 +1,4 @@
-"""A folder tree is listed in one order, and what is wrong with it is told in one sentence."""
+"""A folder tree is listed in one order, and what is wrong with it is reported in one sentence."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ OTHER = replace(DEFAULT, **{name: choices[-1] for name, choices in CHOICES.items
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """What torch tells of a GPU that nobody has measured; the folder of its cache."""
+    """What torch reports of a GPU that nobody has measured; the folder of its cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))

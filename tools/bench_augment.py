@@ -111,7 +111,7 @@ def bench(images: Tensor, aa: str) -> None:
 
 
 def _seconds(work: Callable[[], object], finish: Callable[[], None] | None, least: float = 0.5) -> float:
-    """Mean time of a call, over `least` seconds after a warm-up."""
+    """Mean time of a call, over at least `least` seconds after a warm-up."""
     work()
     if finish:
         finish()

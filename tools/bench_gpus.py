@@ -57,7 +57,7 @@ REPORT = re.compile(
 DECODING = re.compile(r"decoder (?P<decoder>\w+), threads (?P<threads>\d+)")
 RESIDENT = re.compile(r"resident: ([\d.]+) images/s")
 LEAST_REPORTS = 2  # after the warm-up
-EXIT_LIMIT = 5.0  # seconds; a process still alive then counts as left behind
+EXIT_LIMIT = 5.0  # seconds; a process still alive then counts as left over
 LEAST = {"gpus": 1, "cores": 0, "batch": 1}  # values of a row
 BARS = (95, 90)  # percent, plotted as lines
 

@@ -1,4 +1,4 @@
-"""How many images a second the loader gives on this machine, with your data, and which flags to train with.
+"""How many images per second the loader gives on this machine, with your data, and which flags to train with.
 
     python tools/bench_loader.py shards/ imagenet_data/ --threads 4 8 16
 
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     threads: int
     augmentation: str
     copies: int
-    rate: float  # images a second
+    rate: float  # images per second
     cores: float
     memory: float | None  # GiB
 
@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--prefetch", type=int, default=3, help="batches decoded ahead")
-    parser.add_argument("--needed", type=float, help="images a second that your model trains at on images in memory")
+    parser.add_argument("--needed", type=float, help="images per second that your model trains at on images in memory")
     parser.add_argument("--seconds", type=float, default=10.0, help="to measure each row for")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -126,7 +126,7 @@ def endless(loader: Loader) -> Iterator[Batch]:
 
 
 def measure(batches: Iterator[int], seconds: float, finish: Callable[[], None] | None = None) -> tuple[float, float]:
-    """Images a second and processor cores in use, after a warm-up; `finish` waits for what is still on its way."""
+    """Images per second and processor cores in use, after a warm-up; `finish` waits for what is still on its way."""
     for _ in range(WARM_UP_BATCHES):
         next(batches)
     if finish:

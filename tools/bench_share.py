@@ -103,7 +103,7 @@ def build(args: argparse.Namespace, device: torch.device) -> TrainStep:
 
 
 def show_plain(step: TrainStep, mix: Mixup, args: argparse.Namespace, device: torch.device) -> float:
-    """The rate without a loader, images a second."""
+    """The rate without a loader, images per second."""
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     labels = torch.arange(args.batch_size, device=device) % CLASSES
     rate, _ = measure(step, mix, itertools.repeat((images, labels)), args)
@@ -114,7 +114,7 @@ def show_plain(step: TrainStep, mix: Mixup, args: argparse.Namespace, device: to
 def measure(
     step: TrainStep, mix: Mixup, batches: Iterator[tuple[Tensor, Tensor]], args: argparse.Namespace
 ) -> tuple[float, float]:
-    """Images a second, and the part of the time that the host spent asking for batches."""
+    """Images per second, and the part of the time that the host spent asking for batches."""
 
     def run(steps: int) -> float:
         waited = 0.0

@@ -63,7 +63,7 @@ def train(
         batches: called after the capture of the step, since no other thread may use the GPU before.
 
     Returns:
-        the mean training loss of the last epoch; loss and top-1 accuracy (percent) on `val_set`; images a second of
+        the mean training loss of the last epoch; loss and top-1 accuracy (percent) on `val_set`; images per second of
         training, without the first epoch where there are more.
     """
     torch.manual_seed(seed)
@@ -133,10 +133,10 @@ class Findings:
 def verdict(first: str, a: list[float], second: str, b: list[float]) -> str:
     """Whether two means differ by no more than seeds make them differ: twice the difference's standard error."""
     difference = statistics.mean(b) - statistics.mean(a)
-    found = f"{first} {statistics.mean(a):.4g}, {second} {statistics.mean(b):.4g}"
+    means = f"{first} {statistics.mean(a):.4g}, {second} {statistics.mean(b):.4g}"
     if len(a) < 2 or len(b) < 2:
-        return f"{found}; one seed says nothing of the spread"
+        return f"{means}; one seed shows no spread"
     error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
     within = "within" if abs(difference) <= 2 * error else "beyond"
     spread = ", ".join(f"{min(v):.4g} to {max(v):.4g}" for v in (a, b))
-    return f"{found} ({spread}): a difference of {difference:+.3g}, {within} twice its standard error of {error:.2g}"
+    return f"{means} ({spread}): a difference of {difference:+.3g}, {within} twice its standard error of {error:.2g}"

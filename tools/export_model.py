@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def described(state: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
-    """(name, input size, constructor options) as a checkpoint of ours or of the original code gives them."""
+    """(name, input size, constructor options) as found in a checkpoint of ours or of hustvl/Vim."""
     if isinstance(state.get("config"), dict):
         known = {f.name for f in fields(ModelConfig)}
         model = ModelConfig(**{name: value for name, value in state["config"]["model"].items() if name in known})

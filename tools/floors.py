@@ -19,7 +19,7 @@ STATES, TAPS = 16, 4
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates a second."""
+    """Rates per second."""
 
     name: str
     copy: float  # bytes moved by a large copy, read and written

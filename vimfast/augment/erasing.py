@@ -28,7 +28,7 @@ class Erasing:
     """Erases 1 to `most` boxes in an image with `probability`.
 
     Args:
-        mode: ``"pixel"`` normal noise, ``"rand"`` one normal colour a box, ``"const"`` the mean colour (0).
+        mode: ``"pixel"`` normal noise, ``"rand"`` one normal colour per box, ``"const"`` the mean colour (0).
     """
 
     probability: float

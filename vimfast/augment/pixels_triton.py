@@ -1,4 +1,4 @@
-"""A plan carried out on the GPU: two launches an operation slot, whatever the operations; the last one also erases.
+"""A plan carried out on the GPU: two launches per operation slot, whatever the operations; the last one also erases.
 
 Each program works on a part of one image, so an image's op is a branch that costs the others nothing. Images with
 fewer operations than slots sit the first slots out, and read their own first op's input from the batch itself.

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Op(enum.IntEnum):
-    """What is done to an image. Each op rounds to uint8 as Pillow's does; its arguments are listed with it.
+    """What is done to an image. Each op rounds to uint8 as Pillow's does; its arguments are listed after it.
 
     Those up to EQUALIZE map each value of a channel by a table; the tables of the last three depend on the image.
     """

@@ -1,6 +1,6 @@
-"""RandAugment from timm's strings, ThreeAugment and colour jitter: drawn here in numpy, carried out by vimfast_kernels.
+"""RandAugment from timm's strings, ThreeAugment and colour jitter: drawn here, carried out by vimfast.augment.pixels.
 
-A drawn change is an array of OPERATION (see :mod:`vimfast.augment.plan`), a row an image, NONE where nothing is
+A drawn change is an array of OPERATION (see :mod:`vimfast.augment.plan`), one row per image, NONE where nothing is
 done. Ranges, probabilities and roundings are those of timm 1.0.31 (``timm/data/auto_augment.py``).
 """
 
@@ -54,7 +54,7 @@ class RandAugment:
 
     Args:
         names: of the set.
-        weights: how likely each is drawn, without putting back; None: all the same, and put back.
+        weights: how likely each is drawn, without replacement; None: uniformly, with replacement.
         magnitude: in tenths of an operation's range.
         deviation: of the normal noise on the magnitude; infinite: uniform in [0, magnitude].
         ceiling: magnitudes are clipped to [0, ceiling].
@@ -97,7 +97,7 @@ class RandAugment:
         return operations.reshape(len(u), -1)
 
     def choose(self, u: np.ndarray) -> np.ndarray:  # [n, layers] in [0, 1) -> int [n, layers], positions in `names`
-        """Which operations."""
+        """The operations drawn."""
         if self.weights is None:
             return (u * len(self.names)).astype(np.int64)
         weights = np.tile(self.weights, (len(u), 1))
@@ -124,17 +124,8 @@ def normal(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def policy(words: str, interpolation: Interpolation = "bicubic") -> RandAugment | None:
-    """What ``--aa`` asks for; ``none`` and nothing ask for none.
-
-    Raises:
-        UserError: as :func:`parse`.
-    """
-    return None if words in ("", "none") else parse(words, interpolation)
-
-
-def parse(text: str, interpolation: Interpolation = "bicubic") -> RandAugment:
-    """``"rand-m9-mstd0.5-inc1"`` as timm reads it; what its words mean stands at :data:`_WORDS`.
+def parse(text: str, interpolation: str = "bicubic") -> RandAugment:
+    """``"rand-m9-mstd0.5-inc1"`` as timm parses it; the words are explained at :data:`_WORDS`.
 
     Raises:
         UserError: another policy, an unknown word, or a value out of its range.
@@ -206,11 +197,11 @@ def _operation_set(text: str) -> tuple[str, ...] | dict[str, float]:
 
 
 _WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "m": (_whole(0), "the magnitude, a whole number, by default 10"),
-    "n": (_whole(1), "the number of operations an image, at least 1, by default 2"),
+    "m": (_whole(0), "the magnitude, an integer, by default 10"),
+    "n": (_whole(1), "the number of operations per image, >= 1, by default 2"),
     "p": (_probability, "the probability of applying each, 0 to 1, by default 0.5"),
     "mstd": (_deviation, "the standard deviation of the magnitude, by default 0; above 100: uniform from 0 to m"),
-    "mmax": (_whole(0), "the largest magnitude, a whole number, by default 10"),
+    "mmax": (_whole(0), "the largest magnitude, an integer, by default 10"),
     "inc": (_whole(0, 1), "1 for operations that change more at a higher magnitude, by default 0"),
     "t": (_operation_set, f"the set of operations, one of {', '.join(_SETS)}"),
     "w": (_whole(0, 0), "0, for the weights of timm 0.4 (now tweights, which adds Posterize and Invert)"),
@@ -234,7 +225,7 @@ def three_augment(u: np.ndarray) -> np.ndarray:  # float64 [n, 2] -> OPERATION [
 
 
 def color_jitter(u: np.ndarray, strength: float) -> np.ndarray:  # float64 [n, 4] -> OPERATION [n, 3]
-    """Brightness, contrast and saturation times a factor in 1 +- `strength` (at least 0), in random order.
+    """Brightness, contrast and saturation times a factor in 1 +- `strength` (>= 0), in random order.
 
     As torchvision's ``ColorJitter``.
     """

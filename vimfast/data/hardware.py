@@ -1,4 +1,4 @@
-"""Settings that find themselves: decoding threads, the decoder, and the JPEG engine's share of the work."""
+"""Settings chosen for the machine: the decoder, its threads, and the JPEG engine's share of the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vimfast.errors import UserError, did_you_mean
 
 DECODERS = get_args(Decoder)
 
-# Images a second that a GPU's JPEG engines decode (ImageNet's originals, 110 KB), by compute capability. For the H200
+# Images per second that a GPU's JPEG engines decode (ImageNet's originals, 110 KB), by compute capability. For the H200
 # this follows from its fastest mixture (docs/benchmarks.md); the A100 has fewer engines, Blackwell's are taken to be as
 # many: neither was measured. All others (GeForce RTX, A10, L4, L40: 8.6, 8.9, 12.0) have none. A share that is off
 # costs speed and nothing else.
@@ -23,7 +23,7 @@ _THREAD = 700  # what one core adds, decoding together with the GPU's ordinary c
 _LARGEST_SHARE = 0.9
 
 # Threads that still helped on an H200 with 16 cores: beside its engine 16 were slower than 8 (17,802 against 22,238
-# images a second), beside a training step 12 to 14 ordinary decoding threads slower than 11.
+# images per second), beside a training step 12 to 14 ordinary decoding threads slower than 11.
 _MOST_THREADS = {"hardware": 8, "cuda": 11}
 _OWN_CORES = 2  # left to the threads that launch the step and that read ahead, where the others decode on the CPU
 
@@ -59,7 +59,7 @@ class Demand(NamedTuple):
     images: int  # to decode for a step
     crops: int  # that it trains on; more than images where several are cut from one
     seconds: float | None  # that it takes the GPU; None: unknown
-    image_bytes: Callable[[], float]  # gives the mean size of an encoded image, asked where it matters
+    image_bytes: Callable[[], float]  # the mean size of an encoded image, called only where it matters
 
 
 def choose_decoding(wanted: str, threads: int | None, device: torch.device, demand: Demand | None) -> Decoding:
@@ -78,8 +78,7 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, dema
         UserError: no such decoder, or not on this device.
     """
     if wanted not in DECODERS:
-        hint = did_you_mean(wanted, DECODERS)
-        raise UserError(f"decoder is {wanted!r}{hint}", f"it must be one of {', '.join(DECODERS)}")
+        raise UserError(f"decoder is {wanted!r}{did_you_mean(wanted, DECODERS)}; must be one of {', '.join(DECODERS)}")
     cores = available_cores()
     if device.type != "cuda":
         if wanted in ("hardware", "cuda"):

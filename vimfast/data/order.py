@@ -31,7 +31,7 @@ def windowed_permutation(seed: int, epoch: int, bounds: tuple[int, ...], window:
     """An order that needs `window` shards at a time: shards shuffled, then all images of each `window` of them.
 
     Every image once; int32 or int64 [samples], read-only. How near it comes to :func:`permutation` is a matter of the
-    window: ``tools/order_quality.py`` shows.
+    window: ``tools/order_quality.py`` measures it.
 
     Args:
         bounds: the first image of each shard, and the number of all images.
@@ -58,7 +58,7 @@ class Order:
         seed: of the shuffle; not negative.
         repeats: how many adjacent positions show the same image (repeated augmentation: 3). An epoch keeps its
             usual length, so it then shows one in `repeats` of the images.
-        shuffle: draw a new permutation each epoch; else image i stands at position i.
+        shuffle: draw a new permutation each epoch; else image i is at position i.
         drop_last: leave out the images that do not fill a global batch (training); else the last batches are
             short or empty (evaluation: every image exactly once over all ranks).
         limit: end an epoch after this many steps.

@@ -16,13 +16,13 @@ class Reader:
     """The images of `source`, without those that were found not to decode.
 
     In training the next image that does decode stands in for a bad one, so batches keep their size and processes stay
-    in step without telling each other. In evaluation a bad one is left out. Which images come is then decided by the
+    in step without communicating. In evaluation a bad one is left out. Which images come is then decided by the
     data alone, not by when a bad one was first met.
 
     Args:
         skip: continue without bad images; else the first one ends the run.
         stand_in: put another image in the place of a bad one.
-        report: called once for each bad image, with a sentence.
+        report: called once for each bad image.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Reader:
     ) -> None:
         self.source = source
         self.bad: dict[int, str] = {}  # id: what is wrong with it, a sentence that names it
-        self._mended: set[int] = set()
+        self._reencoded: set[int] = set()
         self._skip, self._stand_in, self._report = skip, stand_in, report or _warn
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, Images]:
@@ -48,7 +48,7 @@ class Reader:
                     raise
                 self._leave_out(bad.image, bad.found)
                 continue
-            for place in np.flatnonzero(np.isin(wanted, list(self._mended))) if self._mended else ():
+            for place in np.flatnonzero(np.isin(wanted, list(self._reencoded))) if self._reencoded else ():
                 images.encoded[place] = np.frombuffer(jpeg.to_rgb_jpeg(images.encoded[place])[0], np.uint8)
             return wanted, images
 
@@ -59,8 +59,8 @@ class Reader:
     ) -> bool:
         """Find what keeps a batch from being decoded, so that reading it again gives one that is.
 
-        What Pillow cannot decode is bad. What it can, and the loader's decoder cannot, is decoded by Pillow and encoded
-        again from then on.
+        What Pillow cannot decode is bad. What it can, and the loader's decoder cannot, is decoded by Pillow and
+        re-encoded from then on.
 
         Args:
             batches: ids and encoded images of those in work, the one that failed first.
@@ -80,10 +80,10 @@ class Reader:
                 return True
         ids, encoded = batches[0]
         found = {int(ids[place]) for place in refused(encoded)}
-        self._accuse(dict.fromkeys(found & self._mended, "DALI decodes it neither as it is nor as Pillow saves it"))
-        for i in found - self._mended:
-            self._report(f"{self.source.name(i)}: DALI cannot decode it, but Pillow can, which does it from here on")
-        self._mended |= found
+        self._accuse(dict.fromkeys(found & self._reencoded, "DALI decodes it neither as it is nor as Pillow saves it"))
+        for i in found - self._reencoded:
+            self._report(f"{self.source.name(i)}: DALI cannot decode it, but Pillow can, which will do it from here on")
+        self._reencoded |= found
         return bool(found)
 
     def _accuse(self, why: dict[int, str]) -> None:

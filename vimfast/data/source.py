@@ -29,7 +29,7 @@ _TAR_BLOCK = 512
 _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
 
 # A thread spends most of a file that is in memory inside Python, so more than two only wait for each other; a file
-# that is not waits for the disk or the network, and there many can. In seconds an image of a whole batch.
+# that is not waits for the disk or the network, and there many can. In seconds per image, over a batch.
 _FAST, _SLOW = 70e-6, 100e-6
 _FEWEST_READERS, _MOST_READERS = 2, 32
 
@@ -37,7 +37,7 @@ _AGAIN = "copy it again or run vimfast-prepare again"
 
 
 class BadImage(UserError):
-    """A file that holds no image, or a broken one. `image` is its id, `found` says where it lies and why."""
+    """A file that holds no image, or a broken one. `image` is its id, `found` says where it is and what is wrong."""
 
     def __init__(self, image: int, found: str) -> None:
         super().__init__(
@@ -71,12 +71,12 @@ class Source(Protocol):
         """The images of these ids (int64 [n]). Safe to call from several threads.
 
         Raises:
-            BadImage: a file is no image, or cut off; the sentence names it.
+            BadImage: a file is not an image, or is cut off; the sentence names it.
             UserError: a file is gone or cannot be read, which may have nothing to do with the image in it.
         """
 
     def name(self, i: int) -> str:
-        """Where image i lies, for a person to find it."""
+        """Where image i is, for a person to find it."""
 
     def mean_bytes(self) -> float:
         """Of an image, from a few of them; 0 where there is none."""
@@ -113,7 +113,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 class ShardSource:
-    """Images of one split of a shards folder: one mapped file a shard, opened when first read."""
+    """Images of one split of a shards folder: one mapped file per shard, opened when first read."""
 
     def __init__(self, folder: Path, split: str) -> None:
         manifest = read_manifest(folder)
@@ -257,7 +257,7 @@ class FolderSource:
                 f"{path} cannot be read ({error.strerror})", "check it with python -m vimfast.check_data"
             ) from None
         except ValueError as error:
-            raise BadImage(i, f"{path} is no readable image ({error})") from None
+            raise BadImage(i, f"{path} is not a readable image ({error})") from None
         return np.frombuffer(data if jpeg.is_plain(info) else converted, np.uint8), size
 
     def mean_bytes(self) -> float:

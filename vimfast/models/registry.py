@@ -56,7 +56,7 @@ RUN_OPTIONS = ("drop_rate", "drop_path_rate", "scan_backend", "device", "dtype")
 
 
 def _vision_mamba(in_chans: int = 3, **kwargs: Any) -> VisionMamba:
-    """VisionMamba under timm's name for its channels; it keeps in mind how to build another one for its weights."""
+    """VisionMamba under timm's name for its channels; it remembers how to build another one for its weights."""
     model = VisionMamba(channels=in_chans, **kwargs)
     model.model_args = {k: v for k, v in kwargs.items() if k not in RUN_OPTIONS} | {"in_chans": in_chans}
     return model
@@ -96,7 +96,7 @@ def create_model(name: str, *, img_size: int | None = None, scan_backend: str = 
         kwargs: constructor options, those of :class:`~vimfast.models.VisionMamba` for a Vision Mamba.
 
     Raises:
-        UserError: the name or an option does not exist (with the closest ones), or a value cannot be.
+        UserError: the name or an option does not exist (with the closest ones), or a value is invalid.
     """
     ours = name in MODELS
     if not timm.is_model(name):
