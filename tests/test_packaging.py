@@ -11,6 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
+
+import vimfast
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,6 +81,15 @@ def test_installed_elsewhere_it_runs(wheel: Path, tmp_path: Path) -> None:
     assert [p.startswith(str(site)) for p in run(sys.executable, "-c", code).split()] == [True, True]
     assert "--resize" in run(str(site / "bin" / "vimfast-prepare"), "--help")
     assert "--data-path" in run(sys.executable, "-m", "vimfast.train", "--help")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    first, latest = re.findall(r"^## (.*)$", changes, re.MULTILINE)[:2]
+    assert first == "Unreleased"
+    assert latest == f"{vimfast.__version__} ({citation['date-released']})"
+    assert citation["version"] == vimfast.__version__
 
 
 def test_the_table_of_versions_names_what_is_pinned_and_installed() -> None:
