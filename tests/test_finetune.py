@@ -162,7 +162,7 @@ def test_cosub() -> None:
         ({"distillation_type": "hard"}, "needs a teacher; give its --teacher-path"),
         ({"distillation_type": "soft", "cosub": True}, "two losses; choose one"),
         ({"distillation_type": "soft", "teacher_path": "t", "distillation_tau": 0.0}, "the temperature above 0"),
-        ({"distillation_type": "soft", "teacher_path": "t", "distillation_alpha": 2.0}, "a share up to 1"),
+        ({"distillation_type": "soft", "teacher_path": "t", "distillation_alpha": 2.0}, "share must be at most 1"),
         ({"distillation_type": "soft", "teacher_path": "nowhere.pth"}, "--teacher-path: nowhere.pth does not exist"),
         ({"distillation_type": "hard", "teacher_model": "resnet1", "teacher_path": "t"}, "no model named 'resnet1'"),
     ],

@@ -124,7 +124,16 @@ def normal(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def parse(text: str, interpolation: str = "bicubic") -> RandAugment:
+def policy(words: str, interpolation: Interpolation = "bicubic") -> RandAugment | None:
+    """What ``--aa`` asks for; ``none`` and nothing ask for none.
+
+    Raises:
+        UserError: as :func:`parse`.
+    """
+    return None if words in ("", "none") else parse(words, interpolation)
+
+
+def parse(text: str, interpolation: Interpolation = "bicubic") -> RandAugment:
     """``"rand-m9-mstd0.5-inc1"`` as timm parses it; the words are explained at :data:`_WORDS`.
 
     Raises:

@@ -78,7 +78,8 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, dema
         UserError: no such decoder, or not on this device.
     """
     if wanted not in DECODERS:
-        raise UserError(f"decoder is {wanted!r}{did_you_mean(wanted, DECODERS)}; must be one of {', '.join(DECODERS)}")
+        hint = did_you_mean(wanted, DECODERS)
+        raise UserError(f"decoder is {wanted!r}{hint}", f"it must be one of {', '.join(DECODERS)}")
     cores = available_cores()
     if device.type != "cuda":
         if wanted in ("hardware", "cuda"):
