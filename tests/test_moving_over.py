@@ -70,10 +70,10 @@ def test_evaluation(original: Path, tree: Path, capsys: pytest.CaptureFixture[st
     assert all(torch.equal(value, state["model"][name]) for name, value in trainer.model.state_dict().items())
     assert trainer.ema is not None
     assert all(torch.equal(v, state["model_ema"][name]) for name, v in trainer.ema.module.state_dict().items())
-    told = capsys.readouterr().out
-    assert "raw weights and their average (EMA)" in told
+    said = capsys.readouterr().out
+    assert "raw weights and their average (EMA)" in said
     for name in ("network", "ema network"):
-        assert f"Accuracy of the {name} on the 15 test images" in told
+        assert f"Accuracy of the {name} on the 15 test images" in said
 
 
 @pytest.mark.parametrize("how", ["patches", "original"])
@@ -85,7 +85,7 @@ def test_evaluation_at_another_size(original: Path, tree: Path, how: str) -> Non
         torch.testing.assert_close(model.state_dict()["pos_embed"], want["pos_embed"] + extra)
 
 
-def test_training_goes_on(original: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_continues(original: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = load_checkpoint(original)
     seen: dict[str, Any] = {}
 
@@ -115,10 +115,10 @@ def test_finetuning(original: Path, tree: Path, capsys: pytest.CaptureFixture[st
     assert torch.equal(trainer.model.layers[1].mixer.D, want["layers.1.mixer.D"])
     assert torch.equal(trainer.ema.module.layers[1].mixer.D, want["layers.1.mixer.D"])
     assert trainer.model.head.weight.shape == (3, 32)
-    told = capsys.readouterr().out
-    assert "position embedding resampled from 17 to 37 positions" in told
-    assert "head has 3 classes here and 10 in" in told
-    assert "parameters are trained, the others stay as they are" in told
+    said = capsys.readouterr().out
+    assert "position embedding resampled from 17 to 37 positions" in said
+    assert "head has 3 classes here and 10 in" in said
+    assert "parameters are trained, the others stay as they are" in said
 
 
 @pytest.mark.parametrize("flag", ["--eval", "--resume", "--finetune", "--teacher-path"])

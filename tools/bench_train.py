@@ -177,7 +177,7 @@ def measure(row: Row, args: argparse.Namespace, backend: str, gpu: Gpu) -> dict[
     return found
 
 
-def tell(found: list[dict[str, Any]], title: str) -> None:
+def show(found: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     for column in ("step", "backend", "ms", "img/s", "launched", "GiB", "host", "floor ms", "x floor", "original"):
         table.add_column(column, justify="left" if column in ("step", "backend") else "right")
@@ -245,7 +245,7 @@ def main() -> None:
             found += [measure(row, args, backend, gpu) for backend in args.backends]
     found += [measure(row, args, "timm", gpu) for row in BASELINES if row.name in args.rows]
     title = f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s"
-    tell(found, title)
+    show(found, title)
     if args.json:
         record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": found}
         write_text(args.json, json.dumps(record, indent=1) + "\n")
