@@ -96,7 +96,7 @@ def test_all_ranks_stop_at_the_same_tick(seed: int) -> None:
     assert len(set(stopped.values())) == 1
 
 
-def test_a_run_told_to_stop_before_its_first_step_ends_at_once() -> None:
+def test_a_run_stopped_before_its_first_step_ends_at_once() -> None:
     told = Told(2)
     told.hub.hear(1, {"say": "stop", "why": "SIGUSR1"}, 0)
     for rank in range(2):

@@ -91,7 +91,7 @@ def test_attn_only_trains_the_mixers() -> None:
     assert freeze(VisionMamba(**SMALL), FinetuneConfig()) == ""
 
 
-def test_what_cannot_be_frozen_is_told() -> None:
+def test_what_cannot_be_frozen_is_reported() -> None:
     with pytest.raises(UserError, match="--freeze-layers is 4 and the model has 3 layers before its head"):
         freeze(VisionMamba(**SMALL), FinetuneConfig(freeze_layers=4))
     with pytest.raises(UserError, match="--attn-only trains mixers or attention"):
@@ -167,12 +167,12 @@ def test_cosub() -> None:
         ({"distillation_type": "hard", "teacher_model": "resnet1", "teacher_path": "t"}, "no model named 'resnet1'"),
     ],
 )
-def test_mistakes_about_teachers_are_told(settings: dict[str, Any], sentence: str) -> None:
+def test_mistakes_about_teachers_are_reported(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError) as error:
         build_teacher(DistillConfig(**settings), 5, 224)
     assert sentence in str(error.value)
 
 
-def test_a_teacher_of_other_classes_is_told(teacher: Path) -> None:
+def test_a_teacher_of_other_classes_is_reported(teacher: Path) -> None:
     with pytest.raises(UserError, match=r"--teacher-path: .*fc.weight is \(5, 512\) there and \(7, 512\) here"):
         build_teacher(DistillConfig("hard", "resnet10t", str(teacher)), 7, 64)

@@ -259,8 +259,8 @@ def test_resize_shrinks_the_short_side_only() -> None:
         ((40, 90), (90, 40)),
         ((50, 50), (50, 50)),
     ):
-        data, told = jpeg.to_rgb_jpeg(encode(smooth_image(size)), resize=50, quality=90)
-        assert told == expected == jpeg.inspect(data)[1:3]
+        data, reported = jpeg.to_rgb_jpeg(encode(smooth_image(size)), resize=50, quality=90)
+        assert reported == expected == jpeg.inspect(data)[1:3]
 
 
 def test_a_shrunk_image_is_antialiased() -> None:

@@ -235,7 +235,7 @@ def test_a_fixed_image_is_stored_by_the_next_run(odd: Path, tmp_path: Path) -> N
     assert read_manifest(tmp_path / "out").splits["train"].samples == 12
 
 
-def test_a_shard_of_nothing_but_unreadable_images_is_told(odd: Path, tmp_path: Path) -> None:
+def test_a_shard_of_nothing_but_unreadable_images_is_reported(odd: Path, tmp_path: Path) -> None:
     spoil(odd)
     said = run(odd, "--out", tmp_path / "out", "--shard-samples", 1, "--skip-bad", status=2)
     assert "no empty shard" in said.splitlines()[-1]
@@ -419,7 +419,9 @@ def test_names_that_confuse_readers_get_other_keys(tmp_path: Path) -> None:
     assert "Egyptian_cat/v1_0_final" in {sample["__key__"] for sample in found}
 
 
-def test_too_little_space_is_told_before_it_starts(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_it_starts(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=10_000))
     for extra in ([], ["--resize", "32"]):
@@ -435,7 +437,7 @@ def test_the_estimate_is_near(tree: Path, out: Path) -> None:
     assert 0.8 < estimate / written < 1.25
 
 
-def test_a_full_disk_is_told_and_resumed_from(tree: Path, out: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_resumed_from(tree: Path, out: Path, tmp_path: Path) -> None:
     words = [tree, "--out", tmp_path / "out", "--shard-samples", 10]
     limit = (out / "train-000000.tar").stat().st_size // 2
     said = run(*words, status=2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
@@ -481,7 +483,7 @@ def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
         (["{tree}", "--out", "/proc/x"], "cannot be written to"),
     ],
 )
-def test_bad_input_is_told_in_a_sentence(
+def test_bad_input_is_reported_in_a_sentence(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun, told to stop, killed and frozen: they end in time and say why in one sentence.
+"""Two gloo processes under torchrun, stopped, killed and frozen: they end in time and say why in one sentence.
 
 Each step pauses for a while (``paced_train``), so a busy machine makes a test slower and changes nothing else. Starting
 interpreters is what takes the time, so torchrun's workers are forks (``forking_torchrun``) and only the kinds that show

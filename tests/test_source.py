@@ -293,7 +293,7 @@ def test_shard_cut_off(shards_copy: Path) -> None:
         open_source(shards_copy, "train")
 
 
-def test_index_that_points_behind_its_shard(shards_copy: Path) -> None:
+def test_index_that_points_past_its_shard(shards_copy: Path) -> None:
     path = shards_copy / "train.index.npy"
     rows = np.load(path)
     assert rows.dtype == INDEX_DTYPE

@@ -1,4 +1,4 @@
-"""The main job on real files: train, stop, go on, evaluate, alone and under torchrun; and what bad input says."""
+"""The main job on real files: train, stop, resume, evaluate, alone and under torchrun; and what bad input says."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path:
 
 
 class Stops(Control):
-    """Told to stop at a place, as a signal would tell it."""
+    """Stopped at a place, as a signal would stop it."""
 
     def __init__(self, place: str) -> None:
         super().__init__(World())
@@ -76,7 +76,7 @@ class Stops(Control):
         return self.place().startswith(self.at)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir")
     whole = train(*flags, str(tmp_path / "whole"))
     train(*flags, str(tmp_path / "parts"), control=Stops(f"epoch 0, step {whole.place.steps} "))  # in the evaluation
@@ -226,7 +226,7 @@ def test_a_step_without_numbers_is_skipped(
 
     trainer = train("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--opt", opt, hooks=hooks)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert trainer.sums.read()["steps"] == 0  # zeroed behind the epoch
+    assert trainer.sums.read()["steps"] == 0  # zeroed after the epoch
     assert trainer.train_step.health()[:2] == (1, 1)
     assert "1 steps skipped because of non-finite gradients, by epoch 0, step 2" in capsys.readouterr().err
     updates = {int(state["step"]) for state in trainer.optimizer.state.values() if "step" in state}
