@@ -25,8 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def write_picture(path: Path, seed: int, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> None:
-    """A smooth coloured picture (JPEG, or what the extension says), one for each seed; `size` is (width, height)."""
+def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> None:
+    """A smooth coloured image (JPEG, or what the extension says), one for each seed; `size` is (width, height)."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,19 +44,19 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ImageNet-layout tree: 3 classes, 12 + 5 pictures each, of differing sizes. Do not write into it."""
+    """An ImageNet-layout tree: 3 classes, 12 + 5 images each, of differing sizes. Do not write into it."""
     root = tmp_path_factory.mktemp("tree")
     for split, count in (("train", 12), ("val", 5)):
         for label, name in enumerate(("n01", "n02", "n03")):
             for i in range(count):
                 seed = 1000 * label + i + (500 if split == "val" else 0)
-                write_picture(root / split / name / f"{name}_{i}.JPEG", seed, (60 + 7 * i, 50 + 11 * label))
+                write_image(root / split / name / f"{name}_{i}.JPEG", seed, (60 + 7 * i, 50 + 11 * label))
     return root
 
 
 @pytest.fixture(scope="session")
 def textured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures with detail at every scale, of many shapes and kinds of JPEG."""
+    """Images with detail at every scale, of many shapes and kinds of JPEG."""
     root = tmp_path_factory.mktemp("textured")
     rng = np.random.default_rng(0)
     kinds: list[dict[str, object]] = [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"quality": 60}]
@@ -65,10 +65,10 @@ def textured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for cells in (3, 12, 40, 150):
             noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
             detail += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), float) / 4
-        picture = Image.fromarray(detail.astype(np.uint8)).convert("L" if i == 3 else "RGB")
+        image = Image.fromarray(detail.astype(np.uint8)).convert("L" if i == 3 else "RGB")
         path = root / "train" / "a" / f"{i}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         exif = Image.Exif()
         exif[0x0112] = 6  # "rotate me": nobody may
-        picture.save(path, "JPEG", exif=exif, **kinds[i % len(kinds)])
+        image.save(path, "JPEG", exif=exif, **kinds[i % len(kinds)])
     return root

@@ -20,7 +20,7 @@ import torch.utils.tensorboard  # noqa: F401  # as below, for the forks
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-import vimfast.trainer  # noqa: F401
+import vimfast.train.build  # noqa: F401
 from vimfast.data.decoding import import_dali
 
 

@@ -1,4 +1,4 @@
-"""``vimfast-prepare`` whose workers wait after ``HOLD`` images until they are told to stop, so that a test can act in
+"""``vimfast-prepare`` whose workers wait after ``HOLD`` images until they are stopped, so that a test can act in
 the middle of a conversion on any machine.
 """
 

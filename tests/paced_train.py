@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
 
 import torch
 
 from vimfast.cli import end_process, run_main
 from vimfast.errors import UserError
-from vimfast.train import main
-from vimfast.trainer import Trainer
-
-_train_batch = Trainer._train_batch
+from vimfast.train.__main__ import main
+from vimfast.train.loop import Hook, Place, TrainingRun
 
 
-def paced_train_batch(self: Trainer, *args: Any) -> None:
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    place = f"rank {self.world.rank} pid {os.getpid()} attempt {attempt} step {self.epoch}/{self.step}"
-    print(f"{place}\n", end="", flush=True)  # in one write, so that the lines of two ranks never run together
-    time.sleep(float(os.environ.get("PAUSE", "1")))
-    if fault := os.environ.get("FAULT"):
-        rank, step, deed = fault.split(":")
-        if int(step) == self.step and rank in (str(self.world.rank), "all"):
-            do(deed)
-    _train_batch(self, *args)
+class Paced(Hook):
+    def __init__(self, run: TrainingRun) -> None:
+        self.rank = run.world.rank
+
+    def before_step(self, place: Place) -> None:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        line = f"rank {self.rank} pid {os.getpid()} attempt {attempt} step {place.epoch}/{place.step}"
+        print(f"{line}\n", end="", flush=True)  # in one write, so that the lines of two ranks never run together
+        time.sleep(float(os.environ.get("PAUSE", "1")))
+        if fault := os.environ.get("FAULT"):
+            rank, step, deed = fault.split(":")
+            if int(step) == place.step and rank in (str(self.rank), "all"):
+                do(deed)
 
 
 def do(deed: str) -> None:
@@ -45,5 +45,4 @@ def do(deed: str) -> None:
 
 
 if __name__ == "__main__":
-    Trainer._train_batch = paced_train_batch  # type: ignore[method-assign]
-    run_main(main, end_process)
+    run_main(lambda: main(lambda run: [Paced(run)]), end_process)

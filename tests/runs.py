@@ -15,9 +15,9 @@ from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
-from vimfast.control import Control
 from vimfast.dist import World
-from vimfast.trainer import Trainer
+from vimfast.processes.control import Control
+from vimfast.train.build import Hooks, build
 
 ROOT = Path(__file__).parent.parent
 PACED = str(ROOT / "tests" / "paced_train.py")
@@ -72,14 +72,11 @@ def assert_gone(run: Watched, within: float) -> None:
     run.wait(TIMEOUT)
 
 
-def train(*flags: str, kind: type[Trainer] = Trainer, control: Control | None = None) -> Trainer:
-    """A run inside this process."""
-    trainer = kind(load_config(list(flags)), World(), control)
-    try:
-        trainer.run()
-    finally:
-        trainer.close()
-    return trainer
+def train(*flags: str, hooks: Hooks | None = None, control: Control | None = None) -> Any:
+    """A run inside this process: a TrainingRun or an EvaluationRun, closed."""
+    with build(load_config(list(flags)), World(), control, hooks=hooks) as run:
+        run.run()
+    return run
 
 
 def same(one: dict, two: dict) -> bool:

@@ -22,7 +22,7 @@ def test_a_row_depends_on_its_position_alone() -> None:
 
 
 def test_rows_are_philox_of_seed_and_epoch() -> None:
-    """Pins the numbers: another stream would change the pictures of every run that is resumed."""
+    """Pins the numbers: another stream would change the images of every run that is resumed."""
     rows = draws.uniforms(3, 5, np.arange(4))
     stream = np.random.Generator(np.random.Philox(key=np.array([3, 5], np.uint64)))
     np.testing.assert_array_equal(rows.ravel(), stream.random(4 * draws.COLUMNS))
@@ -78,8 +78,8 @@ def test_boxes_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
     """
     count = 6000
     torch.manual_seed(0)
-    picture = torch.empty(3, *size)
-    theirs = np.array([transforms.RandomResizedCrop.get_params(picture, SCALE, RATIO) for _ in range(count)])
+    image = torch.empty(3, *size)
+    theirs = np.array([transforms.RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(count)])
     ours = draw(np.tile(size, (count, 1)))
     for name, measure in {
         "top": lambda box: box[:, 0],
@@ -90,7 +90,7 @@ def test_boxes_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
         "aspect": lambda box: box[:, 3] / box[:, 2],
     }.items():
         assert kolmogorov_smirnov(measure(ours), measure(theirs)) < 1.8, name
-    # The test can tell: a slightly narrower range of areas does not pass.
+    # The test is sharp enough: a slightly narrower range of areas does not pass.
     narrower = draw(np.tile(size, (count, 1)), scale=(0.15, 1.0))
     assert kolmogorov_smirnov(narrower[:, 2] * narrower[:, 3], theirs[:, 2] * theirs[:, 3]) > 1.8
 
@@ -120,7 +120,7 @@ def test_evaluation_geometry_is_torchvisions(size: int, crop_ratio: float) -> No
         assert tuple(shape) == tuple(ours)
         if max(shape) > 2000:
             continue
-        # A picture whose pixels say where they are shows what CenterCrop cuts out.
+        # An image whose pixels say where they are shows what CenterCrop cuts out.
         rows = Image.fromarray(np.repeat(np.arange(shape[0], dtype=np.int32)[:, None], shape[1], axis=1))
         columns = Image.fromarray(np.repeat(np.arange(shape[1], dtype=np.int32)[None], shape[0], axis=0))
         cut = transforms.CenterCrop(size)

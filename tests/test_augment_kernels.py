@@ -23,14 +23,14 @@ NORMALIZATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HEIGHT, WIDTH = 23, 36  # no multiple of a block
 
 
-def pictures(count: int) -> Tensor:
+def random_images(count: int) -> Tensor:
     """uint8 [count, HEIGHT, WIDTH, 3]: detail, flat areas, few levels, one level."""
     rng = np.random.default_rng(0)
     made = []
     for i in range(count):
         cells = rng.integers(0, 256, (3 + 5 * (i % 3), 4 + 3 * (i % 3), 3), dtype=np.uint8)
-        picture = Image.fromarray(cells).resize((WIDTH, HEIGHT), (Image.BICUBIC, Image.NEAREST)[i % 2])
-        made.append(np.asarray(picture) // (1, 1, 3, 200)[i % 4] + (0, 0, 60, 90)[i % 4])
+        image = Image.fromarray(cells).resize((WIDTH, HEIGHT), (Image.BICUBIC, Image.NEAREST)[i % 2])
+        made.append(np.asarray(image) // (1, 1, 3, 200)[i % 4] + (0, 0, 60, 90)[i % 4])
     return torch.from_numpy(np.stack(made).astype(np.uint8))
 
 
@@ -72,13 +72,13 @@ def compare(device: str) -> None:
 
     mean, std = NORMALIZATION["mean"], NORMALIZATION["std"]
     for title, plan in plans().items():
-        images = pictures(len(plan.operations))
+        images = random_images(len(plan.operations))
         ours = pixels_triton.carry_out(images.to(device), plan, mean, std, torch.float32).cpu()
         level = ours.new_tensor(std).view(3, 1, 1) * 255
         difference = (ours - pixels_pillow.carry_out(images, plan, mean, std, torch.float32)).abs() * level
         assert difference.max() <= 1.001, title
         assert (difference > 0.5).float().mean() < 1e-3, title
-        # The comparison can tell: most pictures were changed.
+        # The comparison means something: most images were changed.
         unchanged = pixels_pillow.carry_out(images, Plan.nothing(len(images)), mean, std, torch.float32)
         assert ((unchanged - ours).abs().amax((1, 2, 3)) > 0.02).float().mean() > 0.6, title
     check_noise(device)
@@ -90,7 +90,7 @@ def check_noise(device: str) -> None:
     patches = np.zeros((6, 1), PATCH)
     patches["bottom"], patches["right"], patches["seed"][:, 0] = HEIGHT, WIDTH, (1, 2, 3, 4, 2**30, 1)
     plan = Plan(np.zeros((6, 1), OPERATION), patches)
-    out = pixels_triton.carry_out(pictures(6).to(device), plan, *NORMALIZATION.values(), torch.float16).cpu()
+    out = pixels_triton.carry_out(random_images(6).to(device), plan, *NORMALIZATION.values(), torch.float16).cpu()
     assert out.dtype == torch.float16
     assert torch.equal(out[0], out[5])
     noise = out[:5].float()

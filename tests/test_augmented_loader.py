@@ -1,4 +1,4 @@
-"""Augmentation in the loader: drawn changes behind drawn crops, whatever the ranks and the place, and each crop."""
+"""Augmentation in the loader: drawn changes after drawn crops, of each kind, on any number of ranks, at any place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_picture
+from conftest import write_image
 from PIL import Image
 from test_loader import assert_same, levels, training_loader
 from torch import Tensor
@@ -39,7 +39,7 @@ def bytes_of(images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [24, 48])
-def test_changes_come_behind_the_crop(source: Source, size: int) -> None:
+def test_changes_come_after_the_crop(source: Source, size: int) -> None:
     cfg = SETTINGS["timm"]
     plain_cfg = AugmentConfig(aa="", color_jitter=0.0, reprob=0.0)
     plain, augmented = (next(training_loader(source, 36, size=size, augmentation=c).epoch(1)) for c in (plain_cfg, cfg))
@@ -65,7 +65,7 @@ def test_draws_depend_on_the_place_alone(source: Source, name: str) -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Source:
     root = tmp_path_factory.mktemp("small")
     for i, size in enumerate([(32, 32), (32, 32), (28, 28), (33, 40), (60, 25), (32, 90)]):
-        write_picture(root / "train" / "a" / f"{i}.JPEG", i, size)
+        write_image(root / "train" / "a" / f"{i}.JPEG", i, size)
     return open_source(root, "train")
 
 
@@ -81,11 +81,11 @@ def test_crops_without_a_free_resize_are_torchvisions(small: Source, crop: str) 
         positions, ids = loader.order.step(epoch, 0)
         u = draws.uniforms(3, epoch, positions)
         for image, row, i in zip(levels(batch.images), u, ids.tolist(), strict=True):
-            picture = Image.open(small.name(i)).convert("RGB")
+            original = Image.open(small.name(i)).convert("RGB")
             if crop == "simple":
-                picture = tvf.resize(picture, size, InterpolationMode.BICUBIC)
-            padded = tvf.pad(picture, 4, padding_mode="reflect" if crop == "simple" else "constant")
-            top, left = crops.padded_crop(row[None], np.array([picture.size[::-1]]), size)[0].tolist()
+                original = tvf.resize(original, size, InterpolationMode.BICUBIC)
+            padded = tvf.pad(original, 4, padding_mode="reflect" if crop == "simple" else "constant")
+            top, left = crops.padded_crop(row[None], np.array([original.size[::-1]]), size)[0].tolist()
             outside += top < 0 or left < 0
             cut = tvf.crop(padded, top + 4, left + 4, size, size)
             flip = draws.flips(row[None])[0]
@@ -124,7 +124,7 @@ def test_gpu_augments_as_the_cpu(source: Source) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_pictures_do_not_change_while_others_are_in_work(source: Source) -> None:
+def test_gpu_images_do_not_change_while_others_are_in_work(source: Source) -> None:
     """DALI's memory is given back while our kernels are still to run; it must wait for them."""
     loader = training_loader(source, 12, device="cuda", size=224, augmentation=AugmentConfig())
     first = [batch.images.clone() for epoch in range(10) for batch in loader.epoch(epoch)]

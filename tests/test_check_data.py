@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_picture
+from conftest import write_image
 from loaders import make_loader
 from PIL import Image
 from timm.data import ImageNetInfo
@@ -28,7 +28,7 @@ from vimfast.errors import UserError
 from vimfast.shards.format import INDEX_DTYPE, MANIFEST
 
 Check = Callable[..., tuple[int, dict[str, Any]]]
-PICTURE = "n01/n01_3.JPEG"
+IMAGE = "n01/n01_3.JPEG"
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def healthy_shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def shards(healthy_shards: Path, tmp_path: Path) -> Path:
-    """Shards to damage: three of 12 training pictures, two of validation's 15."""
+    """Shards to damage: three of 12 training images, two of validation's 15."""
     return shutil.copytree(healthy_shards, tmp_path / "shards")
 
 
@@ -102,7 +102,7 @@ def damage_cut(path: Path) -> None:
 
 
 def damage_png_cut(path: Path) -> None:
-    write_picture(path.with_suffix(".png"), 5)
+    write_image(path.with_suffix(".png"), 5)
     path.with_suffix(".png").rename(path)
     damage_cut(path)
 
@@ -114,18 +114,18 @@ def damage_link(path: Path) -> None:
 
 @pytest.mark.parametrize("decode", [[], ["--decode"]])
 @pytest.mark.parametrize("damage", [damage_empty, damage_text, damage_cut, damage_png_cut, damage_link])
-def test_an_unreadable_picture_is_an_error(
+def test_an_unreadable_image_is_an_error(
     check: Check, root: Path, damage: Callable[[Path], None], decode: list[str]
 ) -> None:
-    damage(root / "train" / PICTURE)
+    damage(root / "train" / IMAGE)
     status, report = check(root, *decode)
     assert status == 1
     errors = [finding for finding in report["findings"] if finding["severity"] == "error"]
-    assert [(error["file"], error["split"]) for error in errors] == [(str(root / "train" / PICTURE), "train")]
+    assert [(error["file"], error["split"]) for error in errors] == [(str(root / "train" / IMAGE), "train")]
 
 
 def test_only_decoding_finds_damage_inside(check: Check, root: Path) -> None:
-    path = root / "val" / PICTURE
+    path = root / "val" / IMAGE
     with Image.open(path) as image:
         image.save(path.with_suffix(".png"))
     data = path.with_suffix(".png").read_bytes()
@@ -140,7 +140,7 @@ def test_only_decoding_finds_damage_inside(check: Check, root: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("CMYK", "JPEG"), ("RGB", "GIF")])
 def test_what_prepare_converts_is_a_warning(check: Check, root: Path, mode: str, kind: str) -> None:
-    path = root / "train" / PICTURE
+    path = root / "train" / IMAGE
     with Image.open(path) as image:
         image.convert(mode).save(path, format=kind)
     status, report = check(root)
@@ -247,12 +247,12 @@ def test_the_number_of_classes(check: Check, tree: Path) -> None:
     assert [f["file"] for f in report["findings"]] == [str(tree / "train"), str(tree / "val")]
 
 
-def test_a_picture_of_another_class(check: Check, tmp_path: Path) -> None:
+def test_an_image_of_another_class(check: Check, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in ("n01440764", "n01443537"):
-            write_picture(tmp_path / split / name / f"{name}_1.JPEG", 1)
+            write_image(tmp_path / split / name / f"{name}_1.JPEG", 1)
     moved = tmp_path / "train" / "n01440764" / "n01443537_2.JPEG"
-    write_picture(moved, 2)
+    write_image(moved, 2)
     status, report = check(tmp_path, "--classes", "2")
     assert status == 1
     assert only(report)["file"] == str(moved)
@@ -261,7 +261,7 @@ def test_a_picture_of_another_class(check: Check, tmp_path: Path) -> None:
 def test_numbers_as_class_names(check: Check, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in ("0", "1", "2", "10"):
-            write_picture(tmp_path / split / name / "a.jpg", 1)
+            write_image(tmp_path / split / name / "a.jpg", 1)
     assert "'10' is class 2" in only(check(tmp_path)[1], "warning")["what"]
     assert check(tmp_path)[0] == 0
     for split in ("train", "val"):
@@ -281,7 +281,7 @@ def test_a_wrong_path_is_one_finding_with_exit_status_1(
 
 
 def test_many_files_are_shared_out_among_processes(check: Check, tmp_path: Path) -> None:
-    write_picture(tmp_path / "a.jpg", 1, (8, 8))
+    write_image(tmp_path / "a.jpg", 1, (8, 8))
     for split in ("train", "val"):
         for name in ("a", "b"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -306,7 +306,7 @@ def wnids() -> list[str]:
 
 
 def imagenet_counts(wnids: list[str]) -> dict[str, dict[str, int]]:
-    """Numbers of pictures that add up to ImageNet-1k's."""
+    """Numbers of images that add up to ImageNet-1k's."""
     train = {name: 1281 + (i < 167) for i, name in enumerate(wnids)}
     return {"train": train, "val": dict.fromkeys(wnids, 50)}
 
@@ -323,7 +323,7 @@ def test_imagenet_itself_is_fit(wnids: list[str]) -> None:
     assert judge(imagenet_counts(wnids), 1000) == []
 
 
-def test_imagenet_short_of_a_few_pictures(wnids: list[str]) -> None:
+def test_imagenet_short_of_a_few_images(wnids: list[str]) -> None:
     counts = imagenet_counts(wnids)
     counts["train"][wnids[3]] = 731
     counts["val"][wnids[4]] = 49
@@ -364,7 +364,7 @@ def test_healthy_shards_are_fit(check: Check, healthy_shards: Path, tree: Path) 
     assert report["splits"] == check(tree)[1]["splits"]
 
 
-def test_a_flipped_byte_in_a_picture(check: Check, shards: Path) -> None:
+def test_a_flipped_byte_in_an_image(check: Check, shards: Path) -> None:
     row = np.load(shards / "train.index.npy")[13]
     overwrite(shards / "train-000001.tar", int(row["offset"] + row["size"]) - 9, b"\x00\x01\x02")
     status, report = check(shards)
@@ -501,8 +501,8 @@ def test_shards_with_a_class_too_few(check: Check, shards: Path) -> None:
     assert len(report["findings"]) == 12 + 5
 
 
-def test_leftovers_and_pictures_left_out_are_warnings(check: Check, root: Path, tmp_path: Path) -> None:
-    (root / "train" / PICTURE).write_bytes(b"")
+def test_leftovers_and_images_left_out_are_warnings(check: Check, root: Path, tmp_path: Path) -> None:
+    (root / "train" / IMAGE).write_bytes(b"")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vimfast.prepare", str(root), "--out", str(out), "--skip-bad"]
     subprocess.run(command, check=True, capture_output=True)
@@ -511,7 +511,7 @@ def test_leftovers_and_pictures_left_out_are_warnings(check: Check, root: Path, 
     status, report = check(out)
     assert status == 0
     assert [f["severity"] for f in report["findings"]] == ["warning"] * 3
-    named = {f"train/{PICTURE}", str(out / "train-000000.tar.tmp"), str(out / "train-000099.tar")}
+    named = {f"train/{IMAGE}", str(out / "train-000000.tar.tmp"), str(out / "train-000099.tar")}
     assert {f["file"] for f in report["findings"]} == named
 
 
@@ -595,9 +595,9 @@ def test_the_sheet_undoes_the_normalization(tree: Path) -> None:
     assert np.abs(to_pixels(images)[0] - expected).max() <= 3
 
 
-def test_the_sheet_of_few_pictures_and_unreadable_ones(check: Check, tmp_path: Path) -> None:
+def test_the_sheet_of_few_images_and_unreadable_ones(check: Check, tmp_path: Path) -> None:
     for split in ("train", "val"):
-        write_picture(tmp_path / split / "only" / "one.jpg", 1)
+        write_image(tmp_path / split / "only" / "one.jpg", 1)
     assert check(tmp_path, "--sample-grid", tmp_path / "one.png")[0] == 0
     with Image.open(tmp_path / "one.png") as sheet:
         assert sheet.width == 192 + 2 * 28

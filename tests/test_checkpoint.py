@@ -24,7 +24,7 @@ from vimfast.checkpoint import (
 from vimfast.config import OptimConfig
 from vimfast.errors import UserError
 from vimfast.models import VisionMamba
-from vimfast.optim import build_optimizer
+from vimfast.train.optim import build_optimizer
 
 
 class Evil:
@@ -118,13 +118,13 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
-def test_rubbish_is_told(tmp_path: Path, content: bytes) -> None:
+def test_rubbish_is_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.pth").write_bytes(content)
     with pytest.raises(UserError, match="no checkpoint, or a damaged one"):
         load_checkpoint(tmp_path / "c.pth")
 
 
-def test_a_torn_file_is_told(tmp_path: Path) -> None:
+def test_a_torn_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     save_checkpoint(path, {"model": {"a": torch.ones(1000)}})
     path.write_bytes(path.read_bytes()[:-500])
@@ -142,7 +142,7 @@ def test_a_torn_file_is_told(tmp_path: Path) -> None:
         ({"weight": torch.ones(2, 3), "bias": torch.ones(2), "x": torch.ones(1)}, ["x is unknown here"]),
     ],
 )
-def test_another_model_is_told_by_name_and_shape(weights: dict, words: list[str]) -> None:
+def test_another_model_is_reported_by_name_and_shape(weights: dict, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         load_weights(nn.Linear(3, 2), weights, "c.pth")
     assert all(word in str(error.value) for word in words)
@@ -188,7 +188,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 @pytest.mark.parametrize("decay_a_log", [True, False])
-def test_training_goes_on_from_the_originals_file(tmp_path: Path, decay_a_log: bool) -> None:
+def test_training_continues_from_hustvls_file(tmp_path: Path, decay_a_log: bool) -> None:
     """To the weights of an uninterrupted run; decay_a_log=False moves A_log into the other group, out of order."""
     options = {"init_layer_scale": 0.5, "use_double_cls_token": True}
     model = vim(**options)
@@ -215,7 +215,7 @@ def test_training_goes_on_from_the_originals_file(tmp_path: Path, decay_a_log: b
         torch.testing.assert_close(ours.state_dict()[name], want, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_an_optimizer_of_another_model_is_told(tmp_path: Path) -> None:
+def test_an_optimizer_of_another_model_is_reported(tmp_path: Path) -> None:
     model = vim()
     optimizer = originals_optimizer(model)
     train(model, optimizer, range(1))
@@ -237,7 +237,7 @@ def test_finetuning_at_another_size_with_another_head(tmp_path: Path) -> None:
     notes = load_for_finetuning(new, old.state_dict(), "c.pth", resample="patches")
     assert notes == [
         "position embedding resampled from 17 to 37 positions",
-        "head has 3 classes here and 5 in c.pth: it starts anew",
+        "head has 3 classes here and 5 in c.pth: it starts from initial values",
     ]
     assert torch.equal(new.head.weight, head)
     assert torch.equal(new.layers[1].mixer.D, old.layers[1].mixer.D)

@@ -68,7 +68,7 @@ def test_shipped_recipes_load(path: Path) -> None:
         (["--lr", "nan"], ["lr is nan"]),
     ],
 )
-def test_wrong_flags_say_the_cure(argv: list[str], words: list[str]) -> None:
+def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         load_config(argv)
     assert all(word in str(error.value) for word in words)
@@ -90,7 +90,7 @@ def test_wrong_flags_say_the_cure(argv: list[str], words: list[str]) -> None:
         ("a: [", ["not readable YAML"]),
     ],
 )
-def test_wrong_yaml_says_the_cure(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_wrong_yaml_says_the_fix(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as error:

@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 
-from vimfast.control import Control
 from vimfast.dist import World
-from vimfast.hub import COME_AGAIN, CRASHED, RANK_LOST, STALLED, STOPPED, USER_ERROR, Hub, Message, Peer, Ticks
+from vimfast.processes.control import Control
+from vimfast.processes.hub import (
+    COME_AGAIN,
+    CRASHED,
+    RANK_LOST,
+    STALLED,
+    STOPPED,
+    USER_ERROR,
+    Hub,
+    Message,
+    Peer,
+    Ticks,
+)
+from vimfast.processes.meeting import Links
 
 
 class Told:
-    """A hub of that many ranks, and what it tells them."""
+    """A hub of that many ranks, and what it sends them."""
 
     def __init__(self, size: int, **settings: Any) -> None:
         self.messages: list[tuple[int, Message]] = []
@@ -69,7 +81,7 @@ def test_all_ranks_stop_at_the_same_tick(seed: int) -> None:
     for thread in threads:
         thread.start()
     time.sleep(draw.uniform(0.01, 0.1))
-    for rank in draw.sample(range(size), draw.randint(1, size)):  # one or more are told
+    for rank in draw.sample(range(size), draw.randint(1, size)):  # one or more get the signal
         hub.hear(rank, {"say": "stop", "why": "SIGTERM"}, 0)
     while mail:
         rank, message = mail.pop(draw.randrange(len(mail)) if mail[0][1]["do"] == "vote" else 0)
@@ -84,7 +96,7 @@ def test_all_ranks_stop_at_the_same_tick(seed: int) -> None:
     assert len(set(stopped.values())) == 1
 
 
-def test_a_run_told_to_stop_before_its_first_step_ends_at_once() -> None:
+def test_a_run_stopped_before_its_first_step_ends_at_once() -> None:
     told = Told(2)
     told.hub.hear(1, {"say": "stop", "why": "SIGUSR1"}, 0)
     for rank in range(2):
@@ -126,7 +138,7 @@ def test_a_death_is_reported_before_the_errors_that_it_causes() -> None:
 @pytest.mark.parametrize(
     ("failures", "status", "sentence"),
     [
-        ([(2, "user", "x is 1; want 2")], USER_ERROR, "error: rank 2: x is 1; want 2"),
+        ([(2, "user", "x is 1; it must be 2")], USER_ERROR, "error: rank 2: x is 1; it must be 2"),
         ([(1, "user", "x"), (0, "user", "x"), (2, "user", "x")], USER_ERROR, "error: x"),
         ([(1, "collective", "c"), (0, "crash", "b"), (2, "user", "x")], USER_ERROR, "error: rank 2: x"),
         ([(1, "collective", "c"), (2, "crash", "b")], CRASHED, "error: rank 2: b"),
@@ -140,7 +152,7 @@ def test_the_cause_is_reported(failures: list[tuple[int, str, str]], status: int
     assert told.ended == (len(failures) == 3)  # nobody is left to hear from
     told.hub.look(2.1)
     assert (told.end()["status"], told.end()["sentence"]) == (status, sentence)
-    assert sentence.endswith(told.end()["trace"].removeprefix("trace of "))  # the cause's, told with the sentence
+    assert sentence.endswith(told.end()["trace"].removeprefix("trace of "))  # the cause's, sent with the sentence
 
 
 def test_a_signal_after_a_failure_promises_nothing() -> None:
@@ -187,7 +199,7 @@ def test_a_rank_that_freezes_while_the_others_wait_for_its_goodbye_is_killed() -
 
 def test_the_first_rank_is_missed() -> None:
     control, ends = Control(World(rank=1, size=2)), []
-    control._peers, control._token = [Peer(0, "host", 100), Peer(1, "host", 101)], "none"
+    control._links = Links([Peer(0, "host", 100), Peer(1, "host", 101)], "none", None, {})
     control._end = ends.append  # type: ignore[method-assign, assignment]
     control._hub_is_lost("exited unexpectedly", RANK_LOST)
     assert ends[0]["sentence"] == "error: rank 0 (pid 100 on host) exited unexpectedly; rank 1 was at starting"

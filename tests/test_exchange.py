@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import write_picture
+from conftest import write_image
 from loaders import make_loader
 from PIL import Image
 from processes import run_on
@@ -18,7 +18,7 @@ from torch import Tensor
 from vimfast.augment import crops, draws
 from vimfast.config import AugmentConfig
 from vimfast.data.order import Order
-from vimfast.data.source import Pictures, Source, open_source
+from vimfast.data.source import Images, Source, open_source
 
 STEPS = 3
 
@@ -27,7 +27,7 @@ STEPS = 3
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     for i in range(70):
-        write_picture(root / "train" / f"class{i % 3}" / f"{i}.JPEG", i, (70 + i, 60 + 2 * i))
+        write_image(root / "train" / f"class{i % 3}" / f"{i}.JPEG", i, (70 + i, 60 + 2 * i))
     return root
 
 
@@ -43,7 +43,7 @@ class Counted:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, ids: np.ndarray) -> Pictures:
+    def read(self, ids: np.ndarray) -> Images:
         self.count += len(ids)
         return self.source.read(ids)
 

@@ -35,7 +35,7 @@ def named(**options: Any) -> VisionMamba:
     return model.eval()
 
 
-def pictures() -> Tensor:
+def random_images() -> Tensor:
     return torch.randn(2, 3, 24, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -56,33 +56,33 @@ def test_maps_are_the_sums_of_the_blocks_without_the_class_tokens(
     model.layers[0].register_forward_pre_hook(lambda m, args: outputs.append(args[0]))
     for block in model.layers:
         block.register_forward_hook(lambda m, args, out: outputs.append(out[0]))
-    maps = model.forward_intermediates(pictures(), intermediates_only=True)
+    maps = model.forward_intermediates(random_images(), intermediates_only=True)
     patches = [i for i in range(15 + len(class_places)) if i not in class_places]
     for i, got in enumerate(maps):
         want = torch.stack(outputs[: i + 2]).sum(0)[:, patches]  # the embedding and what blocks 0 .. i add
         torch.testing.assert_close(got, want.view(2, 3, 5, 20).permute(0, 3, 1, 2))
-    final, (last,) = model.forward_intermediates(pictures(), [-1], norm=True, output_fmt="NLC")
-    torch.testing.assert_close(final, model.forward_features(pictures()))
+    final, (last,) = model.forward_intermediates(random_images(), [-1], norm=True, output_fmt="NLC")
+    torch.testing.assert_close(final, model.forward_features(random_images()))
     torch.testing.assert_close(last, final[:, patches])
 
 
-def test_maps_lie_as_the_picture_does_whatever_the_order() -> None:
+def test_maps_lie_as_the_image_does_whatever_the_order() -> None:
     """Blocks that add nothing leave the embedding, which must not be shuffled or reversed."""
     model = named(if_random_token_rank=True, flip_img_sequences_ratio=1.0).train()
     with torch.no_grad():
         for block in model.layers:
             block.mixer.out_proj.weight.zero_()
-    embedding = model.patch_embed(pictures()) + torch.cat([model.pos_embed[:, :7], model.pos_embed[:, 8:]], 1)
-    for got in model.forward_intermediates(pictures(), output_fmt="NLC", intermediates_only=True):
+    embedding = model.patch_embed(random_images()) + torch.cat([model.pos_embed[:, :7], model.pos_embed[:, 8:]], 1)
+    for got in model.forward_intermediates(random_images(), output_fmt="NLC", intermediates_only=True):
         torch.testing.assert_close(got, embedding)
 
 
 def test_alternating_directions_count_in_pairs() -> None:
     model = named(if_bidirectional=True)
-    maps = model.forward_intermediates(pictures(), norm=True, output_fmt="NLC", intermediates_only=True)
+    maps = model.forward_intermediates(random_images(), norm=True, output_fmt="NLC", intermediates_only=True)
     assert [info["module"] for info in model.feature_info] == ["layers.1", "layers.3"]
     assert len(maps) == 2
-    final = model.forward_features(pictures())
+    final = model.forward_features(random_images())
     torch.testing.assert_close(maps[1], final[:, [i for i in range(16) if i != 7]])
 
 
@@ -95,15 +95,15 @@ def test_features_only(out_indices: Any) -> None:
     assert len(backbone.model.layers) == max(taken) + 1
     missing = backbone.model.load_state_dict(whole.state_dict(), strict=False).missing_keys
     assert not missing
-    maps = backbone.eval()(pictures())
+    maps = backbone.eval()(random_images())
     assert backbone.feature_info.channels() == [20] * len(taken)
     assert backbone.feature_info.reduction() == [6] * len(taken)
-    want = whole.forward_intermediates(pictures(), taken, intermediates_only=True)
+    want = whole.forward_intermediates(random_images(), taken, intermediates_only=True)
     for got, there in zip(maps, want, strict=True):
         assert got.shape == (2, 20, 3, 5)
         torch.testing.assert_close(got, there)
     backbone.train()
-    sum(m.square().mean() for m in backbone(pictures())).backward()
+    sum(m.square().mean() for m in backbone(random_images())).backward()
     assert all(p.grad is not None for p in backbone.parameters())  # else DDP would wait for some
 
 
@@ -145,7 +145,7 @@ def test_saved_for_the_hub_and_loaded_by_timm(tmp_path: Path, options: dict[str,
     assert torch.equal(own(images), model(images))
 
 
-def test_what_cannot_be_saved_for_the_hub_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_saved_for_the_hub_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without a name"):
         save_for_hub(VisionMamba(**SMALL), tmp_path)
     with pytest.raises(UserError, match="2 class names for a head of 5 classes"):
@@ -193,7 +193,7 @@ def test_a_checkpoint_exported(tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{tmp_path / 'vim'}", pretrained=True).num_classes == 2
     with pytest.raises(UserError, match="holds no averaged weights"):
         export(str(tmp_path / "vim.pth"), "--out", str(tmp_path / "vim"), "--weights", "ema")
-    with pytest.raises(UserError, match="does not tell what model it is of; give its --model"):
+    with pytest.raises(UserError, match="does not say which model it is of; give its --model"):
         export(str(tmp_path / "vim"), "--out", str(tmp_path / "again"))
 
 

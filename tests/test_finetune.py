@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from vimfast.checkpoint import save_checkpoint
 from vimfast.config import DistillConfig, FinetuneConfig, OptimConfig
 from vimfast.errors import UserError
-from vimfast.finetune import freeze
-from vimfast.losses import Objective, build_teacher
 from vimfast.models import VisionMamba, create_model
-from vimfast.optim import build_optimizer
+from vimfast.train.freezing import freeze
+from vimfast.train.losses import Objective, build_teacher
+from vimfast.train.optim import build_optimizer
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 3, "num_classes": 5}
 
@@ -91,7 +91,7 @@ def test_attn_only_trains_the_mixers() -> None:
     assert freeze(VisionMamba(**SMALL), FinetuneConfig()) == ""
 
 
-def test_what_cannot_be_frozen_is_told() -> None:
+def test_what_cannot_be_frozen_is_reported() -> None:
     with pytest.raises(UserError, match="--freeze-layers is 4 and the model has 3 layers before its head"):
         freeze(VisionMamba(**SMALL), FinetuneConfig(freeze_layers=4))
     with pytest.raises(UserError, match="--attn-only trains mixers or attention"):
@@ -161,18 +161,18 @@ def test_cosub() -> None:
     [
         ({"distillation_type": "hard"}, "needs a teacher; give its --teacher-path"),
         ({"distillation_type": "soft", "cosub": True}, "two losses; choose one"),
-        ({"distillation_type": "soft", "teacher_path": "t", "distillation_tau": 0.0}, "a temperature above 0"),
-        ({"distillation_type": "soft", "teacher_path": "t", "distillation_alpha": 2.0}, "a share up to 1"),
+        ({"distillation_type": "soft", "teacher_path": "t", "distillation_tau": 0.0}, "the temperature above 0"),
+        ({"distillation_type": "soft", "teacher_path": "t", "distillation_alpha": 2.0}, "share must be at most 1"),
         ({"distillation_type": "soft", "teacher_path": "nowhere.pth"}, "--teacher-path: nowhere.pth does not exist"),
         ({"distillation_type": "hard", "teacher_model": "resnet1", "teacher_path": "t"}, "no model named 'resnet1'"),
     ],
 )
-def test_mistakes_about_teachers_are_told(settings: dict[str, Any], sentence: str) -> None:
+def test_mistakes_about_teachers_are_reported(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError) as error:
         build_teacher(DistillConfig(**settings), 5, 224)
     assert sentence in str(error.value)
 
 
-def test_a_teacher_of_other_classes_is_told(teacher: Path) -> None:
+def test_a_teacher_of_other_classes_is_reported(teacher: Path) -> None:
     with pytest.raises(UserError, match=r"--teacher-path: .*fc.weight is \(5, 512\) there and \(7, 512\) here"):
         build_teacher(DistillConfig("hard", "resnet10t", str(teacher)), 7, 64)

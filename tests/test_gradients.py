@@ -10,7 +10,7 @@ import torch.distributed as dist
 from processes import run_on
 from torch import Tensor, nn
 
-from vimfast.gradients import GradientSum, copy_from_first
+from vimfast.train.gradients import GradientSum, copy_from_first
 
 
 class Net(nn.Module):
@@ -95,9 +95,9 @@ def late() -> str:
 
 
 def test_a_gradient_that_comes_late_is_refused(tmp_path: Path) -> None:
-    for told in run_on(2, late, tmp_path):
-        assert told.startswith("parameter branch.")
-        assert "first gradient after the first step" in told
+    for said in run_on(2, late, tmp_path):
+        assert said.startswith("parameter branch.")
+        assert "first gradient after the first step" in said
 
 
 def copied() -> list[Tensor]:

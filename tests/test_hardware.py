@@ -66,7 +66,7 @@ H200, A100, RTX_4090, RTX_3090 = (9, 0), (8, 0), (8, 9), (8, 6)
 
 
 @pytest.mark.parametrize(
-    ("capability", "cores_here", "picture_bytes", "decoder", "threads"),
+    ("capability", "cores_here", "image_bytes", "decoder", "threads"),
     [
         (H200, 16, ORIGINALS, "cpu", 14),
         (H200, 24, ORIGINALS, "cpu", 22),
@@ -89,13 +89,13 @@ def test_who_decodes_follows_from_gpu_and_cores(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     cores_here: int,
-    picture_bytes: float | None,
+    image_bytes: float | None,
     decoder: str,
     threads: int,
 ) -> None:
     cores(monkeypatch, cores_here, cores_here)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    demand = None if picture_bytes is None else Demand(128, 128, None, lambda: picture_bytes)
+    demand = None if image_bytes is None else Demand(128, 128, None, lambda: image_bytes)
     chosen = choose_decoding("auto", None, torch.device("cuda", 0), demand)
     assert (chosen.decoder, chosen.threads) == (decoder, threads)
     assert (chosen.engine_share > 0) == (decoder == "hardware")

@@ -1,4 +1,4 @@
-"""Headers are read right, garbage is told as such, and conversion keeps the picture."""
+"""Headers are read correctly, garbage is reported as such, and conversion keeps the image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, JpegImagePlugin
 from vimfast.shards import jpeg
 
 
-def picture(size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Image:
+def smooth_image(size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
@@ -39,7 +39,7 @@ def decode(data: bytes) -> np.ndarray:
     ],
 )
 def test_jpeg_header(mode: str, options: dict[str, object], components: int, plain: bool) -> None:
-    data = encode(picture((61, 47)).convert(mode), **options)
+    data = encode(smooth_image((61, 47)).convert(mode), **options)
     info = jpeg.inspect(data)
     assert info == ("jpeg", 47, 61, components, True)
     assert jpeg.is_plain(info) is plain
@@ -48,8 +48,8 @@ def test_jpeg_header(mode: str, options: dict[str, object], components: int, pla
 
 
 def test_channels_that_are_rgb() -> None:
-    """Told by Adobe's segment, or by the components' names where there is none, but not against JFIF's."""
-    data = encode(picture((61, 47)), keep_rgb=True)
+    """Recognized by Adobe's segment, or by the components' names where there is none, unless JFIF's says otherwise."""
+    data = encode(smooth_image((61, 47)), keep_rgb=True)
     info = jpeg.inspect(data)
     assert info == ("jpeg-rgb", 47, 61, 3, True)
     assert not jpeg.is_plain(info)
@@ -57,7 +57,7 @@ def test_channels_that_are_rgb() -> None:
     nameless = data[:adobe] + data[adobe + 16 :]
     assert jpeg.inspect(nameless).format == "jpeg-rgb"
     assert Image.open(BytesIO(nameless)).getpixel((5, 5)) == Image.open(BytesIO(data)).getpixel((5, 5))
-    jfif = encode(picture((61, 47)))[2:20]
+    jfif = encode(smooth_image((61, 47)))[2:20]
     assert jpeg.inspect(data[:2] + jfif + data[2:]).format == "jpeg"
     transformed = bytearray(data)
     transformed[adobe + 15] = 1
@@ -66,7 +66,7 @@ def test_channels_that_are_rgb() -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
 def test_other_formats(format: str) -> None:
-    data = encode(picture((61, 47)), format)
+    data = encode(smooth_image((61, 47)), format)
     info = jpeg.inspect(data)
     assert (info.format, info.height, info.width) == (format.lower(), 47, 61)
     assert not jpeg.is_plain(info)
@@ -86,7 +86,7 @@ def test_other_formats(format: str) -> None:
     ],
 )
 def test_jpegs_that_few_decoders_read_are_not_plain(marker: int, bits: int, format: str) -> None:
-    data = bytearray(encode(picture()))
+    data = bytearray(encode(smooth_image()))
     at = data.index(b"\xff\xc0")
     data[at + 1], data[at + 4] = marker, bits
     info = jpeg.inspect(bytes(data))
@@ -97,7 +97,7 @@ def test_jpegs_that_few_decoders_read_are_not_plain(marker: int, bits: int, form
 def test_the_frames_size_whatever_exif_says() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to show"
-    data = encode(picture((60, 40)), exif=exif)
+    data = encode(smooth_image((60, 40)), exif=exif)
     assert jpeg.inspect(data)[1:3] == (40, 60)
     converted, size = jpeg.to_rgb_jpeg(data)
     assert size == (40, 60)
@@ -106,8 +106,8 @@ def test_the_frames_size_whatever_exif_says() -> None:
 
 
 def test_a_cut_is_seen_and_a_tail_is_not_one() -> None:
-    thumbnail = encode(picture((32, 32)))  # has an end marker of its own, inside the header
-    data = encode(picture(), exif=b"Exif\0\0" + thumbnail)
+    thumbnail = encode(smooth_image((32, 32)))  # has an end marker of its own, inside the header
+    data = encode(smooth_image(), exif=b"Exif\0\0" + thumbnail)
     assert jpeg.inspect(data).complete
     assert jpeg.inspect(data + b"\0" * 100).complete
     for cut in (1, 2, 50, 300):
@@ -118,7 +118,7 @@ def test_a_cut_is_seen_and_a_tail_is_not_one() -> None:
 
 
 def test_junk_between_markers_is_left_to_the_decoder() -> None:
-    data = encode(picture())
+    data = encode(smooth_image())
     at = data.index(b"\xff\xdb")
     info = jpeg.inspect(data[:at] + b"junk" + data[at:])
     assert info == ("jpeg", 48, 64, 3, False)
@@ -134,7 +134,7 @@ def test_junk_between_markers_is_left_to_the_decoder() -> None:
         (bytes(1000), "not an image"),
     ],
 )
-def test_no_picture(data: bytes, why: str) -> None:
+def test_no_image(data: bytes, why: str) -> None:
     for form in (data, np.frombuffer(data, np.uint8)):
         with pytest.raises(ValueError, match=why):
             jpeg.inspect(form)
@@ -143,7 +143,7 @@ def test_no_picture(data: bytes, why: str) -> None:
 
 
 def test_an_absurd_size_is_refused_before_it_takes_memory() -> None:
-    data = bytearray(encode(picture()))
+    data = bytearray(encode(smooth_image()))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
     assert jpeg.inspect(bytes(data))[1:3] == (65535, 65535)
@@ -155,7 +155,7 @@ def test_garbage_raises_value_errors_only() -> None:
     rng = random.Random(0)
     outcomes = set()
     for format, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {})):
-        data = encode(picture((40, 30)), format, **options)
+        data = encode(smooth_image((40, 30)), format, **options)
         forms = [data[:length] for length in range(len(data))]
         for _ in range(1500):
             flipped = bytearray(data)
@@ -233,7 +233,7 @@ def inspected(data: jpeg.Buffer) -> jpeg.ImageInfo | str:
 
 
 def test_conversion_keeps_colours() -> None:
-    image = picture((200, 100))
+    image = smooth_image((200, 100))
     cmyk = encode(image.convert("CMYK"))
     assert np.abs(decode(jpeg.to_rgb_jpeg(cmyk)[0]) - decode(cmyk)).mean() < 0.5
     palette = encode(image.convert("P"), "PNG")
@@ -259,17 +259,17 @@ def test_resize_shrinks_the_short_side_only() -> None:
         ((40, 90), (90, 40)),
         ((50, 50), (50, 50)),
     ):
-        data, told = jpeg.to_rgb_jpeg(encode(picture(size)), resize=50, quality=90)
-        assert told == expected == jpeg.inspect(data)[1:3]
+        data, reported = jpeg.to_rgb_jpeg(encode(smooth_image(size)), resize=50, quality=90)
+        assert reported == expected == jpeg.inspect(data)[1:3]
 
 
-def test_a_shrunk_picture_is_antialiased() -> None:
-    """Against the box average over a detailed large picture, which the decoder may shrink on its own first."""
+def test_a_shrunk_image_is_antialiased() -> None:
+    """Against the box average over a detailed large image, which the decoder may shrink on its own first."""
     noise = np.random.default_rng(0).integers(0, 256, (512, 1024, 3), dtype=np.uint8)
     data = encode(Image.fromarray(noise), quality=95)
     small = decode(jpeg.to_rgb_jpeg(data, resize=64, quality=95)[0])
     assert small.shape == (64, 128, 3)
     assert np.abs(small - 127.5).mean() < 20  # noise averages out; picked pixels would deviate by 64
-    smooth = picture((1024, 512))
+    smooth = smooth_image((1024, 512))
     direct = np.asarray(smooth.resize((128, 64), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(decode(jpeg.to_rgb_jpeg(encode(smooth, quality=95), resize=64, quality=95)[0]) - direct).mean() < 3

@@ -13,24 +13,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        *("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.hub"),
+        *("vimfast_kernels", "vimfast.errors", "vimfast.files"),
         *("vimfast.augment.draws", "vimfast.augment.plan", "vimfast.config.choices"),
     ),
     ("vimfast.cli", "vimfast.augment.crops", "vimfast.augment.randaugment"),  # crops and policies check themselves
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
-    (
-        "vimfast.augment",
-        "vimfast.models",
-        "vimfast.dist",
-        "vimfast.optim",
-        "vimfast.gradients",
-        "vimfast.checkpoint",
-        "vimfast.starting",
-    ),
-    ("vimfast.data", "vimfast.step", "vimfast.metrics", "vimfast.control", "vimfast.finetune"),
-    ("vimfast.evaluate", "vimfast.losses", "vimfast.checks"),
-    ("vimfast.trainer",),
-    ("vimfast.train", "vimfast.check_data", "vimfast.prepare"),
+    ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint"),
+    ("vimfast.data", "vimfast.processes"),
+    ("vimfast.train", "vimfast.checks"),
+    ("vimfast.check_data", "vimfast.prepare"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_picture
+from conftest import write_image
 from loaders import make_loader
 from PIL import Image
 from torch import Tensor
@@ -23,7 +23,7 @@ from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.config import AugmentConfig
 from vimfast.data.loader import Loader
 from vimfast.data.order import Order
-from vimfast.data.source import Pictures, Source, open_source
+from vimfast.data.source import Images, Source, open_source
 from vimfast.data.views import Batch
 from vimfast.errors import UserError
 
@@ -77,7 +77,7 @@ class Counted:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, ids: np.ndarray) -> Pictures:
+    def read(self, ids: np.ndarray) -> Images:
         self._read.append(ids)
         return self._source.read(ids % len(self._source))
 
@@ -92,7 +92,7 @@ class Counted:
 
 
 def assert_close_to_pillow(images: Tensor, expected: list[Tensor]) -> None:
-    """Measured: a mean difference of at most 0.22 levels in any picture, at most 0.8 % of values off by more than 2.
+    """Measured: a mean difference of at most 0.22 levels in any image, at most 0.8 % of values off by more than 2.
 
     Both decode with libjpeg-turbo. Pillow rounds to 8 bits between the two directions of a resize, DALI does not; and
     at the edge of a box that is decoded alone, chroma is interpolated without what lies outside.
@@ -136,14 +136,14 @@ def test_training_pixels_are_torchvisions_for_the_same_box(textured: Path, inter
         mirrored += flips.sum()
         expected = []
         for i, box, flip in zip(ids.tolist(), boxes.tolist(), flips, strict=True):
-            picture = Image.open(source.name(i)).convert("RGB")
-            crop = tvf.resized_crop(picture, *box, [SIZE, SIZE], InterpolationMode(interpolation))
+            original = Image.open(source.name(i)).convert("RGB")
+            crop = tvf.resized_crop(original, *box, [SIZE, SIZE], InterpolationMode(interpolation))
             expected.append(tvf.pil_to_tensor(tvf.hflip(crop) if flip else crop))
         assert_close_to_pillow(batch.images, expected)
     assert 0 < mirrored < 14  # both kinds were compared
 
 
-def test_labels_come_with_their_pictures(train: Source) -> None:
+def test_labels_come_with_their_images(train: Source) -> None:
     loader = training_loader(train)
     for step, batch in enumerate(loader.epoch(1)):
         assert batch.labels.dtype == torch.int64
@@ -171,7 +171,7 @@ def test_any_place_gives_what_an_uninterrupted_run_gives(train: Source) -> None:
     stopped = training_loader(train)
     for _, first in zip(range(4), stopped.epoch(0), strict=False):
         assert len(first.labels) == 4
-    assert_same(list(stopped.epoch(0, start=4)), through[0][4:])  # goes on
+    assert_same(list(stopped.epoch(0, start=4)), through[0][4:])  # continues
     assert_same(list(stopped.epoch(0, start=1)), through[0][1:])  # goes back
     assert_same(list(stopped.epoch(1)), through[1])
 
@@ -186,7 +186,7 @@ def test_ranks_share_the_batches_of_one(train: Source) -> None:
 
 
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 4), (2, 4), (4, 5), (8, 2)])
-def test_evaluation_sees_every_picture_once(val: Source, world: int, batch_size: int) -> None:
+def test_evaluation_sees_every_image_once(val: Source, world: int, batch_size: int) -> None:
     (expected,) = evaluation_loader(val, len(val)).epoch(0)
     seen = torch.zeros(len(val), dtype=torch.int64)
     for rank in range(world):
@@ -201,7 +201,7 @@ def test_evaluation_sees_every_picture_once(val: Source, world: int, batch_size:
     assert (seen == 1).all()
 
 
-def test_a_rank_without_pictures_has_no_batches(val: Source) -> None:
+def test_a_rank_without_images_has_no_batches(val: Source) -> None:
     assert list(evaluation_loader(val, 4, world=16, rank=15).epoch(0)) == []
 
 
@@ -222,7 +222,7 @@ def test_an_older_iterator_does_not_take_the_batches_of_a_newer(train: Source) -
         next(older)
 
 
-def test_encoded_pictures_are_let_go(train: Source) -> None:
+def test_encoded_images_are_let_go(train: Source) -> None:
     """Only the batches in work are held: read ahead (4), handed to DALI (3), and the one being made."""
     read: list[weakref.ref[np.ndarray]] = []
 
@@ -232,10 +232,10 @@ def test_encoded_pictures_are_let_go(train: Source) -> None:
         def __len__(self) -> int:
             return len(train)
 
-        def read(self, ids: np.ndarray) -> Pictures:
-            pictures = train.read(ids)
-            read.extend(weakref.ref(data) for data in pictures.encoded)
-            return pictures
+        def read(self, ids: np.ndarray) -> Images:
+            images = train.read(ids)
+            read.extend(weakref.ref(data) for data in images.encoded)
+            return images
 
         def name(self, i: int) -> str:
             return train.name(i)
@@ -263,9 +263,9 @@ def test_half_precision_images(train: Source) -> None:
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    """Twelve pictures; the header of 5.JPEG is fine, so only its decoder can tell that its Huffman table is not."""
+    """Twelve images; the header of 5.JPEG is fine, so only decoding it shows that its Huffman table is not."""
     for i in range(12):
-        write_picture(tmp_path / "train" / "a" / f"{i}.JPEG", i)
+        write_image(tmp_path / "train" / "a" / f"{i}.JPEG", i)
     path = tmp_path / "train" / "a" / "5.JPEG"
     data = bytearray(path.read_bytes())
     table = data.index(b"\xff\xc4")
@@ -275,36 +275,40 @@ def damaged(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [training_loader, evaluation_loader])
-def test_a_picture_that_does_not_decode_is_named(damaged: Path, make: object) -> None:
+def test_an_image_that_does_not_decode_is_named(damaged: Path, make: object) -> None:
     loader: Loader = make(open_source(damaged, "train"))  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"cannot decode .*/a/5\.JPEG \(broken data .*check_data DATA --decode") as told:
+    with pytest.raises(
+        UserError, match=r"cannot decode .*/a/5\.JPEG \(broken data .*check_data DATA --decode"
+    ) as caught:
         list(loader.epoch(0))
-    assert "6.JPEG" not in str(told.value)
-    with pytest.raises(UserError, match=r"a/5\.JPEG"):  # and again, rather than going on without it
+    assert "6.JPEG" not in str(caught.value)
+    with pytest.raises(UserError, match=r"a/5\.JPEG"):  # and again, instead of continuing without it
         list(loader.epoch(0))
 
 
-def skipping(root: Path, told: list[str], batch_size: int = 4, **settings: object) -> Loader:
-    return training_loader(open_source(root, "train"), batch_size, on_bad_image="skip", report=told.append, **settings)
+def skipping(root: Path, reported: list[str], batch_size: int = 4, **settings: object) -> Loader:
+    return training_loader(
+        open_source(root, "train"), batch_size, on_bad_image="skip", report=reported.append, **settings
+    )
 
 
 @pytest.fixture
 def worse(damaged: Path) -> Path:
-    """Two bad pictures side by side, and one that is no picture at all, of which reading can tell."""
+    """Two bad images side by side, and one that is not an image at all, which reading finds."""
     folder = damaged / "train" / "a"
     (folder / "6.JPEG").write_bytes((folder / "5.JPEG").read_bytes())
     (folder / "8.JPEG").write_bytes(b"<html>not found</html>")
     return damaged
 
 
-def test_bad_pictures_are_skipped_and_told_once(worse: Path) -> None:
+def test_bad_images_are_skipped_and_reported_once(worse: Path) -> None:
     """The next good one stands in: 7 for 5 and 6, 9 for 8 (in the order of names: 0, 1, 10, 11, 2, ...)."""
-    told: list[str] = []
-    loader = skipping(worse, told)
+    reported: list[str] = []
+    loader = skipping(worse, reported)
     epochs = [list(loader.epoch(epoch)) for epoch in range(3)]
     assert [len(batch.labels) for epoch in epochs for batch in epoch] == 9 * [4]
-    assert sorted(next(n for n in (5, 6, 8) if f"a/{n}.JPEG" in sentence) for sentence in told) == [5, 6, 8]
-    assert all("another takes its place" in sentence for sentence in told)
+    assert sorted(next(n for n in (5, 6, 8) if f"a/{n}.JPEG" in sentence) for sentence in reported) == [5, 6, 8]
+    assert all("another takes its place" in sentence for sentence in reported)
     assert len(loader.skipped) == 3
     good = {5: 7, 6: 7, 8: 9}
     for bad, stand_in in good.items():
@@ -316,22 +320,22 @@ def test_bad_pictures_are_skipped_and_told_once(worse: Path) -> None:
 
 
 def test_a_run_that_skips_is_the_same_resumed_and_on_two_ranks(worse: Path) -> None:
-    told: list[str] = []
-    loader = skipping(worse, told)
+    reported: list[str] = []
+    loader = skipping(worse, reported)
     through = [list(loader.epoch(epoch)) for epoch in range(2)]
-    assert_same(list(skipping(worse, told).epoch(1, start=1)), through[1][1:])
-    ranks = [list(skipping(worse, told, 2, world=2, rank=rank).epoch(1)) for rank in range(2)]
+    assert_same(list(skipping(worse, reported).epoch(1, start=1)), through[1][1:])
+    ranks = [list(skipping(worse, reported, 2, world=2, rank=rank).epoch(1)) for rank in range(2)]
     for step, whole in enumerate(through[1]):
         for rank in range(2):
             assert torch.equal(ranks[rank][step].images, whole.images[rank::2])
 
 
-def test_evaluation_leaves_bad_pictures_out(worse: Path) -> None:
-    told: list[str] = []
-    loader = evaluation_loader(open_source(worse, "train"), 4, on_bad_image="skip", report=told.append)
+def test_evaluation_leaves_bad_images_out(worse: Path) -> None:
+    reported: list[str] = []
+    loader = evaluation_loader(open_source(worse, "train"), 4, on_bad_image="skip", report=reported.append)
     seen = [torch.cat([batch.images for batch in loader.epoch(0)]) for _ in range(2)]
-    assert len(told) == 3
-    assert all("it is not counted" in sentence for sentence in told)
+    assert len(reported) == 3
+    assert all("it is not counted" in sentence for sentence in reported)
     for bad in (5, 6, 8):
         (worse / "train" / "a" / f"{bad}.JPEG").unlink()
     (expected,) = evaluation_loader(open_source(worse, "train"), 12).epoch(0)
@@ -339,33 +343,33 @@ def test_evaluation_leaves_bad_pictures_out(worse: Path) -> None:
         assert torch.equal(images, expected.images)
 
 
-def test_evaluation_of_bad_pictures_only_ends(worse: Path) -> None:
-    for picture in (worse / "train" / "a").iterdir():
-        picture.write_bytes(b"nothing")
-    told: list[str] = []
+def test_evaluation_of_bad_images_only_ends(worse: Path) -> None:
+    for file in (worse / "train" / "a").iterdir():
+        file.write_bytes(b"nothing")
+    reported: list[str] = []
     source = open_source(worse, "train")
-    assert list(evaluation_loader(source, on_bad_image="skip", report=told.append).epoch(0)) == []
-    assert len(told) == 12
-    with pytest.raises(UserError, match="none of the 12 pictures decodes"):
-        list(skipping(worse, told).epoch(0))
+    assert list(evaluation_loader(source, on_bad_image="skip", report=reported.append).epoch(0)) == []
+    assert len(reported) == 12
+    with pytest.raises(UserError, match="none of the 12 images decodes"):
+        list(skipping(worse, reported).epoch(0))
 
 
 def test_what_dali_refuses_and_pillow_reads_is_read(damaged: Path) -> None:
-    picture = damaged / "train" / "a" / "5.JPEG"
-    write_picture(picture, 5)
+    file = damaged / "train" / "a" / "5.JPEG"
+    write_image(file, 5)
     clean = next(evaluation_loader(open_source(damaged, "train"), 12).epoch(0)).images
-    data = picture.read_bytes()
+    data = file.read_bytes()
     at = data.index(b"\xff\xdb")
-    picture.write_bytes(data[:at] + b"junk" + data[at:])
-    told: list[str] = []
+    file.write_bytes(data[:at] + b"junk" + data[at:])
+    reported: list[str] = []
     source = open_source(damaged, "train")
-    loader = evaluation_loader(source, 12, report=told.append)
+    loader = evaluation_loader(source, 12, report=reported.append)
     for _ in range(2):
         (batch,) = loader.epoch(0)
         assert (levels(batch.images) - levels(clean)).abs().max() < 8
         different = (batch.images != clean).flatten(1).any(dim=1).nonzero().flatten().tolist()
         assert [Path(source.name(i)).name for i in different] in ([], ["5.JPEG"])
-    assert [sentence.count("5.JPEG: DALI cannot decode it, but Pillow can") for sentence in told] == [1]
+    assert [sentence.count("5.JPEG: DALI cannot decode it, but Pillow can") for sentence in reported] == [1]
 
 
 def test_copies_on_one_rank_are_read_once_and_look_the_same(textured: Path) -> None:
@@ -396,17 +400,17 @@ def test_copies_on_one_rank_are_read_once_and_look_the_same(textured: Path) -> N
         assert torch.equal(images[rank::5], singly[rank].images)
 
 
-def test_a_vanished_picture_is_named(tmp_path: Path) -> None:
+def test_a_vanished_image_is_named(tmp_path: Path) -> None:
     for i in range(8):
-        write_picture(tmp_path / "train" / "a" / f"{i}.JPEG", i)
+        write_image(tmp_path / "train" / "a" / f"{i}.JPEG", i)
     loader = training_loader(open_source(tmp_path, "train"))
-    picture = tmp_path / "train" / "a" / "3.JPEG"
-    content = picture.read_bytes()
-    picture.unlink()
+    file = tmp_path / "train" / "a" / "3.JPEG"
+    content = file.read_bytes()
+    file.unlink()
     for _ in range(2):
         with pytest.raises(UserError, match=r"a/3\.JPEG cannot be read \(No such file"):
             list(loader.epoch(0))
-    picture.write_bytes(content)
+    file.write_bytes(content)
     assert len(list(loader.epoch(0))) == 2
 
 

@@ -8,13 +8,13 @@ import torch
 from timm.data.mixup import Mixup as TimmMixup
 
 from vimfast.config import MixConfig
-from vimfast.data.mixup import Mixup
+from vimfast.train.mixing import Mixup
 
 K = 7
 
 
-def constant_pictures(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures whose every pixel is their class index, so pixels tell whose they are."""
+def constant_images(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images whose every pixel is their class index, so a pixel shows whose it is."""
     labels = torch.arange(batch) % K
     return labels.float()[:, None, None, None].expand(batch, 3, 20, 24).contiguous(), labels
 
@@ -24,13 +24,13 @@ def constant_pictures(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("options", [{"cutmix": 0.0}, {"mixup": 0.0}, {}, {"cutmix_minmax": (0.3, 0.8)}])
 def test_targets_weigh_what_the_pixels_show(mode: str, batch: int, options: dict) -> None:
     mixup = Mixup(MixConfig(mixup_mode=mode, smoothing=0.0, **options), K, seed=3, rank=0)
-    images, labels = constant_pictures(batch)
+    images, labels = constant_images(batch)
     for step in range(8):
         mixed, targets = mixup(images, labels, step)
         # The mean pixel is lam * own + (1 - lam) * partner, whether blended or pasted: so is the mean class.
         torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(K).float(), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(targets.sum(1), torch.ones(batch))
-    torch.testing.assert_close(images, constant_pictures(batch)[0])
+    torch.testing.assert_close(images, constant_images(batch)[0])
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
@@ -75,7 +75,7 @@ def test_off_is_label_smoothing() -> None:
 
 
 def test_bce_targets_are_the_classes_present() -> None:
-    images, labels = constant_pictures(6)
+    images, labels = constant_images(6)
     _, targets = Mixup(MixConfig(bce_loss=True, cutmix=0.0), K, 0, 0)(images, labels, 0)
     assert set(targets.unique().tolist()) == {0.0, 1.0}
     assert targets.sum(1).tolist() == [2.0] * 6

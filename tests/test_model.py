@@ -38,7 +38,7 @@ def small(**options: Any) -> VisionMamba:
     return model
 
 
-def pictures(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_images(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(count, 3, 24, 32, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
@@ -95,10 +95,10 @@ SHUFFLED = [5, 2, 9, 0, 15, 7, 1, 14, 3, 8, 12, 4, 13, 6, 11, 10]
 def test_agrees_with_the_description(
     options: dict[str, Any], description: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits and the gradients of all parameters and of the pictures."""
+    """Logits and the gradients of all parameters and of the images."""
     tolerance = 1e-5 if "rope" in description else 1e-9  # rotary tables are kept in fp32
     model = small(drop_path_rate=0.0, **options).double().train()
-    images = pictures(dtype=torch.float64).requires_grad_()
+    images = random_images(dtype=torch.float64).requires_grad_()
     if "order" in description:
         monkeypatch.setattr(model, "_draw_order", lambda length: description["order"])
     if "place" in description:
@@ -111,7 +111,7 @@ def test_agrees_with_the_description(
     loss = torch.sin(torch.arange(want.numel())).double().view(want.shape)
     leaves = [images, *parameters.values()]
     for name, a, b in zip(
-        ["pictures", *parameters],
+        ["images", *parameters],
         torch.autograd.grad((got * loss).sum(), leaves),
         torch.autograd.grad((want * loss).sum(), leaves),
         strict=True,
@@ -122,7 +122,7 @@ def test_agrees_with_the_description(
 @pytest.mark.parametrize("size", [(24, 32), (29, 39)])
 @pytest.mark.parametrize("amp", [False, True])
 def test_patches_that_do_not_overlap_are_a_convolution(size: tuple[int, int], amp: bool) -> None:
-    """Pixels that fill no patch are left out; under autocast pictures are cast as a convolution would."""
+    """Pixels that fill no patch are left out; under autocast images are cast as a convolution would."""
     torch.manual_seed(0)
     embed = PatchEmbed(size, 8, 8, 3, 20)
     images = torch.randn(2, 3, *size).requires_grad_()
@@ -213,7 +213,7 @@ def test_initial_values() -> None:
         "D",
         "D_b",
     }
-    assert low(pictures(dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert low(random_images(dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_drop_path_is_shifted_by_one_block() -> None:
@@ -222,17 +222,17 @@ def test_drop_path_is_shifted_by_one_block() -> None:
     assert rates == pytest.approx([0.0, 0.0, 0.1, 0.2])
     assert model.drop_path_rate == 0.3
     model = small(depth=1, drop_path_rate=1.0).train()  # the last output is always dropped
-    logits = model(pictures())
+    logits = model(random_images())
     with torch.no_grad():
         model.layers[-1].mixer.out_proj.weight.zero_()
-    assert torch.equal(model(pictures()), logits)
+    assert torch.equal(model(random_images()), logits)
 
 
 @pytest.mark.parametrize("kind", ["v2", "none"])
 def test_drop_path_keeps_the_mean_of_each_sample(kind: str) -> None:
     """Whole samples lose a block's output, the others have it scaled up; evaluation drops nothing."""
     model = small(depth=1, drop_path_rate=0.25, bimamba_type=kind).train()
-    x = pictures(1).expand(400, -1, -1, -1)
+    x = random_images(1).expand(400, -1, -1, -1)
     stream, residual, noise = model._mix(model.patch_embed(x), None)
     kept = drop_path(stream, noise, 0.25)
     dropped = (kept == 0).flatten(1).all(1)
@@ -247,7 +247,7 @@ def test_drop_path_keeps_the_mean_of_each_sample(kind: str) -> None:
 
 def test_dropout_follows_the_position_embedding() -> None:
     model = small(drop_rate=0.5, drop_path_rate=0.0).train()
-    assert not torch.equal(model(pictures()), model(pictures()))
+    assert not torch.equal(model(random_images()), model(random_images()))
     assert small(drop_rate=0.5, if_abs_pos_embed=False).pos_drop.p == 0
 
 
@@ -256,10 +256,10 @@ def test_autocast_keeps_scan_and_residual_in_fp32() -> None:
     seen: dict[str, torch.dtype] = {}
     model.layers[1].register_forward_hook(lambda m, i, o: seen.update(output=o[0].dtype, residual=o[1].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(pictures())
+        logits = model(random_images())
     assert seen == {"output": torch.bfloat16, "residual": torch.float32}
     assert logits.dtype == torch.bfloat16
-    exact = model(pictures())
+    exact = model(random_images())
     assert (logits.float() - exact).norm() < 0.03 * exact.norm()
     logits.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
@@ -281,17 +281,17 @@ def test_the_head_finds_the_class_token_wherever_it_goes(options: dict[str, Any]
     model.drop_path_rate = 0.0
     plain = small(depth=0, **{k: v for k, v in options.items() if k.startswith("use") or k == "if_abs_pos_embed"})
     plain.load_state_dict(model.state_dict())
-    want = plain.eval()(pictures())
+    want = plain.eval()(random_images())
     for _ in range(5):
-        torch.testing.assert_close(model(pictures()), want)
+        torch.testing.assert_close(model(random_images()), want)
 
 
 @pytest.mark.parametrize("options", [{"if_random_token_rank": True}, {"if_random_cls_token_position": True, **FIRST}])
 def test_random_orders_are_for_training(options: dict[str, Any]) -> None:
     model = small(drop_path_rate=0.0, **options).train()
-    assert len({tuple(model(pictures()).flatten().tolist()) for _ in range(6)}) > 1
+    assert len({tuple(model(random_images()).flatten().tolist()) for _ in range(6)}) > 1
     model.eval()
-    assert torch.equal(model(pictures()), model(pictures()))
+    assert torch.equal(model(random_images()), model(random_images()))
 
 
 def test_activation_checkpointing_changes_nothing_but_memory() -> None:
@@ -300,7 +300,7 @@ def test_activation_checkpointing_changes_nothing_but_memory() -> None:
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         torch.manual_seed(3)
-        loss = model(pictures()).square().sum()
+        loss = model(random_images()).square().sum()
         results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     assert all(map(torch.equal, *results))
 
@@ -308,24 +308,26 @@ def test_activation_checkpointing_changes_nothing_but_memory() -> None:
 def test_compiled_whole() -> None:
     model = small().eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got, want = compiled(pictures()), model(pictures())
+    got, want = compiled(random_images()), model(random_images())
     torch.testing.assert_close(got, want)
     leaves = list(model.parameters())
     for a, b in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(compiled(pictures(3)), model(pictures(3)))  # the last batch of an evaluation is shorter
+    torch.testing.assert_close(
+        compiled(random_images(3)), model(random_images(3))
+    )  # the last batch of an evaluation is shorter
 
 
 def test_scan_backend_reaches_the_mixers() -> None:
     model = small(scan_backend="reference").eval()
     assert {block.mixer.scan_backend for block in model.layers} == {"reference"}
-    assert torch.equal(model(pictures()), small().eval()(pictures()))
+    assert torch.equal(model(random_images()), small().eval()(random_images()))
 
 
 @pytest.mark.parametrize("options", [{}, DOUBLE, {**NO_TOKEN, "final_pool_type": "max"}])
 def test_features_and_head_as_in_timm(options: dict[str, Any]) -> None:
     model = small(**options).eval()
-    images = pictures()
+    images = random_images()
     tokens = model.forward_features(images)
     assert tokens.shape == (2, 15 + len(model.class_places(15)), 20)
     assert torch.equal(model.forward_head(tokens), model(images))
@@ -368,7 +370,7 @@ def test_names_in_timm() -> None:
 def test_other_models_on_the_same_rails() -> None:
     model = create_model("deit_tiny_patch16_224", img_size=64, num_classes=4)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
-    assert isinstance(create_model("resnet18", img_size=64, drop_path_rate=0.1), nn.Module)  # of any size: not told
+    assert isinstance(create_model("resnet18", img_size=64, drop_path_rate=0.1), nn.Module)  # of any size: no complaint
 
 
 @pytest.mark.parametrize(
@@ -390,14 +392,14 @@ def test_other_models_on_the_same_rails() -> None:
         ("resnet18", {"depht": 3}, "resnet18 has no option 'depht'"),
     ],
 )
-def test_mistakes_are_told(name: str, options: dict[str, Any], sentence: str) -> None:
+def test_mistakes_are_reported(name: str, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError) as error:
         create_model(name, **options)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_pictures_of_another_size_are_told() -> None:
+def test_images_of_another_size_are_reported() -> None:
     with pytest.raises(UserError, match=r"3 x 32 x 32 .* built for 3 x 24 x 32"):
         small()(torch.zeros(2, 3, 32, 32))
 
@@ -427,7 +429,7 @@ def test_position_embedding_of_its_own_size_is_untouched() -> None:
     model = small()
     assert model.fit_pos_embed(model.state_dict())["pos_embed"].data_ptr() == model.pos_embed.data_ptr()
     assert "pos_embed" not in model.fit_pos_embed({})
-    with pytest.raises(UserError, match="no square grid"):
+    with pytest.raises(UserError, match="not a square grid"):
         resample_pos_embed(torch.zeros(1, 16, 4), (2, 2), model.class_places)
 
 

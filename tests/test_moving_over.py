@@ -15,7 +15,7 @@ from runs import RECIPE, train
 from vimfast.checkpoint import load_checkpoint
 from vimfast.errors import UserError
 from vimfast.models import VisionMamba, create_model
-from vimfast.trainer import Trainer
+from vimfast.train.loop import Hook, Place
 
 SMALL = {**RECIPE["model"]["model_kwargs"], "img_size": 32, "num_classes": 3}
 FLAGS = [
@@ -37,7 +37,7 @@ def originals_model(**options: Any) -> VisionMamba:
 
 
 def originals_state(model: VisionMamba, epoch: int) -> dict[str, Any]:
-    """What the original's main.py saves behind `epoch`, its optimizer as timm 0.4.12 makes it."""
+    """What hustvl/Vim's main.py saves after `epoch`, its optimizer as timm 0.4.12 makes it."""
     groups: tuple[list, list] = [], []
     for name, p in model.named_parameters():
         groups[len(p.shape) > 1 and not name.endswith(".bias") and name not in model.no_weight_decay()].append(p)
@@ -67,13 +67,13 @@ def original(tmp_path: Path) -> Path:
 def test_evaluation(original: Path, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = train(*FLAGS, "--data-path", str(tree), "--eval", "--resume", str(original))
     state = load_checkpoint(original)
-    assert all(torch.equal(value, state["model"][name]) for name, value in trainer.model.state_dict().items())
-    assert trainer.ema is not None
-    assert all(torch.equal(v, state["model_ema"][name]) for name, v in trainer.ema.module.state_dict().items())
-    told = capsys.readouterr().out
-    assert "raw weights and their average (EMA)" in told
+    for whose, part in (("", "model"), ("ema_", "model_ema")):
+        weights = trainer.evaluated.models[whose].state_dict()
+        assert all(torch.equal(value, state[part][name]) for name, value in weights.items())
+    said = capsys.readouterr().out
+    assert "raw weights and their average (EMA)" in said
     for name in ("network", "ema network"):
-        assert f"Accuracy of the {name} on the 15 test images" in told
+        assert f"Accuracy of the {name} on the 15 test images" in said
 
 
 @pytest.mark.parametrize("how", ["patches", "original"])
@@ -81,23 +81,26 @@ def test_evaluation_at_another_size(original: Path, tree: Path, how: str) -> Non
     flags = ("--data-path", str(tree), "--eval", "--resume", str(original), "--pos-embed-resample", how)
     trainer = train(*FLAGS, *flags, "--input-size", "48")
     want = originals_model(img_size=48).fit_pos_embed(load_checkpoint(original)["model"], how)
-    for model, extra in ((trainer.model, 0.0), (trainer.ema.module, 0.01)):
+    for model, extra in ((trainer.evaluated.models[""], 0.0), (trainer.evaluated.models["ema_"], 0.01)):
         torch.testing.assert_close(model.state_dict()["pos_embed"], want["pos_embed"] + extra)
 
 
-def test_training_goes_on(original: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_continues(original: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = load_checkpoint(original)
     seen: dict[str, Any] = {}
 
-    class Watches(Trainer):
-        def _train_epoch(self) -> None:
-            seen.setdefault("epoch", self.epoch)
-            seen.setdefault("steps", {float(s["step"]) for s in self.optimizer.state.values()})
-            seen.setdefault("moment", self.optimizer.state[self.model.layers[1].mixer.A_log]["exp_avg"].clone())
-            super()._train_epoch()
+    class Watch(Hook):
+        def __init__(self, run: Any) -> None:
+            self.run = run
+
+        def epoch_begin(self, place: Place) -> None:
+            optimizer, model = self.run.optimizer, self.run.model
+            seen.setdefault("epoch", place.epoch)
+            seen.setdefault("steps", {float(s["step"]) for s in optimizer.state.values()})
+            seen.setdefault("moment", optimizer.state[model.layers[1].mixer.A_log]["exp_avg"].clone())
 
     flags = ("--data-path", str(tree), "--resume", str(original), "--output_dir", str(tmp_path / "run"))
-    train(*FLAGS, *flags, "--epochs", "6", kind=Watches)
+    train(*FLAGS, *flags, "--epochs", "6", hooks=lambda run: [Watch(run)])
     assert (seen["epoch"], seen["steps"]) == (5, {1.0})
     names = [name for name, _ in originals_model().named_parameters()]
     order = [n for n in names if state["model"][n].ndim == 1 or n.endswith(".bias") or n in ("pos_embed", "cls_token")]
@@ -112,13 +115,13 @@ def test_finetuning(original: Path, tree: Path, capsys: pytest.CaptureFixture[st
     flags = ("--data-path", str(tree), "--finetune", str(original), "--input-size", "48", "--epochs", "1")
     trainer = train(*FLAGS, *flags, "--lr", "0", "--warmup-lr", "0", "--min-lr", "0", "--freeze-layers", "1")
     want = load_checkpoint(original)["model"]
-    assert torch.equal(trainer.model.layers[1].mixer.D, want["layers.1.mixer.D"])
-    assert torch.equal(trainer.ema.module.layers[1].mixer.D, want["layers.1.mixer.D"])
-    assert trainer.model.head.weight.shape == (3, 32)
-    told = capsys.readouterr().out
-    assert "position embedding resampled from 17 to 37 positions" in told
-    assert "head has 3 classes here and 10 in" in told
-    assert "parameters are trained, the others stay as they are" in told
+    assert torch.equal(trainer.evaluated.models[""].layers[1].mixer.D, want["layers.1.mixer.D"])
+    assert torch.equal(trainer.evaluated.models["ema_"].layers[1].mixer.D, want["layers.1.mixer.D"])
+    assert trainer.evaluated.models[""].head.weight.shape == (3, 32)
+    said = capsys.readouterr().out
+    assert "position embedding resampled from 17 to 37 positions" in said
+    assert "head has 3 classes here and 10 in" in said
+    assert "parameters are trained, the others stay as they are" in said
 
 
 @pytest.mark.parametrize("flag", ["--eval", "--resume", "--finetune", "--teacher-path"])
@@ -143,7 +146,7 @@ def test_a_teacher_is_listened_to(tmp_path: Path, tree: Path, kind: str) -> None
     torch.save({"model": create_model("resnet10t", num_classes=3).state_dict()}, tmp_path / "teacher.pth")
     flags = ("--data-path", str(tree), "--epochs", "1", "--distillation-type", kind, "--teacher-model", "resnet10t")
     trainer = train(*FLAGS, *flags, "--teacher-path", str(tmp_path / "teacher.pth"), "--distillation-alpha", "1")
-    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert all(torch.isfinite(p).all() for p in trainer.evaluated.models[""].parameters())
 
 
 @pytest.mark.parametrize(
@@ -156,6 +159,6 @@ def test_a_teacher_is_listened_to(tmp_path: Path, tree: Path, kind: str) -> None
 )
 def test_other_flags_train(tree: Path, flags: tuple[str, ...]) -> None:
     trainer = train(*FLAGS, "--data-path", str(tree), "--epochs", "1", *flags)
-    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert all(torch.isfinite(p).all() for p in trainer.evaluated.models[""].parameters())
     if "--global-batch-size" in flags:
-        assert (trainer.accum_steps, trainer.global_batch, trainer.steps) == (2, 8, 4)
+        assert (trainer.accum_steps, trainer.loader.order.batch_size, trainer.place.steps) == (2, 4, 4)

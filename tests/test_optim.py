@@ -10,7 +10,7 @@ from torch import nn
 
 from vimfast.config import EmaConfig, OptimConfig, ScheduleConfig
 from vimfast.errors import UserError
-from vimfast.optim import LearningRate, build_ema, build_optimizer, peak_lr
+from vimfast.train.optim import LearningRate, build_ema, build_optimizer, peak_lr
 
 
 class Toy(nn.Module):

@@ -1,4 +1,4 @@
-"""The order of the pictures, by property: the same for any number of ranks, and a function of its arguments alone."""
+"""The order of the images, by property: the same for any number of ranks, and a function of its arguments alone."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_repeats_stand_side_by_side() -> None:
     assert len(np.unique(ids)) == 320
 
 
-def test_copies_of_a_picture_go_to_different_ranks() -> None:
-    """As in the original's repeated augmentation: no rank's batch holds a picture twice."""
+def test_copies_of_an_image_go_to_different_ranks() -> None:
+    """As in the original's repeated augmentation: no rank's batch holds an image twice."""
     ids = [Order(300, 8, world=3, rank=rank, repeats=3).step(0, 5)[1] for rank in range(3)]
     np.testing.assert_array_equal(ids[0], ids[1])
     np.testing.assert_array_equal(ids[0], ids[2])
@@ -74,7 +74,7 @@ def test_imagenet_epoch_has_1251_steps_on_eight_ranks() -> None:
 
 @pytest.mark.parametrize("samples", [1, 2, 47, 48, 49, 97])
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 48), (3, 16), (8, 7), (5, 1)])
-def test_evaluation_sees_every_picture_once(samples: int, world: int, batch_size: int) -> None:
+def test_evaluation_sees_every_image_once(samples: int, world: int, batch_size: int) -> None:
     positions, ids = global_sequence(world, batch_size, samples=samples, shuffle=False, drop_last=False)
     np.testing.assert_array_equal(positions, np.arange(samples))
     np.testing.assert_array_equal(ids, np.arange(samples))
@@ -149,5 +149,5 @@ def test_window_is_the_same_on_any_number_of_ranks(world: int) -> None:
 
 
 def test_bounds_that_are_of_other_data_are_refused() -> None:
-    with pytest.raises(ValueError, match="400 pictures, shards up to 500"):
+    with pytest.raises(ValueError, match="400 images, shards up to 500"):
         Order(400, 8, bounds=BOUNDS)

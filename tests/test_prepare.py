@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_picture
+from conftest import write_image
 from PIL import Image
 
 from vimfast import prepare
@@ -43,7 +43,7 @@ def run(*words: object, status: int = 0, **options: object) -> str:
 
 
 def visible(out: Path) -> dict[str, bytes]:
-    """The folder's files by name, without the line of the manifest that tells the time."""
+    """The folder's files by name, without the line of the manifest that contains the time."""
     files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     if manifest := files.get(MANIFEST):
         files[MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
@@ -130,10 +130,10 @@ def test_dali_reads_them(out: Path) -> None:
     reader = pipeline()
     reader.build()
     assert reader.epoch_size("reader") == 36
-    pictures, labels = reader.run()
+    encoded, labels = reader.run()
     rows = np.load(out / "train.index.npy")
     assert [int(np.array(labels[i]).tobytes()) for i in range(36)] == rows["label"].tolist()
-    assert [zlib.crc32(np.array(pictures[i])) for i in range(36)] == rows["crc32"].tolist()
+    assert [zlib.crc32(np.array(encoded[i])) for i in range(36)] == rows["crc32"].tolist()
 
 
 def test_dali_index_is_what_its_own_tool_writes(out: Path, tmp_path: Path) -> None:
@@ -173,10 +173,10 @@ def odd(tmp_path: Path) -> Path:
     """A tree with one of each file that cannot be stored as it is, among good ones."""
     root = tmp_path / "odd"
     for i in range(4):
-        write_picture(root / f"train/n1/good_{i}.JPEG", i)
+        write_image(root / f"train/n1/good_{i}.JPEG", i)
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(root / "train/n1/is_png.JPEG", format="PNG")
-    write_picture(root / "train/n1/is_cmyk.JPEG", 7, mode="CMYK")
-    write_picture(root / "train/n1/is_grey.JPEG", 8, mode="L")
+    write_image(root / "train/n1/is_cmyk.JPEG", 7, mode="CMYK")
+    write_image(root / "train/n1/is_grey.JPEG", 8, mode="L")
     return root
 
 
@@ -203,7 +203,7 @@ def spoil(root: Path) -> list[str]:
     return [str(root / f"train/n1/{name}.JPEG") for name in (*bad, "dead")]
 
 
-def test_all_unreadable_pictures_are_listed_and_nothing_looks_complete(odd: Path, tmp_path: Path) -> None:
+def test_all_unreadable_images_are_listed_and_nothing_looks_complete(odd: Path, tmp_path: Path) -> None:
     bad, out = spoil(odd), tmp_path / "out"
     said = run(odd, "--out", out, "--shard-samples", 3, status=2)
     for path in bad:
@@ -224,18 +224,18 @@ def test_all_unreadable_pictures_are_listed_and_nothing_looks_complete(odd: Path
     assert visible(out) == visible(tmp_path / "at_once")
 
 
-def test_a_mended_picture_is_taken_on_the_next_run(odd: Path, tmp_path: Path) -> None:
+def test_a_fixed_image_is_stored_by_the_next_run(odd: Path, tmp_path: Path) -> None:
     spoil(odd)
     run(odd, "--out", tmp_path / "out", status=2)
     for path in (odd / "train/n1").iterdir():
         if path.name.split(".")[0] in ("empty", "cut", "page", "zeros", "dead"):
             path.unlink()
-            write_picture(path, 9)
+            write_image(path, 9)
     run(odd, "--out", tmp_path / "out")
     assert read_manifest(tmp_path / "out").splits["train"].samples == 12
 
 
-def test_a_shard_of_nothing_but_unreadable_pictures_is_told(odd: Path, tmp_path: Path) -> None:
+def test_a_shard_of_nothing_but_unreadable_images_is_reported(odd: Path, tmp_path: Path) -> None:
     spoil(odd)
     said = run(odd, "--out", tmp_path / "out", "--shard-samples", 1, "--skip-bad", status=2)
     assert "no empty shard" in said.splitlines()[-1]
@@ -243,8 +243,8 @@ def test_a_shard_of_nothing_but_unreadable_pictures_is_told(odd: Path, tmp_path:
 
 
 def test_resize(odd: Path, tmp_path: Path) -> None:
-    write_picture(odd / "train/n2/large.JPEG", 1, (400, 200))
-    write_picture(odd / "train/n2/small.JPEG", 1, (30, 90))
+    write_image(odd / "train/n2/large.JPEG", 1, (400, 200))
+    write_image(odd / "train/n2/small.JPEG", 1, (30, 90))
     out = tmp_path / "out"
     run(odd, "--out", out, "--resize", 40, "--quality", 80)
     manifest = read_manifest(out)
@@ -262,7 +262,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 images."""
     root = tmp_path_factory.mktemp("many")
     for i in range(6):
-        write_picture(root / f"train/n{i % 3}/{i}.JPEG", i, (140, 120))
+        write_image(root / f"train/n{i % 3}/{i}.JPEG", i, (140, 120))
     for i in range(6, 300):
         os.link(root / f"train/n{i % 3}/{i % 6}.JPEG", root / f"train/n{i % 3}/{i}.JPEG")
     return root
@@ -270,7 +270,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def held_after(images: int, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """A conversion that stands still after so many images; it is through when told to stop, or killed."""
+    """A conversion that pauses after so many images; it is stopped or killed there."""
     environment = {**os.environ, "HOLD": str(images), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "held_prepare.py"), *words]
     with subprocess.Popen(
@@ -329,7 +329,7 @@ def test_a_finished_folder_is_left_alone(tree: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["tar gone", "tar cut", "idx gone", "index gone", "manifest cut"])
-def test_a_damaged_folder_is_mended(tree: Path, out: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_folder_is_repaired(tree: Path, out: Path, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     what, how = damage.split()
@@ -344,19 +344,19 @@ def test_a_damaged_folder_is_mended(tree: Path, out: Path, tmp_path: Path, damag
     assert (copy / "train-000000.tar").stat().st_ino == other
 
 
-def test_a_replaced_picture_is_noticed_when_resuming(tree: Path, out: Path, tmp_path: Path) -> None:
+def test_a_replaced_image_is_noticed_when_resuming(tree: Path, out: Path, tmp_path: Path) -> None:
     root, copy = tmp_path / "root", tmp_path / "copy"
     shutil.copytree(tree, root)
     run(root, "--out", copy, "--shard-samples", 10)
     (copy / MANIFEST).unlink()
-    picture = root / "train/n02/n02_3.JPEG"
-    write_picture(picture, 99)
+    file = root / "train/n02/n02_3.JPEG"
+    write_image(file, 99)
     run(root, "--out", copy, "--shard-samples", 10)
     found = {name: data for tar in copy.glob("train-*.tar") for name, data in members(tar).items()}
-    assert found["n02/n02_3.jpg"] == picture.read_bytes()
+    assert found["n02/n02_3.jpg"] == file.read_bytes()
 
 
-def test_another_plan_is_refused_and_overwrite_is_the_cure(tree: Path, tmp_path: Path) -> None:
+def test_another_plan_is_refused_and_overwrite_is_the_fix(tree: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(tree / "val", root / "val")
     run(root, "--out", out)
@@ -401,9 +401,9 @@ def test_names_that_confuse_readers_get_other_keys(tmp_path: Path) -> None:
         "狗.jpg",
     ]
     for i, name in enumerate(names):
-        write_picture(root / "val/Egyptian cat" / name, i, (20 + i, 20))
-        write_picture(root / "val/Egyptian_cat" / name, i, (40 + i, 20))
-    write_picture(root / "val" / ("long " * 20) / "sub" / "a.jpg", 0, (60, 20))
+        write_image(root / "val/Egyptian cat" / name, i, (20 + i, 20))
+        write_image(root / "val/Egyptian_cat" / name, i, (40 + i, 20))
+    write_image(root / "val" / ("long " * 20) / "sub" / "a.jpg", 0, (60, 20))
     run(root, "--out", tmp_path / "out")
     tar, rows = tmp_path / "out/val-000000.tar", np.load(tmp_path / "out/val.index.npy")
     found = list(wds.WebDataset(str(tar), shardshuffle=False).decode("pil"))
@@ -419,7 +419,9 @@ def test_names_that_confuse_readers_get_other_keys(tmp_path: Path) -> None:
     assert "Egyptian_cat/v1_0_final" in {sample["__key__"] for sample in found}
 
 
-def test_too_little_space_is_told_before_it_starts(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_it_starts(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=10_000))
     for extra in ([], ["--resize", "32"]):
@@ -435,7 +437,7 @@ def test_the_estimate_is_near(tree: Path, out: Path) -> None:
     assert 0.8 < estimate / written < 1.25
 
 
-def test_a_full_disk_is_told_and_resumed_from(tree: Path, out: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_resumed_from(tree: Path, out: Path, tmp_path: Path) -> None:
     words = [tree, "--out", tmp_path / "out", "--shard-samples", 10]
     limit = (out / "train-000000.tar").stat().st_size // 2
     said = run(*words, status=2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
@@ -481,7 +483,7 @@ def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
         (["{tree}", "--out", "/proc/x"], "cannot be written to"),
     ],
 )
-def test_bad_input_is_told_in_a_sentence(
+def test_bad_input_is_reported_in_a_sentence(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -46,7 +46,7 @@ def timms(text: str) -> auto_augment.RandAugment:
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     """uint8 [SIZE, SIZE, 3]: detail at several scales, not using all levels, no channel like another."""
     rng = np.random.default_rng(0)
     detail = np.zeros((SIZE, SIZE, 3))
@@ -86,7 +86,7 @@ def test_weights_of_an_older_timm() -> None:
         ("augmix-m5-w4-d2", "only RandAugment"),
         ("rand-m9-mst0.5", "unknown option 'mst0.5'; the known ones are m, n, p, mstd, mmax, inc, t, w"),
         ("rand-m9-inc", "cannot read 'inc'; inc is 1 for"),
-        ("rand-m9.5", "cannot read 'm9.5'; m is the magnitude, a whole number"),
+        ("rand-m9.5", "cannot read 'm9.5'; m is the magnitude, an integer"),
         ("rand-p1.5", "cannot read 'p1.5'; p is the probability"),
         ("rand-n0", "cannot read 'n0'"),
         ("rand-w1", "cannot read 'w1'; w is 0"),
@@ -110,17 +110,17 @@ def drawn(name: str, magnitude: float, negative: bool, interpolation: str = "bic
 
 
 @pytest.mark.parametrize("name", sorted(auto_augment.LEVEL_TO_ARG.keys() & randaugment._BUILDERS.keys()))
-def test_each_operation_gives_timms_pixels(name: str, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_operation_gives_timms_pixels(name: str, image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     for negative in (False, True):
         monkeypatch.setattr(random, "random", lambda negative=negative: 0.9 if negative else 0.1)
         for magnitude in (0, 0.4, 3, 8.61, 9, 10):
             op = auto_augment.AugmentOp(name, 1.0, magnitude, {"img_mean": FILL, "interpolation": Image.BICUBIC})
             try:
-                expected = np.asarray(op(Image.fromarray(picture)))
+                expected = np.asarray(op(Image.fromarray(image)))
             except ValueError:  # Pillow 13 does not posterize to 0 bits
                 assert name.startswith("Posterize")
-                expected = np.zeros_like(picture)
-            np.testing.assert_array_equal(change(picture, drawn(name, magnitude, negative), FILL), expected)
+                expected = np.zeros_like(image)
+            np.testing.assert_array_equal(change(image, drawn(name, magnitude, negative), FILL), expected)
 
 
 def test_all_fifteen_operations_of_timm_are_there() -> None:
@@ -130,9 +130,9 @@ def test_all_fifteen_operations_of_timm_are_there() -> None:
         assert len({drawn(name, 9, False).tobytes() for name in names}) == 15
 
 
-def test_filters_of_warps(picture: np.ndarray) -> None:
-    bicubic, bilinear = (change(picture, drawn("Rotate", 9, False, name), FILL) for name in ("bicubic", "bilinear"))
-    rotated = Image.fromarray(picture).rotate(27, Image.Resampling.BILINEAR, fillcolor=FILL)
+def test_filters_of_warps(image: np.ndarray) -> None:
+    bicubic, bilinear = (change(image, drawn("Rotate", 9, False, name), FILL) for name in ("bicubic", "bilinear"))
+    rotated = Image.fromarray(image).rotate(27, Image.Resampling.BILINEAR, fillcolor=FILL)
     np.testing.assert_array_equal(bilinear, np.asarray(rotated))
     assert not np.array_equal(bicubic, bilinear)
     policy = randaugment.parse(DEFAULT, "random")
@@ -140,7 +140,7 @@ def test_filters_of_warps(picture: np.ndarray) -> None:
     assert abs(operations["cubic"].mean() - 0.5) < 0.03
 
 
-Draws = list[list[tuple[str, float]]]  # of each picture, the operations applied, each with its argument
+Draws = list[list[tuple[str, float]]]  # of each image, the operations applied, each with its argument
 COUNT = 20_000
 
 
@@ -150,7 +150,7 @@ def timms_draws(text: str) -> Draws:
     now: list[tuple[str, float]] = []
 
     def recorder(name: str) -> Callable[..., None]:
-        return lambda picture, *arguments, **_: now.append((name, float(arguments[0]) if arguments else 0.0))
+        return lambda image, *arguments, **_: now.append((name, float(arguments[0]) if arguments else 0.0))
 
     for op in transform.ops:
         op.aug_fn = recorder(op.name)
@@ -226,7 +226,7 @@ def differences(ours: Draws, theirs: Draws) -> dict[str, float]:
 
     found = {}
     for title, measure in {
-        "operations a picture": lambda row: [len(row)],
+        "operations per image": lambda row: [len(row)],
         "operations": lambda row: [name for name, _ in row],
         "pairs": lambda row: [tuple(name for name, _ in row)] if len(row) == 2 else [],
         "signs": lambda row: [(name, value < 0) for name, value in row if name.startswith(("R", "She", "T"))],
@@ -261,36 +261,36 @@ def test_draws_are_distributed_as_timms(text: str) -> None:
         assert max(differences(our_draws(wrong), theirs).values()) > 1, wrong
 
 
-def test_the_statistics_tell_dalis_own_randaugment_apart() -> None:
+def test_the_statistics_distinguish_dalis_own_randaugment() -> None:
     found = differences(dalis_draws(), timms_draws(DEFAULT))
-    assert found["operations a picture"] > 100
+    assert found["operations per image"] > 100
     assert found["operations"] > 100
     assert found["argument of BrightnessIncreasing"] > 5
 
 
-def test_posterizing_to_no_bits_leaves_black(picture: np.ndarray) -> None:
-    assert change(picture, drawn("PosterizeIncreasing", 10, False), FILL).max() == 0
+def test_posterizing_to_no_bits_leaves_black(image: np.ndarray) -> None:
+    assert change(image, drawn("PosterizeIncreasing", 10, False), FILL).max() == 0
 
 
 @pytest.mark.parametrize("deviation", [0.1, 0.3, 1.0, 1.37, 2.0])
-def test_blur_is_pillows(deviation: float, picture: np.ndarray) -> None:
+def test_blur_is_pillows(deviation: float, image: np.ndarray) -> None:
     u = np.array([[0.99, (deviation - 0.1) / 1.9]])
-    expected = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(deviation))
-    np.testing.assert_array_equal(change(picture, randaugment.three_augment(u)[0], FILL), np.asarray(expected))
+    expected = Image.fromarray(image).filter(ImageFilter.GaussianBlur(deviation))
+    np.testing.assert_array_equal(change(image, randaugment.three_augment(u)[0], FILL), np.asarray(expected))
 
 
-def test_three_augment_is_each_in_a_third(picture: np.ndarray) -> None:
+def test_three_augment_is_each_in_a_third(image: np.ndarray) -> None:
     u = np.random.default_rng(0).random((6000, 2))
     operations = randaugment.three_augment(u)
     first = operations["code"][:, 0]
     for code in (Op.COLOR, Op.SOLARIZE, Op.BOX_X):
         assert abs((first == code).mean() - 1 / 3) < 0.025
-    grey, solarized = (change(picture, operations[first == code][0], FILL) for code in (Op.COLOR, Op.SOLARIZE))
-    np.testing.assert_array_equal(grey, np.asarray(transforms.Grayscale(3)(Image.fromarray(picture))))
-    np.testing.assert_array_equal(solarized, np.asarray(ImageOps.solarize(Image.fromarray(picture))))
+    grey, solarized = (change(image, operations[first == code][0], FILL) for code in (Op.COLOR, Op.SOLARIZE))
+    np.testing.assert_array_equal(grey, np.asarray(transforms.Grayscale(3)(Image.fromarray(image))))
+    np.testing.assert_array_equal(solarized, np.asarray(ImageOps.solarize(Image.fromarray(image))))
 
 
-def test_color_jitter_is_torchvisions(picture: np.ndarray) -> None:
+def test_color_jitter_is_torchvisions(image: np.ndarray) -> None:
     """Pixels for drawn factors, and factors and order against torchvision's draws."""
     operations = randaugment.color_jitter(np.random.default_rng(0).random((6000, 4)), 0.3)
     adjust = {
@@ -299,10 +299,10 @@ def test_color_jitter_is_torchvisions(picture: np.ndarray) -> None:
         int(Op.COLOR): tvf.adjust_saturation,
     }
     for row in operations[:20]:
-        expected = Image.fromarray(picture)
+        expected = Image.fromarray(image)
         for code, factor in zip(row["code"].tolist(), row["args"][:, 0].tolist(), strict=True):
             expected = adjust[code](expected, factor)
-        np.testing.assert_array_equal(change(picture, row, FILL), np.asarray(expected))
+        np.testing.assert_array_equal(change(image, row, FILL), np.asarray(expected))
     torch.manual_seed(0)
     jitter = transforms.ColorJitter(0.3, 0.3, 0.3)
     theirs = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None) for _ in range(6000)]
@@ -319,7 +319,7 @@ def test_color_jitter_is_torchvisions(picture: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("probability", "most"), [(0.25, 1), (1.0, 1), (0.8, 3)])
 def test_boxes_to_erase_are_distributed_as_timms(probability: float, most: int) -> None:
-    """Share of pictures, pixels erased, and of single boxes the place and the shape."""
+    """Share of images, pixels erased, and of single boxes the place and the shape."""
     count, size = 4000, 32
     random.seed(0)
     erase = RandomErasing(probability, mode="const", max_count=most, device="cpu")

@@ -165,15 +165,15 @@ def test_errors_say_what_fits() -> None:
             resize.crop_resize(images, **{**cases, "boxes": np.array([box])}, size=8)
     with pytest.raises(ValueError, match=r"which is in \[1, 1\] and there are 1 images"):
         resize.crop_resize(images, **{**cases, "which": np.ones(1, np.int64)}, size=8)
-    with pytest.raises(ValueError, match=r"want contiguous torch.uint8 \[h, w, 3\]"):
+    with pytest.raises(ValueError, match=r"must be contiguous torch.uint8 \[h, w, 3\]"):
         resize.crop_resize([images[0][:, ::2]], **cases, size=8)
-    with pytest.raises(ValueError, match="want at least 1"):
+    with pytest.raises(ValueError, match="must be >= 1"):
         resize.crop_resize(images, **cases, size=0)
-    with pytest.raises(ValueError, match=r"want \[n\], \[n, 4\]"):
+    with pytest.raises(ValueError, match=r"must be \[n\], \[n, 4\]"):
         resize.crop_resize(images, **{**cases, "mirror": np.zeros(2, np.int32)}, size=8)
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(ValueError, match="must be integers"):
         resize.crop_resize(images, **{**cases, "cubic": np.ones(1)}, size=8)
-    with pytest.raises(ValueError, match="want a CUDA device"):
+    with pytest.raises(ValueError, match="must be on a CUDA device"):
         resize.crop_resize_at(
             np.zeros(1, np.int64), np.ones((1, 2), np.int64), **cases, size=8, device=torch.device("cpu")
         )

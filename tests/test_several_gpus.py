@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_picture
+from conftest import write_image
 from runs import FORKING, PACED, RECIPE, TIMEOUT, TORCHRUN, differences, records, start
 from watch import Watched
 
@@ -96,7 +96,7 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for i in range(images):
             name = f"class{i % CLASSES}"
             seed = i + 100_000 * (split == "val")
-            write_picture(root / split / name / f"image{i}.JPEG", seed, (70 + 7 * (i % 9), 66 + 11 * (i % 4)))
+            write_image(root / split / name / f"image{i}.JPEG", seed, (70 + 7 * (i % 9), 66 + 11 * (i % 4)))
     model = {"input_size": 64, "model_kwargs": {"depth": 3}} if on_gpus else {}
     recipe = {
         **RECIPE,

@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun, told to stop, killed and frozen: they end in time and say why in one sentence.
+"""Two gloo processes under torchrun, stopped, killed and frozen: they end in time and say why in one sentence.
 
 Each step pauses for a while (``paced_train``), so a busy machine makes a test slower and changes nothing else. Starting
 interpreters is what takes the time, so torchrun's workers are forks (``forking_torchrun``) and only the kinds that show
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_picture
+from conftest import write_image
 from runs import FORKING, PACED, TIMEOUT, TORCHRUN, assert_gone, start
 from watch import Watched
 
@@ -193,7 +193,7 @@ def test_a_frozen_rank_is_named(victim: int, flags: tuple[str, ...], tmp_path: P
         assert f"rank {victim} (pid {ranks[victim]} on " in sentence, run.text
         assert "--stall-timeout" in sentence
         assert "state T (stopped)" in sentence, sentence
-    assert (tmp_path / f"stall-rank{1 - victim}.txt").read_text().count("paced_train_batch") == 1
+    assert (tmp_path / f"stall-rank{1 - victim}.txt").read_text().count("in _train_batch") == 1
 
 
 def test_a_stuck_rank_is_named_with_its_stack(flags: tuple[str, ...], tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def assert_within(seconds: float, happens: Callable[[], bool]) -> None:
             ("1:1:crash", "error: rank 1: ValueError: a bug of ours"),
             ("1:1:user", "error: rank 1: the image is upside down; turn it"),
             ("all:1:user", "error: the image is upside down; turn it"),
-            ("1:1:memory", "error: rank 1: cpu has too little memory for 2 pictures a step; try --batch-size 1,"),
+            ("1:1:memory", "error: rank 1: cpu has too little memory for 2 images a step; try --batch-size 1,"),
         ],
         faults[:1],
     ),
@@ -261,7 +261,7 @@ def test_a_failure_is_reported_once(fault: str, sentence: str, flags: tuple[str,
 def test_a_damaged_image_that_only_one_rank_reads(flags: tuple[str, ...], tmp_path: Path) -> None:
     for split in ("train", "val"):
         for i in range(8):
-            write_picture(tmp_path / "tree" / split / f"n{i % 2}" / f"{split}{i}.JPEG", i)
+            write_image(tmp_path / "tree" / split / f"n{i % 2}" / f"{split}{i}.JPEG", i)
     bad = tmp_path / "tree" / "train" / "n1" / "train3.JPEG"
     bad.write_bytes(bad.read_bytes()[:200])
     extra = ("--data-path", str(tmp_path / "tree"), "--no-repeated-aug")

@@ -1,4 +1,4 @@
-"""Pictures from shards and from a folder: the same bytes, sizes, labels and batches; and what is wrong told by name."""
+"""Images from shards and from a folder: the same bytes, sizes, labels and batches; and errors that name the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_picture
+from conftest import write_image
 from loaders import make_loader
 from PIL import Image
 from torchvision import transforms
@@ -42,17 +42,17 @@ def odd_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("odd")
     for label, name in enumerate(("a", "b", "c")):
         for i in range(8):
-            write_picture(root / "train" / name / f"{name}{i}.JPEG", 10 * label + i, (70 + 3 * i, 64 + label))
+            write_image(root / "train" / name / f"{name}{i}.JPEG", 10 * label + i, (70 + 3 * i, 64 + label))
             if name != "b":
-                write_picture(root / "val" / name / f"{name}{i}.JPEG", 500 + 10 * label + i)
+                write_image(root / "val" / name / f"{name}{i}.JPEG", 500 + 10 * label + i)
     for split in ("train", "val"):
-        write_picture(root / split / "a" / "a1.JPEG", 1, (80, 60), "CMYK")
-        write_picture(root / split / "a" / "a2.JPEG", 2, (80, 60), "L")
-        write_picture(root / split / "c" / "c3.png", 3, (50, 90))
+        write_image(root / split / "a" / "a1.JPEG", 1, (80, 60), "CMYK")
+        write_image(root / split / "a" / "a2.JPEG", 2, (80, 60), "L")
+        write_image(root / split / "c" / "c3.png", 3, (50, 90))
         (root / split / "c" / "c3.png").rename(root / split / "c" / "c3.JPEG")
-        picture = root / split / "c" / "c4.JPEG"
-        with Image.open(picture) as image:
-            image.save(picture, "JPEG", progressive=True)
+        path = root / split / "c" / "c4.JPEG"
+        with Image.open(path) as image:
+            image.save(path, "JPEG", progressive=True)
         with open(root / split / "c" / "c5.JPEG", "ab") as file:
             file.write(b"a tail that some cameras leave")
     return root
@@ -76,7 +76,7 @@ def test_bounds_are_those_of_the_shards(odd_tree: Path, odd_shards: Path) -> Non
     assert bounds[-1] == len(source) == 24
     for number, (first, end) in enumerate(itertools.pairwise(bounds)):
         assert all(f"train-{number:06d}.tar: " in source.name(i) for i in range(first, end))
-    with pytest.raises(UserError, match=r"--order window reads a few shards .*odd.* is a folder of pictures; convert"):
+    with pytest.raises(UserError, match=r"--order window reads a few shards .*odd.* is a folder of images; convert"):
         open_source(odd_tree, "train").bounds()
 
 
@@ -91,7 +91,7 @@ def test_mean_bytes(odd_tree: Path, odd_shards: Path) -> None:
 
 
 def folder_ids(folder: Source, shards: Source) -> np.ndarray:
-    """For each picture of the shards, its id in the folder, by name."""
+    """For each image of the shards, its id in the folder, by name."""
     ids = {stem(folder.name(i)): i for i in range(len(folder))}
     return np.array([ids[stem(shards.name(i))] for i in range(len(shards))])
 
@@ -171,14 +171,14 @@ KINDS: dict[str, tuple[str, tuple[int, int], str, dict[str, object]]] = {
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One picture of each kind, all named .JPEG, in a tree and as shards."""
+    """One image of each kind, all named .JPEG, in a tree and as shards."""
     root = tmp_path_factory.mktemp("kinds")
     folder = root / "tree" / "train" / "a"
     folder.mkdir(parents=True)
     for seed, (name, (mode, size, format, options)) in enumerate(KINDS.items()):
         cells = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        picture = Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode)
-        picture.save(folder / f"{name}.JPEG", format, **options)
+        image = Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC).convert(mode)
+        image.save(folder / f"{name}.JPEG", format, **options)
     shades = np.linspace(0, 1000, 60 * 60).astype(np.uint16).reshape(60, 60)
     Image.fromarray(shades).save(folder / "sixteen_bits.JPEG", "PNG")
     prepare(root / "tree", root / "shards")
@@ -186,7 +186,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_pillows_pixels(root: Path, device: str, limit: float) -> None:
-    """At no resizing, but for pictures smaller than 40 pixels, and at some."""
+    """At no resizing, but for images smaller than 40 pixels, and at some."""
     for size, crop_ratio in ((40, 1.0), (24, 0.875)):
         for kind in ("tree", "shards"):
             source, files = open_source(root / kind, "train"), open_source(root / "tree", "train")
@@ -206,18 +206,18 @@ def assert_pillows_pixels(root: Path, device: str, limit: float) -> None:
             for image, i in zip(
                 images, folder_ids(files, source) if kind == "shards" else range(len(files)), strict=True
             ):
-                with Image.open(files.name(i)) as picture:
-                    expected = transform(picture.convert("RGB")).float()
+                with Image.open(files.name(i)) as original:
+                    expected = transform(original.convert("RGB")).float()
                 assert (image - expected).abs().max() <= limit, f"{kind}: {files.name(i)}"
 
 
-def test_every_picture_decodes_to_pillows_pixels(kinds: Path) -> None:
+def test_every_image_decodes_to_pillows_pixels(kinds: Path) -> None:
     """What is no JPEG, or one of four components, is stored again as a JPEG: that is off by up to 4 levels."""
     assert_pillows_pixels(kinds, "cpu", 4.01)
 
 
 @pytest.mark.gpu
-def test_every_picture_decodes_to_pillows_pixels_on_a_gpu(kinds: Path) -> None:
+def test_every_image_decodes_to_pillows_pixels_on_a_gpu(kinds: Path) -> None:
     assert_pillows_pixels(kinds, "cuda", 6.01)
 
 
@@ -247,8 +247,8 @@ def test_threads_may_read_at_once(kind: str, request: pytest.FixtureRequest) -> 
         data.tobytes() for data in open_source(request.getfixturevalue(kind), "train").read(np.arange(24)).encoded
     ]
     with ThreadPoolExecutor(8) as pool:
-        for pictures in pool.map(source.read, [np.arange(24)[::-1]] * 32):
-            assert [data.tobytes() for data in pictures.encoded] == expected[::-1]
+        for images in pool.map(source.read, [np.arange(24)[::-1]] * 32):
+            assert [data.tobytes() for data in images.encoded] == expected[::-1]
 
 
 def test_nothing_read_is_fine(odd_tree: Path, odd_shards: Path) -> None:
@@ -257,7 +257,7 @@ def test_nothing_read_is_fine(odd_tree: Path, odd_shards: Path) -> None:
         assert (encoded, sizes.shape, labels.shape) == ([], (0, 2), (0,))
 
 
-def test_names_lead_to_the_picture(odd_tree: Path, odd_shards: Path) -> None:
+def test_names_lead_to_the_image(odd_tree: Path, odd_shards: Path) -> None:
     folder, shards = open_source(odd_tree, "train"), open_source(odd_shards, "train")
     assert Path(folder.name(0)) == odd_tree / "train" / "a" / "a0.JPEG"
     name = shards.name(len(shards) - 1)
@@ -293,7 +293,7 @@ def test_shard_cut_off(shards_copy: Path) -> None:
         open_source(shards_copy, "train")
 
 
-def test_index_that_points_behind_its_shard(shards_copy: Path) -> None:
+def test_index_that_points_past_its_shard(shards_copy: Path) -> None:
     path = shards_copy / "train.index.npy"
     rows = np.load(path)
     assert rows.dtype == INDEX_DTYPE
@@ -301,7 +301,7 @@ def test_index_that_points_behind_its_shard(shards_copy: Path) -> None:
     np.save(path, rows)
     source = open_source(shards_copy, "train")
     source.read(np.arange(4))
-    with pytest.raises(UserError, match="ends before a picture that the index holds; run vimfast-prepare again"):
+    with pytest.raises(UserError, match="ends before an image that the index holds; run vimfast-prepare again"):
         source.read(np.arange(8))
 
 
@@ -332,10 +332,10 @@ def test_no_such_folder(tmp_path: Path) -> None:
 )
 def test_unreadable_file_is_named(tmp_path: Path, content: bytes | None, why: str) -> None:
     for i in range(3):
-        write_picture(tmp_path / "train" / "a" / f"{i}.JPEG", i)
+        write_image(tmp_path / "train" / "a" / f"{i}.JPEG", i)
     path = tmp_path / "train" / "a" / "1.JPEG"
     path.write_bytes(path.read_bytes()[:-50] if content is None else content)
-    with pytest.raises(UserError, match=rf"a/1\.JPEG is no readable picture \(.*{why}.*vimfast-prepare --skip-bad"):
+    with pytest.raises(UserError, match=rf"a/1\.JPEG is not a readable image \(.*{why}.*vimfast-prepare --skip-bad"):
         open_source(tmp_path, "train").read(np.arange(3))
 
 

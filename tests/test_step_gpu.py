@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimfast.config import EmaConfig, OptimConfig
-from vimfast.gradients import GradientSum
 from vimfast.models import create_model
-from vimfast.optim import build_ema, build_optimizer
-from vimfast.step import TrainStep
+from vimfast.train.gradients import GradientSum
+from vimfast.train.optim import build_ema, build_optimizer
+from vimfast.train.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
@@ -79,7 +79,7 @@ def test_a_captured_step_is_the_launched_one(accum_steps: int) -> None:
     agree(eager, graph)
 
 
-def test_capturing_leaves_no_trace_and_replays_draw_anew() -> None:
+def test_capturing_leaves_no_trace_and_replays_draw_again() -> None:
     step = build(drop_path=0.5)
     weights = {name: w.clone() for name, w in step.model.state_dict().items()}
     random_state = torch.cuda.get_rng_state()

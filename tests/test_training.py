@@ -1,4 +1,4 @@
-"""The main job on real files: train, stop, go on, evaluate, alone and under torchrun; and what bad input says."""
+"""The main job on real files: train, stop, resume, evaluate, alone and under torchrun; and what bad input says."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ import torch
 import yaml
 from PIL import Image
 from runs import RECIPE, call, same, train
-from torch import Tensor
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
-from vimfast.control import Control
 from vimfast.dist import World
 from vimfast.errors import UserError
-from vimfast.metrics import Reporter
-from vimfast.trainer import Trainer
+from vimfast.processes.control import Control
+from vimfast.train.build import build
+from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
+from vimfast.train.report import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path:
 
 
 class Stops(Control):
-    """Told to stop at a place, as a signal would tell it."""
+    """Stopped at a place, as a signal would stop it."""
 
     def __init__(self, place: str) -> None:
         super().__init__(World())
@@ -76,37 +76,57 @@ class Stops(Control):
         return self.place().startswith(self.at)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir")
     whole = train(*flags, str(tmp_path / "whole"))
-    train(*flags, str(tmp_path / "parts"), control=Stops(f"epoch 0, step {whole.steps} "))  # in the evaluation
+    train(*flags, str(tmp_path / "parts"), control=Stops(f"epoch 0, step {whole.place.steps} "))  # in the evaluation
     assert not (tmp_path / "parts" / "log.txt").exists()
     torch.manual_seed(123)  # whatever happens in between
     train(*flags, str(tmp_path / "parts"), "--resume", "auto", control=Stops("epoch 1, step 1 "))
     resumed = (*flags, str(tmp_path / "parts"), "--resume", "auto")
-    assert "keep the data and --steps-per-epoch as" in refused(*resumed, "--steps-per-epoch", str(whole.steps - 1))
+    assert "keep the data and --steps-per-epoch as" in refused(
+        *resumed, "--steps-per-epoch", str(whole.place.steps - 1)
+    )
     assert "--accum-steps as it was, or give --global-batch-size 4" in refused(*resumed, "--batch-size", "2")
     torch.manual_seed(456)
     parts = train(*flags, str(tmp_path / "parts"), "--resume", "auto")
-    assert parts.steps > 1
+    assert parts.place.steps > 1
     assert parts.control.promise == "all is done; ending"  # no place is saved any more
     assert same(whole.model.state_dict(), parts.model.state_dict())
-    assert same(whole.ema.module.state_dict(), parts.ema.module.state_dict())
+    assert same(whole.average.module.state_dict(), parts.average.module.state_dict())
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
 
 
 def test_a_run_killed_before_its_evaluation_makes_up_for_it(recipe: str, shards: Path, tmp_path: Path) -> None:
-    class Dies(Trainer):
-        def _finish_epoch(self, parameters: int) -> None:
+    class Dies(Hook):
+        def epoch_end(self, place: Place, end: EpochEnd) -> None:
             raise RuntimeError("power cut")
 
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path / "run"))
     with pytest.raises(RuntimeError, match="power cut"):
-        train(*flags, kind=Dies)
+        train(*flags, hooks=lambda run: [Dies()])
     train(*flags, "--resume", "auto")
     records = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [0, 1]
+
+
+def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:
+    """One class; what it is given is what the run records."""
+    seen: list[EpochEnd] = []
+
+    class Mine(Hook):
+        def epoch_end(self, place: Place, end: EpochEnd) -> None:
+            seen.append(end)
+
+    run = train(
+        "--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path), hooks=lambda run: [Mine()]
+    )
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [end.epoch for end in seen] == [r["epoch"] for r in records] == [0, 1]
+    assert [end.loss for end in seen] == [r["train_loss"] for r in records]
+    assert [end.scores["ema_"].acc1 for end in seen] == [r["ema_test_acc1"] for r in records]
+    assert max(end.scores[""].acc1 for end in seen) == run.place.best_acc1
 
 
 def test_a_run_outlasts_its_console(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -155,7 +175,7 @@ def test_two_processes_train_what_one_does(recipe: str, shards: Path, tree: Path
         torch.testing.assert_close(two["model"][name], weight, rtol=2e-3, atol=2e-5, msg=name)
     records = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("one", "two")]
     assert records[0]["train_loss"] == pytest.approx(records[1]["train_loss"], rel=1e-4)
-    # 15 pictures over 2 processes in batches of 2: each is counted once.
+    # 15 images over 2 processes in batches of 2: each is counted once.
     told = call("vimfast.train", *flags, "", "--eval", "--resume", str(tmp_path / "two/checkpoint.pth"), processes=2)
     assert f"Accuracy of the network on the 15 test images: {records[1]['test_acc1']:.1f}%" in told.stdout
     # The folder tree trains too, to the same loss: its order differs from that of the shuffled shards.
@@ -186,57 +206,58 @@ def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
-class Poisoned(Trainer):
+class Poison(Hook):
     """The loss is NaN on the steps that `when` names."""
 
-    when: Callable[[int, int], bool]
+    def __init__(self, run: TrainingRun, when: Callable[[int, int], bool]) -> None:
+        self.step, self.sound, self.when = run.train_step, run.train_step.criterion, when
 
-    def _criterion(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        loss = super()._criterion(images, logits, targets)
-        return loss * float("nan") if type(self).when(self.epoch, self.step) else loss
+    def before_step(self, place: Place) -> None:
+        factor = float("nan") if self.when(place.epoch, place.step) else 1.0
+        self.step.criterion = lambda images, logits, targets: factor * self.sound(images, logits, targets)
 
 
 @pytest.mark.parametrize("opt", ["adamw", "lamb"])  # with and without a kernel that can skip by itself
 def test_a_step_without_numbers_is_skipped(
     recipe: str, shards: Path, opt: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Once(Poisoned):
-        when = staticmethod(lambda epoch, step: (epoch, step) == (0, 1))
+    def hooks(run: TrainingRun) -> list[Hook]:
+        return [Poison(run, lambda epoch, step: (epoch, step) == (0, 1))]
 
-    trainer = train("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--opt", opt, kind=Once)
+    trainer = train("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--opt", opt, hooks=hooks)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert trainer.sums.read()["steps"] == 0  # zeroed behind the epoch
+    assert trainer.sums.read()["steps"] == 0  # zeroed after the epoch
     assert trainer.train_step.health()[:2] == (1, 1)
-    assert "1 steps skipped, their gradients no numbers, by epoch 0, step 2" in capsys.readouterr().err
+    assert "1 steps skipped because of non-finite gradients, by epoch 0, step 2" in capsys.readouterr().err
     updates = {int(state["step"]) for state in trainer.optimizer.state.values() if "step" in state}
-    assert updates <= {trainer.steps - 1}
+    assert updates <= {trainer.place.steps - 1}
 
 
 def test_a_run_that_only_skips_ends_and_leaves_sound_weights(recipe: str, shards: Path, tmp_path: Path) -> None:
-    class Diverges(Poisoned):
-        when = staticmethod(lambda epoch, step: epoch == 1)
+    def hooks(run: TrainingRun) -> list[Hook]:
+        return [Poison(run, lambda epoch, step: epoch == 1)]
 
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path), "--save-every", "1")
     with pytest.raises(
-        UserError, match=r"2 steps in a row are no numbers, by epoch 1.*first in .*--lr.*is from before"
+        UserError, match=r"2 steps in a row are non-finite, by epoch 1.*first in .*--lr.*is from before"
     ):
-        train(*flags, "--log-every", "1000", "--skip-limit", "2", kind=Diverges)
+        train(*flags, "--log-every", "1000", "--skip-limit", "2", hooks=hooks)
     state = load_checkpoint(tmp_path / "checkpoint.pth")
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 
 
-def test_small_pictures_are_evaluated_as_they_are(recipe: str, tmp_path: Path) -> None:
+def test_small_images_are_evaluated_as_they_are(recipe: str, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     for split in ("train", "val"):
         for i, pixels in enumerate(noise):
-            path = tmp_path / split / f"class{i}" / "picture.JPEG"
+            path = tmp_path / split / f"class{i}" / "image.JPEG"
             path.parent.mkdir(parents=True)
             Image.fromarray(pixels).save(path, quality=95)
-    trainer = Trainer(load_config(["--config", recipe, "--data-path", str(tmp_path)]), World())
-    (images, labels), *_ = trainer.val_loader.epoch(0)
+    trainer = build(load_config(["--config", recipe, "--data-path", str(tmp_path)]), World())
+    (images, labels), *_ = trainer.evaluated.loader.epoch(0)
     mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
     shown = (255 * (images * std + mean)).permute(0, 2, 3, 1)
-    files = [tmp_path / "val" / f"class{label}" / "picture.JPEG" for label in labels]
+    files = [tmp_path / "val" / f"class{label}" / "image.JPEG" for label in labels]
     stored = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
     assert (shown - stored).abs().max() < 1.01  # a level: two decoders
     trainer.close()
@@ -247,7 +268,7 @@ def test_accumulated_batches_train_as_one(recipe: str, shards: Path) -> None:
     flags = (*still, "--data-path", str(shards), "--no-repeated-aug")
     parts = train(*flags, "--batch-size", "2", "--accum-steps", "2")
     whole = train(*flags, "--batch-size", "4")
-    assert parts.steps == whole.steps
+    assert parts.place.steps == whole.place.steps
     for (name, a), b in zip(parts.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5, msg=name)
     assert "--accum-steps 1000" in refused(*flags, "--accum-steps", "1000")
@@ -257,15 +278,17 @@ def test_too_little_memory_names_the_flag_of_what_ran(recipe: str, shards: Path)
     def cramped(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    class Cramped(Trainer):
-        _train_batch = cramped
+    class Cramped(Hook):
+        before_step = cramped
 
     flags = ("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--eval-batch-size", "2")
-    with pytest.raises(UserError, match="memory for 4 pictures a step; try --batch-size 2, or --use-checkpoint"):
-        train(*flags, kind=Cramped)
-    trainer = Trainer(load_config(list(flags)), World())
-    trainer.ema.module.forward = cramped  # as the average's evaluation would raise
-    with pytest.raises(UserError, match=r"memory for 2 pictures a step; try --eval-batch-size 1$"):
+    with pytest.raises(UserError, match="memory for 4 images a step; try --batch-size 2, or --use-checkpoint"):
+        train(*flags, hooks=lambda run: [Cramped()])
+    trainer = build(load_config(list(flags)), World())
+    assert isinstance(trainer, TrainingRun)
+    assert trainer.average is not None
+    trainer.average.module.forward = cramped  # as the average's evaluation would raise
+    with pytest.raises(UserError, match=r"memory for 2 images a step; try --eval-batch-size 1$"):
         trainer.run()
     trainer.close()
 
@@ -315,11 +338,11 @@ def test_shards_of_a_newer_format(recipe: str, shards: Path, tmp_path: Path) -> 
     assert "99" in refused("--config", recipe, "--data-path", str(newer))
 
 
-def test_a_corrupt_picture_is_named_and_nothing_is_lost(recipe: str, tree: Path, tmp_path: Path) -> None:
+def test_a_corrupt_image_is_named_and_nothing_is_lost(recipe: str, tree: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(tree, bad)
-    picture = bad / "train" / "n02" / "n02_3.JPEG"
-    picture.write_bytes(picture.read_bytes()[:200])
+    image = bad / "train" / "n02" / "n02_3.JPEG"
+    image.write_bytes(image.read_bytes()[:200])
     run = tmp_path / "run"
     flags = ("--config", recipe, "--data-path", str(bad), "--output_dir", str(run), "--no-repeated-aug")
     done = call("vimfast.train", *flags, ok=False)

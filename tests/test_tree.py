@@ -1,4 +1,4 @@
-"""A folder tree is listed in one order, and what is wrong with it is told in one sentence."""
+"""A folder tree is listed in one order, and what is wrong with it is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_sorted_by_class_and_name(tmp_path: Path) -> None:
     assert all(files.path(i).is_file() for i in range(len(files)))
 
 
-def test_only_pictures_count(tmp_path: Path) -> None:
+def test_only_images_count(tmp_path: Path) -> None:
     touch(
         tmp_path, "train/n1/a.JPEG", "train/n1/._a.JPEG", "train/n1/list.txt", "train/.cache/b.jpg", "train/readme.jpg"
     )
@@ -38,7 +38,7 @@ def test_only_pictures_count(tmp_path: Path) -> None:
     assert [files.name(i) for i in range(len(files))] == ["n1/a.JPEG"]
 
 
-def test_a_class_without_pictures_keeps_its_index(tmp_path: Path) -> None:
+def test_a_class_without_images_keeps_its_index(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg", "train/c/1.jpg")
     (tmp_path / "train/b").mkdir()
     files = scan_split(tmp_path, "train")
@@ -100,7 +100,7 @@ def test_a_root_that_is_none(tmp_path: Path) -> None:
             scan_split(tmp_path / root, "train")
 
 
-def test_a_loop_of_links_is_told(tmp_path: Path) -> None:
+def test_a_loop_of_links_is_reported(tmp_path: Path) -> None:
     touch(tmp_path, "train/n1/a.jpg")
     (tmp_path / "train/n1/loop").symlink_to("loop")
     with pytest.raises(UserError, match="loop cannot be read"):

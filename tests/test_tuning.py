@@ -17,7 +17,7 @@ OTHER = replace(DEFAULT, **{name: choices[-1] for name, choices in CHOICES.items
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """What torch tells of a GPU that nobody has measured; the folder of its cache."""
+    """What torch reports of a GPU that nobody has measured; the folder of its cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
@@ -53,13 +53,13 @@ def test_a_gpu_is_tuned_once(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("triton")
     runs = []
     monkeypatch.setattr(tune, "tune", lambda device, tell: runs.append(device) or OTHER)
-    gpu, told = torch.device("cuda", 0), list[str]()
+    gpu, said = torch.device("cuda", 0), list[str]()
     assert tuning_of(gpu) == DEFAULT
     for _ in range(2):
-        tune.tune_once(0, told.append)
+        tune.tune_once(0, said.append)
     assert runs == [0]
-    assert "NVIDIA GeForce RTX 4090" in told[0]
-    assert "ScanForward" in told[1]
+    assert "NVIDIA GeForce RTX 4090" in said[0]
+    assert "ScanForward" in said[1]
     assert tuning_of(gpu) == DEFAULT  # not in the middle of a run
     tuning.read_again()
     assert tuning_of(gpu) == OTHER

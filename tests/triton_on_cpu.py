@@ -86,7 +86,7 @@ def draw_weights(c: int, d: int, n: int, rank: int, width: int, conv_bias: bool,
 def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
     """How many arrays are not packed to the bit, A's rounding aside."""
     flat = flatten(draw_weights(*sizes))
-    # Small whole numbers: the interpreter cuts bf16 off where a GPU rounds.
+    # Small integers: the interpreter cuts bf16 off where a GPU rounds.
     flat = [x if x is None or i in A_LOGS else (8 * x).round().to(source) for i, x in enumerate(flat)]
     w = unflatten(flat)
     rank, d = w.forth.dt_weight.shape[1], len(w.forth.D)

@@ -40,48 +40,48 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--aa", default=AugmentConfig.aa, help="RandAugment in timm's words")
     parser.add_argument("--magnitude", type=float, default=9.0, help="of the comparison")
-    parser.add_argument("--pictures", type=int, default=16, help="of the comparison")
+    parser.add_argument("--images", type=int, default=16, help="of the comparison")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--input-size", type=int, default=224)
     args = parser.parse_args()
-    pictures = photographs(args.data, args.split, args.pictures, args.input_size)
-    compare(pictures, randaugment.parse(args.aa), args.magnitude, args.device)
-    batch = pictures[np.arange(args.batch_size) % len(pictures)]
+    photos = photographs(args.data, args.split, args.images, args.input_size)
+    compare(photos, randaugment.parse(args.aa), args.magnitude, args.device)
+    batch = photos[np.arange(args.batch_size) % len(photos)]
     bench(torch.from_numpy(batch).to(args.device), args.aa)
 
 
 def photographs(data: str, split: str, count: int, size: int) -> np.ndarray:  # uint8 [count, size, size, 3]
-    """Pictures spread over the split, their middle in the training size."""
+    """Images spread over the split, their middle in the training size."""
     source = open_source(data, split)
     encoded = source.read(np.linspace(0, len(source) - 1, min(count, len(source))).astype(np.int64)).encoded
-    return np.stack([_square(Image.open(io.BytesIO(picture.tobytes())).convert("RGB"), size) for picture in encoded])
+    return np.stack([_square(Image.open(io.BytesIO(image.tobytes())).convert("RGB"), size) for image in encoded])
 
 
-def _square(picture: Image.Image, size: int) -> np.ndarray:
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+def _square(image: Image.Image, size: int) -> np.ndarray:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
 
 
-def compare(pictures: np.ndarray, policy: randaugment.RandAugment, magnitude: float, device: str) -> None:
+def compare(photos: np.ndarray, policy: randaugment.RandAugment, magnitude: float, device: str) -> None:
     """A row an operation: ours on the device against timm's."""
-    size = pictures.shape[1]
-    images = torch.from_numpy(pictures).to(device)
-    print(f"{len(pictures)} pictures of {size} x {size}, magnitude {magnitude:g}, {device} against timm")
+    size = photos.shape[1]
+    images = torch.from_numpy(photos).to(device)
+    print(f"{len(images)} images of {size} x {size}, magnitude {magnitude:g}, {device} against timm")
     print(f"{'operation':22} {'mean':>9} {'largest':>8} {'differ':>9}")
     for name in policy.names:
         differences = []
         for sign in (0.1, 0.9):  # what both take as the uniform number that decides it
             one = randaugment.RandAugment((name,), None, magnitude, 1, 1.0)
-            u = np.zeros((len(pictures), one.columns))
+            u = np.zeros((len(photos), one.columns))
             u[:, randaugment.SIGN] = sign
-            plan = Plan.of(one.draw(u, size), np.zeros((len(pictures), 0), PATCH))
+            plan = Plan.of(one.draw(u, size), np.zeros((len(photos), 0), PATCH))
             ours = carry_out(images, plan, mean=IMAGENET_MEAN, std=IMAGENET_STD).permute(0, 2, 3, 1).cpu()
             ours = ((ours * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)) * 255).round()
             hparams = {"img_mean": fill_colour(IMAGENET_MEAN), "interpolation": Image.Resampling.BICUBIC}
             operation = auto_augment.AugmentOp(name, 1.0, magnitude, hparams)
             with patch.object(random, "random", functools.partial(float, sign)):
-                theirs = np.stack([np.asarray(operation(Image.fromarray(picture))) for picture in pictures])
+                theirs = np.stack([np.asarray(operation(Image.fromarray(image))) for image in photos])
             differences.append((ours - torch.from_numpy(theirs)).abs())
         both = torch.cat(differences)
         print(f"{name:22} {both.mean():9.5f} {both.max():8.0f} {(both > 0).float().mean():9.3%}")
@@ -98,7 +98,7 @@ def bench(images: Tensor, aa: str) -> None:
         "ThreeAugment": AugmentConfig(three_augment=True),
     }
     size = images.shape[1]
-    print(f"\na batch of {len(images)} pictures of {size} x {size} on {images.device}")
+    print(f"\na batch of {len(images)} images of {size} x {size} on {images.device}")
     print(f"{'augmentation':32} {'ms':>8} {'img/s':>10} {'drawing, ms':>12} {'GPU MiB':>8}")
     for title, cfg in recipes.items():
         recipe, positions = Recipe(cfg), np.arange(len(images))
@@ -111,7 +111,7 @@ def bench(images: Tensor, aa: str) -> None:
 
 
 def _seconds(work: Callable[[], object], finish: Callable[[], None] | None, least: float = 0.5) -> float:
-    """Mean time of a call, over `least` seconds behind a warm-up."""
+    """Mean time of a call, over at least `least` seconds after a warm-up."""
     work()
     if finish:
         finish()

@@ -57,7 +57,7 @@ REPORT = re.compile(
 DECODING = re.compile(r"decoder (?P<decoder>\w+), threads (?P<threads>\d+)")
 RESIDENT = re.compile(r"resident: ([\d.]+) images/s")
 LEAST_REPORTS = 2  # after the warm-up
-EXIT_LIMIT = 5.0  # seconds; a process still alive then counts as left behind
+EXIT_LIMIT = 5.0  # seconds; a process still alive then counts as left over
 LEAST = {"gpus": 1, "cores": 0, "batch": 1}  # values of a row
 BARS = (95, 90)  # percent, plotted as lines
 
@@ -341,7 +341,7 @@ def resident(row: Row, args: argparse.Namespace) -> float | None:
 def measure_resident(args: argparse.Namespace) -> None:
     import bench_share
 
-    from vimfast.data.mixup import Mixup
+    from vimfast.train.mixing import Mixup
     from vimfast_kernels.tune import tune_once
     from vimfast_kernels.tuning import read_again
 

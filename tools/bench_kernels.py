@@ -163,7 +163,7 @@ def measure(case: Case, error: float | None, gpu: Gpu, flush: Tensor, repeats: i
     return found
 
 
-def tell(figures: list[dict[str, Any]], title: str) -> None:
+def show(figures: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     for column in (
         "op",
@@ -248,7 +248,7 @@ def main() -> None:
         for case, error in zip(cases(args.batch, args.length, d, DTYPES[name]), errors, strict=True):
             found = measure(case, error, gpu, flush, args.repeats, mamba)
             figures.append({"shape": [args.batch, args.length, d], "dtype": name, **found})
-    tell(figures, f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s; milliseconds")
+    show(figures, f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s; milliseconds")
     if args.json:
         record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": figures}
         write_text(args.json, json.dumps(record, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""How many pictures a second the loader gives on this machine, with your data, and which flags to train with.
+"""How many images per second the loader gives on this machine, with your data, and which flags to train with.
 
     python tools/bench_loader.py shards/ imagenet_data/ --threads 4 8 16
 
-Each row trains on nothing: pictures are read, decoded, cropped and augmented as in training, and dropped. "reading" is
-the source alone, one batch after the other. "copies" is how often each picture is shown side by side (repeated
+Each row trains on nothing: images are read, decoded, cropped and augmented as in training, and dropped. "reading" is
+the source alone, one batch after the other. "copies" is how often each image is shown side by side (repeated
 augmentation on one rank): it is then decoded once. "cores" is the processor time used, a second; "GiB" the GPU memory
 that the loader takes.
 
@@ -35,7 +35,7 @@ WARM_UP_BATCHES = 8
 AUGMENTATIONS = {"crop": None, "recipe": AugmentConfig()}
 NEARLY = 0.95  # a row this near to the fastest is as good
 ROOM = 1.15  # a loader alone must be this much faster than the model, to feed it without a pause
-BURDEN = ("cpu", "cuda", "hardware")  # for a training step beside it: a JPEG engine's pictures wait one by one
+BURDEN = ("cpu", "cuda", "hardware")  # for a training step beside it: a JPEG engine's images wait one by one
 
 
 class Row(NamedTuple):
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     threads: int
     augmentation: str
     copies: int
-    rate: float  # pictures a second
+    rate: float  # images per second
     cores: float
     memory: float | None  # GiB
 
@@ -63,7 +63,7 @@ def main() -> None:
     for data in args.data:
         source = open_source(data, args.split)
         if not len(source):
-            raise UserError(f"{data} has no pictures in {args.split}; name another split")
+            raise UserError(f"{data} has no images in {args.split}; name another split")
         size = min(args.batch_size, len(source))
         show(Row(data, "reading", 1, "", 1, *measure(reading(source, Order(len(source), size)), args.seconds), None))
         variants = itertools.product(args.decoders, args.threads, args.augment, args.copies)
@@ -94,13 +94,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hw-decoder-load", type=float, help="share for the JPEG engine; default: as in training")
     parser.add_argument("--threads", type=int, nargs="+", help="decoding threads to try; default: as in training")
     parser.add_argument("--augment", nargs="+", choices=AUGMENTATIONS, default=list(AUGMENTATIONS))
-    parser.add_argument("--copies", type=int, nargs="+", default=[1, 3], help="of each picture, to try")
+    parser.add_argument("--copies", type=int, nargs="+", default=[1, 3], help="of each image, to try")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--prefetch", type=int, default=3, help="batches decoded ahead")
-    parser.add_argument(
-        "--needed", type=float, help="pictures a second that your model trains at on pictures in memory"
-    )
+    parser.add_argument("--needed", type=float, help="images per second that your model trains at on images in memory")
     parser.add_argument("--seconds", type=float, default=10.0, help="to measure each row for")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -115,10 +113,10 @@ def reading(source: Source, order: Order) -> Iterator[int]:
     """Sizes of batches whose bytes were read, page by page, without end."""
     for epoch in itertools.count():
         for step in range(order.steps):
-            pictures = source.read(order.step(epoch, step)[1])
-            for encoded in pictures.encoded:
+            images = source.read(order.step(epoch, step)[1])
+            for encoded in images.encoded:
                 np.add.reduce(encoded[::4096])
-            yield len(pictures.labels)
+            yield len(images.labels)
 
 
 def endless(loader: Loader) -> Iterator[Batch]:
@@ -128,18 +126,18 @@ def endless(loader: Loader) -> Iterator[Batch]:
 
 
 def measure(batches: Iterator[int], seconds: float, finish: Callable[[], None] | None = None) -> tuple[float, float]:
-    """Pictures a second and processor cores in use, after a warm-up; `finish` waits for what is still on its way."""
+    """Images per second and processor cores in use, after a warm-up; `finish` waits for what is still on its way."""
     for _ in range(WARM_UP_BATCHES):
         next(batches)
     if finish:
         finish()
-    begin, processor, pictures = time.perf_counter(), time.process_time(), 0
+    begin, processor, images = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - begin < seconds:
-        pictures += next(batches)
+        images += next(batches)
     if finish:
         finish()
     wall = time.perf_counter() - begin
-    return pictures / wall, (time.process_time() - processor) / wall
+    return images / wall, (time.process_time() - processor) / wall
 
 
 def used(device: torch.device) -> float | None:
@@ -163,7 +161,7 @@ def show(row: Row) -> None:
 def recommend(rows: list[Row], prefetch: int, needed: float | None = None) -> str:
     """Flags to train with, of the rows with the fullest augmentation.
 
-    The fastest row's, or of one nearly as fast that shows each picture once and takes fewer threads; where it is known
+    The fastest row's, or of one nearly as fast that shows each image once and takes fewer threads; where it is known
     what is `needed`, the decoder that burdens the GPU least comes first among the rows that are fast enough.
     """
     fullest = [row for row in rows if row.augmentation == rows[-1].augmentation]

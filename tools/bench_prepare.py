@@ -2,9 +2,9 @@
 
     python tools/bench_prepare.py imagenet_data/
 
-The pictures are copied, repeated up to --files, into a temporary folder, which also takes the output (room for three
-times the pictures is needed) and is deleted at the end. Each command runs --runs times, in turns, and the median
-counts; every run begins with an empty write-back queue. The pictures come from the page cache.
+The images are copied, repeated up to --files, into a temporary folder, which also takes the output (room for three
+times the images is needed) and is deleted at the end. Each command runs --runs times, in turns, and the median
+counts; every run begins with an empty write-back queue. The images come from the page cache.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run() -> None:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("root", metavar="IMAGENET_ROOT", type=Path, help="a folder with train/ or val/")
-    parser.add_argument("--files", type=int, default=10_000, help="pictures to convert [10000]")
+    parser.add_argument("--files", type=int, default=10_000, help="images to convert [10000]")
     parser.add_argument("--runs", type=int, default=3, help="runs of each command [3]")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="[one a core]")
     parser.add_argument("--tmp", type=Path, default=None, help="where the temporary folder is made [the system's]")
@@ -83,10 +83,8 @@ def run() -> None:
             for command, times in zip(commands, seconds, strict=True):
                 times.append(measure(command))
                 shutil.rmtree(out) if out.is_dir() else out.unlink()
-    title = (
-        f"{args.files:,} pictures of {size / args.files / 1e3:.0f} KB, {args.workers} workers, median of {args.runs}"
-    )
-    table = Table("command", "pictures/s", "MB/s read", "of tar", title=title)
+    title = f"{args.files:,} images of {size / args.files / 1e3:.0f} KB, {args.workers} workers, median of {args.runs}"
+    table = Table("command", "images/s", "MB/s read", "of tar", title=title)
     medians = [statistics.median(times) for times in seconds]
     for name, median in zip(("tar cf", "vimfast-prepare", "... --resize 256 --quality 90"), medians, strict=True):
         rate, share = args.files / median, medians[0] / median

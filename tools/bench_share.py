@@ -1,9 +1,9 @@
-"""How much of its speed training keeps with the loader, against the same training on pictures already on the GPU.
+"""How much of its speed training keeps with the loader, against the same training on images already on the GPU.
 
     python tools/bench_share.py shards/
     python tools/bench_share.py shards/ small/ --decoders cpu cuda hardware --threads 8 14 --copies 1 3
 
-Steps are the trainer's own: mixing, forward, backward, fused AdamW, weight average, as a CUDA graph. Before and behind
+Steps are the trainer's own: mixing, forward, backward, fused AdamW, weight average, as a CUDA graph. Before and after
 every few rows comes one without a loader, and a share is of the last of these: machines drift. "waiting" is the part of
 the time that the host spends in the loader, which costs nothing while the GPU has steps in its queue.
 """
@@ -24,14 +24,14 @@ from vimfast.cli import run_main
 from vimfast.config import AugmentConfig, EmaConfig, MixConfig, OptimConfig
 from vimfast.data.hardware import DECODERS
 from vimfast.data.loader import Loader, LoaderSettings
-from vimfast.data.mixup import Mixup
 from vimfast.data.order import Order
 from vimfast.data.source import open_source
 from vimfast.data.views import training_view
 from vimfast.errors import UserError
 from vimfast.models import create_model
-from vimfast.optim import build_ema, build_optimizer
-from vimfast.step import TrainStep
+from vimfast.train.mixing import Mixup
+from vimfast.train.optim import build_ema, build_optimizer
+from vimfast.train.step import TrainStep
 
 CLASSES = 1000
 WARM_UP_STEPS, STEPS_AT_ONCE = 12, 10
@@ -44,7 +44,7 @@ def main() -> None:
     sources = {data: open_source(data, "train") for data in args.data}
     for data, source in sources.items():
         if len(source) < args.batch_size:
-            raise UserError(f"{data} has {len(source)} pictures and --batch-size is {args.batch_size}; lower it")
+            raise UserError(f"{data} has {len(source)} images and --batch-size is {args.batch_size}; lower it")
     step = build(args, device)
     mix = Mixup(MixConfig(), CLASSES, 0, 0)
     columns = f"{'source':28} {'decoder':9} {'threads':>7} {'ahead':>5} {'copies':>6}"
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decoders", nargs="+", choices=DECODERS, default=["auto"])
     parser.add_argument("--threads", nargs="+", type=int, default=[None], help="default: as in training")
     parser.add_argument("--prefetch", nargs="+", type=int, default=[3], help="batches decoded ahead")
-    parser.add_argument("--copies", nargs="+", type=int, default=[1], help="of each picture, decoded once")
+    parser.add_argument("--copies", nargs="+", type=int, default=[1], help="of each image, decoded once")
     parser.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth, of which the trainer has 0.1")
     parser.add_argument("--seconds", type=float, default=3.0, help="to measure each row for")
     return parser.parse_args()
@@ -103,18 +103,18 @@ def build(args: argparse.Namespace, device: torch.device) -> TrainStep:
 
 
 def show_plain(step: TrainStep, mix: Mixup, args: argparse.Namespace, device: torch.device) -> float:
-    """The rate without a loader, images a second."""
+    """The rate without a loader, images per second."""
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     labels = torch.arange(args.batch_size, device=device) % CLASSES
     rate, _ = measure(step, mix, itertools.repeat((images, labels)), args)
-    print(f"{'(pictures in memory)':60} {rate:8,.0f}", flush=True)
+    print(f"{'(images in memory)':60} {rate:8,.0f}", flush=True)
     return rate
 
 
 def measure(
     step: TrainStep, mix: Mixup, batches: Iterator[tuple[Tensor, Tensor]], args: argparse.Namespace
 ) -> tuple[float, float]:
-    """Images a second, and the part of the time that the host spent asking for batches."""
+    """Images per second, and the part of the time that the host spent asking for batches."""
 
     def run(steps: int) -> float:
         waited = 0.0

@@ -1,4 +1,4 @@
-"""Whole training and inference steps on synthetic images: images a second, memory, distance to the floor.
+"""Whole training and inference steps on synthetic images: images per second, memory, distance to the floor.
 
     python tools/bench_train.py                              # every row
     python tools/bench_train.py --rows tiny small --backends auto mamba_ssm
@@ -33,8 +33,8 @@ from vimfast.config import EmaConfig, OptimConfig
 from vimfast.errors import UserError
 from vimfast.files import write_text
 from vimfast.models import create_model
-from vimfast.optim import build_ema, build_optimizer
-from vimfast.step import TrainStep
+from vimfast.train.optim import build_ema, build_optimizer
+from vimfast.train.step import TrainStep
 from vimfast_kernels import backend_names
 
 Run = Callable[[], object]
@@ -42,7 +42,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, and what it is compared with on an H200 (images a second; None: not measured)."""
+    """One measurement, and what it is compared with on an H200 (images per second; None: not measured)."""
 
     name: str
     model: str
@@ -178,7 +178,7 @@ def measure(row: Row, args: argparse.Namespace, backend: str, gpu: Gpu) -> dict[
     return found
 
 
-def tell(found: list[dict[str, Any]], title: str) -> None:
+def show(found: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     for column in ("step", "backend", "ms", "img/s", "launched", "GiB", "host", "floor ms", "x floor", "original"):
         table.add_column(column, justify="left" if column in ("step", "backend") else "right")
@@ -194,7 +194,7 @@ def tell(found: list[dict[str, Any]], title: str) -> None:
 
 
 def plot(source: Path) -> None:
-    """Bars of images a second beside the original's, as a PNG next to the JSON."""
+    """Bars of images per second beside the original's, as a PNG next to the JSON."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,19 +203,21 @@ def plot(source: Path) -> None:
     record = json.loads(source.read_text())
     names = {row.name: str(row) for row in (*ROWS, *BASELINES)}
     rows = [f for f in record["figures"] if f["backend"] in ("auto", "timm")][::-1]
-    figure, axes = plt.subplots(figsize=(9, 0.7 * len(rows) + 1.2), layout="constrained")
-    for i, f in enumerate(rows):
-        ours = f["backend"] == "auto"
-        axes.barh(i + 0.18, f["img_s"], 0.34, color="#2a7f62" if ours else "#8a8f98")
-        axes.text(f["img_s"], i + 0.18, f" {f['img_s']:,.0f}", va="center", fontsize=9)
-        if f["original"]:
-            axes.barh(i - 0.18, f["original"], 0.34, color="#d08c60")
-            axes.text(f["original"], i - 0.18, f" {f['original']:,}", va="center", fontsize=9)
+    figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.4), layout="constrained")
+    kinds = {
+        "vimfast": ("#2a7f62", 0.18, [f["img_s"] if f["backend"] == "auto" else 0 for f in rows]),
+        "hustvl/Vim with mamba_ssm": ("#d08c60", -0.18, [f["original"] or 0 for f in rows]),
+        "DeiT in timm": ("#8a8f98", 0.18, [f["img_s"] if f["backend"] == "timm" else 0 for f in rows]),
+    }
+    for label, (color, offset, rates) in kinds.items():
+        places = [i + offset for i, rate in enumerate(rates) if rate]
+        bars = axes.barh(places, list(filter(None, rates)), height=0.34, color=color, label=label)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=9)
     axes.set_yticks(range(len(rows)), [names[f["name"]] for f in rows])
-    axes.set_xlabel("images a second")
-    axes.set_title(
-        f"{record['gpu']}, {record['date']}: vimfast, DeiT (grey), hustvl/Vim with mamba_ssm (orange)", fontsize=10
-    )
+    axes.set_xlabel("images per second")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(f"model, input side, batch size; {record['gpu']}, {record['date']}", fontsize=10)
+    axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(source.with_suffix(".png"), dpi=130)
 
@@ -244,7 +246,7 @@ def main() -> None:
             found += [measure(row, args, backend, gpu) for backend in args.backends]
     found += [measure(row, args, "timm", gpu) for row in BASELINES if row.name in args.rows]
     title = f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s"
-    tell(found, title)
+    show(found, title)
     if args.json:
         record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": found}
         write_text(args.json, json.dumps(record, indent=1) + "\n")

@@ -3,7 +3,7 @@
     python tools/compare_backends.py cifar10-tree --variants gluon reference --seeds 0 1
     python tools/compare_backends.py cifar10-tree --variants gluon gluon:fp32 --size 128 --patch 16 --seeds 0 1 2
 
-Pictures lie on the device, unaugmented, so that nothing but the arithmetic and the seed differs.
+Images lie on the device, unaugmented, so that nothing but the arithmetic and the seed differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from comparison import Epochs, Findings, pictures, train
+from comparison import Epochs, Findings, load_images, train
 from torch import Tensor
 
 from vimfast.cli import run_main
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["gluon", "reference"], help="BACKEND or BACKEND:fp32")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=10_000, help="of the training split")
+    parser.add_argument("--images", type=int, default=10_000, help="of the training split")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--patch", type=int, default=8)
     parser.add_argument("--depth", type=int, default=24)
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the figures here")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (images, labels), val_set = (pictures(args.tree, s, args.size, args.pictures, device) for s in ("train", "val"))
+    (images, labels), val_set = (load_images(args.tree, s, args.size, args.images, device) for s in ("train", "val"))
     options = {
         "img_size": args.size, "patch_size": args.patch, "stride": args.patch, "depth": args.depth, "num_classes": 10,
     }  # fmt: skip

@@ -3,7 +3,7 @@
     python tools/compare_loaders.py cifar10-tree --seeds 0 1 2 --epochs 10
 
 Both draw the recipe's random resized crop, flip, RandAugment and random erasing; model, order of training, learning
-rate and the pictures that are evaluated are the same, and nothing is mixed.
+rate and the images that are evaluated are the same, and nothing is mixed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import Epochs, Findings, pictures, train
+from comparison import Epochs, Findings, load_images, train
 from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP
 from torch import Tensor
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the figures here")
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    val_set = pictures(args.tree, "val", args.size, 10_000, device)
+    val_set = load_images(args.tree, "val", args.size, 10_000, device)
     options = {
         "img_size": args.size, "patch_size": args.patch, "stride": args.patch, "depth": args.depth, "num_classes": 10,
     }  # fmt: skip

@@ -22,23 +22,23 @@ from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.config import OptimConfig
 from vimfast.files import write_text
 from vimfast.models import create_model
-from vimfast.optim import build_optimizer
 from vimfast.shards.tree import scan_split
-from vimfast.step import TrainStep
+from vimfast.train.optim import build_optimizer
+from vimfast.train.step import TrainStep
 
 PEAK_LR = 1e-3
-Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> pictures [B, 3, S, S] and labels [B]
+Epochs = Callable[[int], Iterable[tuple[Tensor, Tensor]]]  # epoch -> images [B, 3, S, S] and labels [B]
 
 
-def pictures(root: Path, split: str, size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """At most `most` pictures of a split, resized and normalized [n, 3, size, size], spread over the classes, and
+def load_images(root: Path, split: str, size: int, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """At most `most` images of a split, resized and normalized [n, 3, size, size], spread over the classes, and
     their labels [n]."""
     files = scan_split(root, split)
     picked = np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).astype(int))
     rows = []
     for i in picked.tolist():
-        with Image.open(files.path(i)) as picture:
-            rows.append(np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)))
+        with Image.open(files.path(i)) as image:
+            rows.append(np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)))
     pixels = torch.from_numpy(np.stack(rows)).to(device).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / std, torch.from_numpy(files.labels[picked].astype(np.int64)).to(device)
@@ -52,7 +52,7 @@ def train(
     options: dict[str, Any],
     seed: int,
     epochs: int,
-    batch: tuple[int, int],  # size, side of the pictures
+    batch: tuple[int, int],  # size, side of the images
     batches: Callable[[], Epochs],
     val_set: tuple[Tensor, Tensor],
     bf16: bool = True,
@@ -60,10 +60,10 @@ def train(
     """Train a Vim-Tiny with these options, the learning rate falling to 0 on half a cosine.
 
     Args:
-        batches: called behind the capture of the step, since no other thread may use the GPU before.
+        batches: called after the capture of the step, since no other thread may use the GPU before.
 
     Returns:
-        the mean training loss of the last epoch; loss and top-1 accuracy (percent) on `val_set`; images a second of
+        the mean training loss of the last epoch; loss and top-1 accuracy (percent) on `val_set`; images per second of
         training, without the first epoch where there are more.
     """
     torch.manual_seed(seed)
@@ -133,10 +133,10 @@ class Findings:
 def verdict(first: str, a: list[float], second: str, b: list[float]) -> str:
     """Whether two means differ by no more than seeds make them differ: twice the difference's standard error."""
     difference = statistics.mean(b) - statistics.mean(a)
-    told = f"{first} {statistics.mean(a):.4g}, {second} {statistics.mean(b):.4g}"
+    means = f"{first} {statistics.mean(a):.4g}, {second} {statistics.mean(b):.4g}"
     if len(a) < 2 or len(b) < 2:
-        return f"{told}; one seed tells no spread"
+        return f"{means}; one seed shows no spread"
     error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
     within = "within" if abs(difference) <= 2 * error else "beyond"
     spread = ", ".join(f"{min(v):.4g} to {max(v):.4g}" for v in (a, b))
-    return f"{told} ({spread}): a difference of {difference:+.3g}, {within} twice its standard error of {error:.2g}"
+    return f"{means} ({spread}): a difference of {difference:+.3g}, {within} twice its standard error of {error:.2g}"

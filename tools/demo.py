@@ -36,8 +36,8 @@ def write_digits(root: Path) -> None:
     for number, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = root / ("val" if number % 5 == 0 else "train") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray((scan * 255 / 16).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        picture.convert("RGB").save(folder / f"digit_{number:04d}.jpg", quality=95)
+        image = Image.fromarray((scan * 255 / 16).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        image.convert("RGB").save(folder / f"digit_{number:04d}.jpg", quality=95)
 
 
 def run(*command: str) -> str:
@@ -71,7 +71,7 @@ def draw_curve(log: Path, out: Path) -> None:
 
 
 def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
-    """Validation pictures with what the trained model sees in them; mistakes in red."""
+    """Validation images with what the trained model sees in them; mistakes in red."""
     from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
     from vimfast.augment.crops import CentreCrop
     from vimfast.checkpoint import load_checkpoint, load_weights
@@ -98,13 +98,13 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     spread = np.linspace(0, len(right) - 1, 40 - len(mistakes)).astype(int)
     chosen = sorted([*mistakes, *(right[i] for i in spread)])
     mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
-    pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    shown = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
     figure, axes = plt.subplots(4, 10, figsize=(10, 5), layout="constrained")
     for axis, i in zip(axes.flat, chosen, strict=True):
         is_right = predicted[i] == truth[i]
         text = f"{source.classes[predicted[i]]} ({probability[i]:.0%})"
         text += "" if is_right else f"\nis {source.classes[truth[i]]}"
-        axis.imshow(pictures[i])
+        axis.imshow(shown[i])
         axis.set_title(text, fontsize=9, color="black" if is_right else "tab:red")
         axis.axis("off")
     figure.savefig(out, dpi=120)
@@ -114,7 +114,7 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to work in, made anew [demo]")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to work in, emptied first [demo]")
     out = parser.parse_args().out
     if out.exists() and not (out / "digits").exists() and any(out.iterdir()):
         sys.exit(f"error: {out} exists and is no earlier demo; choose another --out")

@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="of vimfast.train, of hustvl/Vim, or a file of weights alone")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which to write [raw]")
-    parser.add_argument("--model", help="name of the model, where the checkpoint does not tell")
-    parser.add_argument("--input-size", type=int, help="side of its pictures, where the checkpoint does not tell [224]")
+    parser.add_argument("--model", help="name of the model, where the checkpoint does not say")
+    parser.add_argument("--input-size", type=int, help="side of its images, where the checkpoint does not say [224]")
     args = parser.parse_args(sys.argv[1:])
     state = load_checkpoint(args.checkpoint)
     weights = state["model"] if args.weights == "raw" else state.get("model_ema")
@@ -38,7 +38,7 @@ def main() -> None:
     name, size, options = described(state)
     name, size = args.model or name, args.input_size or size
     if not name:
-        raise UserError(f"{args.checkpoint} does not tell what model it is of; give its --model")
+        raise UserError(f"{args.checkpoint} does not say which model it is of; give its --model")
     head = weights.get("head.weight", weights.get("fc.weight"))
     if head is not None:
         options["num_classes"] = len(head)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def described(state: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
-    """(name, input size, constructor options) as a checkpoint of ours or of the original code tells them."""
+    """(name, input size, constructor options) as found in a checkpoint of ours or of hustvl/Vim."""
     if isinstance(state.get("config"), dict):
         known = {f.name for f in fields(ModelConfig)}
         model = ModelConfig(**{name: value for name, value in state["config"]["model"].items() if name in known})

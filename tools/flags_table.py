@@ -54,7 +54,7 @@ ORIGINAL: dict[str, tuple[str, str]] = {
     "unscale_lr": ("off", ""),
     "finetune": (
         "none; resamples as if the class token stood first; what does not fit is left out in silence",
-        "resamples around the token; tells what is not loaded",
+        "resamples around the token; reports what is not loaded",
     ),
     "attn_only": ("off; finds no attention and trains the head and positions", "trains the mixers too"),
     "distillation_type": ("none; soft and hard stop at once: the model has no second head", "the head itself learns"),
@@ -80,7 +80,7 @@ ORIGINAL: dict[str, tuple[str, str]] = {
     "output_dir": ("none", "a folder with another run in it is not overwritten"),
     "resume": (
         "none; one epoch ahead in its schedule, best accuracy and random state lost; runs code from the file",
-        "goes on at the same step, to the same bits; runs none",
+        "resumes at the same step, to the same bits; runs none",
     ),
     "eval": ("off; batches of 30 times --batch-size; resampling only with --finetune", "resamples the positions"),
     "start_epoch": ("0", "default: where the checkpoint stopped"),
@@ -110,7 +110,7 @@ def table() -> str:
         lines += [_row(f) for f in dataclasses.fields(part)] + [""]
     lines += ["## Taken, for what they ask for is always so", "", "| flag | why |", "| --- | --- |"]
     lines += [f"| `--{name}` | {why} |" for name, why in compat.ACCEPTED.items()]
-    lines += ["| `--data_set IMNET` | any set of pictures in ImageNet's layout will do |", ""]
+    lines += ["| `--data_set IMNET` | any set of images in ImageNet's layout will do |", ""]
     lines += ["## Refused, with this sentence", "", "| flag | what to do instead |", "| --- | --- |"]
     lines += [f"| `--{name}` | {why} |" for name, why in compat.REFUSED.items()]
     lines += [f"| `--data_set CIFAR` and so on | {compat.DATA_SETS} |"]

@@ -19,7 +19,7 @@ STATES, TAPS = 16, 4
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates a second."""
+    """Rates per second."""
 
     name: str
     copy: float  # bytes moved by a large copy, read and written
@@ -128,7 +128,7 @@ def step(
     batch: int, size: int, dim: int, *, depth: int = 24, patch: int = 16, classes: int = 1000, fp32: bool = False,
     training: bool = True,
 ) -> list[Op]:  # fmt: skip
-    """A whole step of a Vision Mamba of width `dim` on pictures of `size` pixels."""
+    """A whole step of a Vision Mamba of width `dim` on images of `size` pixels."""
     element = 4 if fp32 else 2
     patches = (size // patch) ** 2
     pixels, tokens = 3 * size * size * batch, batch * (patches + 1)

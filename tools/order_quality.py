@@ -1,11 +1,11 @@
-"""How well ``--order window`` shuffles, against a permutation of all pictures.
+"""How well ``--order window`` shuffles, against a permutation of all images.
 
     python tools/order_quality.py --windows 8 32 64 128
 
 Simulated on a data set of ImageNet's size in shuffled shards, as vimfast-prepare writes them. Columns: the memory that
-two windows take; how many shards a global batch comes from; how much more often two pictures of one shard meet in a
+two windows take; how many shards a global batch comes from; how much more often two images of one shard meet in a
 batch; how uneven the classes of a batch are (chi-square over its degrees of freedom: 1 for independent draws); and how
-far a picture moves from one epoch to the next, as a share of the epoch (1/3 for independent places).
+far an image moves from one epoch to the next, as a share of the epoch (1/3 for independent places).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--shard-samples", type=int, default=4096)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=1024, help="of all processes together")
-    parser.add_argument("--picture-kb", type=float, default=110, help="mean size of a picture")
+    parser.add_argument("--image-kb", type=float, default=110, help="mean size of an image")
     parser.add_argument("--windows", type=int, nargs="+", default=[8, 32, 64, 128], help="in shards")
     args = parser.parse_args()
     bounds = (*range(0, args.samples, args.shard_samples), args.samples)
@@ -32,10 +32,10 @@ def main() -> None:
     print(f"{'window':>11} {'GB':>6} {'shards':>7} {'meetings':>9} {'classes':>8} {'moves':>7}")
     for window in args.windows:
         orders = [windowed_permutation(0, epoch, bounds, window) for epoch in range(2)]
-        memory = 2 * window * args.shard_samples * args.picture_kb / 1e6
+        memory = 2 * window * args.shard_samples * args.image_kb / 1e6
         print(f"{window:11} {memory:6.0f} {figures(orders, labels, args)}")
     orders = [permutation(0, epoch, args.samples) for epoch in range(2)]
-    print(f"{'permutation':>11} {args.samples * args.picture_kb / 1e6:6.0f} {figures(orders, labels, args)}")
+    print(f"{'permutation':>11} {args.samples * args.image_kb / 1e6:6.0f} {figures(orders, labels, args)}")
 
 
 def figures(orders: list[np.ndarray], labels: np.ndarray, args: argparse.Namespace) -> str:

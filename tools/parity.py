@@ -2,7 +2,7 @@
 
     python tools/parity.py imagenet_data/ --split val --decoders cpu cuda hardware
 
-Differences are in levels, 0 to 255, over all values of all pictures; "worst" is the picture with the largest mean.
+Differences are in levels, 0 to 255, over all values of all images; "worst" is the image with the largest mean.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--crop-ratio", type=float, default=0.875)
-    parser.add_argument("--pictures", type=int, default=400, help="the first so many")
+    parser.add_argument("--images", type=int, default=400, help="the first so many")
     args = parser.parse_args()
     source = open_source(args.data, args.split)
-    count = min(args.pictures, len(source))
+    count = min(args.images, len(source))
     expected = torch.stack([pillow(source, i, args.input_size, args.crop_ratio) for i in range(count)])
     columns = ("equal", "<= 1", "<= 2", "<= 4")
     print(f"{'decoder':10} {'mean':>7} {'worst':>7} {'max':>5} " + " ".join(f"{name:>9}" for name in columns))
     for decoder in args.decoders:
-        difference = (pictures(source, count, decoder, args) - expected).abs()
+        difference = (evaluated(source, count, decoder, args) - expected).abs()
         shares = [(difference <= limit).float().mean().item() for limit in (0, 1, 2, 4)]
         worst = difference.flatten(1).mean(1).max().item()
         figures = f"{difference.mean():7.4f} {worst:7.3f} {difference.max():5.0f} "
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def pillow(source: Source, i: int, size: int, crop_ratio: float) -> torch.Tensor:  # float32 [3, size, size]
-    """Picture i as torchvision and timm evaluate it, with Pillow alone."""
+    """Image i as torchvision and timm evaluate it, with Pillow alone."""
     with Image.open(BytesIO(source.read(np.array([i])).encoded[0].tobytes())) as image:
         rgb = image.convert("RGB")
     target = int(size / crop_ratio)
@@ -61,8 +61,8 @@ def pillow(source: Source, i: int, size: int, crop_ratio: float) -> torch.Tensor
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float()
 
 
-def pictures(source: Source, count: int, decoder: Decoder, args: argparse.Namespace) -> torch.Tensor:
-    """The loader's evaluation pictures as levels, float32 [count, 3, size, size]."""
+def evaluated(source: Source, count: int, decoder: Decoder, args: argparse.Namespace) -> torch.Tensor:
+    """The loader's evaluation images as levels, float32 [count, 3, size, size]."""
     order, levels = Order(count, 50, shuffle=False, drop_last=False), Normalization((0.0,) * 3, (1 / 255,) * 3)
     crop = CentreCrop(args.crop_ratio)
     view = Evaluation(order, torch.device(args.device), args.input_size, crop, normalization=levels)

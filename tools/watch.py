@@ -40,7 +40,7 @@ class Usage(NamedTuple):
 
 
 class Watched:
-    """Starts a command and follows it; as a context manager, it leaves no process behind.
+    """Starts a command and follows it; as a context manager, it leaves no process over.
 
     Args:
         command: program and arguments.
@@ -156,7 +156,7 @@ class Watched:
             self.kill()
             raise TimeoutError(f"still running after {timeout:.0f} s:\n{self.text}")
         for reader in self._readers:
-            reader.join(1)  # a process left behind may hold the pipe open; see gone_within
+            reader.join(1)  # a process left over may hold the pipe open; see gone_within
         return self.process.returncode
 
     # Its processes

@@ -121,7 +121,7 @@ def random_resized_crop(
 ) -> np.ndarray:  # int32 [n, 4]: top, left, height, width
     """Boxes of a random part of the area and a random aspect ratio, as torchvision's ``RandomResizedCrop`` draws them.
 
-    The area is uniform in `scale` times the picture's, the aspect ratio (width / height) log-uniform in `ratio`. The
+    The area is uniform in `scale` times the image's, the aspect ratio (width / height) log-uniform in `ratio`. The
     first of ten tries that fits wins, at a uniform place; when none fits, the largest centred box with an aspect
     ratio within `ratio`.
     """
@@ -156,9 +156,9 @@ def padded_crop(
     size: int,
     padding: int = 4,
 ) -> np.ndarray:  # int32 [n, 2]: top, left; may be negative
-    """Corners of a `size` x `size` box at a uniform place in the picture with `padding` pixels more on each side.
+    """Corners of a `size` x `size` box at a uniform place in the image with `padding` pixels more on each side.
 
-    As torchvision's ``RandomCrop`` draws them. Where even the padded picture is smaller, the box is centred on it.
+    As torchvision's ``RandomCrop`` draws them. Where even the padded image is smaller, the box is centred on it.
     """
     places = sizes.astype(np.int64) + 2 * padding - size + 1
     drawn = np.floor(u[:, [CROP_TOP, CROP_LEFT]] * np.maximum(places, 1))
@@ -171,11 +171,11 @@ def simple_crop(
     size: int,
     padding: int = 4,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The short side resized to `size`, then :func:`padded_crop` where the padding mirrors the picture.
+    """The short side resized to `size`, then :func:`padded_crop` where the padding mirrors the image.
 
     Returns:
         resized: int32 [n, 2], height and width once resized.
-        corner: int32 [n, 2], top and left of the box moved into the resized picture.
+        corner: int32 [n, 2], top and left of the box moved into the resized image.
         shift: int32 [n, 2], how far the box drawn lies down and right of there. What it shows is inside the moved box.
     """
     resized = short_side(sizes, size)
@@ -193,7 +193,7 @@ def resize_and_centre_crop(
 
     Returns:
         resized: int32 [n, 2], height and width once the short side is ``int(size / crop_ratio)``.
-        corner: int32 [n, 2], top and left of the centred `size` x `size` box in the resized picture.
+        corner: int32 [n, 2], top and left of the centred `size` x `size` box in the resized image.
     """
     resized = short_side(sizes, int(size / crop_ratio))
     return resized, np.rint((resized - size) / 2).astype(np.int32)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-# One row of uniform numbers a picture, handed out by column. A column keeps its meaning for good: moving one would
-# change the pictures of every run that is resumed. Columns 24 to 63 are free.
+# One row of uniform numbers per image, handed out by column. A column keeps its meaning for good: moving one would
+# change the images of every run that is resumed. Columns 24 to 63 are free.
 COLUMNS = 64
 CROP_TRIES = 10
 CROP_AREA = slice(0, CROP_TRIES)
@@ -29,7 +29,7 @@ def uniforms(
     columns: int = COLUMNS,
     stream: int = 0,
 ) -> np.ndarray:  # float64 [n, columns] in [0, 1)
-    """Uniform random numbers, a row for each position; a row depends on (seed, epoch, its position) alone.
+    """Uniform random numbers, one row per position; a row depends on (seed, epoch, its position) alone.
 
     Philox is a function of (key, counter): the key holds seed and epoch, and row g owns the counters from
     g * columns / 4 on (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Another `stream` has
@@ -51,11 +51,11 @@ def uniforms(
 
 
 def flips(u: np.ndarray, probability: float = 0.5) -> np.ndarray:  # int32 [n]: 1 mirrors left and right
-    """Whether each picture is mirrored."""
+    """Whether each image is mirrored."""
     return (u[:, FLIP] < probability).astype(np.int32)
 
 
 def filters(u: np.ndarray, interpolation: str) -> np.ndarray:  # int32 [n]: 1 bicubic, 0 bilinear
-    """The resampling filter of each picture; where it is ``"random"``, either with the same probability."""
+    """The resampling filter of each image; where it is ``"random"``, both are equally likely."""
     drawn = (u[:, CROP_FILTER] >= 0.5).astype(np.int32)
     return drawn if interpolation == "random" else np.full_like(drawn, interpolation == "bicubic")

@@ -11,11 +11,11 @@ from vimfast.augment.plan import PATCH
 from vimfast.augment.randaugment import normal
 from vimfast.config.choices import EraseMode
 
-AREA = (0.02, 1 / 3)  # of all boxes of a picture together, as a share of it
+AREA = (0.02, 1 / 3)  # of all boxes of an image together, as a share of it
 ASPECT = (0.3, 1 / 0.3)  # height over width; log-uniform
 TRIES = 10
 
-# A picture's columns: whether, how many boxes; then of each box its tries, place, seed of the noise, colour.
+# An image's columns: whether, how many boxes; then of each box its tries, place, seed of the noise, colour.
 _APPLY, _COUNT = 0, 1
 _TRIED_AREA, _TRIED_ASPECT = slice(0, TRIES), slice(TRIES, 2 * TRIES)
 _TOP, _LEFT, _SEED = 2 * TRIES, 2 * TRIES + 1, 2 * TRIES + 2
@@ -25,10 +25,10 @@ _COLUMNS_PER_BOX = 2 * TRIES + 9
 
 @dataclass(frozen=True)
 class Erasing:
-    """Erases 1 to `most` boxes in a picture with `probability`.
+    """Erases 1 to `most` boxes in an image with `probability`.
 
     Args:
-        mode: ``"pixel"`` normal noise, ``"rand"`` one normal colour a box, ``"const"`` the mean colour (0).
+        mode: ``"pixel"`` normal noise, ``"rand"`` one normal colour per box, ``"const"`` the mean colour (0).
     """
 
     probability: float
@@ -37,7 +37,7 @@ class Erasing:
 
     @property
     def columns(self) -> int:
-        """Uniform numbers that a picture needs."""
+        """Uniform numbers that an image needs."""
         return 2 + self.most * _COLUMNS_PER_BOX
 
     def draw(
@@ -45,7 +45,7 @@ class Erasing:
         u: np.ndarray,  # float64 [n, columns]
         size: int,
     ) -> np.ndarray:  # PATCH [n, most]; those that are not erased are empty
-        """The boxes of pictures of `size` x `size` pixels. The first of ten tries that fits wins, or none."""
+        """The boxes of images of `size` x `size` pixels. The first of ten tries that fits wins, or none."""
         count = 1 + (u[:, [_COUNT]] * self.most).astype(np.int64)
         erased = (u[:, [_APPLY]] <= self.probability) & (np.arange(self.most) < count)
         boxes = u[:, 2:].reshape(len(u), self.most, _COLUMNS_PER_BOX)

@@ -1,4 +1,4 @@
-"""A plan carried out by Pillow, picture by picture: not fast but exact, and what the GPU kernels are tested against."""
+"""A plan carried out by Pillow, image by image: not fast but exact, and what the GPU kernels are tested against."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vimfast.augment.colours import fill_colour
 from vimfast.augment.plan import Op, Plan
 
 
-def _posterize(picture: Image.Image, bits: int) -> Image.Image:
-    return picture.point([(level >> (8 - bits)) << (8 - bits) for level in range(256)] * 3)
+def _posterize(image: Image.Image, bits: int) -> Image.Image:
+    return image.point([(level >> (8 - bits)) << (8 - bits) for level in range(256)] * 3)
 
 
-def _solarize_add(picture: Image.Image, add: int) -> Image.Image:
-    return picture.point([min(255, level + add) if level < 128 else level for level in range(256)] * 3)
+def _solarize_add(image: Image.Image, add: int) -> Image.Image:
+    return image.point([min(255, level + add) if level < 128 else level for level in range(256)] * 3)
 
 
-def _shift(picture: Image.Image, dx: int, dy: int) -> Image.Image:
-    pixels = np.asarray(picture)
+def _shift(image: Image.Image, dx: int, dy: int) -> Image.Image:
+    pixels = np.asarray(image)
     y, x = (_mirrored(np.arange(n) + by, n) for n, by in zip(pixels.shape[:2], (dy, dx), strict=True))
     return Image.fromarray(pixels[y[:, None], x])
 
@@ -34,32 +34,32 @@ def _mirrored(at: np.ndarray, n: int) -> np.ndarray:
 
 
 _CHANGES: dict[int, Callable[[Image.Image, np.ndarray], Image.Image]] = {
-    Op.INVERT: lambda picture, args: ImageOps.invert(picture),
-    Op.POSTERIZE: lambda picture, args: _posterize(picture, int(args[0])),
-    Op.SOLARIZE: lambda picture, args: ImageOps.solarize(picture, int(args[0])),
-    Op.SOLARIZE_ADD: lambda picture, args: _solarize_add(picture, int(args[0])),
-    Op.BRIGHTNESS: lambda picture, args: ImageEnhance.Brightness(picture).enhance(args[0]),
-    Op.CONTRAST: lambda picture, args: ImageEnhance.Contrast(picture).enhance(args[0]),
-    Op.AUTOCONTRAST: lambda picture, args: ImageOps.autocontrast(picture),
-    Op.EQUALIZE: lambda picture, args: ImageOps.equalize(picture),
-    Op.COLOR: lambda picture, args: ImageEnhance.Color(picture).enhance(args[0]),
-    Op.SHARPNESS: lambda picture, args: ImageEnhance.Sharpness(picture).enhance(args[0]),
-    Op.BOX_X: lambda picture, args: picture.filter(ImageFilter.BoxBlur((args[0], 0))),
-    Op.BOX_Y: lambda picture, args: picture.filter(ImageFilter.BoxBlur((0, args[0]))),
-    Op.SHIFT: lambda picture, args: _shift(picture, int(args[0]), int(args[1])),
+    Op.INVERT: lambda image, args: ImageOps.invert(image),
+    Op.POSTERIZE: lambda image, args: _posterize(image, int(args[0])),
+    Op.SOLARIZE: lambda image, args: ImageOps.solarize(image, int(args[0])),
+    Op.SOLARIZE_ADD: lambda image, args: _solarize_add(image, int(args[0])),
+    Op.BRIGHTNESS: lambda image, args: ImageEnhance.Brightness(image).enhance(args[0]),
+    Op.CONTRAST: lambda image, args: ImageEnhance.Contrast(image).enhance(args[0]),
+    Op.AUTOCONTRAST: lambda image, args: ImageOps.autocontrast(image),
+    Op.EQUALIZE: lambda image, args: ImageOps.equalize(image),
+    Op.COLOR: lambda image, args: ImageEnhance.Color(image).enhance(args[0]),
+    Op.SHARPNESS: lambda image, args: ImageEnhance.Sharpness(image).enhance(args[0]),
+    Op.BOX_X: lambda image, args: image.filter(ImageFilter.BoxBlur((args[0], 0))),
+    Op.BOX_Y: lambda image, args: image.filter(ImageFilter.BoxBlur((0, args[0]))),
+    Op.SHIFT: lambda image, args: _shift(image, int(args[0]), int(args[1])),
 }
 
 
 def change(pixels: np.ndarray, operations: np.ndarray, fill: tuple[int, ...]) -> np.ndarray:
-    """One picture, uint8 [H, W, 3], behind its operations (OPERATION [S]); pixels from outside are `fill`."""
-    picture = Image.fromarray(pixels)
+    """One image, uint8 [H, W, 3], after its operations (OPERATION [S]); pixels from outside are `fill`."""
+    image = Image.fromarray(pixels)
     for code, cubic, args in operations.tolist():
         if code == Op.AFFINE:
             resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
-            picture = picture.transform(picture.size, Image.Transform.AFFINE, args, resample, fillcolor=fill)
+            image = image.transform(image.size, Image.Transform.AFFINE, args, resample, fillcolor=fill)
         elif code != Op.NONE:
-            picture = _CHANGES[code](picture, args)
-    return np.asarray(picture)
+            image = _CHANGES[code](image, args)
+    return np.asarray(image)
 
 
 def carry_out(images: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
-"""A plan carried out on the GPU: two launches an operation slot, whatever the operations; the last one also erases.
+"""A plan carried out on the GPU: two launches per operation slot, whatever the operations; the last one also erases.
 
-Each program works on a part of one picture, so a picture's op is a branch that costs the others nothing. Pictures with
+Each program works on a part of one image, so an image's op is a branch that costs the others nothing. Images with
 fewer operations than slots sit the first slots out, and read their own first op's input from the batch itself.
 Launched without fused multiply-add, the kernels round as Pillow's C code does.
 """
@@ -44,7 +44,7 @@ def _argument(op_ptr, i: tl.constexpr):
 
 @triton.jit
 def _source(images_ptr, before_ptr, op_ptr, slot, size):
-    """Where the picture of this program's op is: as it came in, or as the slot before left it."""
+    """Where the image of this program's op is: as it came in, or as the slot before left it."""
     at = tl.program_id(0).to(tl.int64) * size
     source = images_ptr + at
     if slot > 0:  # noqa: SIM102, `and` would load all the same
@@ -66,7 +66,7 @@ def _blend(degenerate, v, factor):
 
 @triton.jit(do_not_specialize=["slots", "slot", "pixels"])
 def _tables(images_ptr, before_ptr, ops_ptr, tables_ptr, slots, slot, pixels, BLOCK: tl.constexpr):
-    # A program makes the table of one channel of one picture. tables [B, 3, 256]
+    # A program makes the table of one channel of one image. tables [B, 3, 256]
     sample, channel = tl.program_id(0), tl.program_id(1)
     op_ptr = ops_ptr + (sample * slots + slot) * 8
     code = tl.load(op_ptr)
@@ -197,7 +197,7 @@ def _apply(
     fill_r, fill_g, fill_b, mean_r, mean_g, mean_b, std_r, std_g, std_b,
     H: tl.constexpr, W: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program changes BLOCK pixels of one picture. images, before, after [B, H, W, 3]; out [B, 3, H, W]
+    # A program changes BLOCK pixels of one image. images, before, after [B, H, W, 3]; out [B, 3, H, W]
     sample = tl.program_id(0)
     op_ptr = ops_ptr + (sample * slots + slot) * 8
     code = tl.load(op_ptr)

@@ -9,9 +9,9 @@ import numpy as np
 
 
 class Op(enum.IntEnum):
-    """What is done to a picture. Each op rounds to uint8 as Pillow's does; its arguments stand behind it.
+    """What is done to an image. Each op rounds to uint8 as Pillow's does; its arguments are listed after it.
 
-    Those up to EQUALIZE map each value of a channel by a table; the tables of the last three depend on the picture.
+    Those up to EQUALIZE map each value of a channel by a table; the tables of the last three depend on the image.
     """
 
     NONE = 0
@@ -39,7 +39,7 @@ PATCH = np.dtype([("top", "i8"), ("bottom", "i8"), ("left", "i8"), ("right", "i8
 
 
 class Plan(NamedTuple):
-    """What happens to each picture of a batch."""
+    """What happens to each image of a batch."""
 
     operations: np.ndarray  # OPERATION [B, S], S >= 1: done in this order; NONE only before the others
     patches: np.ndarray  # PATCH [B, R], R >= 0: erased in this order

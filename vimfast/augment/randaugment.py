@@ -1,6 +1,6 @@
-"""RandAugment from timm's strings, ThreeAugment and colour jitter: drawn here in numpy, carried out by vimfast_kernels.
+"""RandAugment from timm's strings, ThreeAugment and colour jitter: drawn here, carried out by vimfast.augment.pixels.
 
-A drawn change is an array of OPERATION (see :mod:`vimfast.augment.plan`), a row a picture, NONE where nothing is
+A drawn change is an array of OPERATION (see :mod:`vimfast.augment.plan`), one row per image, NONE where nothing is
 done. Ranges, probabilities and roundings are those of timm 1.0.31 (``timm/data/auto_augment.py``).
 """
 
@@ -50,11 +50,11 @@ BLUR_SLOTS = 6  # three running means in either direction are Pillow's GaussianB
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`layers` operations of a set, one behind the other, each applied with `probability`.
+    """`layers` operations of a set, one after the other, each applied with `probability`.
 
     Args:
         names: of the set.
-        weights: how likely each is drawn, without putting back; None: all the same, and put back.
+        weights: how likely each is drawn, without replacement; None: uniformly, with replacement.
         magnitude: in tenths of an operation's range.
         deviation: of the normal noise on the magnitude; infinite: uniform in [0, magnitude].
         ceiling: magnitudes are clipped to [0, ceiling].
@@ -72,7 +72,7 @@ class RandAugment:
 
     @property
     def columns(self) -> int:
-        """Uniform numbers that a picture needs."""
+        """Uniform numbers that an image needs."""
         return self.layers * COLUMNS_PER_LAYER
 
     def draw(
@@ -80,7 +80,7 @@ class RandAugment:
         u: np.ndarray,  # float64 [n, columns]
         size: int,
     ) -> np.ndarray:  # OPERATION [n, any]
-        """What is done to pictures of `size` x `size` pixels."""
+        """What is done to images of `size` x `size` pixels."""
         u = u.reshape(len(u), self.layers, COLUMNS_PER_LAYER)
         chosen = self.choose(u[:, :, CHOICE])
         level = self.magnitudes(u) / _FULL_LEVEL
@@ -97,7 +97,7 @@ class RandAugment:
         return operations.reshape(len(u), -1)
 
     def choose(self, u: np.ndarray) -> np.ndarray:  # [n, layers] in [0, 1) -> int [n, layers], positions in `names`
-        """Which operations."""
+        """The operations drawn."""
         if self.weights is None:
             return (u * len(self.names)).astype(np.int64)
         weights = np.tile(self.weights, (len(u), 1))
@@ -134,7 +134,7 @@ def policy(words: str, interpolation: Interpolation = "bicubic") -> RandAugment 
 
 
 def parse(text: str, interpolation: Interpolation = "bicubic") -> RandAugment:
-    """``"rand-m9-mstd0.5-inc1"`` as timm reads it; what its words mean stands at :data:`_WORDS`.
+    """``"rand-m9-mstd0.5-inc1"`` as timm parses it; the words are explained at :data:`_WORDS`.
 
     Raises:
         UserError: another policy, an unknown word, or a value out of its range.
@@ -206,11 +206,11 @@ def _operation_set(text: str) -> tuple[str, ...] | dict[str, float]:
 
 
 _WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "m": (_whole(0), "the magnitude, a whole number, by default 10"),
-    "n": (_whole(1), "the number of operations a picture, at least 1, by default 2"),
+    "m": (_whole(0), "the magnitude, an integer, by default 10"),
+    "n": (_whole(1), "the number of operations per image, >= 1, by default 2"),
     "p": (_probability, "the probability of applying each, 0 to 1, by default 0.5"),
     "mstd": (_deviation, "the standard deviation of the magnitude, by default 0; above 100: uniform from 0 to m"),
-    "mmax": (_whole(0), "the largest magnitude, a whole number, by default 10"),
+    "mmax": (_whole(0), "the largest magnitude, an integer, by default 10"),
     "inc": (_whole(0, 1), "1 for operations that change more at a higher magnitude, by default 0"),
     "t": (_operation_set, f"the set of operations, one of {', '.join(_SETS)}"),
     "w": (_whole(0, 0), "0, for the weights of timm 0.4 (now tweights, which adds Posterize and Invert)"),
@@ -234,7 +234,7 @@ def three_augment(u: np.ndarray) -> np.ndarray:  # float64 [n, 2] -> OPERATION [
 
 
 def color_jitter(u: np.ndarray, strength: float) -> np.ndarray:  # float64 [n, 4] -> OPERATION [n, 3]
-    """Brightness, contrast and saturation times a factor in 1 +- `strength` (at least 0), in random order.
+    """Brightness, contrast and saturation times a factor in 1 +- `strength` (>= 0), in random order.
 
     As torchvision's ``ColorJitter``.
     """
@@ -272,7 +272,7 @@ def _warp(place: int, reach: float, of_size: bool = False) -> Builder:
 
 
 def _rotate(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: int) -> None:
-    """About the picture's centre, as Pillow's ``rotate`` has it."""
+    """About the image's centre, as Pillow's ``rotate`` has it."""
     angle = -np.radians(sign * (level * 30) % 360)
     cos, sin, centre = np.cos(angle).round(15), np.sin(angle).round(15), size / 2
     operations["code"][:, 0] = Op.AFFINE

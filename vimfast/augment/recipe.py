@@ -1,4 +1,4 @@
-"""Which augmentation a training image gets: the crop, and what is then drawn to be done to it."""
+"""The augmentation that a section of settings asks for: the crop, and the plan that is drawn after it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
 from vimfast.config import AugmentConfig
 from vimfast.config.choices import Interpolation
 
-LARGEST_PADDED = 32  # inputs up to this side are cut out of the padded image as it is, as the original does
+LARGEST_PADDED = 32  # inputs up to this side are cut out of the padded image as it is, as in hustvl/Vim
 
 _STREAM = 1  # of uniform numbers; those of crops, flips and filters are stream 0
 
@@ -20,7 +20,7 @@ _STREAM = 1  # of uniform numbers; those of crops, flips and filters are stream 
 def training_crop(
     cfg: AugmentConfig | None, size: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> BoxCrop | SquareCrop:
-    """The crop that a section of settings asks for (None: the usual one), for inputs of `size` pixels.
+    """The crop that a section of settings asks for (None: random resized crop), for inputs of `size` pixels.
 
     Args:
         scale, ratio: of :class:`RandomResizedCrop`.
@@ -36,7 +36,7 @@ def training_crop(
 class Recipe:
     """The augmentation that a section of settings asks for, drawn from (seed, epoch, position) alone.
 
-    ``--ThreeAugment`` stands for itself: as in DeiT III and the original code, neither ``--aa`` nor erasing applies.
+    With ``--ThreeAugment``, as in DeiT III and hustvl/Vim, ``--aa`` and erasing are ignored.
 
     Args:
         cfg: of the run; None: nothing but crops and flips.

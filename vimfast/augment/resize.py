@@ -41,9 +41,11 @@ def crop_resize(
     device = images[0].device if images else torch.device("cpu")
     for image in images:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.is_contiguous():
-            raise ValueError(f"an image is {image.dtype} {tuple(image.shape)}; want contiguous torch.uint8 [h, w, 3]")
+            raise ValueError(
+                f"an image is {image.dtype} {tuple(image.shape)}; must be contiguous torch.uint8 [h, w, 3]"
+            )
         if image.device != device:
-            raise ValueError(f"images are on {device} and on {image.device}; want one device")
+            raise ValueError(f"images are on {device} and on {image.device}; they must be on one device")
     sizes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     if device.type == "cuda":
         addresses = np.array([image.data_ptr() for image in images], np.int64)
@@ -62,16 +64,16 @@ def crop_resize_at(
     size: int,
     device: torch.device,
 ) -> Tensor:  # uint8 [n, size, size, 3]
-    """:func:`crop_resize` of images that are known by their addresses on a GPU: uint8, rows of 3 width bytes on end.
+    """:func:`crop_resize` of images known by their addresses on a GPU: uint8, contiguous rows of 3 * width bytes.
 
-    The memory must stay as it is until the current stream of `device` has come past this call's work.
+    The memory must stay as it is until the current stream of `device` has done this call's work.
 
     Raises:
-        ValueError: shapes or types that do not fit, a device that is no GPU, or a box that is empty or not inside its
-            image.
+        ValueError: shapes or types that do not fit, a device that is not a GPU, or a box that is empty or not inside
+            its image.
     """
     if device.type != "cuda":
-        raise ValueError(f"the images' addresses are on {device}; want a CUDA device")
+        raise ValueError(f"the images' addresses are on {device}; they must be on a CUDA device")
     if addresses.shape != (len(sizes),):
         raise ValueError(f"addresses are {addresses.shape} for {len(sizes)} images")
     _check(sizes, which, boxes, mirror, cubic, size)
@@ -86,14 +88,14 @@ def _check(
 ) -> None:
     n = len(which)
     if sizes.ndim != 2 or sizes.shape[1] != 2:
-        raise ValueError(f"sizes are {sizes.shape}; want [m, 2]")
+        raise ValueError(f"sizes are {sizes.shape}; they must be [m, 2]")
     if which.shape != (n,) or boxes.shape != (n, 4) or mirror.shape != (n,) or cubic.shape != (n,):
         shapes = f"{which.shape}, {boxes.shape}, {mirror.shape}, {cubic.shape}"
-        raise ValueError(f"which, boxes, mirror and cubic are {shapes}; want [n], [n, 4], [n], [n]")
+        raise ValueError(f"which, boxes, mirror and cubic are {shapes}; they must be [n], [n, 4], [n], [n]")
     if any(array.dtype.kind not in "iu" for array in (sizes, which, boxes, mirror, cubic)):
-        raise ValueError("which, boxes, mirror and cubic are whole numbers")
+        raise ValueError("sizes, which, boxes, mirror and cubic must be integers")
     if size < 1:
-        raise ValueError(f"size is {size}; want at least 1")
+        raise ValueError(f"size is {size}; it must be >= 1")
     if n and not (which.min() >= 0 and which.max() < len(sizes)):
         raise ValueError(f"which is in [{which.min()}, {which.max()}] and there are {len(sizes)} images")
     corner, extent = boxes[:, :2].astype(np.int64), boxes[:, 2:].astype(np.int64)

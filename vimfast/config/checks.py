@@ -1,4 +1,4 @@
-"""What is refused when settings are loaded, rather than seconds later behind opened data."""
+"""What is refused when settings are loaded, rather than seconds later, once data is open."""
 
 from __future__ import annotations
 

@@ -8,20 +8,20 @@ from typing import Any
 
 from vimfast.errors import UserError
 
-TORCHRUN = "torchrun tells each process its place; start with torchrun --nproc_per_node=8 -m vimfast.train"
+TORCHRUN = "torchrun gives each process its place; start with torchrun --nproc_per_node=8 -m vimfast.train"
 
 ACCEPTED = {
-    "dist_eval": "evaluation is always spread over the processes, and each picture is counted once",
+    "dist_eval": "evaluation is always spread over the processes, and each image is counted once",
     "pin_mem": "batches are decoded on the device, or copied from pinned memory",
     "no_pin_mem": "batches are decoded on the device, or copied from pinned memory",
     "train_mode": "a model is always trained in training mode",
     "no_nan2num": "a loss is never altered",
-    "if_continue_inf": "steps whose gradients are no numbers are always skipped, up to --skip-limit in a row",
+    "if_continue_inf": "steps with non-finite gradients are always skipped, up to --skip-limit in a row",
     "distributed": "torchrun says whether a run is distributed",
 }
 REFUSED = {
-    "if_nan2num": "it hides divergence; drop it: steps whose gradients are no numbers are skipped, up to --skip-limit",
-    "no_continue_inf": "give --skip-limit 1 to stop where gradients are no numbers",
+    "if_nan2num": "it hides divergence; drop it: steps with non-finite gradients are skipped, up to --skip-limit",
+    "no_continue_inf": "give --skip-limit 1 to stop where gradients are non-finite",
     "no_train_mode": "give --drop 0 --drop-path 0 to train without dropout and stochastic depth",
     "resplit": "there are no augmentation splits to tell apart; drop it",
     "patience_epochs": "it belongs to --sched plateau, which follows past accuracies; give --sched cosine or step",
@@ -30,7 +30,7 @@ REFUSED = {
     "dist_url": TORCHRUN,
     "local_rank": TORCHRUN,
 }
-DATA_SETS = "give a --data-path with train/<class>/ and val/<class>/; any set of pictures in that layout will do"
+DATA_SETS = "give a --data-path with train/<class>/ and val/<class>/; any set of images in that layout will do"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

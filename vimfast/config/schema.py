@@ -98,7 +98,7 @@ class ModelConfig:
         aliases=("if-random-cls-token-position",),
     )
     random_token_rank: bool = option(
-        False, "shuffle the sequence in training, anew each step", aliases=("if-random-token-rank",)
+        False, "shuffle the sequence in training, again at each step", aliases=("if-random-token-rank",)
     )
     use_checkpoint: bool = option(False, "recompute activations in backward to save memory")
     torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same")
@@ -115,19 +115,17 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     data_path: str = option("", "shards from vimfast-prepare, or a folder tree with train/ and val/")
-    batch_size: int = option(64, "training pictures a step on each GPU (or process)", least=1)
-    eval_batch_size: int | None = option(
-        None, "validation pictures a step on each GPU; default: as in training", least=1
-    )
-    repeated_aug: bool = option(True, "three augmented copies of each drawn picture, as DeiT and Vim do")
+    batch_size: int = option(64, "training images a step on each GPU (or process)", least=1)
+    eval_batch_size: int | None = option(None, "validation images a step on each GPU; default: as in training", least=1)
+    repeated_aug: bool = option(True, "three augmented copies of each drawn image, as DeiT and Vim do")
     repeated_aug_on: CopiesOn = option(
-        "all-ranks", "where the copies go: spread as DeiT does, or together, which decodes each picture once"
+        "all-ranks", "where the copies go: spread as DeiT does, or together, which decodes each image once"
     )
     order: ImageOrder = option(
-        "permutation", "of the training pictures: of all of them, or of --order-window shards at a time"
+        "permutation", "of the training images: of all of them, or of --order-window shards at a time"
     )
     order_window: int = option(64, "shards that --order window shuffles together; they should fit in memory", least=1)
-    scale: tuple[float, float] = option((0.08, 1.0), "area of a training crop, as a share of the picture: MIN MAX")
+    scale: tuple[float, float] = option((0.08, 1.0), "area of a training crop, as a share of the image: MIN MAX")
     ratio: tuple[float, float] = option((3 / 4, 4 / 3), "width over height of a training crop: MIN MAX")
     hflip: float = option(0.5, "probability of a horizontal flip in training", least=0, most=1)
     train_interpolation: Interpolation = option("bicubic", "filter of crops and warps in training")
@@ -142,7 +140,7 @@ class DataConfig:
     )
     prefetch: int = option(3, "batches decoded ahead", least=1)
     readahead: int = option(4, "batches read ahead of those from disk", least=1)
-    on_bad_image: OnBadImage = option("stop", "at a picture that does not decode: end the run, or go on without it")
+    on_bad_image: OnBadImage = option("stop", "at an image that does not decode: end the run, or continue without it")
 
 
 @dataclass
@@ -164,7 +162,7 @@ class AugmentConfig:
 class MixConfig:
     mixup: float = option(0.8, "mixup alpha; 0 turns it off", least=0)
     cutmix: float = option(1.0, "cutmix alpha; 0 turns it off", least=0)
-    cutmix_minmax: tuple[float, float] | None = option(None, "cutmix box side as a share of the picture: MIN MAX")
+    cutmix_minmax: tuple[float, float] | None = option(None, "cutmix box side as a share of the image: MIN MAX")
     mixup_prob: float = option(1.0, "probability of mixing at all", least=0, most=1)
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
     mixup_mode: MixMode = option("batch", "one draw for each batch, pair or element")
@@ -187,10 +185,10 @@ class OptimConfig:
     unscale_lr: bool = option(False, "take --lr as it is, whatever the batch")
     accum_steps: int = option(1, "batches of --batch-size on each GPU that make one update", least=1)
     global_batch_size: int | None = option(
-        None, "pictures of an update, on all GPUs together; --batch-size is then the most a GPU takes at once", least=1
+        None, "images of an update, on all GPUs together; --batch-size is then the most a GPU takes at once", least=1
     )
     skip_limit: int = option(
-        20, "steps in a row that may be skipped, their gradients being no numbers, before the run stops", least=1
+        20, "steps in a row that may be skipped because of non-finite gradients, before the run stops", least=1
     )
 
 
@@ -211,11 +209,11 @@ class FinetuneConfig:
 @dataclass
 class DistillConfig:
     distillation_type: Distillation = option("none", "learn from a teacher: its probabilities, or its answer")
-    teacher_model: str = option("regnety_160", "any timm model; it sees the pictures that the student sees")
+    teacher_model: str = option("regnety_160", "any timm model; it sees the images that the student sees")
     teacher_path: str = option("", "the teacher's checkpoint, or safetensors")
     distillation_alpha: float = option(0.5, "the teacher's share of the loss", least=0)
     distillation_tau: float = option(1.0, "temperature of the probabilities")
-    cosub: bool = option(False, "train two draws of stochastic depth on each picture to agree (DeiT III's cosub)")
+    cosub: bool = option(False, "train two draws of stochastic depth on each image to agree (DeiT III's cosub)")
 
 
 @dataclass
@@ -226,7 +224,7 @@ class ScheduleConfig:
     warmup_lr: float = option(1e-6, "first learning rate of the warm-up (not scaled)")
     min_lr: float = option(1e-5, "last learning rate (not scaled)")
     warmup_epochs: int = option(5, "epochs of linear warm-up", least=0)
-    cooldown_epochs: int = option(10, "epochs at min_lr behind the schedule; --epochs ends a run before them")
+    cooldown_epochs: int = option(10, "epochs at min_lr after the schedule; --epochs ends a run before them")
     decay_epochs: float = option(30, "interval of sched=step, epochs")
     decay_rate: float = option(0.1, "factor of sched=step", aliases=("dr",))
     lr_noise: tuple[float, ...] | None = option(None, "noise the rate from this share of the epochs on (to this one)")
@@ -244,7 +242,7 @@ class EmaConfig:
 @dataclass
 class RunConfig:
     output_dir: str = option("", "folder for checkpoints, logs and the resolved config; empty: save nothing")
-    resume: str = option("", "checkpoint to go on from (or to evaluate); 'auto': output_dir's own if there is one")
+    resume: str = option("", "checkpoint to resume from (or to evaluate); 'auto': output_dir's own if there is one")
     eval: bool = option(False, "only evaluate")
     start_epoch: int | None = option(None, "first epoch; default: where the checkpoint stopped, or 0")
     device: str = option("auto", "auto, cuda, cuda:N or cpu")
@@ -252,7 +250,7 @@ class RunConfig:
     amp: bool = option(True, "bf16 autocast on a GPU that has it; --no_amp for fp32", aliases=("if-amp",))
     steps_per_epoch: int | None = option(None, "end each epoch after this many steps; default: the whole data", least=1)
     eval_steps: int | None = option(
-        None, "evaluate on this many steps' pictures only; default: every picture, once", least=1
+        None, "evaluate on this many steps' images only; default: every image, once", least=1
     )
     log_every: int = option(50, "steps between two reports", least=1)
     save_every: int | None = option(

@@ -202,7 +202,7 @@ def resize_as_pillow(images: Any, size: Any, interpolation: str) -> Any:
 
 
 def mirror(images: Any, flip: Any) -> Any:
-    """In one launch for the batch. DALI's own flip makes one an image, and beside a training step each of them waits
+    """In one launch for the batch. DALI's own flip makes one per image, and beside a training step each of them waits
     until one of the step's kernels leaves room."""
     return import_dali().fn.crop_mirror_normalize(
         images, mirror=flip, dtype=import_dali().types.UINT8, output_layout="HWC"

@@ -32,7 +32,7 @@ from vimfast.errors import UserError
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How a loader works; none of it changes what comes.
+    """How a loader works; none of it changes the batches.
 
     Args:
         decoder: ``"auto"`` (:func:`choose_decoding`), ``"hardware"`` (the GPU's JPEG engine, and its ordinary cores for
@@ -43,7 +43,7 @@ class LoaderSettings:
         steps_at_once: batches that DALI decodes together; default: what fits the decoder.
         engine_share: of the images, for the JPEG engine; default: what fits the GPU and the threads.
         on_bad_image: ``"stop"`` at an image that does not decode, or ``"skip"`` it (:class:`Reader`).
-        report: is told of each image skipped; default: a warning on stderr.
+        report: called for each image skipped; default: a warning on stderr.
     """
 
     decoder: Decoder = "auto"
@@ -98,7 +98,7 @@ class Loader:
         self.ready: torch.cuda.Event | None = None  # the last batch, on a GPU; with timing
         self._beginning: threading.Thread | None = None
 
-    # Who decodes
+    # Decoder
 
     def _decode_by(self, chosen: Decoding) -> None:
         wanted = self._wanted
@@ -149,7 +149,7 @@ class Loader:
         self._decode_by(chosen)
         return place
 
-    # What it is
+    # Properties
 
     @property
     def steps(self) -> int:

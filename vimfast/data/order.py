@@ -1,4 +1,4 @@
-"""Which picture comes when: a pure function of (seed, epoch, step, world size, rank, repeats).
+"""Which image comes when: a pure function of (seed, epoch, step, world size, rank, repeats).
 
 One global sequence of positions 0, 1, 2, ... runs through an epoch. Step s of a world of W ranks with B samples each
 takes the positions [s * W * B, (s + 1) * W * B), and rank r of them every W-th, starting at r (or, with `neighbours`,
@@ -16,7 +16,7 @@ import numpy as np
 
 @functools.lru_cache(maxsize=2)  # reading ahead crosses from one epoch to the next
 def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """The order of the training pictures in one epoch: all of them, each once; int32 or int64 [samples], read-only.
+    """The order of the training images in one epoch: all of them, each once; int32 or int64 [samples], read-only.
 
     Equal to ``np.random.default_rng((seed, epoch)).permutation(samples)``, in half the memory where int32 will do.
     """
@@ -28,13 +28,13 @@ def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def windowed_permutation(seed: int, epoch: int, bounds: tuple[int, ...], window: int) -> np.ndarray:
-    """An order that needs `window` shards at a time: shards shuffled, then all pictures of each `window` of them.
+    """An order that needs `window` shards at a time: shards shuffled, then all images of each `window` of them.
 
-    Every picture once; int32 or int64 [samples], read-only. How near it comes to :func:`permutation` is a matter of the
-    window: ``tools/order_quality.py`` tells.
+    Every image once; int32 or int64 [samples], read-only. How near it comes to :func:`permutation` is a matter of the
+    window: ``tools/order_quality.py`` measures it.
 
     Args:
-        bounds: the first picture of each shard, and the number of all pictures.
+        bounds: the first image of each shard, and the number of all images.
     """
     dtype = np.int32 if bounds[-1] <= np.iinfo(np.int32).max else np.int64
     generator = np.random.default_rng((seed, epoch))
@@ -50,23 +50,23 @@ def windowed_permutation(seed: int, epoch: int, bounds: tuple[int, ...], window:
 
 @dataclass(frozen=True)
 class Order:
-    """The order in which one rank sees `samples` pictures.
+    """The order in which one rank sees `samples` images.
 
     Args:
-        samples: pictures in the split.
+        samples: images in the split.
         batch_size: per rank.
         seed: of the shuffle; not negative.
-        repeats: how many adjacent positions show the same picture (repeated augmentation: 3). An epoch keeps its
-            usual length, so it then shows one in `repeats` of the pictures.
-        shuffle: draw a new permutation each epoch; else picture i stands at position i.
-        drop_last: leave out the pictures that do not fill a global batch (training); else the last batches are
-            short or empty (evaluation: every picture exactly once over all ranks).
+        repeats: how many adjacent positions show the same image (repeated augmentation: 3). An epoch keeps its
+            usual length, so it then shows one in `repeats` of the images.
+        shuffle: draw a new permutation each epoch; else image i is at position i.
+        drop_last: leave out the images that do not fill a global batch (training); else the last batches are
+            short or empty (evaluation: every image exactly once over all ranks).
         limit: end an epoch after this many steps.
-        neighbours: a rank takes neighbouring positions of a step rather than every `world`-th. The pictures of all
-            ranks together stay the same; the copies of a picture then come to one rank.
+        neighbours: a rank takes neighbouring positions of a step rather than every `world`-th. The images of all
+            ranks together stay the same; the copies of an image then come to one rank.
         node: ranks of this rank's host, of `world` ranks in all; they have consecutive numbers and decode for each
             other (:meth:`decoded`).
-        bounds, window: shuffle as :func:`windowed_permutation` does; without bounds, all pictures at once.
+        bounds, window: shuffle as :func:`windowed_permutation` does; without bounds, all images at once.
     """
 
     samples: int
@@ -91,7 +91,7 @@ class Order:
         if self.world % self.node or (self.node > 1 and (self.neighbours or not self.drop_last)):
             raise ValueError(f"{self.node} ranks of {self.world} cannot decode for each other: {self}")
         if self.bounds is not None and (self.bounds[-1] != self.samples or self.window < 1):
-            raise ValueError(f"{self.samples} pictures, shards up to {self.bounds[-1]}, a window of {self.window}")
+            raise ValueError(f"{self.samples} images, shards up to {self.bounds[-1]}, a window of {self.window}")
 
     @property
     def global_batch(self) -> int:
@@ -110,7 +110,7 @@ class Order:
 
         Returns:
             positions: int64 [b], the places in the epoch's global sequence (what random draws are keyed by).
-            ids: int64 [b], the pictures there. b is `batch_size`, or less at the end when nothing is dropped.
+            ids: int64 [b], the images there. b is `batch_size`, or less at the end when nothing is dropped.
 
         Raises:
             IndexError: the epoch has no such step.
@@ -129,7 +129,7 @@ class Order:
         """What this rank decodes at one step, for itself and the others of its host.
 
         The host's positions of the step, in ascending order, are cut into as many equal stretches as it has ranks, so
-        that the copies of a picture come to one of them. Place i of all of them is wanted by the host's rank i % node
+        that the copies of an image come to one of them. Place i of all of them is wanted by the host's rank i % node
         (:meth:`step`); this rank's stretch begins at i = (rank % node) * batch_size.
 
         Returns:

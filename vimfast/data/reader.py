@@ -1,4 +1,4 @@
-"""A source read for a loader: pictures that do not decode are named, and left out where that is asked for."""
+"""A source read for a loader: images that do not decode are named, and left out where that is asked for."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from vimfast.data.source import BadPicture, Pictures, Source
+from vimfast.data.source import BadImage, Images, Source
 from vimfast.errors import UserError
 from vimfast.shards import jpeg
 
 
 class Reader:
-    """The pictures of `source`, without those that were found not to decode.
+    """The images of `source`, without those that were found not to decode.
 
-    In training the next picture that does decode stands in for a bad one, so batches keep their size and processes stay
-    in step without telling each other. In evaluation a bad one is left out. Which pictures come is then decided by the
+    In training the next image that does decode stands in for a bad one, so batches keep their size and processes stay
+    in step without communicating. In evaluation a bad one is left out. Which images come is then decided by the
     data alone, not by when a bad one was first met.
 
     Args:
-        skip: go on without bad pictures; else the first one ends the run.
-        stand_in: put another picture in the place of a bad one.
-        report: is told once of each bad picture.
+        skip: continue without bad images; else the first one ends the run.
+        stand_in: put another image in the place of a bad one.
+        report: called once for each bad image.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class Reader:
     ) -> None:
         self.source = source
         self.bad: dict[int, str] = {}  # id: what is wrong with it, a sentence that names it
-        self._mended: set[int] = set()
+        self._reencoded: set[int] = set()
         self._skip, self._stand_in, self._report = skip, stand_in, report or _warn
 
-    def read(self, ids: np.ndarray) -> tuple[np.ndarray, Pictures]:
-        """The ids of the pictures that come (int64 [n], or fewer where none stands in), and the pictures.
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, Images]:
+        """The ids of the images that come (int64 [n], or fewer where none stands in), and the images.
 
         Raises:
             UserError: a file cannot be read, or is bad and bad ones are not to be skipped; the sentence names it.
@@ -42,15 +42,15 @@ class Reader:
         while True:
             wanted = self._without_bad(ids)
             try:
-                pictures = self.source.read(wanted)
-            except BadPicture as bad:
+                images = self.source.read(wanted)
+            except BadImage as bad:
                 if not self._skip:
                     raise
-                self._leave_out(bad.picture, bad.found)
+                self._leave_out(bad.image, bad.found)
                 continue
-            for place in np.flatnonzero(np.isin(wanted, list(self._mended))) if self._mended else ():
-                pictures.encoded[place] = np.frombuffer(jpeg.to_rgb_jpeg(pictures.encoded[place])[0], np.uint8)
-            return wanted, pictures
+            for place in np.flatnonzero(np.isin(wanted, list(self._reencoded))) if self._reencoded else ():
+                images.encoded[place] = np.frombuffer(jpeg.to_rgb_jpeg(images.encoded[place])[0], np.uint8)
+            return wanted, images
 
     def blame(
         self,
@@ -59,15 +59,15 @@ class Reader:
     ) -> bool:
         """Find what keeps a batch from being decoded, so that reading it again gives one that is.
 
-        What Pillow cannot decode is bad. What it can, and the loader's decoder cannot, is decoded by Pillow and encoded
-        anew from then on.
+        What Pillow cannot decode is bad. What it can, and the loader's decoder cannot, is decoded by Pillow and
+        re-encoded from then on.
 
         Args:
-            batches: ids and encoded pictures of those in work, the one that failed first.
-            refused: the places of the pictures that the loader's decoder refuses.
+            batches: ids and encoded images of those in work, the one that failed first.
+            refused: the places of the images that the loader's decoder refuses.
 
         Returns:
-            Whether a picture was found.
+            Whether an image was found.
 
         Raises:
             UserError: it was, and bad ones are not to be skipped; the sentence names it.
@@ -80,10 +80,10 @@ class Reader:
                 return True
         ids, encoded = batches[0]
         found = {int(ids[place]) for place in refused(encoded)}
-        self._accuse(dict.fromkeys(found & self._mended, "DALI decodes it neither as it is nor as Pillow saves it"))
-        for i in found - self._mended:
-            self._report(f"{self.source.name(i)}: DALI cannot decode it, but Pillow can, which does it from here on")
-        self._mended |= found
+        self._accuse(dict.fromkeys(found & self._reencoded, "DALI decodes it neither as it is nor as Pillow saves it"))
+        for i in found - self._reencoded:
+            self._report(f"{self.source.name(i)}: DALI cannot decode it, but Pillow can, which will do it from here on")
+        self._reencoded |= found
         return bool(found)
 
     def _accuse(self, why: dict[int, str]) -> None:
@@ -91,7 +91,7 @@ class Reader:
         if names and not self._skip:
             raise UserError(
                 f"cannot decode {', '.join(sorted(names.values()))}",
-                "go on without such pictures with --on-bad-image skip, or find them all with "
+                "continue without such images with --on-bad-image skip, or find them all with "
                 "python -m vimfast.check_data DATA --decode",
             )
         for i, name in names.items():
@@ -101,7 +101,7 @@ class Reader:
         if i not in self.bad:
             self.bad[i] = sentence
             instead = "another takes its place" if self._stand_in else "it is not counted"
-            self._report(f"{sentence}: {instead}; bad pictures so far: {len(self.bad)}")
+            self._report(f"{sentence}: {instead}; bad images so far: {len(self.bad)}")
 
     def _without_bad(self, ids: np.ndarray) -> np.ndarray:
         if not self.bad:
@@ -115,7 +115,7 @@ class Reader:
         for step in range(total):
             if (i + step) % total not in self.bad:
                 return (i + step) % total
-        raise UserError(f"none of the {total} pictures decodes", "check them with python -m vimfast.check_data")
+        raise UserError(f"none of the {total} images decodes", "check them with python -m vimfast.check_data")
 
 
 def _warn(sentence: str) -> None:

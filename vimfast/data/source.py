@@ -1,6 +1,6 @@
-"""The bytes of picture i, from shards (memory-mapped, nothing copied) or straight from a folder tree.
+"""The bytes of image i, from shards (memory-mapped, nothing copied) or straight from a folder tree.
 
-Both hand out the same bytes for the same picture: what ``vimfast-prepare`` does once to an odd file (a PNG named
+Both hand out the same bytes for the same image: what ``vimfast-prepare`` does once to an odd file (a PNG named
 .JPEG, a CMYK JPEG), the folder source does in memory each time. So training works before conversion, and the same.
 """
 
@@ -29,25 +29,25 @@ _TAR_BLOCK = 512
 _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
 
 # A thread spends most of a file that is in memory inside Python, so more than two only wait for each other; a file
-# that is not waits for the disk or the network, and there many can. In seconds a picture of a whole batch.
+# that is not waits for the disk or the network, and there many can. In seconds per image, over a batch.
 _FAST, _SLOW = 70e-6, 100e-6
 _FEWEST_READERS, _MOST_READERS = 2, 32
 
 _AGAIN = "copy it again or run vimfast-prepare again"
 
 
-class BadPicture(UserError):
-    """A file that holds no picture, or a broken one. `picture` is its id, `found` says where it lies and why."""
+class BadImage(UserError):
+    """A file that holds no image, or a broken one. `image` is its id, `found` says where it is and what is wrong."""
 
-    def __init__(self, picture: int, found: str) -> None:
+    def __init__(self, image: int, found: str) -> None:
         super().__init__(
-            found, "remove it, or leave such pictures out with --on-bad-image skip or vimfast-prepare --skip-bad"
+            found, "remove it, or leave such images out with --on-bad-image skip or vimfast-prepare --skip-bad"
         )
-        self.picture, self.found = picture, found
+        self.image, self.found = image, found
 
 
-class Pictures(NamedTuple):
-    """A batch of encoded pictures."""
+class Images(NamedTuple):
+    """A batch of encoded images."""
 
     encoded: list[np.ndarray]  # n arrays of uint8, each a JPEG; may be read-only views of a mapped file
     sizes: np.ndarray  # int32 [n, 2]: height, width in pixels
@@ -67,22 +67,22 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, ids: np.ndarray) -> Pictures:
-        """The pictures of these ids (int64 [n]). Safe to call from several threads.
+    def read(self, ids: np.ndarray) -> Images:
+        """The images of these ids (int64 [n]). Safe to call from several threads.
 
         Raises:
-            BadPicture: a file is no picture, or cut off; the sentence names it.
-            UserError: a file is gone or cannot be read, which may have nothing to do with the picture in it.
+            BadImage: a file is not an image, or is cut off; the sentence names it.
+            UserError: a file is gone or cannot be read, which may have nothing to do with the image in it.
         """
 
     def name(self, i: int) -> str:
-        """Where picture i lies, for a person to find it."""
+        """Where image i is, for a person to find it."""
 
     def mean_bytes(self) -> float:
-        """Of a picture, from a few of them; 0 where there is none."""
+        """Of an image, from a few of them; 0 where there is none."""
 
     def bounds(self) -> tuple[int, ...]:
-        """The first picture of each shard, and the number of all pictures.
+        """The first image of each shard, and the number of all images.
 
         Raises:
             UserError: there are no shards.
@@ -93,7 +93,7 @@ def open_source(path: str | Path, split: str) -> Source:
     """The split ``"train"`` or ``"val"`` of a shards folder or a folder tree.
 
     A tree's validation labels are positions among its training classes where it has any, so a class without
-    validation pictures does not shift those behind it.
+    validation images does not shift those after it.
 
     Raises:
         UserError: neither kind of folder, the conversion did not finish, the split is missing, or files are.
@@ -113,7 +113,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 class ShardSource:
-    """Pictures of one split of a shards folder: one mapped file a shard, opened when first read."""
+    """Images of one split of a shards folder: one mapped file per shard, opened when first read."""
 
     def __init__(self, folder: Path, split: str) -> None:
         manifest = read_manifest(folder)
@@ -135,17 +135,17 @@ class ShardSource:
     def __len__(self) -> int:
         return len(self._index)
 
-    def read(self, ids: np.ndarray) -> Pictures:
+    def read(self, ids: np.ndarray) -> Images:
         rows = self._index[ids]
         places = zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
         sizes = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int32)
-        return Pictures([self._picture(*place) for place in places], sizes, rows["label"].astype(np.int64))
+        return Images([self._image(*place) for place in places], sizes, rows["label"].astype(np.int64))
 
-    def _picture(self, number: int, offset: int, size: int) -> np.ndarray:
+    def _image(self, number: int, offset: int, size: int) -> np.ndarray:
         shard = self._shard(number)
         if offset + size > len(shard.content):
             raise UserError(
-                f"{self._shards[number]} ends before a picture that the index holds", "run vimfast-prepare again"
+                f"{self._shards[number]} ends before an image that the index holds", "run vimfast-prepare again"
             )
         shard.read_ahead(offset, size)
         return shard.content[offset : offset + size]
@@ -161,11 +161,11 @@ class ShardSource:
         return known
 
     def mean_bytes(self) -> float:
-        """Of a picture, from a few of them; 0 where there is none."""
+        """Of an image, from a few of them; 0 where there is none."""
         return float(self._index["size"][_few(len(self))].mean()) if len(self) else 0.0
 
     def bounds(self) -> tuple[int, ...]:
-        """The first picture of each shard, and the number of all pictures."""
+        """The first image of each shard, and the number of all images."""
         shards = np.arange(len(self._shards) + 1)
         return tuple(np.searchsorted(self._index["shard"], shards).tolist())
 
@@ -176,7 +176,7 @@ class ShardSource:
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except tarfile.HeaderError:
-            member = f"the picture at byte {offset}"
+            member = f"the image at byte {offset}"
         return f"{self._shards[shard]}: {member}"
 
 
@@ -190,7 +190,7 @@ class _Shard:
 
     def read_ahead(self, offset: int, size: int) -> None:
         """Ask for these bytes. On a cold disk the kernel then fetches the batches to come all at once, not page by
-        page as each picture is decoded. (``mmap.madvise`` asks the same, but keeps Python's lock while the disk's
+        page as each image is decoded. (``mmap.madvise`` asks the same, but keeps Python's lock while the disk's
         queue is full.)"""
         for start in range(offset, offset + size, _AHEAD_BYTES):
             os.posix_fadvise(self._file, start, min(_AHEAD_BYTES, offset + size - start), os.POSIX_FADV_WILLNEED)
@@ -215,7 +215,7 @@ def _allow_open_files(count: int) -> None:
 
 
 class FolderSource:
-    """Pictures of one split of a folder tree, read by a few threads, or by many where the files are slow to come."""
+    """Images of one split of a folder tree, read by a few threads, or by many where the files are slow to come."""
 
     def __init__(self, files: FileList) -> None:
         self._files = files
@@ -227,13 +227,13 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
-    def read(self, ids: np.ndarray) -> Pictures:
+    def read(self, ids: np.ndarray) -> Images:
         begin = time.perf_counter()
-        shares = np.array_split(ids, self._readers)  # a task for each picture would cost as much as reading it
-        read = [picture for share in self._pool.map(self._read_share, shares) for picture in share]
+        shares = np.array_split(ids, self._readers)  # a task for each image would cost as much as reading it
+        read = [image for share in self._pool.map(self._read_share, shares) for image in share]
         self._adapt((time.perf_counter() - begin) / max(len(ids), 1))
         sizes = np.array([size for _, size in read], np.int32).reshape(-1, 2)
-        return Pictures([data for data, _ in read], sizes, self.labels[ids].astype(np.int64))
+        return Images([data for data, _ in read], sizes, self.labels[ids].astype(np.int64))
 
     def _adapt(self, seconds: float) -> None:
         if seconds > _SLOW:
@@ -242,9 +242,9 @@ class FolderSource:
             self._readers = max(self._readers // 2, _FEWEST_READERS)
 
     def _read_share(self, ids: np.ndarray) -> list[tuple[np.ndarray, tuple[int, int]]]:
-        return [self._picture(i) for i in ids.tolist()]
+        return [self._image(i) for i in ids.tolist()]
 
-    def _picture(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
+    def _image(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         path = self._files.path(i)
         try:
             data = _read_file(path)
@@ -257,11 +257,11 @@ class FolderSource:
                 f"{path} cannot be read ({error.strerror})", "check it with python -m vimfast.check_data"
             ) from None
         except ValueError as error:
-            raise BadPicture(i, f"{path} is no readable picture ({error})") from None
+            raise BadImage(i, f"{path} is not a readable image ({error})") from None
         return np.frombuffer(data if jpeg.is_plain(info) else converted, np.uint8), size
 
     def mean_bytes(self) -> float:
-        """Of a picture, from a few of them; 0 where there is none. What cannot be looked at does not count."""
+        """Of an image, from a few of them; 0 where there is none. What cannot be looked at does not count."""
         sizes = []
         for i in _few(len(self)).tolist():
             with suppress(OSError):
@@ -275,7 +275,7 @@ class FolderSource:
             UserError: always.
         """
         raise UserError(
-            f"--order window reads a few shards at a time, and {self._files.folder} is a folder of pictures",
+            f"--order window reads a few shards at a time, and {self._files.folder} is a folder of images",
             "convert it with vimfast-prepare, or use --order permutation",
         )
 

@@ -29,12 +29,12 @@ from vimfast.data import decoding
 from vimfast.data.decoding import Encoded, Flag, Flags, GraphSettings, Pair, Pairs, Size
 from vimfast.data.exchange import Exchange
 from vimfast.data.order import Order
-from vimfast.data.source import Pictures
+from vimfast.data.source import Images
 from vimfast.errors import UserError, did_you_mean
 
 INTERPOLATIONS = get_args(Interpolation)
 
-Read = Callable[[np.ndarray], tuple[np.ndarray, Pictures]]  # ids wanted -> ids that come, and their images
+Read = Callable[[np.ndarray], tuple[np.ndarray, Images]]  # ids wanted -> ids that come, and their images
 
 
 class Batch(NamedTuple):
@@ -155,7 +155,7 @@ class BoxWork(NamedTuple):
     """What is drawn for the images of a step that are trained on as boxes."""
 
     ids: np.ndarray  # int64 [n], each image once
-    images: Pictures  # n
+    images: Images  # n
     covered: np.ndarray  # int32 [n, 4]: top, left, height, width of what the boxes of an image cover together
     boxes: np.ndarray  # int32 [n, copies, 4], in what is covered
     mirror: np.ndarray  # int32 [n, copies]

@@ -53,7 +53,7 @@ class PatchEmbed(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary position tables; its buffers are in the original's state dict."""
+    """Rotary position tables; its buffers are in hustvl/Vim's state dict."""
 
     def __init__(
         self, grid: tuple[int, int], dim: int, pretraining_side: int, device: torch.device | str | None

@@ -38,13 +38,13 @@ def save_for_hub(
 
     Args:
         model: a named one, of :func:`vimfast.models.create_model` or of timm.
-        folder: made if need be.
+        folder: created if it does not exist.
         weights: its state dict; default: the model's own values.
         model_args: constructor options; default: those that a Vision Mamba was built with.
         classes: names, as many as the head has.
 
     Raises:
-        UserError: the model has no name, an option is no plain value, the names are too few or many, or the folder
+        UserError: the model has no name, an option is not a plain value, the names are too few or many, or the folder
             cannot be written.
     """
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})

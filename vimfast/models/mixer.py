@@ -86,7 +86,7 @@ class MambaMixer(nn.Module):
         def fp32(x: Tensor) -> nn.Parameter:
             return nn.Parameter(x.to(device=device, dtype=torch.float32, copy=True))
 
-        # The order of these lines is that of the original: optimizer states in its checkpoints go by it.
+        # The order of these lines is hustvl/Vim's: optimizer states in its checkpoints depend on it.
         self.gamma: nn.Parameter | None = None
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((dim,), init_layer_scale, device=device, dtype=dtype))
@@ -104,7 +104,7 @@ class MambaMixer(nn.Module):
             self.x_proj_b = linear(inner, self.dt_rank + 2 * d_state, False)
             self.dt_proj_b = linear(self.dt_rank, inner, True)
             self.D_b = fp32(torch.ones(inner))
-            nn.init.zeros_(self.dt_proj_b.bias)  # the original's, unlike dt_proj's: its steps start at softplus(0)
+            nn.init.zeros_(self.dt_proj_b.bias)  # hustvl/Vim's, unlike dt_proj's: its steps start at softplus(0)
         self.out_proj = linear(inner, dim, bias)
 
         bound = dt_scale * self.dt_rank**-0.5

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vimfast.errors import UserError
 
-RESAMPLE = ("patches", "original")  # how: the patches' entries alone, or with the original's mistake
+RESAMPLE = ("patches", "original")  # how: the patches' entries alone, or with hustvl/Vim's mistake
 
 
 def resample_pos_embed(
@@ -22,9 +22,11 @@ def resample_pos_embed(
 ) -> Tensor:  # [1, grid[0] * grid[1] + T, C], same dtype
     """The position embedding of a square grid of patches, resampled (bicubic) to ``grid`` = (rows, columns).
 
-    ``class_places(patches)`` says where the T class tokens stand in a sequence of so many patches. Their entries move
-    to the new places as they are; only the patches' are resampled. An embedding that fits comes back itself. A
-    UserError tells of one whose patches form no square.
+    ``class_places(patches)`` says where the T class tokens are in a sequence of so many patches. Their entries move
+    to the new places as they are; only the patches' are resampled. An embedding that fits is returned as it is.
+
+    Raises:
+        UserError: the embedding's patches do not form a square.
     """
     patches = pos_embed.shape[1] - len(class_places(0))
     if patches == grid[0] * grid[1]:
@@ -32,7 +34,7 @@ def resample_pos_embed(
     side = math.isqrt(max(0, patches))
     if side == 0 or side * side != patches:
         raise UserError(
-            f"the position embedding has {pos_embed.shape[1]} entries, which is no square grid of patches and"
+            f"the position embedding has {pos_embed.shape[1]} entries, which is not a square grid of patches and"
             f" {len(class_places(0))} class tokens; load it into a model with the same class token options"
         )
     old = list(class_places(patches))
@@ -55,7 +57,7 @@ def insert_tokens(patches: Tensor, tokens: Tensor, places: tuple[int, ...]) -> T
 
 
 def remove_tokens(x: Tensor, places: tuple[int, ...]) -> Tensor:
-    """[B, M, C] without what stands at ``places`` (ascending): [B, M - T, C]."""
+    """[B, M, C] without what is at ``places`` (ascending): [B, M - T, C]."""
     bounds = [-1, *places, x.shape[1]]
     return torch.cat([x[:, a + 1 : b] for a, b in itertools.pairwise(bounds)], dim=1)
 

@@ -56,7 +56,7 @@ RUN_OPTIONS = ("drop_rate", "drop_path_rate", "scan_backend", "device", "dtype")
 
 
 def _vision_mamba(in_chans: int = 3, **kwargs: Any) -> VisionMamba:
-    """VisionMamba under timm's name for its channels; it keeps in mind how to build another one for its weights."""
+    """VisionMamba under timm's name for its channels; it remembers how to build another one for its weights."""
     model = VisionMamba(channels=in_chans, **kwargs)
     model.model_args = {k: v for k, v in kwargs.items() if k not in RUN_OPTIONS} | {"in_chans": in_chans}
     return model
@@ -91,18 +91,18 @@ def create_model(name: str, *, img_size: int | None = None, scan_backend: str = 
 
     Args:
         name: ``vim_tiny_patch16_224`` and so on, or any timm model.
-        img_size: side of the pictures in pixels; None for the named one. Handed to a model built for one size only.
+        img_size: side of the images in pixels; None for the named one. Handed to a model built for one size only.
         scan_backend: of a Vision Mamba's scan, see :mod:`vimfast_kernels.backends`; other models have none.
         kwargs: constructor options, those of :class:`~vimfast.models.VisionMamba` for a Vision Mamba.
 
     Raises:
-        UserError: the name or an option does not exist (with the closest ones), or a value cannot be.
+        UserError: the name or an option does not exist (with the closest ones), or a value is invalid.
     """
     ours = name in MODELS
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        cure = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
-        raise UserError(f"there is no model named {name!r}; {cure}")
+        fix = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
+        raise UserError(f"there is no model named {name!r}; {fix}")
     if ours:
         kwargs["scan_backend"] = scan_backend
     elif scan_backend != "auto":

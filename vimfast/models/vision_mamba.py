@@ -32,9 +32,9 @@ class VisionMamba(TimmModel):
             last norm that of the last block at the full rate.
         norm_epsilon, rms_norm: of the norms; LayerNorm if not rms_norm.
         initializer_cfg: ``rescale_prenorm_residual``, ``n_residuals_per_layer`` of ``out_proj``'s initialization.
-        fused_add_norm, residual_in_fp32, ft_seq_len: accepted for the original's sake, no difference: add and norm are
+        fused_add_norm, residual_in_fp32, ft_seq_len: accepted as in hustvl/Vim, and ignored: add and norm are
             always one op, the residual is always fp32, and the grid follows from the sizes.
-        pt_hw_seq_len: patches a side for which rotary positions are counted.
+        pt_hw_seq_len: patches per side for which rotary positions are counted.
         if_bidirectional: even blocks read the sequence forward, odd ones backward, and each pair is summed.
         final_pool_type: what the head reads without a class token: ``none`` the last token, ``mean`` their mean,
             ``max`` the largest logit over all, ``all`` each of them (logits [B, M, K]).
@@ -120,7 +120,7 @@ class VisionMamba(TimmModel):
         self.if_random_token_rank = if_random_token_rank
         self.grad_checkpointing = False
 
-        # The order of these lines is that of the original: optimizer states in its checkpoints go by it.
+        # The order of these lines is hustvl/Vim's: optimizer states in its checkpoints depend on it.
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         for name in self.class_token_names():
             self.register_parameter(name, _small_normal(1, 1, embed_dim, **to))

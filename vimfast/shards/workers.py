@@ -120,7 +120,7 @@ def _work(part: Part, out: Path, skip_bad: bool) -> tuple[Record, bool]:
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Defer Ctrl-C to the end of the block. It reaches the whole process group, except for processes started in the
-    block: the run itself tells its workers to stop."""
+    block: the run itself stops its workers."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _copy(block, src, dst, offset, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The block-th BLOCK entries of dst[offset:] = src [SIZE]; returns the number of the block behind the array."""
+    """The block-th BLOCK entries of dst[offset:] = src [SIZE]; returns the number of the block after the array."""
     if dst is not None:
         at = block * BLOCK + tl.arange(0, BLOCK)
         mask = (at >= 0) & (at < SIZE)

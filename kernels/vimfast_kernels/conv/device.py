@@ -95,7 +95,7 @@ def _add_direction(rows, pre, dx, sums, taps, WIDTH: tl.constexpr, BACK: tl.cons
     """(dx [STEPS], sums [WIDTH + 1]) with one direction's share added. rows start WIDTH - 1 before the block; so do
     the gradients `pre` where BACK, else they end WIDTH - 1 after it."""
     HALO: tl.constexpr = WIDTH - 1
-    OWN: tl.constexpr = HALO if BACK else 0  # where the block's own times stand in `pre`
+    OWN: tl.constexpr = HALO if BACK else 0  # where the block's own times are in `pre`
     new_dx = ()
     for i in tl.static_range(STEPS):
         total = dx[i]

@@ -64,7 +64,7 @@ def norm_backward(
         v = tl.load(sum_ptr + at, mask=mask, other=0.0)
         dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
         dv = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if dsum_ptr is not None:  # here and not behind the sums over rows, where it would be waited for once more
+        if dsum_ptr is not None:  # here and not after the sums over rows, which would mean waiting for it once more
             dv = tl.load(dsum_ptr + at, mask=mask, other=0.0).to(tl.float32)
         v, rstd = _statistics(v, mask, C, eps, CENTER)
         v *= rstd[:, None]

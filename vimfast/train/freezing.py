@@ -1,4 +1,4 @@
-"""Which weights are trained: all, the mixers, or what lies behind the first blocks."""
+"""Which weights are trained: all, the mixers, or what lies after the first blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def freeze(model: nn.Module, cfg: FinetuneConfig) -> str:
     the first n blocks, in the order in which timm numbers the model's layers.
 
     Returns:
-        a line that tells how much is trained; empty if all is.
+        a line that says how much is trained; empty if all is.
 
     Raises:
         UserError: the model has no such parts, or not so many.
@@ -50,8 +50,8 @@ def _first_layers(model: nn.Module, count: int) -> set[str]:
         raise UserError("--freeze-layers needs a model whose layers timm numbers, and this one's it does not; drop it")
     layers = group_parameters(model, matcher(coarse=False))  # number -> names: the embedding, each block, norm, head
     ordered = [layers[number] for number in sorted(layers)]
-    behind = {i for i, names in enumerate(ordered) if any(_is_of_head(model, name) for name in names)}
-    blocks = min(behind, default=len(ordered)) - 1
+    after = {i for i, names in enumerate(ordered) if any(_is_of_head(model, name) for name in names)}
+    blocks = min(after, default=len(ordered)) - 1
     if count > blocks:
         raise UserError(f"--freeze-layers is {count} and the model has {blocks} layers before its head; give no more")
     return {name for names in ordered[: count + 1] for name in names}

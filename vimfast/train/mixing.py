@@ -1,7 +1,7 @@
-"""Mixup and cutmix on the device, drawn as timm draws them: pictures and labels in, pictures and soft targets out.
+"""Mixup and cutmix on the device, drawn as timm draws them: images and labels in, images and soft targets out.
 
 Mixup (Zhang et al., 2018): x = lam x1 + (1 - lam) x2, lam ~ Beta(alpha, alpha). Cutmix (Yun et al., 2019): a box of
-area 1 - lam comes from x2. The partner of a picture is its mirror in the batch, x2 = flip(x1, dim 0). Draws are a
+area 1 - lam comes from x2. The partner of an image is its mirror in the batch, x2 = flip(x1, dim 0). Draws are a
 function of (seed, step, rank), so a resumed run repeats them.
 """
 
@@ -60,9 +60,9 @@ class Mixup:
         return images, (targets > 0).float() if self.cfg.bce_loss else targets
 
     def draw(self, rng: np.random.Generator, batch: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """How to mix: ``lam`` [B] float64, the weight of each picture's own label (1: not mixed), and ``boxes``
+        """How to mix: ``lam`` [B] float64, the weight of each image's own label (1: not mixed), and ``boxes``
         [B, 4] int64 (top, bottom, left, right), pasted from the partner where they hold a pixel; where they
-        don't, pictures are blended by ``lam``.
+        don't, images are blended by ``lam``.
         """
         cfg = self.cfg
         draws = {"batch": 1, "pair": (batch + 1) // 2, "elem": batch}[cfg.mixup_mode]
@@ -76,7 +76,7 @@ class Mixup:
         boxes = self._boxes(rng, lam, height, width) * (cut & mixed)[:, None]
         area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
         lam = np.where(mixed, np.where(cut, 1 - area / (height * width), lam), 1.0)
-        if cfg.mixup_mode == "pair":  # picture i and its partner B-1-i share a draw
+        if cfg.mixup_mode == "pair":  # image i and its partner B-1-i share a draw
             share = np.minimum(np.arange(batch), batch - 1 - np.arange(batch))
         else:
             share = np.arange(batch) % draws

@@ -7,18 +7,27 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vimfast.cli import end_process, run_main
 from vimfast.errors import UserError
-from vimfast.starting import Starting
+from vimfast.processes.starting import Starting
+
+if TYPE_CHECKING:
+    from vimfast.train.build import Hooks
 
 
-def main() -> int:
+def main(hooks: Hooks | None = None) -> int:
+    """Train or evaluate by the flags of the command line; returns the exit status.
+
+    Args:
+        hooks: makes hooks of the caller's for a run (:class:`vimfast.train.loop.Hook`).
+    """
     with Starting() as starting:  # before all that takes time
-        return _run(starting)
+        return _run(starting, hooks)
 
 
-def _run(starting: Starting) -> int:
+def _run(starting: Starting, hooks: Hooks | None) -> int:
     from vimfast.config import load_config
 
     cfg = load_config(sys.argv[1:])
@@ -29,9 +38,9 @@ def _run(starting: Starting) -> int:
     gc.disable()
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir and not cfg.run.eval else None
     threading.Thread(target=_import_all, args=(folder is not None,), daemon=True).start()
-    from vimfast.control import Control
     from vimfast.dist import processes
-    from vimfast.metrics import StartUp
+    from vimfast.processes.control import Control
+    from vimfast.train.start_up import StartUp
 
     run, start_up = cfg.run, StartUp()
     # What is started first ends last: CUDA graphs and loaders, then the control, then the process group, whose end
@@ -41,21 +50,21 @@ def _run(starting: Starting) -> int:
         Control(world, run.stall_timeout, folder, starting) as control,
     ):
         start_up.done("process group")
-        from vimfast.trainer import Trainer
+        from vimfast.train.build import build
 
         gc.freeze()
         gc.enable()
         start_up.done("imports")
-        with Trainer(cfg, world, control, start_up) as trainer:
-            trainer.run()
+        with build(cfg, world, control, start_up, hooks) as training:
+            training.run()
     return control.status
 
 
 def _import_all(logs: bool) -> None:
     """Import in the background what takes seconds, while the main thread waits for the GPU and the other processes."""
     with suppress(Exception):  # the main thread meets it again
-        from vimfast import trainer  # noqa: F401
         from vimfast.data.decoding import import_dali
+        from vimfast.train import build  # noqa: F401
 
         import_dali()
         if logs:

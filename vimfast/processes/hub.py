@@ -1,7 +1,7 @@
 """What the processes of a run decide together, without a collective: when to stop, and whether and why to end.
 
 Nothing here reads a clock, a socket or a file: messages and the time go in, and messages come out, which
-``vimfast.control`` delivers.
+``vimfast.processes.control`` delivers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_
 GRACE = 1.0
 GRACE_LOST = 0.3  # a death is a cause; this is for others that died with it
 
-COLLECTIVE = ("/torch/", "vimfast/gradients.py:")  # where a main thread waits for others, or for its device
+COLLECTIVE = ("/torch/", "vimfast/train/gradients.py:")  # where a main thread waits for others, or for its device
 
 BEFORE_FIRST_STEP = "stopped before the first step; there is nothing to save"
 
@@ -265,3 +265,19 @@ class Hub:
         if not self.ended:
             self.ended = True
             self._tell_all({"do": "end", "status": status, "sentence": sentence, **more})
+
+
+def hub_lost(first: Peer, here: Peer, what: str, status: int, advice: str) -> Message:
+    """The end of a process that has lost rank 0 (`first`).
+
+    Args:
+        what: became of it.
+        advice: to the user, from "; " on.
+    """
+    sentence = f"error: {first} {what}; rank {here.rank} was at {here.where}{advice}"
+    message: Message = {"status": status, "sentence": sentence}
+    if status == STALLED:
+        message["stacks"] = 0
+        if first.host == here.host:
+            message |= {"killer": here.rank, "victim": first.pid}
+    return message

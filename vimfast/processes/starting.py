@@ -11,7 +11,7 @@ from types import TracebackType
 
 from vimfast.cli import exit_now, report_once, was_reported
 from vimfast.errors import UserError
-from vimfast.hub import BEFORE_FIRST_STEP, STOPPED
+from vimfast.processes.hub import BEFORE_FIRST_STEP, STOPPED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LOOK = 0.25  # seconds between two looks at torchrun

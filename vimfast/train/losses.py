@@ -16,7 +16,7 @@ from vimfast.models import create_model
 
 
 def soft_distillation(logits: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """tau^2 KL(teacher || student) at temperature tau, a mean over pictures and classes as DeiT takes it.
+    """tau^2 KL(teacher || student) at temperature tau, a mean over images and classes as DeiT takes it.
 
     Both [B, K]. Source: Hinton et al., "Distilling the knowledge in a neural network", 2015.
     """
@@ -41,12 +41,12 @@ def cosub(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Objective:
-    """The loss of a step: (pictures, logits, targets) -> scalar. It keeps nothing between steps, and no host waits.
+    """The loss of a step: (images, logits, targets) -> scalar. It keeps nothing between steps, and no host waits.
 
     Args:
         cfg: the teacher's share, and how it is heard; or cosub.
         bce: binary cross entropy on the targets instead of softmax cross entropy.
-        teacher: pictures [B, 3, S, S] to logits [B, K], see :func:`build_teacher`.
+        teacher: images [B, 3, S, S] to logits [B, K], see :func:`build_teacher`.
         amp: the autocast context of the teacher.
     """
 
@@ -62,11 +62,11 @@ class Objective:
         self.cfg, self.bce, self.teacher, self.amp = cfg, bce, teacher, amp or nullcontext()
 
     def prepare(self, images: Tensor) -> Tensor:
-        """The pictures that the model is to see: with cosub each of [B, 3, S, S] twice, [2 B, 3, S, S]."""
+        """The images that the model is to see: with cosub each of [B, 3, S, S] twice, [2 B, 3, S, S]."""
         return torch.cat([images, images]) if self.cfg.cosub else images
 
     def __call__(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """Images as prepared, logits of them (fp32), targets [B, K] of the pictures before that."""
+        """Images as prepared, logits of them (fp32), targets [B, K] of the images before that."""
         cfg = self.cfg
         if cfg.cosub:
             return cosub(logits, targets)
@@ -98,7 +98,7 @@ def check(cfg: DistillConfig) -> None:
     if cfg.distillation_alpha > 1 or cfg.distillation_tau <= 0:
         raise UserError(
             f"--distillation-alpha is {cfg.distillation_alpha} and --distillation-tau {cfg.distillation_tau};"
-            " want a share up to 1 and a temperature above 0"
+            " the share must be at most 1 and the temperature above 0"
         )
 
 

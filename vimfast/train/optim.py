@@ -31,7 +31,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module, lr: float) -> Optimizer:
     if not cfg.decay_a_log:
         exempt |= {name for name, _ in model.named_parameters() if name.endswith(("A_log", "A_b_log"))}
     groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=exempt)
-    options: dict = {} if cfg.opt_eps is None else {"eps": cfg.opt_eps}
+    options: dict[str, Any] = {} if cfg.opt_eps is None else {"eps": cfg.opt_eps}
     if cfg.opt_betas is not None:
         options["betas"] = cfg.opt_betas
     if cfg.opt == "adamw":
@@ -51,7 +51,7 @@ class LearningRate:
     """The learning rate as a function of the place in the run: timm's schedule, entered as the original enters it.
 
     By default the rate moves once an epoch, and one epoch late: epochs 0 and 1 both run at the schedule's start, as
-    in DeiT and Vim, where the scheduler steps behind the epoch with that epoch's number. With ``sched_on_updates``
+    in DeiT and Vim, where the scheduler steps after the epoch with that epoch's number. With ``sched_on_updates``
     it moves every step and nothing is late.
     """
 
@@ -97,7 +97,10 @@ class LearningRate:
 
     @property
     def value(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+_Tensors = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]
 
 
 class WeightAverage(ModelEmaV3):
@@ -112,7 +115,7 @@ class WeightAverage(ModelEmaV3):
         for own, new in others:
             own.copy_(new)
 
-    def _tensors(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+    def _tensors(self, model: nn.Module) -> _Tensors:
         """What is averaged, with what, and what is copied (counters); they alias the modules' own memory."""
         if self._known is None or self._known[0] is not model:
             pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
@@ -121,7 +124,7 @@ class WeightAverage(ModelEmaV3):
             self._known = (model, ([own for own, _ in floats], [new for _, new in floats], others))
         return self._known[1]
 
-    _known: Any = None
+    _known: tuple[nn.Module, _Tensors] | None = None
 
 
 def build_ema(cfg: EmaConfig, model: nn.Module) -> WeightAverage | None:

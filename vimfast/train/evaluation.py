@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimfast.control import Control, Stopped
 from vimfast.data.loader import Loader
 from vimfast.dist import World
 from vimfast.errors import UserError
-from vimfast.metrics import Reporter, Sums
+from vimfast.processes.control import Control, Stopped
+from vimfast.train.report import Reporter
+from vimfast.train.sums import Sums
 
 
 class Scores(NamedTuple):

@@ -15,9 +15,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vimfast.gradients import GradientSum
+from vimfast.train.gradients import GradientSum
 
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (pictures, logits, targets) -> scalar
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (images, logits, targets) -> scalar
 
 IN_FLIGHT = 2  # steps the host may be ahead of the GPU
 WARM_UP = 2  # launched steps before capture: libraries make their handles, gradients find their buckets
@@ -31,7 +31,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Health(NamedTuple):
-    """What became of steps whose gradients are no numbers: they change no weights."""
+    """What became of steps with non-finite gradients: they change no weights."""
 
     skipped: int  # of all steps
     in_a_row: int  # longest run of skipped steps
@@ -151,7 +151,7 @@ class TrainStep:
             self._graphs[True].replay()
             end.record()
             torch.cuda.synchronize(device)
-            times.append(begin.elapsed_time(end) / 1000)
+            times.append(float(begin.elapsed_time(end)) / 1000)
         return statistics.median(times)
 
     # Running
@@ -159,7 +159,7 @@ class TrainStep:
     def __call__(
         self, images: Tensor, targets: Tensor, *, first: bool = True, last: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """One batch; with accumulation the weights change behind the `last` of the batches that the `first` began.
+        """One batch; with accumulation the weights change after the `last` of the batches that the `first` began.
 
         Args:
             images: [B, 3, S, S] on the device.
@@ -241,6 +241,11 @@ class TrainStep:
             self._ends.popleft().synchronize()
 
     # Health
+
+    @property
+    def counts(self) -> Tensor:
+        """fp32 [3] on the device: steps skipped in all, in a row up to now, and the longest row."""
+        return self._skipped
 
     def health(self) -> Health:
         """Skipped steps so far; the host waits for the device."""

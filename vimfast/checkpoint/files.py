@@ -1,0 +1,101 @@
+"""Checkpoint files: written atomically, read without running code from the file."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vimfast.errors import UserError
+from vimfast.files import atomic_write
+
+RAW, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the original's names and ours, then timm's
+WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before each name
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` so that `path` is always a whole checkpoint: the old one, or the new one."""
+    try:
+        with atomic_write(path) as file:
+            torch.save(state, file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); the checkpoint before it is untouched") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, of the original code or of timm onto the CPU.
+
+    Args:
+        path: a file of torch.save (a dict of a run, or a bare state dict), a ``.safetensors`` file, or a folder in the
+            Hugging Face hub's layout.
+
+    Returns:
+        a dict with ``model``, a state dict, and whatever else the file holds; averaged weights are under ``model_ema``.
+        The names that DDP and torch.compile prefix are cleaned.
+
+    Raises:
+        UserError: missing, damaged, no checkpoint, or holding objects that would run code.
+    """
+    if "://" in str(path) or str(path).startswith(("https:/", "http:/")):  # a Path has lost one slash
+        raise UserError(f"{path} is an address; download the file and give its path")
+    if path.is_dir():
+        path = path / "model.safetensors"
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if _is_state_dict(state):
+        return {"model": _unwrapped(state)}
+    raw = next((state[name] for name in RAW if _is_state_dict(state.get(name))), None)
+    if raw is None:
+        raise UserError(f"{path} holds no model weights; it must be a state dict, or a dict with one under 'model'")
+    averaged = next((state[name] for name in AVERAGED if _is_state_dict(state.get(name))), None)
+    return {**state, "model": _unwrapped(raw), "model_ema": None if averaged is None else _unwrapped(averaged)}
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the path of a checkpoint") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no safetensors file, or a damaged one ({error}); use an earlier one") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        # The original's files carry their command line as a Namespace: plain data, the one class let in.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the path of a checkpoint.pth") from None
+    except pickle.UnpicklingError as error:
+        if "unsupported global" in str(error).lower():
+            raise UserError(
+                f"{path} holds objects that could run code and is refused; save its tensors alone"
+            ) from None
+        raise UserError(f"{path} is no checkpoint, or a damaged one; use an earlier one") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is no checkpoint, or a damaged one ({first}); use an earlier one") from None
+    return state if isinstance(state, dict) else {}
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in 2 * WRAPPERS:
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return dict(weights)
+
+
+def weights_held(state: Mapping[str, Any]) -> str:
+    """Which weights :func:`load_checkpoint` found, for a line to the user."""
+    return "raw weights" if state.get("model_ema") is None else "raw weights and their average (EMA)"

@@ -1,0 +1,108 @@
+"""Weights brought into a model that may differ from the one they were trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from vimfast.errors import UserError
+
+
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], origin: str, *, resample: str | None = None
+) -> list[str]:
+    """Load a state dict strictly.
+
+    Args:
+        resample: how a position embedding of another grid is brought to the model's, one of
+            :data:`vimfast.models.pos_embed.RESAMPLE`; None: it is an error.
+
+    Returns:
+        lines that say what was changed on the way.
+
+    Raises:
+        UserError: names or shapes differ, with the first of them.
+    """
+    weights, notes = _fitted(model, weights, resample)
+    shapes, missing, unknown = _differences(model, weights)
+    trouble = (
+        shapes + [f"{name} is missing there" for name in missing] + [f"{name} is unknown here" for name in unknown]
+    )
+    if trouble:
+        more = f" (and {len(trouble) - 1} more)" if len(trouble) > 1 else ""
+        raise UserError(
+            f"{origin} is of another model: {trouble[0]}{more}; "
+            "give the --model, --model-kwargs, --num-classes and --input-size it was trained with"
+        )
+    model.load_state_dict(weights)
+    return notes
+
+
+def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], origin: str, *, resample: str) -> list[str]:
+    """Load what fits into a model with, perhaps, another head; a head of other classes keeps its initial values.
+
+    Args:
+        resample: as in :func:`load_weights`.
+
+    Returns:
+        lines that say what was resampled, what was not loaded, and why.
+
+    Raises:
+        UserError: a shape outside the head differs, or nothing but the head would be loaded.
+    """
+    weights, notes = _fitted(model, weights, resample)
+    own = model.state_dict()
+    heads = head_names(model)
+    fresh: list[str] = []
+    for head in heads:
+        new, old = own.get(f"{head}.weight"), weights.get(f"{head}.weight")
+        if new is not None and old is not None and new.shape != old.shape:
+            fresh += [f"{head}.weight", f"{head}.bias"]
+            notes.append(
+                f"{head} has {len(new)} classes here and {len(old)} in {origin}: it starts from initial values"
+            )
+    weights = {name: value for name, value in weights.items() if name not in fresh}
+    shapes, missing, unknown = _differences(model, weights)
+    if shapes:
+        raise UserError(f"{origin} is of another model: {shapes[0]}; give the --model and --model-kwargs it is of")
+    if not [name for name in own.keys() & weights.keys() if name.rpartition(".")[0] not in heads]:
+        first = next(iter(weights), "nothing")
+        raise UserError(f"{origin} has no weight of this model (its first is {first}); give the --model it is of")
+    missing = [name for name in missing if name not in fresh]
+    if missing:
+        notes.append(f"not in {origin}, so as initialized: {', '.join(missing)}")
+    if unknown:
+        notes.append(f"in {origin} and not loaded, for the model has none: {', '.join(unknown)}")
+    model.load_state_dict({**own, **{name: value for name, value in weights.items() if name in own}})
+    return notes
+
+
+def _fitted(model: nn.Module, weights: dict[str, Tensor], resample: str | None) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights with the position embedding of the model's grid, and a line if it was another's."""
+    fit = getattr(model, "fit_pos_embed", None)
+    if fit is None or resample is None:
+        return weights, []
+    fitted = fit(weights, resample)
+    before, after = weights.get("pos_embed"), fitted.get("pos_embed")
+    if before is None or after is None or before.shape == after.shape:
+        return fitted, []
+    how = " as the original does" if resample == "original" else ""
+    return fitted, [f"position embedding resampled{how} from {before.shape[1]} to {after.shape[1]} positions"]
+
+
+def _differences(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """(sentences on shapes, names missing in the weights, names unknown to the model)."""
+    own = model.state_dict()
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)} there and {tuple(value.shape)} here"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    return shapes, [name for name in own if name not in weights], [name for name in weights if name not in own]
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """The classifier's module names, as timm's models give them."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -1,0 +1,363 @@
+"""Puts a run together from its settings: one function for training, one for evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vimfast import dist
+from vimfast.augment.crops import CentreCrop
+from vimfast.augment.recipe import LARGEST_PADDED
+from vimfast.checkpoint import load_checkpoint, load_for_finetuning
+from vimfast.config import Batches, Config, DataConfig, ModelConfig, plan_batches
+from vimfast.data.loader import Loader, LoaderSettings
+from vimfast.data.order import Order
+from vimfast.data.source import Source, open_source
+from vimfast.data.views import Evaluation, training_view
+from vimfast.dist import World
+from vimfast.errors import UserError
+from vimfast.models import create_model
+from vimfast.processes.control import Control
+from vimfast.train.freezing import freeze
+from vimfast.train.gradients import GradientSum, copy_from_first
+from vimfast.train.hooks import Beginning, Checkpoints, GradientHealth, NoCheckpoints, Progress, Records
+from vimfast.train.loop import Evaluated, EvaluationRun, Hook, Place, Precision, TrainingRun
+from vimfast.train.losses import Objective, build_teacher
+from vimfast.train.mixing import Mixup
+from vimfast.train.optim import LearningRate, build_ema, build_optimizer, peak_lr
+from vimfast.train.report import Reporter
+from vimfast.train.resume import CHECKPOINT, check_classes, checkpoint_to_start_from, load_models, load_place
+from vimfast.train.start_up import StartUp
+from vimfast.train.step import TrainStep
+from vimfast_kernels.tune import tune_once
+from vimfast_kernels.tuning import read_again
+
+RESOLVED_CONFIG = "config.yaml"
+
+Hooks = Callable[[TrainingRun], Sequence[Hook]]
+
+
+def build(
+    cfg: Config,
+    world: World,
+    control: Control | None = None,
+    start_up: StartUp | None = None,
+    hooks: Hooks | None = None,
+) -> TrainingRun | EvaluationRun:
+    """The run that the settings describe, ready to run.
+
+    Args:
+        control: says when to stop; without one the run goes to its end.
+        start_up: has timed what came before.
+        hooks: of the caller, added before those that save and record.
+    """
+    control, start_up = control or Control(world), start_up or StartUp()
+    if cfg.run.eval:
+        return build_evaluation(cfg, world, control, start_up)
+    return build_training(cfg, world, control, start_up, hooks)
+
+
+def build_evaluation(cfg: Config, world: World, control: Control, start_up: StartUp) -> EvaluationRun:
+    """A run that evaluates a checkpoint, of its raw weights and of their average."""
+    folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
+    origin = checkpoint_to_start_from(cfg.run, cfg.finetune.finetune, folder)
+    report = Reporter(None, world.is_main)
+    control.say = report.say
+    state = load_checkpoint(origin) if origin else None
+    batches = plan_batches(cfg, world.size)
+    source = open_source(cfg.data.data_path, "val")
+    check_classes(len(source.classes), cfg.model.num_classes, state, str(origin), cfg.data.data_path)
+    loader = _evaluation_loader(cfg, source, batches, world)
+    start_up.done("data")
+    torch.manual_seed(cfg.run.seed)
+    model = build_model(cfg.model, len(source.classes)).to(world.device)
+    average = build_ema(cfg.ema, model)
+    precision = choose_precision(cfg.run.amp, world.device, report)
+    if state is not None:
+        resample = cfg.finetune.pos_embed_resample
+        average = load_models(state, str(origin), model, average, report, resample=resample, evaluating=True)
+    models = {"": model, **({"ema_": average.module} if average is not None else {})}
+    return EvaluationRun(Evaluated(models, loader, precision.amp, report, control), report, control, world)
+
+
+def build_training(
+    cfg: Config, world: World, control: Control, start_up: StartUp, hooks: Hooks | None = None
+) -> TrainingRun:
+    """A run of training, its kernels tuned, its step captured and its first batches begun."""
+    folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
+    origin = checkpoint_to_start_from(cfg.run, cfg.finetune.finetune, folder)
+    if folder is not None and world.is_main:
+        _make_folder(folder, cfg)
+    report = Reporter(folder, world.is_main)
+    control.say = report.say
+    state = load_checkpoint(origin) if origin else None
+    batches = plan_batches(cfg, world.size)
+    val_source = open_source(cfg.data.data_path, "val")
+    classes = val_source.classes
+    check_classes(len(classes), cfg.model.num_classes, state, str(origin), cfg.data.data_path)
+    val_loader = _evaluation_loader(cfg, val_source, batches, world)
+    start_up.done("data")
+
+    torch.manual_seed(cfg.run.seed)
+    model = build_model(cfg.model, len(classes))
+    _start_from(model, cfg, cfg.finetune.finetune if origin is None else "", report)
+    model.to(world.device)
+    average = build_ema(cfg.ema, model)
+    precision = choose_precision(cfg.run.amp, world.device, report)
+    if state is not None:
+        average = load_models(state, str(origin), model, average, report, resample=None, evaluating=False)
+
+    source = open_source(cfg.data.data_path, "train")
+    if list(source.classes) != list(classes):
+        raise UserError(
+            f"train has {len(source.classes)} classes and val {len(classes)}, or with other names; "
+            f"check them with python -m vimfast.check_data {cfg.data.data_path}"
+        )
+    loader = _training_loader(cfg, source, batches, world)
+    global_batch = batches.batch_size * batches.accum_steps * world.size
+    place = Place(steps=loader.steps // batches.accum_steps)
+    teacher = build_teacher(cfg.distill, len(classes), cfg.model.input_size)
+    teacher = None if teacher is None else teacher.to(world.device)
+    objective = Objective(cfg.distill, cfg.mix.bce_loss, teacher, precision.amp)
+    optimizer = build_optimizer(cfg.optim, model, peak_lr(cfg.optim, global_batch))
+    rate = LearningRate(cfg.schedule, optimizer, place.steps)
+    torch.manual_seed(cfg.run.seed + world.rank)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    train_step = TrainStep(
+        model,
+        optimizer,
+        objective,
+        amp=precision.amp,
+        average=average,
+        gradients=GradientSum(trained) if world.size > 1 else None,
+        clip_grad=cfg.optim.clip_grad,
+        accum_steps=batches.accum_steps,
+    )
+    models = {"": model, **({"ema_": average.module} if average is not None else {})}
+    run = TrainingRun(
+        place=place,
+        epochs=cfg.schedule.epochs,
+        accum_steps=batches.accum_steps,
+        model=model,
+        average=average,
+        optimizer=optimizer,
+        loader=loader,
+        mixup=Mixup(cfg.mix, len(classes), cfg.run.seed, world.rank),
+        objective=objective,
+        train_step=train_step,
+        rate=rate,
+        evaluated=Evaluated(models, val_loader, precision.amp, report, control),
+        precision=precision,
+        report=report,
+        control=control,
+        world=world,
+    )
+    if state is not None:
+        load_place(run, state, str(origin), global_batch)
+    if cfg.run.start_epoch is not None:
+        place.epoch, place.step = cfg.run.start_epoch, 0
+    if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
+        model.compile()
+    for module in models.values():
+        copy_from_first(module)
+    start_up.done("model")
+
+    control.place = lambda: str(place)
+    kept = f"saving the place in {folder / CHECKPOINT}" if folder else "ending; no --output_dir, no saving"
+    control.promise = f"finishing the step, then {kept}"
+    health = GradientHealth(run, cfg.optim.skip_limit, folder)
+    extra = {"global_batch": global_batch, "classes": classes, "config": cfg.to_dict()}
+    run.hooks = [
+        Beginning(start_up, report),
+        Progress(run, health, cfg.run.log_every),
+        *(hooks(run) if hooks is not None else ()),
+        Records(run),
+        Checkpoints(run, health, folder, cfg.run.save_every, extra) if folder else NoCheckpoints(run),
+    ]
+    _prepare_device(run, cfg, batches, start_up)
+    _introduce(run, cfg, source, val_source, global_batch)
+    start_up.done("capture")
+    return run
+
+
+# Data
+
+
+def _evaluation_loader(cfg: Config, source: Source, batches: Batches, world: World) -> Loader:
+    data, size = cfg.data, cfg.model.input_size
+    order = Order(
+        samples=len(source),
+        batch_size=data.eval_batch_size or data.batch_size,
+        world=world.size,
+        rank=world.rank,
+        seed=cfg.run.seed,
+        shuffle=False,
+        drop_last=False,
+        limit=cfg.run.eval_steps,
+    )
+    # The original evaluates small inputs as they are. For those of another size that means the short side.
+    crop = CentreCrop(1.0 if size <= LARGEST_PADDED else data.eval_crop_ratio)
+    return Loader(source, Evaluation(order, world.device, size, crop), _loader_settings(data))
+
+
+def _training_loader(cfg: Config, source: Source, batches: Batches, world: World) -> Loader:
+    data, accum = cfg.data, batches.accum_steps
+    order = Order(
+        samples=len(source),
+        batch_size=batches.batch_size,
+        world=world.size,
+        rank=world.rank,
+        seed=cfg.run.seed,
+        repeats=3 if data.repeated_aug else 1,
+        neighbours=data.repeated_aug_on == "one-rank",
+        node=world.neighbours if data.repeated_aug and data.repeated_aug_on == "all-ranks" else 1,
+        bounds=source.bounds() if data.order == "window" else None,
+        window=data.order_window,
+    )
+    updates = order.steps // accum  # whole ones only
+    if updates == 0 < order.steps:
+        count = f"{order.steps} batch{'es' * (order.steps != 1)}"
+        raise UserError(f"--accum-steps {accum} is more than the {count} of an epoch; lower it")
+    limit = cfg.run.steps_per_epoch
+    order = replace(order, limit=accum * (updates if limit is None else min(limit, updates)))
+    view = training_view(
+        order,
+        world.device,
+        cfg.augment,
+        size=cfg.model.input_size,
+        scale=data.scale,
+        ratio=data.ratio,
+        flip=data.hflip,
+        interpolation=data.train_interpolation,
+        group=world.host,
+    )
+    return Loader(source, view, _loader_settings(data))
+
+
+def _loader_settings(data: DataConfig) -> LoaderSettings:
+    return LoaderSettings(data.decoder, data.num_workers, data.prefetch, data.readahead, on_bad_image=data.on_bad_image)
+
+
+# Model
+
+
+def build_model(cfg: ModelConfig, num_classes: int) -> nn.Module:
+    """The model, on the CPU, with initial weights."""
+    model: nn.Module = create_model(
+        cfg.model,
+        num_classes=num_classes,
+        img_size=cfg.input_size,
+        drop_rate=cfg.drop,
+        drop_path_rate=cfg.drop_path,
+        scan_backend=cfg.scan_backend,
+        **cfg.options(),
+    )
+    if cfg.use_checkpoint:
+        switch = getattr(model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise UserError(f"{cfg.model} cannot recompute its activations; drop --use-checkpoint")
+        switch()
+    return model
+
+
+def choose_precision(amp: bool, device: torch.device, report: Reporter) -> Precision:
+    """bf16 where it is wanted and the GPU has it; else a context that does nothing. Sets cuDNN's flags on a GPU."""
+    on_gpu = device.type == "cuda"
+    enabled = amp and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch leaves this one on
+        if amp and not enabled:
+            report.warn("this GPU has no bf16, so the run is in fp32; --no_amp says so without this line")
+    # A cache of cast weights would outlive the step that it was made in, in a CUDA graph's memory.
+    context = torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
+    return Precision(context, torch.bfloat16 if enabled else torch.float32)
+
+
+def _start_from(model: nn.Module, cfg: Config, finetune: str, report: Reporter) -> None:
+    """Weights of another run, if there are any, and which of them are not to be trained."""
+    if finetune:
+        weights = load_checkpoint(Path(finetune))["model"]
+        for line in load_for_finetuning(model, weights, finetune, resample=cfg.finetune.pos_embed_resample):
+            report.say(line)
+    if line := freeze(model, cfg.finetune):
+        report.say(line)
+
+
+def _kernels(run: TrainingRun) -> str:
+    """Which run; empty for a model that has no choice of them."""
+    explain = getattr(run.model, "kernels", None)
+    return "" if explain is None else explain(run.precision.dtype)
+
+
+# Before the first step
+
+
+def _prepare_device(run: TrainingRun, cfg: Config, batches: Batches, start_up: StartUp) -> None:
+    """Tune kernels, begin the first batches, capture the step, and choose the decoder by what it takes."""
+    if run.world.device.type == "cuda":
+        _tune(run)
+        start_up.done("kernels")
+    run.control.doing("preparing the training step")
+    run.loader.begin(run.place.epoch, run.place.step * run.accum_steps)
+    if run.world.device.type == "cuda" and cfg.model.cuda_graph and getattr(run.model, "capturable", False):
+        with run.memory():
+            _capture(run, batches.batch_size, cfg.model.input_size)
+    if run.train_step.seconds is not None:
+        run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
+
+
+def _tune(run: TrainingRun) -> None:
+    """Once for a kind of GPU: a process of each host times the kernels, the others wait and read what it found."""
+    if _kernels(run) == "gluon" and run.world.local_rank == 0:
+        run.control.doing("tuning kernels")
+        tune_once(torch.cuda.current_device(), run.report.say)
+    else:
+        run.control.doing("waiting for rank 0 of its host to tune kernels")
+    dist.barrier()
+    read_again()
+
+
+def _capture(run: TrainingRun, batch_size: int, size: int) -> None:
+    """Record the training step as a CUDA graph."""
+    device = run.world.device
+    images = torch.zeros(batch_size, 3, size, size, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    run.model.train()
+    try:
+        images, targets = run.mixup(images, labels, 0)
+        run.train_step.capture(run.objective.prepare(images), targets)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        run.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
+
+
+def _introduce(run: TrainingRun, cfg: Config, source: Source, val_source: Source, global_batch: int) -> None:
+    world, decoding, kernels = run.world, run.loader.settings, _kernels(run)
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    run.report.say(
+        f"{cfg.model.model}: {parameters:,} parameters{kernels and f', kernels {kernels}'}, "
+        f"{run.precision} on {world.size} x {world.device.type}"
+        f"{', steps as a CUDA graph' if run.train_step.captured else ''}; "
+        f"{len(source):,} images of {len(source.classes)} classes "
+        f"(decoder {decoding.decoder}, threads {decoding.threads}), "
+        f"{len(val_source):,} to validate; {run.place.steps} steps an epoch of {global_batch} images, "
+        f"learning rate {peak_lr(cfg.optim, global_batch):.3g}"
+    )
+    if run.place.epoch or run.place.step:
+        run.report.say(f"resuming at {run.place}")
+
+
+def _make_folder(folder: Path, cfg: Config) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made ({error.strerror}); choose another") from None
+    cfg.save(folder / RESOLVED_CONFIG)

@@ -1,0 +1,314 @@
+"""The events of a run in their order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from vimfast.data.loader import Loader
+from vimfast.data.views import Batch
+from vimfast.dist import World
+from vimfast.errors import UserError
+from vimfast.processes.control import Control, Stopped
+from vimfast.train.evaluation import Scores, evaluate
+from vimfast.train.gradients import copy_from_first
+from vimfast.train.losses import Objective
+from vimfast.train.mixing import Mixup
+from vimfast.train.optim import LearningRate, WeightAverage
+from vimfast.train.pace import Pace
+from vimfast.train.report import Reporter, duration
+from vimfast.train.step import TrainStep
+from vimfast.train.sums import Sums
+
+
+@dataclass
+class Place:
+    """The place in a run: the epoch in progress and the steps done in it.
+
+    With the seed it fixes the images, their crops and their mixing, so a checkpoint needs no more than it, the weights,
+    the optimizer and torch's random states to continue exactly where the run stopped.
+    """
+
+    steps: int  # in an epoch
+    epoch: int = 0
+    step: int = 0
+    best_acc1: float = 0.0
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, step {self.step} of {self.steps}"
+
+
+class EpochEnd(NamedTuple):
+    """What is known once an epoch has been trained and evaluated."""
+
+    epoch: int
+    lr: float
+    loss: float  # mean over the epoch's steps that count
+    scores: dict[str, Scores]  # of the weights (""), and of their average ("ema_")
+    best: bool  # of all epochs, by the weights' top-1
+
+
+class Hook:
+    """Acts on the events of training; override those that matter. Every process calls them, in the hooks' order."""
+
+    def epoch_begin(self, place: Place) -> None:
+        """Before the first step of an epoch, or the first after resuming in one."""
+
+    def before_step(self, place: Place) -> None:
+        """Its batch is ready."""
+
+    def after_step(self, place: Place) -> None:
+        """It is queued on the device; `place` is the one after it."""
+
+    def bad_data(self, place: Place) -> None:
+        """An image cannot be read; the run ends with an error."""
+
+    def stopped(self, place: Place) -> None:
+        """The run was told to stop, and ends here."""
+
+    def epoch_trained(self, place: Place) -> None:
+        """All steps are done, the evaluation follows."""
+
+    def epoch_end(self, place: Place, end: EpochEnd) -> None:
+        """The evaluation is done."""
+
+
+class Precision(NamedTuple):
+    """What a model computes in."""
+
+    amp: torch.autocast  # a context that does nothing, in fp32
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return "fp32" if self.dtype == torch.float32 else "bf16 autocast"
+
+
+@dataclass
+class Evaluated:
+    """What is evaluated, and how.
+
+    Args:
+        models: the weights under ``""``, their average under ``"ema_"``, as the record of an epoch names them.
+        loader: of the validation images.
+        amp: the autocast context to run under.
+    """
+
+    models: dict[str, nn.Module]
+    loader: Loader
+    amp: torch.autocast
+    report: Reporter
+    control: Control
+
+    def scores(self) -> dict[str, Scores]:
+        for model in self.models.values():
+            copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
+        with memory_for(self.loader, "--eval-batch-size"):
+            found = evaluate(list(self.models.values()), self.loader, self.amp, self.report, self.control)
+        scores = dict(zip(self.models, found, strict=True))
+        for whose, own in scores.items():
+            self.report.say(f"{own} ({'averaged' if whose else 'raw'} weights)")
+            name = "ema network" if whose else "network"
+            self.report.say(f"Accuracy of the {name} on the {own.images} test images: {own.acc1:.1f}%")
+        return scores
+
+
+@dataclass
+class EvaluationRun:
+    """A run that only evaluates."""
+
+    evaluated: Evaluated
+    report: Reporter
+    control: Control
+    world: World
+
+    def run(self) -> bool:
+        """Returns: whether it got to the end; False: it was told to stop."""
+        try:
+            self.evaluated.scores()
+            self.control.promise = "all is done; ending"
+        except Stopped:
+            self.report.say("stopped before the evaluation was complete; there is nothing to save, start it again")
+            return False
+        finally:
+            self.report.close()
+        return True
+
+    def close(self, failing: bool = False) -> None:
+        """Let go of the loader."""
+        self.control.doing("closing")
+        if not failing:
+            _synchronize(self.world.device)
+            self.evaluated.loader.close()
+
+    def __enter__(self) -> EvaluationRun:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failing=kind is not None)
+
+
+@dataclass
+class TrainingRun:
+    """A run of training: its parts, and the order of its events.
+
+    Args:
+        place: where it stands.
+        epochs: where it ends.
+        accum_steps: batches of a step.
+        hooks: act on its events, in this order.
+    """
+
+    place: Place
+    epochs: int
+    accum_steps: int
+    model: nn.Module
+    average: WeightAverage | None
+    optimizer: Optimizer
+    loader: Loader
+    mixup: Mixup
+    objective: Objective
+    train_step: TrainStep
+    rate: LearningRate
+    evaluated: Evaluated
+    precision: Precision
+    report: Reporter
+    control: Control
+    world: World
+    hooks: Sequence[Hook] = ()
+    sums: Sums = field(init=False)
+    pace: Pace = field(default_factory=Pace)
+
+    def __post_init__(self) -> None:
+        self.sums = Sums(("loss", "steps"), self.world.device)
+
+    def run(self) -> bool:
+        """Train to the last epoch.
+
+        Returns:
+            whether it got there; False: it was told to stop, and has saved its place.
+        """
+        begin = time.perf_counter()
+        try:
+            while self.place.epoch < self.epochs:
+                self._train_epoch()
+                self._evaluate_epoch()
+                self.place.epoch, self.place.step = self.place.epoch + 1, 0
+                self.sums.values.zero_()
+            self.report.say(f"Training time {duration(time.perf_counter() - begin)}")
+            self.control.promise = "all is done; ending"
+        except Stopped:
+            for hook in self.hooks:
+                hook.stopped(self.place)
+            return False
+        finally:
+            self.report.close()
+        return True
+
+    def _train_epoch(self) -> None:
+        place = self.place
+        self.model.train()
+        batches = self.loader.epoch(place.epoch, place.step * self.accum_steps)
+        self.pace.cut()
+        for hook in self.hooks:
+            hook.epoch_begin(place)
+        with self.memory(), self.report.steps(f"epoch {place.epoch}", place.steps, place.step):
+            while place.step < place.steps:
+                if self.control.should_stop():
+                    raise Stopped
+                self.rate.set(place.epoch, place.step)
+                for part in range(self.accum_steps):
+                    batch = self._next(batches)
+                    if part == 0:
+                        for hook in self.hooks:
+                            hook.before_step(place)
+                    self._train_batch(batch, part)
+                    self.pace.count(len(batch.labels))
+                place.step += 1
+                self.report.advance()
+                for hook in self.hooks:
+                    hook.after_step(place)
+        for hook in self.hooks:
+            hook.epoch_trained(place)
+
+    def _evaluate_epoch(self) -> None:
+        place, trained = self.place, self.sums.read()
+        scores = self.evaluated.scores()
+        best = scores[""].acc1 > place.best_acc1
+        place.best_acc1 = max(place.best_acc1, scores[""].acc1)
+        end = EpochEnd(place.epoch, self.rate.value, trained["loss"] / trained["steps"], scores, best)
+        for hook in self.hooks:
+            hook.epoch_end(place, end)
+
+    def memory(self) -> AbstractContextManager[None]:
+        """For what needs a training step's memory."""
+        return memory_for(self.loader, "--batch-size", ", or --use-checkpoint")
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        self.control.doing("waiting for data")
+        try:
+            batch = self.pace.wait_for(batches)
+        except UserError:
+            for hook in self.hooks:
+                hook.bad_data(self.place)
+            raise
+        assert batch is not None
+        self.pace.between(self.train_step.end, self.loader.ready)
+        self.control.doing("training step")
+        return batch
+
+    def _train_batch(self, batch: Batch, part: int) -> None:
+        """Batch `part` of the `accum_steps` of this step."""
+        place, last = self.place, part == self.accum_steps - 1
+        number = (place.epoch * place.steps + place.step) * self.accum_steps + part
+        images, targets = self.mixup(batch.images, batch.labels, number)
+        loss, sound = self.train_step(self.objective.prepare(images), targets, first=part == 0, last=last)
+        self.sums.add(torch.where(sound > 0, loss, 0), sound)
+
+    def close(self, failing: bool = False) -> None:
+        """Let go of the GPU: CUDA graphs, then loaders.
+
+        Graphs have to go before the process group does: NCCL's end, in peace or not, waits for the last graph that has
+        a collective in it. A process that fails gives up no more than them, as all else may wait for the device, and
+        the device for a process that is gone.
+        """
+        self.control.doing("closing")
+        self.train_step.forget()
+        if not failing:
+            _synchronize(self.world.device)
+            self.loader.close()
+            self.evaluated.loader.close()
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failing=kind is not None)
+
+
+@contextmanager
+def memory_for(loader: Loader, flag: str, more: str = "") -> Iterator[None]:
+    """Too little memory in the block is reported with the flag that sets `loader`'s batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        batch = loader.order.batch_size
+        raise UserError(
+            f"{loader.device} has too little memory for {batch} images a step; try {flag} {max(batch // 2, 1)}{more}"
+        ) from None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

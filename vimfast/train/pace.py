@@ -1,0 +1,59 @@
+"""Where the time goes between two reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Stretch(NamedTuple):
+    """Steps between two reports."""
+
+    steps: int  # batches, with accumulation
+    images: int  # of this process
+    waited: float  # seconds, of the host
+    idle: list[tuple[torch.cuda.Event, torch.cuda.Event]]  # end of a step, and the next batch ready
+
+    def data_share(self, seconds: float) -> float:
+        """Share of the time spent waiting for data; on a GPU, once the device has done all of the steps."""
+        waited = self.waited
+        if self.idle:
+            waited = sum(max(0.0, end.elapsed_time(ready)) for end, ready in self.idle) / 1000
+        return min(waited / max(seconds, 1e-9), 1.0)
+
+
+class Pace:
+    """Counts steps and images, and the part of the time spent waiting for data.
+
+    On a GPU that is the time in which the GPU is idle between the end of a step and the batch of the next one; the
+    host, which is steps ahead, may wait for data without any harm. On a CPU run it is the host's waiting.
+    """
+
+    def __init__(self) -> None:
+        self._stretch = Stretch(0, 0, 0.0, [])
+
+    def cut(self) -> Stretch:
+        """What was counted since the last cut."""
+        done, self._stretch = self._stretch, Stretch(0, 0, 0.0, [])
+        return done
+
+    def wait_for(self, batches: Iterator[T]) -> T | None:
+        """The next batch or None, its waiting time noted."""
+        begin = time.perf_counter()
+        batch = next(batches, None)
+        self._stretch = self._stretch._replace(waited=self._stretch.waited + time.perf_counter() - begin)
+        return batch
+
+    def between(self, end: torch.cuda.Event | None, ready: torch.cuda.Event | None) -> None:
+        """The end of a step and the moment at which the batch of the next is ready, both recorded with timing."""
+        if self._stretch.steps and end is not None and ready is not None:  # before the first, other things were done
+            self._stretch.idle.append((end, ready))
+
+    def count(self, images: int) -> None:
+        done = self._stretch
+        self._stretch = done._replace(steps=done.steps + 1, images=done.images + images)
