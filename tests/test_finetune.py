@@ -63,6 +63,7 @@ def test_the_originals_resampling_takes_class_tokens_for_the_first(double: bool)
 def trained_names(model: nn.Module, **settings: Any) -> set[str]:
     before = {name: p.clone() for name, p in model.named_parameters()}
     freeze(model, FinetuneConfig(**settings))
+    torch.manual_seed(0)  # in 5 of 300 seeds, stochastic depth drops the last block for both images
     optimizer = build_optimizer(OptimConfig(weight_decay=0.5), model, 0.1)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     optimizer.step()
@@ -149,8 +150,8 @@ def test_cosub() -> None:
         return -(target * q.log() + (1 - target) * (1 - q).log()).mean()
 
     a, b = logits[:3], logits[3:]
-    told = [1 / (1 + (-x.detach()).exp()) for x in (a, b)]
-    want = 0.25 * (bce(a, targets) + bce(b, targets) + bce(a, told[1]) + bce(b, told[0]))
+    taught = [1 / (1 + (-x.detach()).exp()) for x in (a, b)]
+    want = 0.25 * (bce(a, targets) + bce(b, targets) + bce(a, taught[1]) + bce(b, taught[0]))
     got = objective(images, logits, targets)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(want, logits))

@@ -58,11 +58,11 @@ def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path:
     assert "img/s" in (run / "train.log").read_text()
 
     flags = ("--config", recipe, "--data-path", str(shards), "--eval", "--resume")
-    told = call("vimfast.train", *flags, str(run / "best_checkpoint.pth")).stdout
+    output = call("vimfast.train", *flags, str(run / "best_checkpoint.pth")).stdout
     best = max(records, key=lambda r: r["test_acc1"])
-    assert f"* Acc@1 {best['test_acc1']:.3f} Acc@5 {best['test_acc5']:.3f} loss {best['test_loss']:.3f}" in told
-    assert f"Accuracy of the network on the 15 test images: {best['test_acc1']:.1f}%" in told
-    assert "Accuracy of the ema network on the 15 test images" in told
+    assert f"* Acc@1 {best['test_acc1']:.3f} Acc@5 {best['test_acc5']:.3f} loss {best['test_loss']:.3f}" in output
+    assert f"Accuracy of the network on the 15 test images: {best['test_acc1']:.1f}%" in output
+    assert "Accuracy of the ema network on the 15 test images" in output
 
 
 class Stops(Control):
@@ -176,8 +176,8 @@ def test_two_processes_train_what_one_does(recipe: str, shards: Path, tree: Path
     records = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("one", "two")]
     assert records[0]["train_loss"] == pytest.approx(records[1]["train_loss"], rel=1e-4)
     # 15 images over 2 processes in batches of 2: each is counted once.
-    told = call("vimfast.train", *flags, "", "--eval", "--resume", str(tmp_path / "two/checkpoint.pth"), processes=2)
-    assert f"Accuracy of the network on the 15 test images: {records[1]['test_acc1']:.1f}%" in told.stdout
+    output = call("vimfast.train", *flags, "", "--eval", "--resume", str(tmp_path / "two/checkpoint.pth"), processes=2)
+    assert f"Accuracy of the network on the 15 test images: {records[1]['test_acc1']:.1f}%" in output.stdout
     # The folder tree trains too, to the same loss: its order differs from that of the shuffled shards.
     call("vimfast.train", *still, "--data-path", str(tree), "--output_dir", str(tmp_path / "tree"))
     assert json.loads((tmp_path / "tree" / "log.txt").read_text())["test_loss"] < 2.0

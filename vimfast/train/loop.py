@@ -218,7 +218,7 @@ class TrainingRun:
         place = self.place
         self.model.train()
         batches = self.loader.epoch(place.epoch, place.step * self.accum_steps)
-        self.pace.cut()
+        self.pace = Pace()
         for hook in self.hooks:
             hook.epoch_begin(place)
         with self.memory(), self.report.steps(f"epoch {place.epoch}", place.steps, place.step):

@@ -28,14 +28,14 @@ class Stretch(NamedTuple):
 
 
 class Pace:
-    """Counts steps and images, and the part of the time spent waiting for data.
+    """Counts steps and images of an epoch, and the part of the time spent waiting for data.
 
     On a GPU that is the time in which the GPU is idle between the end of a step and the batch of the next one; the
     host, which is steps ahead, may wait for data without any harm. On a CPU run it is the host's waiting.
     """
 
     def __init__(self) -> None:
-        self._stretch = Stretch(0, 0, 0.0, [])
+        self._stretch, self._begun = Stretch(0, 0, 0.0, []), False
 
     def cut(self) -> Stretch:
         """What was counted since the last cut."""
@@ -51,9 +51,9 @@ class Pace:
 
     def between(self, end: torch.cuda.Event | None, ready: torch.cuda.Event | None) -> None:
         """The end of a step and the moment at which the batch of the next is ready, both recorded with timing."""
-        if self._stretch.steps and end is not None and ready is not None:  # before the first, other things were done
+        if self._begun and end is not None and ready is not None:  # before the first, other things were done
             self._stretch.idle.append((end, ready))
 
     def count(self, images: int) -> None:
-        done = self._stretch
+        done, self._begun = self._stretch, True
         self._stretch = done._replace(steps=done.steps + 1, images=done.images + images)
