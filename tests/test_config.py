@@ -138,3 +138,9 @@ def test_a_recipe_goes_by_name_and_any_file_by_its_path(tmp_path: Path, monkeypa
     assert load_config(["--config", "vim_small"]).model.model == "vim_small_patch16_224"
     for word in ("./vim_small", str(tmp_path / "vim_small"), "own", "vim_base.yaml"):
         assert load_config(["--config", word]).schedule.epochs == 7
+
+
+def test_gradients_are_not_clipped_to_nothing() -> None:
+    for norm in ("0", "-1"):
+        with pytest.raises(UserError, match=r"clip_grad is .*; it must be above 0"):
+            load_config(["--clip-grad", norm])

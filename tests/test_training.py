@@ -111,6 +111,15 @@ def test_a_run_killed_before_its_evaluation_makes_up_for_it(recipe: str, shards:
     assert [r["epoch"] for r in records] == [0, 1]
 
 
+def test_a_run_that_begins_a_later_epoch_forgets_half_of_an_earlier(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path))
+    train(*flags, control=Stops("epoch 0, step 2 "))
+    with build(load_config([*flags, "--resume", "auto", "--start-epoch", "1"]), World()) as run:
+        assert isinstance(run, TrainingRun)
+        assert (run.place.epoch, run.place.step) == (1, 0)
+        assert run.sums.read() == {"loss": 0.0, "steps": 0.0}
+
+
 def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:
     """One class; what it is given is what the run records."""
     seen: list[EpochEnd] = []
@@ -228,7 +237,7 @@ def test_a_step_without_numbers_is_skipped(
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert trainer.sums.read()["steps"] == 0  # zeroed after the epoch
     assert trainer.train_step.health()[:2] == (1, 1)
-    assert "1 steps skipped because of non-finite gradients, by epoch 0, step 2" in capsys.readouterr().err
+    assert "1 step skipped because of non-finite gradients, by epoch 0, step 2" in capsys.readouterr().err
     updates = {int(state["step"]) for state in trainer.optimizer.state.values() if "step" in state}
     assert updates <= {trainer.place.steps - 1}
 

@@ -30,6 +30,8 @@ def check(config: Config) -> None:
                 hint = did_you_mean(value, choices)
                 raise UserError(f"{f.name} is {value!r}{hint}", f"it must be one of {', '.join(choices)}")
     _check_augmentation(config)
+    if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
+        raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
 
 
 def _check_range(name: str, value: Any, least: float | None, most: float | None) -> None:

@@ -244,7 +244,7 @@ class RunConfig:
     output_dir: str = option("", "folder for checkpoints, logs and the resolved config; empty: save nothing")
     resume: str = option("", "checkpoint to resume from (or to evaluate); 'auto': output_dir's own if there is one")
     eval: bool = option(False, "only evaluate")
-    start_epoch: int | None = option(None, "first epoch; default: where the checkpoint stopped, or 0")
+    start_epoch: int | None = option(None, "first epoch; default: where the checkpoint stopped, or 0", least=0)
     device: str = option("auto", "auto, cuda, cuda:N or cpu")
     seed: int = option(0, "seed of the weights, the order, the augmentation and the mixing", least=0)
     amp: bool = option(True, "bf16 autocast on a GPU that has it; --no_amp for fp32", aliases=("if-amp",))
