@@ -5,6 +5,7 @@ the middle of a conversion on any machine.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -26,4 +27,5 @@ def held(*args: Any) -> Any:
 writer.stored = held  # in each worker too: they import this file
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests behind & has it ignored
     main()
