@@ -299,15 +299,25 @@ def test_index_that_points_behind_its_shard(shards_copy: Path) -> None:
     assert rows.dtype == INDEX_DTYPE
     rows["offset"][4] = 10**9
     np.save(path, rows)
-    source = open_source(shards_copy, "train")
-    source.read(np.arange(4))
-    with pytest.raises(UserError, match="ends before an image that the index holds; run vimfast-prepare again"):
-        source.read(np.arange(8))
+    with pytest.raises(UserError, match=r"train\.index\.npy is damaged: its checksum is \d+, the manifest says \d+"):
+        open_source(shards_copy, "train")
+
+
+def test_one_bit_of_a_label(shards_copy: Path) -> None:
+    """Trained on, before the checksum was compared."""
+    path = shards_copy / "train.index.npy"
+    rows = np.load(path)
+    rows["label"][7] ^= 1
+    np.save(path, rows)
+    fix = "copy it again, or run vimfast-prepare again"
+    with pytest.raises(UserError, match=rf"train\.index\.npy is damaged: its checksum .* says \d+; {fix}"):
+        open_source(shards_copy, "train")
+    assert len(open_source(shards_copy, "val")) == 16
 
 
 def test_shards_without_the_split(shards_copy: Path) -> None:
     manifest = json.loads((shards_copy / "manifest.json").read_text())
-    del manifest["splits"]["val"]
+    del manifest["splits"]["val"], manifest["crc32"]
     (shards_copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
         UserError, match=r"holds no 'val' split, only train; run vimfast-prepare on a folder that has val/"

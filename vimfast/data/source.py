@@ -124,7 +124,7 @@ class ShardSource:
             )
         entry = manifest.splits[split]
         self.classes: list[str] = manifest.classes
-        self._index = read_index(folder, split, entry.samples)
+        self._index = read_index(folder, split, entry.samples, entry.index_crc32)
         self._shards = [folder / shard.name for shard in entry.shards]
         for path, shard in zip(self._shards, entry.shards, strict=True):
             _check_size(path, shard.bytes)
