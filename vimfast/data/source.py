@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from vimfast.errors import UserError
+from vimfast.files import read_file
 from vimfast.shards import jpeg
 from vimfast.shards.format import is_shards_folder, read_index, read_manifest
 from vimfast.shards.tree import FileList, scan_split
@@ -247,7 +248,7 @@ class FolderSource:
     def _image(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         path = self._files.path(i)
         try:
-            data = _read_file(path)
+            data = read_file(path)
             info = jpeg.inspect(data)
             if jpeg.is_plain(info) and info.complete:
                 return np.frombuffer(data, np.uint8), (info.height, info.width)
@@ -287,16 +288,3 @@ class FolderSource:
 def _few(count: int) -> np.ndarray:
     """At most 64 ids, spread over all."""
     return np.linspace(0, count - 1, min(count, 64)).astype(np.int64)
-
-
-def _read_file(path: Path) -> bytes:
-    """All bytes of a file; three times as fast as ``Path.read_bytes`` for one of 100 KB that is in memory."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        wanted = os.fstat(descriptor).st_size
-        data = os.read(descriptor, wanted)
-        while len(data) < wanted and (more := os.read(descriptor, wanted - len(data))):
-            data += more
-        return data
-    finally:
-        os.close(descriptor)
