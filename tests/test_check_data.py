@@ -149,6 +149,19 @@ def test_what_prepare_converts_is_a_warning(check: Check, root: Path, mode: str,
     assert "vimfast-prepare" in only(report, "warning")["fix"]
 
 
+def test_samples_of_more_than_eight_bits(check: Check, root: Path) -> None:
+    shades = np.linspace(0, 65535, 60 * 60).reshape(60, 60)
+    path = root / "train" / "n01" / "deep.png"
+    Image.fromarray(shades.astype(np.uint16)).save(path)
+    status, report = check(root)
+    assert (status, only(report, "warning")["what"]) == (0, "a 16-bit PNG, scaled to 8 bits")
+    path.unlink()
+    Image.fromarray(shades.astype(np.float32)).save(path.with_suffix(".tif"))
+    status, report = check(root)
+    assert status == 1
+    assert "samples are floats" in only(report)["what"]
+
+
 def test_a_missing_split(check: Check, root: Path) -> None:
     (root / "val").rename(root / "validation")
     status, report = check(root)

@@ -549,6 +549,34 @@ def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> N
     assert visible(tmp_path / "out") == {}
 
 
+def test_too_little_memory_is_not_skipped(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was: "why: MemoryError"."""
+
+    def short(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    part = ShardPlan("train", scan_split(odd, "train"), ConversionOptions()).part(0)
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    monkeypatch.setattr(jpeg, "to_rgb_jpeg", short)
+    with pytest.raises(UserError, match=r"too little memory to decode .*is_(png|cmyk)\.JPEG; free some.*resumes"):
+        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
+    assert visible(tmp_path / "out") == {}
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(odd: Path, tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 60 * 60).reshape(60, 60)
+    Image.fromarray(shades.astype(np.uint16)).save(odd / "train/n1/deep.png")
+    Image.fromarray(shades.astype(np.float32)).save(odd / "train/n1/float.tif")
+    said = run(odd, "--out", tmp_path / "out", status=2)
+    assert "float.tif: its samples are floats of 16 or 32 bits in a range that it does not say" in said
+    run(odd, "--out", tmp_path / "out", "--skip-bad")
+    changed = {note.file: note.why for note in read_manifest(tmp_path / "out").splits["train"].changed}
+    assert changed["n1/deep.png"] == "16-bit png, stored as an RGB JPEG"
+    (tmp_path / "deep.jpg").write_bytes(members(tmp_path / "out/train-000000.tar")["n1/deep.jpg"])
+    with Image.open(tmp_path / "deep.jpg") as image:
+        assert np.abs(np.asarray(image.convert("L"), float) - shades / 257).max() <= 4
+
+
 def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
     with convert._lock(tmp_path):
         assert "another vimfast-prepare" in run(tree, "--out", tmp_path, status=2)

@@ -34,6 +34,7 @@ _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on
 _FAST, _SLOW = 70e-6, 100e-6
 _FEWEST_READERS, _MOST_READERS = 2, 32
 
+_MEMORY = "free some, or run with fewer --num-workers"
 _AGAIN = "copy it again or run vimfast-prepare again"
 
 
@@ -259,6 +260,8 @@ class FolderSource:
             ) from None
         except ValueError as error:
             raise BadImage(i, f"{path} is not a readable image ({error})") from None
+        except MemoryError:
+            raise UserError(f"there is too little memory to decode {path}", _MEMORY) from None
         return np.frombuffer(data if jpeg.is_plain(info) else converted, np.uint8), size
 
     def mean_bytes(self) -> float:

@@ -73,6 +73,7 @@ def stored(data: bytes, options: ConversionOptions) -> tuple[bytes, tuple[int, i
 
     Raises:
         ValueError: unreadable; the message says why.
+        MemoryError: there is too little of it.
     """
     info = jpeg.inspect(data)
     plain = jpeg.is_plain(info)
@@ -86,8 +87,12 @@ def stored(data: bytes, options: ConversionOptions) -> tuple[bytes, tuple[int, i
         image, size = jpeg.to_rgb_jpeg(data, resize=options.resize, quality=options.quality or 90)
     if plain:
         return image, size, None
-    channels = f" of {info.components} components" if info.format == "jpeg" else ""
-    return image, size, f"{info.format}{channels}, stored as an RGB JPEG"
+    if info.format == "jpeg":
+        kind = f"jpeg of {info.components} components"
+    else:
+        wide = jpeg.wide_samples(data)
+        kind = f"{wide} {info.format}" if wide else info.format
+    return image, size, f"{kind}, stored as an RGB JPEG"
 
 
 def estimate_bytes(plan: ShardPlan) -> int:
@@ -98,7 +103,7 @@ def estimate_bytes(plan: ShardPlan) -> int:
     total = 0
     for i in rng.choice(len(plan), count, replace=False).tolist():
         path = plan.files.path(i)
-        with suppress(OSError, ValueError):  # reported when its turn comes
+        with suppress(OSError, ValueError, MemoryError):  # reported when its turn comes
             total += len(stored(read_file(path), plan.options)[0]) if resized else path.stat().st_size
     each = total / count + 3.5 * tarfile.BLOCKSIZE + 2 * INDEX_DTYPE.itemsize + 100  # two headers, padding, indexes
     return round(len(plan) * each) + plan.shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE // 2)
@@ -202,6 +207,11 @@ def _write_samples(
         except ValueError as error:
             skipped.append((name, str(error)))
             continue
+        except MemoryError:
+            raise UserError(
+                f"there is too little memory to decode {path}",
+                "free some, or run again with fewer --workers: it resumes",
+            ) from None
         if why:
             changed.append((name, why))
         if skipped and not skip_bad:
