@@ -356,3 +356,28 @@ def test_misspelt_flag_on_the_command_line() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown flag --data-pth; did you mean '--data-path'?")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bits of an uninterrupted run, as the one before is of the same run."""
+    flags = ("--config", recipe, "--data-path", str(shards), "--save-every", "1", "--output_dir")
+    whole = train(*flags, str(tmp_path / "whole"))
+    run = tmp_path / "parts"
+    train(*flags, str(run), control=Stops("epoch 1, step 2 "))
+    last = run / "checkpoint.pth"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 4
+    last.write_bytes(content)
+    assert "checkpoint.1.pth is sound, give that one" in refused(*flags, str(run), "--resume", str(last))
+    assert last.read_bytes() == content
+    resumed = train(*flags, str(run), "--resume", "auto")
+    assert re.search(r"checkpoint.pth is no checkpoint, or a damaged one .*resuming from", capsys.readouterr().err)
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+    assert (run / "checkpoint.aside.pth").read_bytes() == content
+    assert load_checkpoint(run / "checkpoint.1.pth")["epoch"] == 1
+    sentence = refused(*flags, str(run))
+    assert "holds an earlier run" in sentence
+    last.unlink()
+    assert refused(*flags, str(run)) == sentence.replace("checkpoint.pth", "checkpoint.1.pth")

@@ -256,6 +256,9 @@ class RunConfig:
     save_every: int | None = option(
         None, "steps between two checkpoints inside an epoch; default: epoch ends only", least=1
     )
+    keep_checkpoints: int = option(
+        2, "checkpoints to keep, the last one included; a damaged one is passed over by --resume auto", least=1
+    )
     stall_timeout: float = option(
         600.0, "seconds without progress after which the run ends naming the process at fault", least=1
     )

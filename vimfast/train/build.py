@@ -13,7 +13,7 @@ from torch import nn
 from vimfast import dist
 from vimfast.augment.crops import CentreCrop
 from vimfast.augment.recipe import LARGEST_PADDED
-from vimfast.checkpoint import load_checkpoint, load_for_finetuning
+from vimfast.checkpoint import ASIDE, CHECKPOINT, load_checkpoint, load_for_finetuning, set_aside
 from vimfast.config import Batches, Config, DataConfig, ModelConfig, plan_batches
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
@@ -31,7 +31,7 @@ from vimfast.train.losses import Objective, build_teacher
 from vimfast.train.mixing import Mixup
 from vimfast.train.optim import LearningRate, build_ema, build_optimizer, peak_lr
 from vimfast.train.report import Reporter
-from vimfast.train.resume import CHECKPOINT, check_classes, checkpoint_to_start_from, load_models, load_place
+from vimfast.train.resume import Origin, check_classes, load_models, load_origin, load_place
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import TrainStep
 from vimfast_kernels.tune import tune_once
@@ -65,10 +65,10 @@ def build(
 def build_evaluation(cfg: Config, world: World, control: Control, start_up: StartUp) -> EvaluationRun:
     """A run that evaluates a checkpoint, of its raw weights and of their average."""
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
-    origin = checkpoint_to_start_from(cfg.run, cfg.finetune.finetune, folder)
+    start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     report = Reporter(None, world.is_main)
     control.say = report.say
-    state = load_checkpoint(origin) if origin else None
+    origin, state = (start.path, start.state) if start is not None else (None, None)
     batches = plan_batches(cfg, world.size)
     source = open_source(cfg.data.data_path, "val")
     check_classes(len(source.classes), cfg.model.num_classes, state, str(origin), cfg.data.data_path)
@@ -90,12 +90,12 @@ def build_training(
 ) -> TrainingRun:
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
-    origin = checkpoint_to_start_from(cfg.run, cfg.finetune.finetune, folder)
+    start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     if folder is not None and world.is_main:
         _make_folder(folder, cfg)
     report = Reporter(folder, world.is_main)
     control.say = report.say
-    state = load_checkpoint(origin) if origin else None
+    origin, state = (start.path, start.state) if start is not None else (None, None)
     batches = plan_batches(cfg, world.size)
     val_source = open_source(cfg.data.data_path, "val")
     classes = val_source.classes
@@ -171,7 +171,12 @@ def build_training(
     kept = f"saving the place in {folder / CHECKPOINT}" if folder else "ending; no --output_dir, no saving"
     control.promise = f"finishing the step, then {kept}"
     health = GradientHealth(run, cfg.optim.skip_limit, folder)
-    extra = {"global_batch": global_batch, "classes": classes, "config": cfg.to_dict()}
+    extra = {
+        "keep": cfg.run.keep_checkpoints,
+        "global_batch": global_batch,
+        "classes": classes,
+        "config": cfg.to_dict(),
+    }
     run.hooks = [
         Beginning(start_up, report),
         Progress(run, health, cfg.run.log_every),
@@ -181,6 +186,8 @@ def build_training(
     ]
     _prepare_device(run, cfg, batches, start_up)
     _introduce(run, cfg, source, val_source, global_batch)
+    if start is not None and folder is not None:
+        _continue_from(start, folder, report)
     start_up.done("capture")
     return run
 
@@ -353,6 +360,14 @@ def _introduce(run: TrainingRun, cfg: Config, source: Source, val_source: Source
     )
     if run.place.epoch or run.place.step:
         run.report.say(f"resuming at {run.place}")
+
+
+def _continue_from(start: Origin, folder: Path, report: Reporter) -> None:
+    """Make the checkpoint that the run resumes from the last one of its folder."""
+    for note in start.notes:
+        report.warn(f"{note}; resuming from {start.path}, the one before")
+    for path in set_aside(folder, start.path) if report.active else ():
+        report.say(f"{path} is not used any more, and is kept as {folder / ASIDE}")
 
 
 def _make_folder(folder: Path, cfg: Config) -> None:

@@ -4,22 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vimfast import dist
-from vimfast.checkpoint import load_optimizer, load_weights, save_checkpoint, weights_held
+from vimfast.checkpoint import (
+    DamagedCheckpoint,
+    kept_checkpoints,
+    load_checkpoint,
+    load_last,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+    save_last,
+    weights_held,
+)
 from vimfast.config import RunConfig
 from vimfast.errors import UserError
 from vimfast.train.loop import TrainingRun
 from vimfast.train.optim import WeightAverage
 from vimfast.train.report import Reporter
 
-CHECKPOINT, BEST = "checkpoint.pth", "best_checkpoint.pth"
+BEST = "best_checkpoint.pth"
 
 State = dict[str, Any]
+
+
+class Origin(NamedTuple):
+    """The checkpoint that a run resumes from or evaluates."""
+
+    path: Path
+    state: State
+    notes: list[str]  # why it is not the last one
+
+
+def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Origin | None:
+    """What a run resumes from or evaluates; None: it starts from nothing.
+
+    Raises:
+        UserError: there is nothing to evaluate, the run would overwrite another, the checkpoint cannot be used, or the
+            processes see different ones.
+    """
+    path = checkpoint_to_start_from(run, finetune, folder)
+    found = None
+    if path is not None and run.resume == "auto":
+        assert folder is not None
+        loaded = load_last(folder)
+        found = None if loaded is None else Origin(*loaded)
+    elif path is not None:
+        found = Origin(path, _load_given(path), [])
+    names = dist.gather_objects(found.path.name if found else "none")
+    if len(set(names)) > 1:
+        raise UserError(
+            f"processes find different checkpoints to resume from: {', '.join(sorted(set(names)))}; "
+            "give an --output_dir that all hosts see"
+        )
+    return found
+
+
+def _load_given(path: Path) -> State:
+    """The checkpoint of a path; where it is damaged, the error names one beside it that is not."""
+    try:
+        return load_checkpoint(path)
+    except DamagedCheckpoint as error:
+        sound = next((p for p in kept_checkpoints(path.parent) if p.name != path.name and _is_sound(p)), None)
+        if sound is None:
+            raise
+        raise DamagedCheckpoint(error.problem, f"{sound} is sound, give that one") from None
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except UserError:
+        return False
+    return True
 
 
 def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None) -> Path | None:
@@ -28,11 +89,10 @@ def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None)
     Raises:
         UserError: there is nothing to evaluate, or the run would overwrite another.
     """
-    own = folder / CHECKPOINT if folder else None
     if run.resume == "auto":
-        if own is None:
+        if folder is None:
             raise UserError("--resume auto looks in --output_dir, which is not given; add it")
-        return own if own.exists() else None
+        return next(iter(kept_checkpoints(folder)), None)
     path = Path(run.resume) if run.resume else None
     if run.eval:
         if path is None and finetune:
@@ -40,9 +100,10 @@ def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None)
         if path is None:
             raise UserError("--eval has nothing to evaluate; add --resume CHECKPOINT")
         return path
-    if own is not None and own.exists() and (path is None or path.resolve() != own.resolve()):
+    kept = kept_checkpoints(folder) if folder else []
+    if kept and (path is None or path.resolve() not in [own.resolve() for own in kept]):
         raise UserError(
-            f"{own} holds an earlier run, which would be overwritten; continue it with --resume auto, "
+            f"{kept[0]} holds an earlier run, which would be overwritten; continue it with --resume auto, "
             "or choose another --output_dir"
         )
     return path
@@ -130,16 +191,20 @@ def load_place(run: TrainingRun, state: State, origin: str, global_batch: int) -
 
 def save_run(
     run: TrainingRun,
-    paths: Sequence[Path],
+    folder: Path,
     *,
+    keep: int,
+    best: bool,
     evaluated: bool,
     global_batch: int,
     classes: Sequence[str],
     config: dict[str, Any],
 ) -> None:
-    """Write the state of the run to each of `paths`; every process must call it.
+    """Write the state of the run as the last checkpoint of its folder; every process must call it.
 
     Args:
+        keep: so many checkpoints, this one included.
+        best: it is the best one too.
         evaluated: the epoch that the run stands at the end of has been.
     """
     world, place = run.world, run.place
@@ -161,8 +226,9 @@ def save_run(
             "classes": list(classes),
             "config": config,
         }
-        for path in paths:
-            save_checkpoint(path, state)
+        if best:
+            save_checkpoint(folder / BEST, state)
+        save_last(folder, state, keep)
     else:
         run.control.doing("waiting for rank 0 to save")
     dist.barrier()
