@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import RECIPE, call, same, train
+from runs import RECIPE, Stops, call, refused, same, train
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.checkpoint import load_checkpoint
@@ -63,17 +63,6 @@ def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path:
     assert f"* Acc@1 {best['test_acc1']:.3f} Acc@5 {best['test_acc5']:.3f} loss {best['test_loss']:.3f}" in told
     assert f"Accuracy of the network on the 15 test images: {best['test_acc1']:.1f}%" in told
     assert "Accuracy of the ema network on the 15 test images" in told
-
-
-class Stops(Control):
-    """Told to stop at a place, as a signal would tell it."""
-
-    def __init__(self, place: str) -> None:
-        super().__init__(World())
-        self.at = place
-
-    def should_stop(self) -> bool:
-        return self.place().startswith(self.at)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
@@ -291,14 +280,6 @@ def test_too_little_memory_names_the_flag_of_what_ran(recipe: str, shards: Path)
     with pytest.raises(UserError, match=r"memory for 2 images a step; try --eval-batch-size 1$"):
         trainer.run()
     trainer.close()
-
-
-def refused(*flags: str) -> str:
-    with pytest.raises(UserError) as error:
-        train(*flags)
-    sentence = str(error.value)
-    assert "\n" not in sentence
-    return sentence
 
 
 def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:

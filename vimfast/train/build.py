@@ -23,6 +23,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.models import create_model
 from vimfast.processes.control import Control
+from vimfast.train.continuity import check_classes, images_id, order_changes
 from vimfast.train.freezing import freeze
 from vimfast.train.gradients import GradientSum, copy_from_first
 from vimfast.train.hooks import Beginning, Checkpoints, GradientHealth, NoCheckpoints, Progress, Records
@@ -31,7 +32,7 @@ from vimfast.train.losses import Objective, build_teacher
 from vimfast.train.mixing import Mixup
 from vimfast.train.optim import LearningRate, build_ema, build_optimizer, peak_lr
 from vimfast.train.report import Reporter
-from vimfast.train.resume import Origin, check_classes, load_models, load_origin, load_place
+from vimfast.train.resume import Origin, load_models, load_origin, load_place
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import TrainStep
 from vimfast_kernels.tune import tune_once
@@ -71,7 +72,7 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     origin, state = (start.path, start.state) if start is not None else (None, None)
     batches = plan_batches(cfg, world.size)
     source = open_source(cfg.data.data_path, "val")
-    check_classes(len(source.classes), cfg.model.num_classes, state, str(origin), cfg.data.data_path)
+    check_classes(source.classes, cfg.model.num_classes, state, str(origin), cfg.data.data_path)
     loader = _evaluation_loader(cfg, source, batches, world)
     start_up.done("data")
     torch.manual_seed(cfg.run.seed)
@@ -99,7 +100,7 @@ def build_training(
     batches = plan_batches(cfg, world.size)
     val_source = open_source(cfg.data.data_path, "val")
     classes = val_source.classes
-    check_classes(len(classes), cfg.model.num_classes, state, str(origin), cfg.data.data_path)
+    check_classes(classes, cfg.model.num_classes, state, str(origin), cfg.data.data_path)
     val_loader = _evaluation_loader(cfg, val_source, batches, world)
     start_up.done("data")
 
@@ -157,10 +158,12 @@ def build_training(
         control=control,
         world=world,
     )
+    images = images_id(source, cfg.data.data_path)
     if state is not None:
-        load_place(run, state, str(origin), global_batch)
-    if cfg.run.start_epoch is not None:
-        place.epoch, place.step = cfg.run.start_epoch, 0
+        changes = order_changes(state, cfg, images)
+        load_place(run, state, str(origin), global_batch, changes, cfg.run.start_epoch)
+    elif cfg.run.start_epoch is not None:
+        place.epoch = cfg.run.start_epoch
     if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
         model.compile()
     for module in models.values():
@@ -175,6 +178,7 @@ def build_training(
         "keep": cfg.run.keep_checkpoints,
         "global_batch": global_batch,
         "classes": classes,
+        "images": images,
         "config": cfg.to_dict(),
     }
     run.hooks = [

@@ -23,6 +23,7 @@ from vimfast.checkpoint import (
 )
 from vimfast.config import RunConfig
 from vimfast.errors import UserError
+from vimfast.train.continuity import check_order
 from vimfast.train.loop import TrainingRun
 from vimfast.train.optim import WeightAverage
 from vimfast.train.report import Reporter
@@ -109,18 +110,6 @@ def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None)
     return path
 
 
-def check_classes(count: int, wanted: int | None, state: State | None, origin: str, data: str) -> None:
-    """Whether data, flags and checkpoint are of the same number of classes."""
-    if wanted is not None and wanted != count:
-        raise UserError(f"--num-classes is {wanted} and the data has {count} classes; drop the flag")
-    head = state["model"].get("head.weight") if state is not None else None
-    if head is not None and len(head) != count:
-        raise UserError(
-            f"{origin} was trained on {len(head)} classes and {data} has {count}; "
-            "point --data-path at the data it belongs to"
-        )
-
-
 def load_models(
     state: State,
     origin: str,
@@ -151,11 +140,19 @@ def load_models(
     return average
 
 
-def load_place(run: TrainingRun, state: State, origin: str, global_batch: int) -> None:
-    """Load optimizer, place in the data, sums and random states; a file with weights alone starts a new run."""
-    if "optimizer" not in state or "epoch" not in state:
-        return
+def load_place(
+    run: TrainingRun, state: State, origin: str, global_batch: int, changes: Sequence[str], start_epoch: int | None
+) -> None:
+    """Load optimizer, place in the data, sums and random states; a file with weights alone starts a new run.
+
+    Args:
+        changes: of the order of the images, for which there is no going on inside an epoch.
+        start_epoch: begin there instead.
+    """
     place = run.place
+    if "optimizer" not in state or "epoch" not in state:
+        place.epoch = start_epoch or 0
+        return
     try:
         load_optimizer(run.optimizer, run.model, state)
     except (ValueError, KeyError) as error:
@@ -164,6 +161,8 @@ def load_place(run: TrainingRun, state: State, origin: str, global_batch: int) -
     place.epoch, place.step = int(state["epoch"]), int(state.get("step", place.steps))
     if state.get("evaluated", True) and place.step >= state.get("steps", place.steps):
         place.epoch, place.step = place.epoch + 1, 0
+    if start_epoch is not None:
+        place.epoch, place.step = start_epoch, 0
     if place.step and (state["steps"], state["global_batch"]) != (place.steps, global_batch):
         fix = "the data and --steps-per-epoch as they were"
         if state["global_batch"] != global_batch:
@@ -175,6 +174,10 @@ def load_place(run: TrainingRun, state: State, origin: str, global_batch: int) -
             f"the checkpoint stands inside an epoch of {state['steps']} steps of {state['global_batch']} images, "
             f"this run has {place.steps} of {global_batch}; keep {fix}"
         )
+    if 0 < place.step < place.steps:
+        check_order(changes, str(place), place.epoch)
+    elif changes:
+        run.report.say(f"from epoch {place.epoch + (place.step > 0)} on in another order: {', '.join(changes)}")
     world, processes = run.world, state.get("processes", [])
     if len(processes) != world.size:  # sums are the run's, random states a process's own
         totals = [sum(values) for values in zip(*(p["sums"] for p in processes), strict=True)]
@@ -198,6 +201,7 @@ def save_run(
     evaluated: bool,
     global_batch: int,
     classes: Sequence[str],
+    images: str,
     config: dict[str, Any],
 ) -> None:
     """Write the state of the run as the last checkpoint of its folder; every process must call it.
@@ -205,6 +209,7 @@ def save_run(
     Args:
         keep: so many checkpoints, this one included.
         best: it is the best one too.
+        images: the :func:`images_id` of the training images.
         evaluated: the epoch that the run stands at the end of has been.
     """
     world, place = run.world, run.place
@@ -224,6 +229,7 @@ def save_run(
             "best_acc1": place.best_acc1,
             "processes": processes,
             "classes": list(classes),
+            "images": images,
             "config": config,
         }
         if best:
