@@ -161,7 +161,7 @@ def build_training(
     images = images_id(source, cfg.data.data_path)
     if state is not None:
         changes = order_changes(state, cfg, images)
-        load_place(run, state, str(origin), global_batch, changes, cfg.run.start_epoch)
+        load_place(run, state, str(origin), cfg, global_batch, changes)
     elif cfg.run.start_epoch is not None:
         place.epoch = cfg.run.start_epoch
     if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
@@ -190,6 +190,8 @@ def build_training(
     ]
     _prepare_device(run, cfg, batches, start_up)
     _introduce(run, cfg, source, val_source, global_batch)
+    if state is not None and (changed := cfg.changed_since(state.get("config") or {})):
+        report.table("changed since the checkpoint", ("setting", "then", "now"), changed)
     if start is not None and folder is not None:
         _continue_from(start, folder, report)
     start_up.done("capture")

@@ -28,6 +28,8 @@ from vimfast.train.report import Reporter, duration
 from vimfast.train.step import TrainStep
 from vimfast.train.sums import Sums
 
+NO_ACC1 = -1.0  # below any accuracy, so that the first evaluation is the best so far
+
 
 @dataclass
 class Place:
@@ -40,7 +42,7 @@ class Place:
     steps: int  # in an epoch
     epoch: int = 0
     step: int = 0
-    best_acc1: float = 0.0
+    best_acc1: float = NO_ACC1
 
     def __str__(self) -> str:
         return f"epoch {self.epoch}, step {self.step} of {self.steps}"

@@ -6,15 +6,18 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 
 def memory_gib(device: torch.device) -> float:
@@ -81,6 +84,14 @@ class Reporter:
             with suppress(OSError):
                 print(f"warning: {text}", file=sys.stderr)
             self._log(f"warning: {text}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table on the console, and as one line in ``train.log``."""
+        table = Table(*columns, title=title, title_justify="left", title_style="", box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*(Text(str(value)) for value in row))
+        self.console.print(table)
+        self._log(f"{title}: {'; '.join(' | '.join(map(str, row)) for row in rows)}")
 
     def _log(self, text: str) -> None:
         if self.folder is not None:

@@ -21,10 +21,10 @@ from vimfast.checkpoint import (
     save_last,
     weights_held,
 )
-from vimfast.config import RunConfig
+from vimfast.config import Config, RunConfig
 from vimfast.errors import UserError
 from vimfast.train.continuity import check_order
-from vimfast.train.loop import TrainingRun
+from vimfast.train.loop import NO_ACC1, TrainingRun
 from vimfast.train.optim import WeightAverage
 from vimfast.train.report import Reporter
 
@@ -141,26 +141,36 @@ def load_models(
 
 
 def load_place(
-    run: TrainingRun, state: State, origin: str, global_batch: int, changes: Sequence[str], start_epoch: int | None
+    run: TrainingRun, state: State, origin: str, cfg: Config, global_batch: int, changes: Sequence[str]
 ) -> None:
     """Load optimizer, place in the data, sums and random states; a file with weights alone starts a new run.
 
     Args:
         changes: of the order of the images, for which there is no going on inside an epoch.
-        start_epoch: begin there instead.
     """
-    place = run.place
+    place, start_epoch = run.place, cfg.run.start_epoch
     if "optimizer" not in state or "epoch" not in state:
         place.epoch = start_epoch or 0
         return
+    then, now = _optimizer_name(state), cfg.optim.opt
+    if then is not None and then.lower() != now.lower():
+        raise UserError(
+            f"{origin} was trained with --opt {then} and this run has --opt {now}; give --opt {then}, or start from "
+            f"its weights alone with --finetune {origin}"
+        )
     try:
         load_optimizer(run.optimizer, run.model, state)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{origin} was trained with another optimizer ({error}); give its --opt") from None
-    place.best_acc1 = float(state.get("best_acc1", 0.0))
+        raise UserError(
+            f"the optimizer's state in {origin} does not fit this run ({error}); keep --opt, --decay-a-log and what is "
+            f"frozen as they were, or start from its weights alone with --finetune {origin}"
+        ) from None
+    place.best_acc1 = float(state.get("best_acc1", NO_ACC1))
     place.epoch, place.step = int(state["epoch"]), int(state.get("step", place.steps))
     if state.get("evaluated", True) and place.step >= state.get("steps", place.steps):
         place.epoch, place.step = place.epoch + 1, 0
+    if place.epoch == 0:  # nothing has been evaluated; earlier versions have 0 here
+        place.best_acc1 = NO_ACC1
     if start_epoch is not None:
         place.epoch, place.step = start_epoch, 0
     if place.step and (state["steps"], state["global_batch"]) != (place.steps, global_batch):
@@ -179,17 +189,41 @@ def load_place(
     elif changes:
         run.report.say(f"from epoch {place.epoch + (place.step > 0)} on in another order: {', '.join(changes)}")
     world, processes = run.world, state.get("processes", [])
-    if len(processes) != world.size:  # sums are the run's, random states a process's own
-        totals = [sum(values) for values in zip(*(p["sums"] for p in processes), strict=True)]
-        if world.is_main and totals and place.step:
-            run.sums.values.copy_(torch.tensor(totals, dtype=torch.float64))
+    same = len(processes) == world.size
+    if place.step and processes:  # sums are the run's, random states a process's own
+        _load_sums(run, [p["sums"] for p in processes], state.get("accum_steps", _accum_steps(state)))
+    if not same:
         return
     own = processes[world.rank]
-    if place.step:
-        run.sums.values.copy_(torch.tensor(own["sums"], dtype=torch.float64))
     torch.set_rng_state(own["torch"])
     if own["cuda"] is not None and world.device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"], world.device)
+
+
+def _load_sums(run: TrainingRun, saved: list[list[float]], accum_steps: int) -> None:
+    """The sums of the epoch so far, in float64 as they were.
+
+    A sum has a term for each batch of each process. Where a step consists of more or fewer of them than it did, those
+    from before the checkpoint weigh so much less or more.
+    """
+    then, now = len(saved) * accum_steps, run.world.size * run.accum_steps
+    if then == now and len(saved) == run.world.size:
+        sums = saved[run.world.rank]
+    elif run.world.is_main:
+        sums = [sum(values) * now / then for values in zip(*saved, strict=True)]
+    else:
+        return
+    run.sums.values.copy_(torch.tensor(sums, dtype=torch.float64))
+
+
+def _accum_steps(state: State) -> int:
+    return int((state.get("config") or {}).get("optim", {}).get("accum_steps", 1))
+
+
+def _optimizer_name(state: State) -> str | None:
+    """What ``--opt`` was: in a checkpoint of ours, in one of the original code, or unknown."""
+    name = (state.get("config") or {}).get("optim", {}).get("opt") or getattr(state.get("args"), "opt", None)
+    return name if isinstance(name, str) else None
 
 
 def save_run(
@@ -225,6 +259,7 @@ def save_run(
             "step": place.step,
             "steps": place.steps,
             "global_batch": global_batch,
+            "accum_steps": run.accum_steps,
             "evaluated": evaluated,
             "best_acc1": place.best_acc1,
             "processes": processes,
