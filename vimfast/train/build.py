@@ -24,6 +24,7 @@ from vimfast.errors import UserError
 from vimfast.models import create_model
 from vimfast.processes.control import Control
 from vimfast.train.continuity import check_classes, images_id, order_changes
+from vimfast.train.folder import RunFolder, unwritable
 from vimfast.train.freezing import freeze
 from vimfast.train.gradients import GradientSum, copy_from_first
 from vimfast.train.hooks import Beginning, Checkpoints, GradientHealth, NoCheckpoints, Progress, Records
@@ -37,8 +38,6 @@ from vimfast.train.start_up import StartUp
 from vimfast.train.step import TrainStep
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again
-
-RESOLVED_CONFIG = "config.yaml"
 
 Hooks = Callable[[TrainingRun], Sequence[Hook]]
 
@@ -90,10 +89,25 @@ def build_training(
     cfg: Config, world: World, control: Control, start_up: StartUp, hooks: Hooks | None = None
 ) -> TrainingRun:
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
-    folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
+    if not cfg.run.output_dir:
+        return _build_training(cfg, world, control, start_up, hooks, None)
+    try:
+        held = RunFolder(Path(cfg.run.output_dir), is_main=world.is_main)
+    except UserError:
+        control.folder = None  # its train.log is another run's
+        raise
+    try:
+        return _build_training(cfg, world, control, start_up, hooks, held)
+    except BaseException:
+        held.release()
+        raise
+
+
+def _build_training(
+    cfg: Config, world: World, control: Control, start_up: StartUp, hooks: Hooks | None, held: RunFolder | None
+) -> TrainingRun:
+    folder = held.path if held is not None else None
     start = load_origin(cfg.run, cfg.finetune.finetune, folder)
-    if folder is not None and world.is_main:
-        _make_folder(folder, cfg)
     report = Reporter(folder, world.is_main)
     control.say = report.say
     origin, state = (start.path, start.state) if start is not None else (None, None)
@@ -157,6 +171,7 @@ def build_training(
         report=report,
         control=control,
         world=world,
+        folder=held,
     )
     images = images_id(source, cfg.data.data_path)
     if state is not None:
@@ -192,8 +207,8 @@ def build_training(
     _introduce(run, cfg, source, val_source, global_batch)
     if state is not None and (changed := cfg.changed_since(state.get("config") or {})):
         report.table("changed since the checkpoint", ("setting", "then", "now"), changed)
-    if start is not None and folder is not None:
-        _continue_from(start, folder, report)
+    if held is not None:
+        _take_over(held, cfg, start, place, report)
     start_up.done("capture")
     return run
 
@@ -368,17 +383,18 @@ def _introduce(run: TrainingRun, cfg: Config, source: Source, val_source: Source
         run.report.say(f"resuming at {run.place}")
 
 
-def _continue_from(start: Origin, folder: Path, report: Reporter) -> None:
-    """Make the checkpoint that the run resumes from the last one of its folder."""
-    for note in start.notes:
-        report.warn(f"{note}; resuming from {start.path}, the one before")
-    for path in set_aside(folder, start.path) if report.active else ():
-        report.say(f"{path} is not used any more, and is kept as {folder / ASIDE}")
+def _take_over(held: RunFolder, cfg: Config, start: Origin | None, place: Place, report: Reporter) -> None:
+    """Nothing can refuse the run any more: from here on its folder is about this run.
 
-
-def _make_folder(folder: Path, cfg: Config) -> None:
+    The checkpoint that it resumes from becomes the last one, the settings are its own, the records those before it.
+    """
+    if start is not None:
+        for note in start.notes:
+            report.warn(f"{note}; resuming from {start.path}, the one before")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in set_aside(held.path, start.path) if start is not None and report.active else ():
+            report.say(f"{path} is not used any more, and is kept as {held.path / ASIDE}")
+        report.records_from(place.epoch)
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be made ({error.strerror}); choose another") from None
-    cfg.save(folder / RESOLVED_CONFIG)
+        raise unwritable(held.path, error) from None
+    held.save_config(cfg)

@@ -19,6 +19,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.evaluation import Scores, evaluate
+from vimfast.train.folder import RunFolder
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
@@ -187,6 +188,7 @@ class TrainingRun:
     control: Control
     world: World
     hooks: Sequence[Hook] = ()
+    folder: RunFolder | None = None  # held to the end
     sums: Sums = field(init=False)
     pace: Pace = field(default_factory=Pace)
 
@@ -289,6 +291,8 @@ class TrainingRun:
             _synchronize(self.world.device)
             self.loader.close()
             self.evaluated.loader.close()
+        if self.folder is not None:
+            self.folder.release()
 
     def __enter__(self) -> TrainingRun:
         return self
