@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
 from vimfast.dist import World
+from vimfast.errors import UserError
 from vimfast.processes.control import Control
 from vimfast.train.build import Hooks, build
 
@@ -77,6 +79,26 @@ def train(*flags: str, hooks: Hooks | None = None, control: Control | None = Non
     with build(load_config(list(flags)), World(), control, hooks=hooks) as run:
         run.run()
     return run
+
+
+class Stops(Control):
+    """Told to stop at a place, as a signal would tell it."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(World())
+        self.at = place
+
+    def should_stop(self) -> bool:
+        return self.place().startswith(self.at)
+
+
+def refused(*flags: str) -> str:
+    """The sentence that a run inside this process is refused with."""
+    with pytest.raises(UserError) as error:
+        train(*flags)
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    return sentence
 
 
 def same(one: dict, two: dict) -> bool:

@@ -5,20 +5,30 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import resource
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from vimfast.checkpoint import (
+    DamagedCheckpoint,
+    kept_checkpoints,
     load_checkpoint,
     load_for_finetuning,
+    load_last,
     load_optimizer,
     load_weights,
     save_checkpoint,
+    save_last,
+    set_aside,
     weights_held,
 )
 from vimfast.config import OptimConfig
@@ -268,3 +278,131 @@ def test_evaluation_at_another_size_and_at_its_own() -> None:
     for how in ("patches", "original"):
         assert load_weights(other, state, "c.pth", resample=how) == []
         assert all(torch.equal(state[name], value) for name, value in other.state_dict().items())
+
+
+def a_state(size: int = 1000) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {"model": {f"w{i}": torch.randn(size, generator=generator) for i in range(5)}, "epoch": 3}
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_no_flipped_bit_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    save_checkpoint(path, a_state(20))
+    sound = path.read_bytes()
+    random = np.random.default_rng(0)
+    ends = [*range(64), *range(8 * len(sound) - 600, 8 * len(sound))]  # the first header, and all of the checksum
+    for bit in [*ends, *random.integers(0, 8 * len(sound), 200).tolist()]:
+        path.write_bytes(sound)
+        flip(path, bit)
+        with pytest.raises(DamagedCheckpoint, match="no checkpoint, or a damaged one"):
+            load_checkpoint(path)
+    for length in (1, len(sound) // 2, len(sound) - 8, len(sound) - 25):
+        path.write_bytes(sound[:length])
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(path)
+
+
+def test_weights_of_files_without_our_checksum_are_verified_too(tmp_path: Path) -> None:
+    """torch.save writes a CRC for each record."""
+    path = tmp_path / "c.pth"
+    torch.save(a_state(), path)
+    assert load_checkpoint(path)["epoch"] == 3
+    at = path.read_bytes().index(a_state()["model"]["w2"].numpy().tobytes())
+    flip(path, 8 * at + 3)
+    with pytest.raises(DamagedCheckpoint, match=r"the checksum of .* does not match"):
+        load_checkpoint(path)
+
+
+def test_any_reader_of_torchs_files_reads_ours(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    save_checkpoint(path, a_state())
+    for options in ({}, {"mmap": True}):
+        read = torch.load(path, weights_only=True, **options)
+        assert torch.equal(read["model"]["w4"], a_state()["model"]["w4"])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """torch.save raises its own RuntimeError instead of what the disk said."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        with pytest.raises(UserError, match=r"c.pth cannot be written \(File too large\)"):
+            save_checkpoint(tmp_path / "c.pth", a_state(1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert list(tmp_path.iterdir()) == []
+
+
+def epochs(folder: Path) -> dict[str, int]:
+    return {path.name: load_checkpoint(path)["epoch"] for path in sorted(folder.iterdir())}
+
+
+def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    for epoch in range(4):
+        save_last(tmp_path, {**a_state(), "epoch": epoch}, 3)
+    assert epochs(tmp_path) == {"checkpoint.1.pth": 2, "checkpoint.2.pth": 1, "checkpoint.pth": 3}
+    save_last(tmp_path, {**a_state(), "epoch": 4}, 1)
+    assert epochs(tmp_path) == {"checkpoint.1.pth": 2, "checkpoint.2.pth": 1, "checkpoint.pth": 4}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_kill_at_any_moment_leaves_a_sound_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool, count: int
+) -> None:
+    """And the save after it works, whatever was left."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    for epoch in range(3):
+        save_last(tmp_path, {**a_state(), "epoch": epoch}, count)
+    calls = [0]
+    for call in range(6):
+        with monkeypatch.context() as patch:
+            for name in ("replace", "link"):
+                patch.setattr(os, name, killed(getattr(os, name), calls, call))
+            calls[0] = 0
+            with suppress(KeyboardInterrupt):
+                save_last(tmp_path, {**a_state(), "epoch": 10 + call}, count)
+        found = load_last(tmp_path)
+        assert found is not None
+        assert found[1]["epoch"] >= 2
+        save_last(tmp_path, {**a_state(), "epoch": 10 + call}, count)
+        kept = kept_checkpoints(tmp_path)
+        assert 2 <= len(kept) <= count
+        assert load_checkpoint(kept[0])["epoch"] == 10 + call
+
+
+def killed(function: Callable[..., None], calls: list[int], at: int) -> Callable[..., None]:
+    def wrapped(*arguments: Any) -> None:
+        if calls[0] == at:
+            raise KeyboardInterrupt
+        calls[0] += 1
+        function(*arguments)
+
+    return wrapped
+
+
+def test_the_last_sound_one_is_loaded_and_never_overwritten_by_a_damaged_one(tmp_path: Path) -> None:
+    for epoch in range(2):
+        save_last(tmp_path, {**a_state(), "epoch": epoch}, 2)
+    flip(tmp_path / "checkpoint.pth", 4000)
+    found = load_last(tmp_path)
+    assert found is not None
+    path, state, damaged = found
+    assert (path.name, state["epoch"], len(damaged)) == ("checkpoint.1.pth", 0, 1)
+    assert [p.name for p in set_aside(tmp_path, path)] == ["checkpoint.pth"]
+    assert [p.name for p in kept_checkpoints(tmp_path)] == ["checkpoint.1.pth"]
+    save_last(tmp_path, {**a_state(), "epoch": 5}, 2)
+    (tmp_path / "checkpoint.aside.pth").unlink()
+    assert epochs(tmp_path) == {"checkpoint.1.pth": 0, "checkpoint.pth": 5}
+    for path in kept_checkpoints(tmp_path):
+        flip(path, 4000)
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint.pth .*; .*checkpoint.1.pth .*begin again"):
+        load_last(tmp_path)

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import RECIPE, call, same, train
+from runs import RECIPE, Stops, call, refused, same, train
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.checkpoint import load_checkpoint
@@ -63,17 +63,6 @@ def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path:
     assert f"* Acc@1 {best['test_acc1']:.3f} Acc@5 {best['test_acc5']:.3f} loss {best['test_loss']:.3f}" in output
     assert f"Accuracy of the network on the 15 test images: {best['test_acc1']:.1f}%" in output
     assert "Accuracy of the ema network on the 15 test images" in output
-
-
-class Stops(Control):
-    """Stopped at a place, as a signal would stop it."""
-
-    def __init__(self, place: str) -> None:
-        super().__init__(World())
-        self.at = place
-
-    def should_stop(self) -> bool:
-        return self.place().startswith(self.at)
 
 
 def test_a_stopped_run_continues_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
@@ -302,14 +291,6 @@ def test_too_little_memory_names_the_flag_of_what_ran(recipe: str, shards: Path)
     trainer.close()
 
 
-def refused(*flags: str) -> str:
-    with pytest.raises(UserError) as error:
-        train(*flags)
-    sentence = str(error.value)
-    assert "\n" not in sentence
-    return sentence
-
-
 def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
     start = ("--config", recipe, "--data-path")
     assert "nowhere" in refused(*start, str(tmp_path / "nowhere"))
@@ -365,3 +346,28 @@ def test_misspelt_flag_on_the_command_line() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown flag --data-pth; did you mean '--data-path'?")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bits of an uninterrupted run, as the one before is of the same run."""
+    flags = ("--config", recipe, "--data-path", str(shards), "--save-every", "1", "--output_dir")
+    whole = train(*flags, str(tmp_path / "whole"))
+    run = tmp_path / "parts"
+    train(*flags, str(run), control=Stops("epoch 1, step 2 "))
+    last = run / "checkpoint.pth"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 4
+    last.write_bytes(content)
+    assert "checkpoint.1.pth is sound, give that one" in refused(*flags, str(run), "--resume", str(last))
+    assert last.read_bytes() == content
+    resumed = train(*flags, str(run), "--resume", "auto")
+    assert re.search(r"checkpoint.pth is no checkpoint, or a damaged one .*resuming from", capsys.readouterr().err)
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+    assert (run / "checkpoint.aside.pth").read_bytes() == content
+    assert load_checkpoint(run / "checkpoint.1.pth")["epoch"] == 1
+    sentence = refused(*flags, str(run))
+    assert "holds an earlier run" in sentence
+    last.unlink()
+    assert refused(*flags, str(run)) == sentence.replace("checkpoint.pth", "checkpoint.1.pth")

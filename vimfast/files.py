@@ -7,14 +7,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"  # the ending of a temporary name; one that lies about is from a process that was killed
 
-_BUFFER_BYTES = 1 << 20
+READ_BYTES = _BUFFER_BYTES = 1 << 20
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES})  # what some network file systems answer
 
 
@@ -50,10 +50,11 @@ def _kind(mode: int) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, durable: bool = True, before: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
     """A file that appears as `path` when the block ends without an error, and not at all otherwise.
 
     Args:
+        before: called once the content is complete, right before it becomes `path`.
         durable: wait until the content and the name are on the disk. Without it a power failure may leave an empty or
             cut off file.
 
@@ -67,6 +68,8 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+        if before is not None:
+            before()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -1,15 +1,23 @@
 """Checkpoints: files, weights that fit or are made to, and those of hustvl/Vim."""
 
-from vimfast.checkpoint.files import load_checkpoint, save_checkpoint, weights_held
+from vimfast.checkpoint.files import DamagedCheckpoint, load_checkpoint, save_checkpoint, weights_held
 from vimfast.checkpoint.fitting import head_names, load_for_finetuning, load_weights
 from vimfast.checkpoint.hustvl import load_optimizer
+from vimfast.checkpoint.kept import ASIDE, CHECKPOINT, kept_checkpoints, load_last, save_last, set_aside
 
 __all__ = [
+    "ASIDE",
+    "CHECKPOINT",
+    "DamagedCheckpoint",
     "head_names",
+    "kept_checkpoints",
     "load_checkpoint",
     "load_for_finetuning",
+    "load_last",
     "load_optimizer",
     "load_weights",
     "save_checkpoint",
+    "save_last",
+    "set_aside",
     "weights_held",
 ]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vimfast.checkpoint.checksum import ChecksumWriter, find_damage
 from vimfast.errors import UserError
 from vimfast.files import atomic_write
 
@@ -20,11 +22,26 @@ RAW, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the 
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before each name
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` so that `path` is always a whole checkpoint: the old one, or the new one."""
+class DamagedCheckpoint(UserError):
+    """A file that is no checkpoint, or one whose bytes have changed since it was written."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], before: Callable[[], None] | None = None) -> None:
+    """Write `state` so that `path` is always a whole checkpoint: the old one, or the new one.
+
+    Args:
+        before: as :func:`atomic_write` has it.
+    """
     try:
-        with atomic_write(path) as file:
-            torch.save(state, file)
+        with atomic_write(path, before=before) as file:
+            writer = ChecksumWriter(file)
+            try:
+                torch.save(state, cast(BinaryIO, writer))  # it needs no more of a file
+            except RuntimeError:  # of its zip writer, which does not say what the disk said
+                if writer.error is None:
+                    raise
+                raise writer.error from None
+            writer.finish()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); the checkpoint before it is untouched") from None
 
@@ -41,7 +58,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         The names that DDP and torch.compile prefix are cleaned.
 
     Raises:
-        UserError: missing, damaged, no checkpoint, or holding objects that would run code.
+        DamagedCheckpoint: the file is no checkpoint, or its bytes have changed since it was written.
+        UserError: missing, without weights, or holding objects that would run code.
     """
     if "://" in str(path) or str(path).startswith(("https:/", "http:/")):  # a Path has lost one slash
         raise UserError(f"{path} is an address; download the file and give its path")
@@ -68,6 +86,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
+        if damage := find_damage(path):
+            raise _damaged(path, damage)
         # The original's files carry their command line as a Namespace: plain data, the one class let in.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -78,11 +98,18 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} holds objects that could run code and is refused; save its tensors alone"
             ) from None
-        raise UserError(f"{path} is no checkpoint, or a damaged one; use an earlier one") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no checkpoint, or a damaged one ({first}); use an earlier one") from None
+        raise _damaged(path) from None
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise _damaged(path, str(error.strerror)) from None
+        raise UserError(f"{path} cannot be read ({error.strerror})", "check its disk and permissions") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     return state if isinstance(state, dict) else {}
+
+
+def _damaged(path: Path, why: str = "") -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{path} is no checkpoint, or a damaged one{why and f' ({why})'}", "use an earlier one")
 
 
 def _is_state_dict(value: Any) -> bool:

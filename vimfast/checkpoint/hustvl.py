@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+SETTINGS = frozenset({"weight_decay", "betas", "eps", "momentum"})  # in a group, beside what an optimizer counts there
+
 
 def load_optimizer(optimizer: Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Load the optimizer's state from a checkpoint of ours or of the original code.
 
-    The original's numbers its parameters as timm 0.4.12 groups them. Its moments go to the parameters they belong to;
-    learning rate, weight decay and the like stay what this run's settings say.
+    The original's numbers its parameters as timm 0.4.12 groups them. Its moments go to the parameters they belong to.
+    Weight decay and the like stay what this run's settings say.
 
     Args:
         optimizer: over `model`'s trainable parameters.
@@ -24,7 +26,10 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, state: Mapping[str, A
     """
     saved = state["optimizer"]
     if "lr_scheduler" not in state:
+        settings = [{key: group[key] for key in SETTINGS & group.keys()} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
+        for group, kept in zip(optimizer.param_groups, settings, strict=True):
+            group.update(kept)
         return
     names = {parameter: name for name, parameter in model.named_parameters()}
     own = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

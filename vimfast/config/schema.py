@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,13 +38,21 @@ def option(
     most: float | None = None,
     aliases: tuple[str, ...] = (),
     choices: Callable[[], tuple[str, ...]] | None = None,
+    neutral: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag: `help` is its ``--help`` line, `aliases` are other spellings.
 
     The choices of a field are its ``Literal`` type; where only the run knows them, `choices` returns them. It is called
-    for a value other than the default only.
+    for a value other than the default only. `neutral`: whatever its value, a run trains the same.
     """
-    metadata = {"help": help, "least": least, "most": most, "aliases": aliases, "choices": choices}
+    metadata = {
+        "help": help,
+        "least": least,
+        "most": most,
+        "aliases": aliases,
+        "choices": choices,
+        "neutral": neutral,
+    }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -85,12 +93,14 @@ def _backend_names() -> tuple[str, ...]:
 class ModelConfig:
     model: str = option("vim_tiny_patch16_224", "name of a Vision Mamba, or of any timm model")
     model_kwargs: dict[str, Any] = option({}, "constructor options for the model, e.g. depth=4 embed_dim=64")
-    num_classes: int | None = option(None, "classes of the head; default: as many as the data has", least=0)
+    num_classes: int | None = option(
+        None, "classes of the head; default: as many as the data has", least=0, neutral=True
+    )
     input_size: int = option(224, "side of the square input, pixels", least=1)
     drop: float = option(0.0, "dropout rate after the position embedding", least=0, most=1)
     drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0, most=1)
     scan_backend: str = option(
-        "auto", "kernels of the model: auto, gluon, mamba_ssm, reference", choices=_backend_names
+        "auto", "kernels of the model: auto, gluon, mamba_ssm, reference", choices=_backend_names, neutral=True
     )
     random_cls_token_position: bool = option(
         False,
@@ -100,9 +110,9 @@ class ModelConfig:
     random_token_rank: bool = option(
         False, "shuffle the sequence in training, again at each step", aliases=("if-random-token-rank",)
     )
-    use_checkpoint: bool = option(False, "recompute activations in backward to save memory")
-    torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same")
-    cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it")
+    use_checkpoint: bool = option(False, "recompute activations in backward to save memory", neutral=True)
+    torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same", neutral=True)
+    cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it", neutral=True)
 
     def options(self) -> dict[str, Any]:
         """Constructor options of the model that have no argument of their own in every model."""
@@ -114,9 +124,11 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    data_path: str = option("", "shards from vimfast-prepare, or a folder tree with train/ and val/")
+    data_path: str = option("", "shards from vimfast-prepare, or a folder tree with train/ and val/", neutral=True)
     batch_size: int = option(64, "training images a step on each GPU (or process)", least=1)
-    eval_batch_size: int | None = option(None, "validation images a step on each GPU; default: as in training", least=1)
+    eval_batch_size: int | None = option(
+        None, "validation images a step on each GPU; default: as in training", least=1, neutral=True
+    )
     repeated_aug: bool = option(True, "three augmented copies of each drawn image, as DeiT and Vim do")
     repeated_aug_on: CopiesOn = option(
         "all-ranks", "where the copies go: spread as DeiT does, or together, which decodes each image once"
@@ -133,13 +145,18 @@ class DataConfig:
         0.875, "validation resizes the short side to input size / this, then crops; 1 for inputs up to 32 pixels"
     )
     num_workers: int | None = option(
-        None, "decoding threads of each process; default: as many as help, of the cores it may use", least=1
+        None,
+        "decoding threads of each process; default: as many as help, of the cores it may use",
+        least=1,
+        neutral=True,
     )
     decoder: Decoder = option(
-        "auto", "the GPU's JPEG engine, its ordinary cores, or the CPU; auto: what slows training least on this machine"
+        "auto",
+        "the GPU's JPEG engine, its ordinary cores, or the CPU; auto: what slows training least on this machine",
+        neutral=True,
     )
-    prefetch: int = option(3, "batches decoded ahead", least=1)
-    readahead: int = option(4, "batches read ahead of those from disk", least=1)
+    prefetch: int = option(3, "batches decoded ahead", least=1, neutral=True)
+    readahead: int = option(4, "batches read ahead of those from disk", least=1, neutral=True)
     on_bad_image: OnBadImage = option("stop", "at an image that does not decode: end the run, or continue without it")
 
 
@@ -188,13 +205,18 @@ class OptimConfig:
         None, "images of an update, on all GPUs together; --batch-size is then the most a GPU takes at once", least=1
     )
     skip_limit: int = option(
-        20, "steps in a row that may be skipped because of non-finite gradients, before the run stops", least=1
+        20,
+        "steps in a row that may be skipped because of non-finite gradients, before the run stops",
+        least=1,
+        neutral=True,
     )
 
 
 @dataclass
 class FinetuneConfig:
-    finetune: str = option("", "start from these weights, whatever they were trained on: a checkpoint, or safetensors")
+    finetune: str = option(
+        "", "start from these weights, whatever they were trained on: a checkpoint, or safetensors", neutral=True
+    )
     pos_embed_resample: PositionResampling = option(
         "patches",
         "at another input size or stride, resample the positions of the patches alone, or as the original does, which"
@@ -210,7 +232,7 @@ class FinetuneConfig:
 class DistillConfig:
     distillation_type: Distillation = option("none", "learn from a teacher: its probabilities, or its answer")
     teacher_model: str = option("regnety_160", "any timm model; it sees the images that the student sees")
-    teacher_path: str = option("", "the teacher's checkpoint, or safetensors")
+    teacher_path: str = option("", "the teacher's checkpoint, or safetensors", neutral=True)
     distillation_alpha: float = option(0.5, "the teacher's share of the loss", least=0)
     distillation_tau: float = option(1.0, "temperature of the probabilities")
     cosub: bool = option(False, "train two draws of stochastic depth on each image to agree (DeiT III's cosub)")
@@ -236,28 +258,40 @@ class ScheduleConfig:
 class EmaConfig:
     model_ema: bool = option(True, "keep an exponential moving average of the weights")
     model_ema_decay: float = option(0.99996, "its decay a step")
-    model_ema_force_cpu: bool = option(False, "keep it in host memory")
+    model_ema_force_cpu: bool = option(False, "keep it in host memory", neutral=True)
 
 
 @dataclass
 class RunConfig:
-    output_dir: str = option("", "folder for checkpoints, logs and the resolved config; empty: save nothing")
-    resume: str = option("", "checkpoint to resume from (or to evaluate); 'auto': output_dir's own if there is one")
-    eval: bool = option(False, "only evaluate")
-    start_epoch: int | None = option(None, "first epoch; default: where the checkpoint stopped, or 0", least=0)
-    device: str = option("auto", "auto, cuda, cuda:N or cpu")
+    output_dir: str = option(
+        "", "folder for checkpoints, logs and the resolved config; empty: save nothing", neutral=True
+    )
+    resume: str = option(
+        "", "checkpoint to resume from (or to evaluate); 'auto': output_dir's own if there is one", neutral=True
+    )
+    eval: bool = option(False, "only evaluate", neutral=True)
+    start_epoch: int | None = option(
+        None, "first epoch; default: where the checkpoint stopped, or 0", least=0, neutral=True
+    )
+    device: str = option("auto", "auto, cuda, cuda:N or cpu", neutral=True)
     seed: int = option(0, "seed of the weights, the order, the augmentation and the mixing", least=0)
     amp: bool = option(True, "bf16 autocast on a GPU that has it; --no_amp for fp32", aliases=("if-amp",))
     steps_per_epoch: int | None = option(None, "end each epoch after this many steps; default: the whole data", least=1)
     eval_steps: int | None = option(
         None, "evaluate on this many steps' images only; default: every image, once", least=1
     )
-    log_every: int = option(50, "steps between two reports", least=1)
+    log_every: int = option(50, "steps between two reports", least=1, neutral=True)
     save_every: int | None = option(
-        None, "steps between two checkpoints inside an epoch; default: epoch ends only", least=1
+        None, "steps between two checkpoints inside an epoch; default: epoch ends only", least=1, neutral=True
+    )
+    keep_checkpoints: int = option(
+        2,
+        "checkpoints to keep, the last one included; a damaged one is passed over by --resume auto",
+        least=1,
+        neutral=True,
     )
     stall_timeout: float = option(
-        600.0, "seconds without progress after which the run ends naming the process at fault", least=1
+        600.0, "seconds without progress after which the run ends naming the process at fault", least=1, neutral=True
     )
 
 
@@ -281,6 +315,21 @@ class Config:
             section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
             for section, values in plain.items()
         }
+
+    def changed_since(self, earlier: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any, Any]]:
+        """(setting, value then, value now) of what trains otherwise than the settings of :meth:`to_dict` in `earlier`.
+
+        Settings that `earlier` does not know are left out.
+        """
+        now = self.to_dict()
+        return [
+            (f"{section.name}.{f.name}", earlier[section.name][f.name], now[section.name][f.name])
+            for section in fields(self)
+            for f in fields(getattr(self, section.name))
+            if f.name in earlier.get(section.name, {})
+            and not f.metadata["neutral"]
+            and earlier[section.name][f.name] != now[section.name][f.name]
+        ]
 
     def save(self, path: Path) -> None:
         """Write the resolved settings as YAML that ``--config`` reads back."""

@@ -13,7 +13,7 @@ from torch import nn
 from vimfast import dist
 from vimfast.augment.crops import CentreCrop
 from vimfast.augment.recipe import LARGEST_PADDED
-from vimfast.checkpoint import load_checkpoint, load_for_finetuning
+from vimfast.checkpoint import ASIDE, CHECKPOINT, load_checkpoint, load_for_finetuning, set_aside
 from vimfast.config import Batches, Config, DataConfig, ModelConfig, plan_batches
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
@@ -23,6 +23,8 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.models import create_model
 from vimfast.processes.control import Control
+from vimfast.train.continuity import check_classes, images_id, order_changes
+from vimfast.train.folder import RunFolder, unwritable
 from vimfast.train.freezing import freeze
 from vimfast.train.gradients import GradientSum, copy_from_first
 from vimfast.train.hooks import Beginning, Checkpoints, GradientHealth, NoCheckpoints, Progress, Records
@@ -31,13 +33,11 @@ from vimfast.train.losses import Objective, build_teacher
 from vimfast.train.mixing import Mixup
 from vimfast.train.optim import LearningRate, build_ema, build_optimizer, peak_lr
 from vimfast.train.report import Reporter
-from vimfast.train.resume import CHECKPOINT, check_classes, checkpoint_to_start_from, load_models, load_place
+from vimfast.train.resume import Origin, load_models, load_origin, load_place
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import TrainStep
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again
-
-RESOLVED_CONFIG = "config.yaml"
 
 Hooks = Callable[[TrainingRun], Sequence[Hook]]
 
@@ -65,12 +65,12 @@ def build(
 def build_evaluation(cfg: Config, world: World, control: Control, start_up: StartUp) -> EvaluationRun:
     """A run that evaluates a checkpoint, of its raw weights and of their average."""
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
-    origin = checkpoint_to_start_from(cfg.run, cfg.finetune.finetune, folder)
+    start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     report = Reporter(None, world.is_main)
     control.say = report.say
-    state = load_checkpoint(origin) if origin else None
+    origin, state = (start.path, start.state) if start is not None else (None, None)
     source = open_source(cfg.data.data_path, "val")
-    check_classes(len(source.classes), cfg.model.num_classes, state, str(origin), cfg.data.data_path)
+    check_classes(source.classes, cfg.model.num_classes, state, str(origin), cfg.data.data_path)
     loader = _evaluation_loader(cfg, source, cfg.data.batch_size, world)
     start_up.done("data")
     torch.manual_seed(cfg.run.seed)
@@ -88,17 +88,32 @@ def build_training(
     cfg: Config, world: World, control: Control, start_up: StartUp, hooks: Hooks | None = None
 ) -> TrainingRun:
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
-    folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
-    origin = checkpoint_to_start_from(cfg.run, cfg.finetune.finetune, folder)
-    if folder is not None and world.is_main:
-        _make_folder(folder, cfg)
+    if not cfg.run.output_dir:
+        return _build_training(cfg, world, control, start_up, hooks, None)
+    try:
+        held = RunFolder(Path(cfg.run.output_dir), is_main=world.is_main)
+    except UserError:
+        control.folder = None  # its train.log is another run's
+        raise
+    try:
+        return _build_training(cfg, world, control, start_up, hooks, held)
+    except BaseException:
+        held.release()
+        raise
+
+
+def _build_training(
+    cfg: Config, world: World, control: Control, start_up: StartUp, hooks: Hooks | None, held: RunFolder | None
+) -> TrainingRun:
+    folder = held.path if held is not None else None
+    start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     report = Reporter(folder, world.is_main)
     control.say = report.say
-    state = load_checkpoint(origin) if origin else None
+    origin, state = (start.path, start.state) if start is not None else (None, None)
     batches = plan_batches(cfg, world.size)
     val_source = open_source(cfg.data.data_path, "val")
     classes = val_source.classes
-    check_classes(len(classes), cfg.model.num_classes, state, str(origin), cfg.data.data_path)
+    check_classes(classes, cfg.model.num_classes, state, str(origin), cfg.data.data_path)
     val_loader = _evaluation_loader(cfg, val_source, batches.batch_size, world)
     start_up.done("data")
 
@@ -155,12 +170,14 @@ def build_training(
         report=report,
         control=control,
         world=world,
+        folder=held,
     )
+    images = images_id(source, cfg.data.data_path)
     if state is not None:
-        load_place(run, state, str(origin), global_batch)
-    if cfg.run.start_epoch is not None:
-        place.epoch, place.step = cfg.run.start_epoch, 0
-        run.sums.values.zero_()  # those of the epoch that the checkpoint is in
+        changes = order_changes(state, cfg, images)
+        load_place(run, state, str(origin), cfg, global_batch, changes)
+    elif cfg.run.start_epoch is not None:
+        place.epoch = cfg.run.start_epoch
     if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
         model.compile()
     for module in models.values():
@@ -171,7 +188,13 @@ def build_training(
     kept = f"saving the place in {folder / CHECKPOINT}" if folder else "ending; no --output_dir, no saving"
     control.promise = f"finishing the step, then {kept}"
     health = GradientHealth(run, cfg.optim.skip_limit, folder)
-    extra = {"global_batch": global_batch, "classes": classes, "config": cfg.to_dict()}
+    extra = {
+        "keep": cfg.run.keep_checkpoints,
+        "global_batch": global_batch,
+        "classes": classes,
+        "images": images,
+        "config": cfg.to_dict(),
+    }
     run.hooks = [
         Beginning(start_up, report),
         Progress(run, health, cfg.run.log_every),
@@ -181,6 +204,10 @@ def build_training(
     ]
     _prepare_device(run, cfg, batches, start_up)
     _introduce(run, cfg, source, val_source, global_batch)
+    if state is not None and (changed := cfg.changed_since(state.get("config") or {})):
+        report.table("changed since the checkpoint", ("setting", "then", "now"), changed)
+    if held is not None:
+        _take_over(held, cfg, start, place, report)
     start_up.done("capture")
     return run
 
@@ -358,9 +385,18 @@ def _introduce(run: TrainingRun, cfg: Config, source: Source, val_source: Source
         run.report.say(f"resuming at {run.place}")
 
 
-def _make_folder(folder: Path, cfg: Config) -> None:
+def _take_over(held: RunFolder, cfg: Config, start: Origin | None, place: Place, report: Reporter) -> None:
+    """Nothing can refuse the run any more: from here on its folder is about this run.
+
+    The checkpoint that it resumes from becomes the last one, the settings are its own, the records those before it.
+    """
+    if start is not None:
+        for note in start.notes:
+            report.warn(f"{note}; resuming from {start.path}, the one before")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in set_aside(held.path, start.path) if start is not None and report.active else ():
+            report.say(f"{path} is not used any more, and is kept as {held.path / ASIDE}")
+        report.records_from(place.epoch)
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be made ({error.strerror}); choose another") from None
-    cfg.save(folder / RESOLVED_CONFIG)
+        raise unwritable(held.path, error) from None
+    held.save_config(cfg)

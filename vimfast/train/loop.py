@@ -21,6 +21,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.evaluation import Scores, evaluate
+from vimfast.train.folder import RunFolder
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
@@ -29,6 +30,8 @@ from vimfast.train.pace import Pace
 from vimfast.train.report import Reporter, duration
 from vimfast.train.step import TrainStep
 from vimfast.train.sums import Sums
+
+NO_ACC1 = -1.0  # below any accuracy, so that the first evaluation is the best so far
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Place:
     steps: int  # in an epoch
     epoch: int = 0
     step: int = 0
-    best_acc1: float = 0.0
+    best_acc1: float = NO_ACC1
 
     def __str__(self) -> str:
         return f"epoch {self.epoch}, step {self.step} of {self.steps}"
@@ -188,6 +191,7 @@ class TrainingRun:
     control: Control
     world: World
     hooks: Sequence[Hook] = ()
+    folder: RunFolder | None = None  # held to the end
     sums: Sums = field(init=False)
     pace: Pace = field(init=False)
 
@@ -291,6 +295,8 @@ class TrainingRun:
             _synchronize(self.world.device)
             self.loader.close()
             self.evaluated.loader.close()
+        if self.folder is not None:
+            self.folder.release()
 
     def __enter__(self) -> TrainingRun:
         return self

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from vimfast.train.records import RecordFile
 
 
 def memory_gib(device: torch.device) -> float:
@@ -66,11 +70,15 @@ class Reporter:
         self.console = Console(file=stream, quiet=not active, highlight=False, soft_wrap=True)
         self.live = active and self.console.is_terminal
         self._bar: tuple[Progress, Any] | None = None
-        self._board = None
+        self._told: set[str] = set()  # files that could not be written, and of which it has been said
+        self._board: Any = None
+        self._records: RecordFile | None = None
         if self.folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
+            self._records = RecordFile(self.folder / "log.txt", self.warn)
+            with self._beside("TensorBoard's file"):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+                self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -82,10 +90,33 @@ class Reporter:
                 print(f"warning: {text}", file=sys.stderr)
             self._log(f"warning: {text}")
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table on the console, and as one line in ``train.log``."""
+        table = Table(*columns, title=title, title_justify="left", title_style="", box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*(Text(str(value)) for value in row))
+        self.console.print(table)
+        self._log(f"{title}: {'; '.join(' | '.join(map(str, row)) for row in rows)}")
+
     def _log(self, text: str) -> None:
         if self.folder is not None:
-            with open(self.folder / "train.log", "a") as file:
+            with self._beside("train.log"), open(self.folder / "train.log", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    @contextmanager
+    def _beside(self, what: str) -> Iterator[None]:
+        """A full disk in the block does not end the run: what is in checkpoints and in ``log.txt`` counts."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._told:
+                self._told.add(what)
+                with suppress(OSError):
+                    print(
+                        f"warning: {what} in {self.folder} cannot be written ({error.strerror}); the run goes on, and "
+                        "all of it is on the console",
+                        file=sys.stderr,
+                    )
 
     @contextmanager
     def steps(self, title: str, total: int, done: int = 0) -> Iterator[None]:
@@ -120,15 +151,31 @@ class Reporter:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            try:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError as error:  # of its thread, which has ended
+                self._board = None
+                with self._beside("TensorBoard's file"):
+                    raise error
+
+    def records_from(self, epoch: int) -> None:
+        """Before the first record: ``log.txt`` is brought to where the run stands.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._records is not None:
+            self._records.begin(epoch)
 
     def record(self, values: dict[str, Any]) -> None:
         """One JSON line in ``log.txt``."""
-        if self.folder is not None:
-            with open(self.folder / "log.txt", "a") as file:
-                file.write(json.dumps(values) + "\n")
+        if self._records is not None:
+            self._records.append(values)
 
     def close(self) -> None:
+        if self._records is not None:
+            self._records.close()
         if self._board is not None:
-            self._board.close()
+            with self._beside("TensorBoard's file"):
+                self._board.close()

@@ -4,22 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vimfast import dist
-from vimfast.checkpoint import load_optimizer, load_weights, save_checkpoint, weights_held
-from vimfast.config import RunConfig
+from vimfast.checkpoint import (
+    DamagedCheckpoint,
+    kept_checkpoints,
+    load_checkpoint,
+    load_last,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+    save_last,
+    weights_held,
+)
+from vimfast.config import Config, RunConfig
 from vimfast.errors import UserError
-from vimfast.train.loop import TrainingRun
+from vimfast.train.continuity import check_order
+from vimfast.train.loop import NO_ACC1, TrainingRun
 from vimfast.train.optim import WeightAverage
 from vimfast.train.report import Reporter
 
-CHECKPOINT, BEST = "checkpoint.pth", "best_checkpoint.pth"
+BEST = "best_checkpoint.pth"
 
 State = dict[str, Any]
+
+
+class Origin(NamedTuple):
+    """The checkpoint that a run resumes from or evaluates."""
+
+    path: Path
+    state: State
+    notes: list[str]  # why it is not the last one
+
+
+def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Origin | None:
+    """What a run resumes from or evaluates; None: it starts from nothing.
+
+    Raises:
+        UserError: there is nothing to evaluate, the run would overwrite another, the checkpoint cannot be used, or the
+            processes see different ones.
+    """
+    path = checkpoint_to_start_from(run, finetune, folder)
+    found = None
+    if path is not None and run.resume == "auto":
+        assert folder is not None
+        loaded = load_last(folder)
+        found = None if loaded is None else Origin(*loaded)
+    elif path is not None:
+        found = Origin(path, _load_given(path), [])
+    names = dist.gather_objects(found.path.name if found else "none")
+    if len(set(names)) > 1:
+        raise UserError(
+            f"processes find different checkpoints to resume from: {', '.join(sorted(set(names)))}; "
+            "give an --output_dir that all hosts see"
+        )
+    return found
+
+
+def _load_given(path: Path) -> State:
+    """The checkpoint of a path; where it is damaged, the error names one beside it that is not."""
+    try:
+        return load_checkpoint(path)
+    except DamagedCheckpoint as error:
+        sound = next((p for p in kept_checkpoints(path.parent) if p.name != path.name and _is_sound(p)), None)
+        if sound is None:
+            raise
+        raise DamagedCheckpoint(error.problem, f"{sound} is sound, give that one") from None
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except UserError:
+        return False
+    return True
 
 
 def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None) -> Path | None:
@@ -28,11 +90,10 @@ def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None)
     Raises:
         UserError: there is nothing to evaluate, or the run would overwrite another.
     """
-    own = folder / CHECKPOINT if folder else None
     if run.resume == "auto":
-        if own is None:
+        if folder is None:
             raise UserError("--resume auto looks in --output_dir, which is not given; add it")
-        return own if own.exists() else None
+        return next(iter(kept_checkpoints(folder)), None)
     path = Path(run.resume) if run.resume else None
     if run.eval:
         if path is None and finetune:
@@ -40,24 +101,13 @@ def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None)
         if path is None:
             raise UserError("--eval has nothing to evaluate; add --resume CHECKPOINT")
         return path
-    if own is not None and own.exists() and (path is None or path.resolve() != own.resolve()):
+    kept = kept_checkpoints(folder) if folder else []
+    if kept and (path is None or path.resolve() not in [own.resolve() for own in kept]):
         raise UserError(
-            f"{own} holds an earlier run, which would be overwritten; continue it with --resume auto, "
+            f"{kept[0]} holds an earlier run, which would be overwritten; continue it with --resume auto, "
             "or choose another --output_dir"
         )
     return path
-
-
-def check_classes(count: int, wanted: int | None, state: State | None, origin: str, data: str) -> None:
-    """Whether data, flags and checkpoint are of the same number of classes."""
-    if wanted is not None and wanted != count:
-        raise UserError(f"--num-classes is {wanted} and the data has {count} classes; drop the flag")
-    head = state["model"].get("head.weight") if state is not None else None
-    if head is not None and len(head) != count:
-        raise UserError(
-            f"{origin} was trained on {len(head)} classes and {data} has {count}; "
-            "point --data-path at the data it belongs to"
-        )
 
 
 def load_models(
@@ -90,19 +140,39 @@ def load_models(
     return average
 
 
-def load_place(run: TrainingRun, state: State, origin: str, global_batch: int) -> None:
-    """Load optimizer, place in the data, sums and random states; a file with weights alone starts a new run."""
+def load_place(
+    run: TrainingRun, state: State, origin: str, cfg: Config, global_batch: int, changes: Sequence[str]
+) -> None:
+    """Load optimizer, place in the data, sums and random states; a file with weights alone starts a new run.
+
+    Args:
+        changes: of the order of the images, with which a run cannot continue inside an epoch.
+    """
+    place, start_epoch = run.place, cfg.run.start_epoch
     if "optimizer" not in state or "epoch" not in state:
+        place.epoch = start_epoch or 0
         return
-    place = run.place
+    then, now = _optimizer_name(state), cfg.optim.opt
+    if then is not None and then.lower() != now.lower():
+        raise UserError(
+            f"{origin} was trained with --opt {then} and this run has --opt {now}; give --opt {then}, or start from "
+            f"its weights alone with --finetune {origin}"
+        )
     try:
         load_optimizer(run.optimizer, run.model, state)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{origin} was trained with another optimizer ({error}); give its --opt") from None
-    place.best_acc1 = float(state.get("best_acc1", 0.0))
+        raise UserError(
+            f"the optimizer's state in {origin} does not fit this run ({error}); keep --opt, --decay-a-log and what is "
+            f"frozen as they were, or start from its weights alone with --finetune {origin}"
+        ) from None
+    place.best_acc1 = float(state.get("best_acc1", NO_ACC1))
     place.epoch, place.step = int(state["epoch"]), int(state.get("step", place.steps))
     if state.get("evaluated", True) and place.step >= state.get("steps", place.steps):
         place.epoch, place.step = place.epoch + 1, 0
+    if place.epoch == 0:  # nothing has been evaluated; earlier versions have 0 here
+        place.best_acc1 = NO_ACC1
+    if start_epoch is not None:
+        place.epoch, place.step = start_epoch, 0
     if place.step and (state["steps"], state["global_batch"]) != (place.steps, global_batch):
         fix = "the data and --steps-per-epoch as they were"
         if state["global_batch"] != global_batch:
@@ -114,32 +184,66 @@ def load_place(run: TrainingRun, state: State, origin: str, global_batch: int) -
             f"the checkpoint stands inside an epoch of {state['steps']} steps of {state['global_batch']} images, "
             f"this run has {place.steps} of {global_batch}; keep {fix}"
         )
+    if 0 < place.step < place.steps:
+        check_order(changes, str(place), place.epoch)
+    elif changes:
+        run.report.say(f"from epoch {place.epoch + (place.step > 0)} on in another order: {', '.join(changes)}")
     world, processes = run.world, state.get("processes", [])
-    if len(processes) != world.size:  # sums are the run's, random states a process's own
-        totals = [sum(values) for values in zip(*(p["sums"] for p in processes), strict=True)]
-        if world.is_main and totals and place.step:
-            run.sums.values.copy_(torch.tensor(totals, dtype=torch.float64))
+    same = len(processes) == world.size
+    if place.step and processes:  # sums are the run's, random states a process's own
+        _load_sums(run, [p["sums"] for p in processes], state.get("accum_steps", _accum_steps(state)))
+    if not same:
         return
     own = processes[world.rank]
-    if place.step:
-        run.sums.values.copy_(torch.tensor(own["sums"], dtype=torch.float64))
     torch.set_rng_state(own["torch"])
     if own["cuda"] is not None and world.device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"], world.device)
 
 
+def _load_sums(run: TrainingRun, saved: list[list[float]], accum_steps: int) -> None:
+    """The sums of the epoch so far, in float64 as they were.
+
+    A sum has a term for each batch of each process. Where a step consists of more or fewer of them than it did, those
+    from before the checkpoint weigh so much less or more.
+    """
+    then, now = len(saved) * accum_steps, run.world.size * run.accum_steps
+    if then == now and len(saved) == run.world.size:
+        sums = saved[run.world.rank]
+    elif run.world.is_main:
+        sums = [sum(values) * now / then for values in zip(*saved, strict=True)]
+    else:
+        return
+    run.sums.values.copy_(torch.tensor(sums, dtype=torch.float64))
+
+
+def _accum_steps(state: State) -> int:
+    return int((state.get("config") or {}).get("optim", {}).get("accum_steps", 1))
+
+
+def _optimizer_name(state: State) -> str | None:
+    """What ``--opt`` was: in a checkpoint of ours, in one of the original code, or unknown."""
+    name = (state.get("config") or {}).get("optim", {}).get("opt") or getattr(state.get("args"), "opt", None)
+    return name if isinstance(name, str) else None
+
+
 def save_run(
     run: TrainingRun,
-    paths: Sequence[Path],
+    folder: Path,
     *,
+    keep: int,
+    best: bool,
     evaluated: bool,
     global_batch: int,
     classes: Sequence[str],
+    images: str,
     config: dict[str, Any],
 ) -> None:
-    """Write the state of the run to each of `paths`; every process must call it.
+    """Write the state of the run as the last checkpoint of its folder; every process must call it.
 
     Args:
+        keep: so many checkpoints, this one included.
+        best: it is the best one too.
+        images: the :func:`images_id` of the training images.
         evaluated: the epoch that the run stands at the end of has been.
     """
     world, place = run.world, run.place
@@ -155,14 +259,17 @@ def save_run(
             "step": place.step,
             "steps": place.steps,
             "global_batch": global_batch,
+            "accum_steps": run.accum_steps,
             "evaluated": evaluated,
             "best_acc1": place.best_acc1,
             "processes": processes,
             "classes": list(classes),
+            "images": images,
             "config": config,
         }
-        for path in paths:
-            save_checkpoint(path, state)
+        if best:
+            save_checkpoint(folder / BEST, state)
+        save_last(folder, state, keep)
     else:
         run.control.doing("waiting for rank 0 to save")
     dist.barrier()

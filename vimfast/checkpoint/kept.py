@@ -1,0 +1,89 @@
+"""The last checkpoints of a run folder: ``checkpoint.pth``, before it ``checkpoint.1.pth``, ``checkpoint.2.pth``..."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vimfast.checkpoint.files import DamagedCheckpoint, load_checkpoint, save_checkpoint
+from vimfast.files import TEMPORARY
+
+CHECKPOINT = "checkpoint.pth"
+ASIDE = "checkpoint.aside.pth"  # what a run that resumed from an earlier one found in its place
+
+_EARLIER = re.compile(r"checkpoint\.([1-9]\d*)\.pth")
+
+
+def earlier_name(age: int) -> str:
+    """The file of the checkpoint that is so many before the last."""
+    return f"checkpoint.{age}.pth" if age else CHECKPOINT
+
+
+def kept_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run folder, the last first."""
+    ages = {int(match[1]) for path in folder.glob("checkpoint.*.pth") if (match := _EARLIER.fullmatch(path.name))}
+    return [path for age in sorted({0, *ages}) if (path := folder / earlier_name(age)).exists()]
+
+
+def load_last(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The last checkpoint of a run folder whose bytes are as they were written.
+
+    Returns:
+        its path, the checkpoint, and a sentence for each one after it, which is damaged; None if the folder has none.
+
+    Raises:
+        UserError: all are damaged, or one is no checkpoint of a kind that can be read.
+    """
+    damaged: list[DamagedCheckpoint] = []
+    for path in kept_checkpoints(folder):
+        try:
+            return path, load_checkpoint(path), [error.problem for error in damaged]
+        except DamagedCheckpoint as error:  # noqa: PERF203
+            damaged.append(error)
+    if damaged:
+        raise DamagedCheckpoint("; ".join(error.problem for error in damaged), "begin again in another --output_dir")
+    return None
+
+
+def save_last(folder: Path, state: dict[str, Any], count: int) -> None:
+    """Write `state` as the last checkpoint and keep `count` of them, itself included.
+
+    Those before it move on once the new one is on the disk. At any moment the last one is a whole file.
+    """
+    save_checkpoint(folder / CHECKPOINT, state, before=lambda: _move_on(folder, count))
+
+
+def set_aside(folder: Path, origin: Path) -> list[Path]:
+    """Get the checkpoints after `origin`, from which a run resumes, out of the way, so that it is the last one.
+
+    Returns:
+        those that were moved, each to :data:`ASIDE`; nothing where `origin` is the last, or not of this folder.
+    """
+    kept = kept_checkpoints(folder)
+    if not (folder / CHECKPOINT).exists() or origin.resolve() not in [path.resolve() for path in kept]:
+        return []
+    after = kept[: [path.resolve() for path in kept].index(origin.resolve())]
+    for path in reversed(after):  # so that what stays is the very last
+        os.replace(path, folder / ASIDE)
+    return after
+
+
+def _move_on(folder: Path, count: int) -> None:
+    for age in range(count - 1, 1, -1):
+        with suppress(FileNotFoundError):
+            os.replace(folder / earlier_name(age - 1), folder / earlier_name(age))
+    last, before = folder / CHECKPOINT, folder / earlier_name(1)
+    if count < 2 or not last.exists():
+        return
+    link = before.with_name(before.name + TEMPORARY)
+    try:
+        link.unlink(missing_ok=True)
+        os.link(last, link)
+        os.replace(link, before)
+    except OSError:  # a file system without links: for a moment the one before is the only one
+        os.replace(last, before)
+    finally:
+        link.unlink(missing_ok=True)  # it is still there where both were the same file already

@@ -1,0 +1,87 @@
+"""Whether a run continues what its checkpoint began: the same classes, and inside an epoch the same order of images."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vimfast.config import Config
+from vimfast.data.source import FolderSource, Source
+from vimfast.errors import UserError
+from vimfast.shards.format import read_manifest
+
+State = Mapping[str, Any]
+
+
+def check_classes(classes: Sequence[str], wanted: int | None, state: State | None, origin: str, data: str) -> None:
+    """Whether data, flags and checkpoint are of the same classes.
+
+    Raises:
+        UserError: their numbers differ, or the names in the checkpoint, if it has any.
+    """
+    count = len(classes)
+    if wanted is not None and wanted != count:
+        raise UserError(f"--num-classes is {wanted} and the data has {count} classes; drop the flag")
+    head = state["model"].get("head.weight") if state is not None else None
+    fix = "point --data-path at the data it belongs to"
+    if head is not None and len(head) != count:
+        raise UserError(f"{origin} was trained on {len(head)} classes and {data} has {count}", fix)
+    names = state.get("classes") if state is not None else None
+    for number, (there, here) in enumerate(zip(names or (), classes, strict=False)):
+        if there != here:
+            raise UserError(
+                f"{origin} was trained on other classes: class {number} is {there!r} there and {here!r} in {data}", fix
+            )
+
+
+def images_id(source: Source, data_path: str) -> str:
+    """Names the images of a split and their numbering: of shards by their index, of a folder by its list of files."""
+    if isinstance(source, FolderSource):
+        files = source._files
+        crc = 0
+        for part in (files.labels, files.offsets, files.names):
+            crc = zlib.crc32(part.data, crc)
+        return f"folder {len(files)} {crc:08x}"
+    entry = read_manifest(Path(data_path)).splits["train"]
+    return f"shards {entry.samples} {entry.index_crc32:08x}"
+
+
+def order_changes(state: State, cfg: Config, images: str) -> list[str]:
+    """What makes the images of this run come in another order than the checkpoint's; a phrase each.
+
+    Args:
+        images: the :func:`images_id` of this run.
+    """
+    changes = []
+    if state.get("images", images) != images:
+        changes.append(f"{cfg.data.data_path} holds other images, or in another order")
+    before = state.get("config") or {}
+    then, now = ({**d.get("data", {}), **d.get("run", {})} for d in (before, cfg.to_dict()))
+    for name in ("seed", "repeated_aug", "order", "order_window"):
+        if name not in then or then[name] == now[name]:
+            continue
+        if name != "order_window" or "permutation" not in (then["order"], now["order"]):
+            changes.append(f"{_flag(name, now[name])} was {_flag(name, then[name])}")
+    return changes
+
+
+def check_order(changes: Sequence[str], place: str, epoch: int) -> None:
+    """In mid-epoch, the order must be the checkpoint's.
+
+    Raises:
+        UserError: it is not.
+    """
+    if changes:
+        raise UserError(
+            f"the checkpoint stands at {place}, and {' and '.join(changes)}: images would be repeated or missed",
+            f"keep that as it was, or repeat the epoch with --start-epoch {epoch}",
+        )
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
