@@ -61,8 +61,6 @@ class LearningRate:
             steps_per_epoch,
             optimizer,
         )
-        if cfg.sched == "plateau":
-            raise UserError("--sched plateau follows past accuracies, which a resumed run has not; try cosine or step")
         noise: Any = None if cfg.lr_noise is None else [share * cfg.epochs for share in cfg.lr_noise]
         try:
             self.scheduler: Scheduler = create_scheduler_v2(
