@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,11 @@ def test_shipped_recipes_load(path: Path) -> None:
         (["--cutmix-minmax", "0.8", "0.2"], ["cutmix_minmax", "MIN <= MAX"]),
         (["--reprob", "25"], ["reprob is 25", "<= 1"]),
         (["--lr", "nan"], ["lr is nan"]),
+        (["--hflip", "3"], ["hflip is 3", "<= 1"]),
+        (["--drop-path", "2"], ["drop_path is 2", "<= 1"]),
+        (["--opt", "adammw"], ["--opt 'adammw'", "did you mean 'adamw'"]),
+        (["--sched", "cosin"], ["sched is 'cosin'", "did you mean 'cosine'", "tanh"]),
+        (["--sched", "plateau"], ["--sched plateau", "try cosine or step"]),
     ],
 )
 def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
@@ -144,3 +151,24 @@ def test_gradients_are_not_clipped_to_nothing() -> None:
     for norm in ("0", "-1"):
         with pytest.raises(UserError, match=r"clip_grad is .*; it must be above 0"):
             load_config(["--clip-grad", norm])
+
+
+@pytest.mark.parametrize("opt", ["AdamW", "sgd", "lookahead_adam"])
+def test_optimizers_go_by_timms_names(opt: str) -> None:
+    assert load_config(["--opt", opt]).optim.opt == opt
+
+
+def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: Any) -> None:
+    """Where the shell leaves it alone: in YAML, and after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("data:\n  data_path: ~/data\nrun:\n  output_dir: ~/runs\n")
+    cfg = load_config(["--config=~/r.yaml", "--resume=~/a.pth", "--finetune=~/b.pth", "--teacher-path=~/c.pth"])
+    paths = (cfg.data.data_path, cfg.run.output_dir, cfg.run.resume, cfg.finetune.finetune, cfg.distill.teacher_path)
+    assert paths == tuple(str(tmp_path / name) for name in ("data", "runs", "a.pth", "b.pth", "c.pth"))
+    assert load_config(["--resume", "auto"]).run.resume == "auto"
+
+
+def test_the_usual_settings_are_checked_without_torch() -> None:
+    load = "from vimfast.config import load_config; load_config(['--sched', 'step'])"
+    code = f"import sys; {load}; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

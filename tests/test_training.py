@@ -302,6 +302,24 @@ def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
     assert "3 classes" in refused(*start, str(shards), "--num-classes", "10")
 
 
+def test_what_a_model_cannot_be_built_of_is_one_sentence(recipe: str, tree: Path, tmp_path: Path) -> None:
+    start = ("--config", recipe, "--data-path")
+    sentence = refused(*start, str(tree), "--input-size", "45")
+    assert "--input-size 45 is no whole number of patches of 8 pixels every 8" in sentence
+    assert sentence.endswith("the last 5 rows and columns would never be seen; give 40 or 48")
+    vit = ("--model", "vit_tiny_patch16_224", "--input-size", "32", "--model-kwargs", "embed_dim=30", "num_heads=4")
+    assert "cannot be built with these options (dim should be divisible" in refused(*start, str(tree), *vit)
+    for split in ("train", "val"):
+        shutil.copytree(tree / split / "n02", tmp_path / split / "n02")
+    assert f"{tmp_path} has one class, 'n02'" in refused(*start, str(tmp_path))
+
+
+def test_a_warm_up_beyond_the_end_is_told(recipe: str, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--config", recipe, "--data-path", str(tree), "--steps-per-epoch", "1", "--eval-steps", "1")
+    train(*flags, "--warmup-epochs", "5")
+    assert "warning: --warmup-epochs 5 leaves nothing of --epochs 2; warming up for 1" in capsys.readouterr().err
+
+
 def test_an_earlier_run_is_not_overwritten(recipe: str, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth").write_bytes(b"precious")
     sentence = refused("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path))

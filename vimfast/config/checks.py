@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from vimfast.config.schema import Config, kinds
+from vimfast.config.schema import Config, OptimConfig, kinds
 from vimfast.errors import UserError, did_you_mean
 
 
@@ -15,6 +15,11 @@ def check(config: Config) -> None:
     Raises:
         UserError: one is not.
     """
+    sched: str = config.schedule.sched
+    if sched == "plateau":
+        raise UserError(
+            "--sched plateau follows past accuracies, which a resumed run does not have", "try cosine or step"
+        )
     for section in fields(Config):
         part = getattr(config, section.name)
         of = kinds(type(part))
@@ -29,6 +34,7 @@ def check(config: Config) -> None:
             if choices and value not in choices:
                 hint = did_you_mean(value, choices)
                 raise UserError(f"{f.name} is {value!r}{hint}", f"it must be one of {', '.join(choices)}")
+    _check_optimizer(config.optim.opt)
     _check_augmentation(config)
     if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
         raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
@@ -39,6 +45,19 @@ def _check_range(name: str, value: Any, least: float | None, most: float | None)
         raise UserError(f"{name} is {value}", f"it must be >= {least}")
     if most is not None and not value <= most:
         raise UserError(f"{name} is {value}", f"it must be <= {most}")
+
+
+def _check_optimizer(name: str) -> None:
+    """Whether timm has it; its names are asked for, which imports torch, only where it is not the default."""
+    if name == OptimConfig().opt:
+        return
+    from timm.optim import list_optimizers
+
+    known = [str(own) for own in list_optimizers()]
+    if name.lower().removeprefix("lookahead_") not in known:
+        raise UserError(
+            f"--opt {name!r} is not an optimizer of timm's{did_you_mean(name, known)}", "adamw is the default"
+        )
 
 
 def _check_augmentation(config: Config) -> None:

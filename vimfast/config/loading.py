@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ def load_config(argv: list[str]) -> Config:
         part = getattr(config, section.name)
         for name in given.keys() & {f.name for f in fields(part)}:
             setattr(part, name, given[name])
+        for f in fields(part):
+            if f.metadata["path"]:
+                setattr(part, f.name, os.path.expanduser(getattr(part, f.name)))
     check(config)
     return config
 

@@ -21,7 +21,7 @@ def find_recipe(word: str) -> Path:
     Raises:
         UserError: there is no such recipe or no such file.
     """
-    path, known = Path(word), recipes()
+    path, known = Path(word).expanduser(), recipes()
     if "/" not in word and not path.suffix and (word in known or not path.is_file()):
         if word not in known:
             raise UserError(f"there is no recipe {word!r}{did_you_mean(word, known)}", _known(known))

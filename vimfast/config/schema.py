@@ -26,6 +26,7 @@ from vimfast.config.choices import (
     MixMode,
     OnBadImage,
     PositionResampling,
+    Schedule,
 )
 from vimfast.files import write_text
 
@@ -39,11 +40,13 @@ def option(
     aliases: tuple[str, ...] = (),
     choices: Callable[[], tuple[str, ...]] | None = None,
     neutral: bool = False,
+    path: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag: `help` is its ``--help`` line, `aliases` are other spellings.
 
     The choices of a field are its ``Literal`` type; where only the run knows them, `choices` returns them. It is called
     for a value other than the default only. `neutral`: whatever its value, a run trains the same.
+    `path`: a leading ``~`` is the home folder.
     """
     metadata = {
         "help": help,
@@ -52,6 +55,7 @@ def option(
         "aliases": aliases,
         "choices": choices,
         "neutral": neutral,
+        "path": path,
     }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -124,7 +128,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    data_path: str = option("", "shards from vimfast-prepare, or a folder tree with train/ and val/", neutral=True)
+    data_path: str = option(
+        "", "shards from vimfast-prepare, or a folder tree with train/ and val/", neutral=True, path=True
+    )
     batch_size: int = option(64, "training images a step on each GPU (or process)", least=1)
     eval_batch_size: int | None = option(
         None, "validation images a step on each GPU; default: as in training", least=1, neutral=True
@@ -215,7 +221,10 @@ class OptimConfig:
 @dataclass
 class FinetuneConfig:
     finetune: str = option(
-        "", "start from these weights, whatever they were trained on: a checkpoint, or safetensors", neutral=True
+        "",
+        "start from these weights, whatever they were trained on: a checkpoint, or safetensors",
+        neutral=True,
+        path=True,
     )
     pos_embed_resample: PositionResampling = option(
         "patches",
@@ -232,7 +241,7 @@ class FinetuneConfig:
 class DistillConfig:
     distillation_type: Distillation = option("none", "learn from a teacher: its probabilities, or its answer")
     teacher_model: str = option("regnety_160", "any timm model; it sees the images that the student sees")
-    teacher_path: str = option("", "the teacher's checkpoint, or safetensors", neutral=True)
+    teacher_path: str = option("", "the teacher's checkpoint, or safetensors", neutral=True, path=True)
     distillation_alpha: float = option(0.5, "the teacher's share of the loss", least=0)
     distillation_tau: float = option(1.0, "temperature of the probabilities")
     cosub: bool = option(False, "train two draws of stochastic depth on each image to agree (DeiT III's cosub)")
@@ -241,11 +250,11 @@ class DistillConfig:
 @dataclass
 class ScheduleConfig:
     epochs: int = option(300, "epochs to train", least=1)
-    sched: str = option("cosine", "any schedule of timm's factory: cosine, step, poly, constant, ...")
+    sched: Schedule = option("cosine", "schedule of the learning rate, by timm's factory")
     sched_on_updates: bool = option(False, "move the learning rate every step instead of every epoch")
     warmup_lr: float = option(1e-6, "first learning rate of the warm-up (not scaled)")
     min_lr: float = option(1e-5, "last learning rate (not scaled)")
-    warmup_epochs: int = option(5, "epochs of linear warm-up", least=0)
+    warmup_epochs: int = option(5, "epochs of linear warm-up; at most one less than --epochs", least=0)
     cooldown_epochs: int = option(10, "epochs at min_lr after the schedule; --epochs ends a run before them")
     decay_epochs: float = option(30, "interval of sched=step, epochs")
     decay_rate: float = option(0.1, "factor of sched=step", aliases=("dr",))
@@ -264,10 +273,13 @@ class EmaConfig:
 @dataclass
 class RunConfig:
     output_dir: str = option(
-        "", "folder for checkpoints, logs and the resolved config; empty: save nothing", neutral=True
+        "", "folder for checkpoints, logs and the resolved config; empty: save nothing", neutral=True, path=True
     )
     resume: str = option(
-        "", "checkpoint to resume from (or to evaluate); 'auto': output_dir's own if there is one", neutral=True
+        "",
+        "checkpoint to resume from (or to evaluate); 'auto': output_dir's own if there is one",
+        neutral=True,
+        path=True,
     )
     eval: bool = option(False, "only evaluate", neutral=True)
     start_epoch: int | None = option(

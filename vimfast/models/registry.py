@@ -119,6 +119,9 @@ def create_model(name: str, *, img_size: int | None = None, scan_backend: str = 
         options = [p for c in (VisionMamba, MambaMixer) for p in inspect.signature(c).parameters] if ours else []
         word = unknown[1]
         raise UserError(f"{name} has no option {word!r}{did_you_mean(word, options)}") from None
+    except (AssertionError, ValueError) as error:  # such as heads that do not divide the width
+        why = " ".join(str(error).split()) or "its own check failed"
+        raise UserError(f"{name} cannot be built with these options ({why}); change --model-kwargs") from None
     except RuntimeError as error:
         if "No pretrained weights" not in str(error):
             raise

@@ -119,6 +119,7 @@ def _build_training(
 
     torch.manual_seed(cfg.run.seed)
     model = build_model(cfg.model, len(classes))
+    check_patches(model, cfg.model.input_size)
     _start_from(model, cfg, cfg.finetune.finetune if origin is None else "", report)
     model.to(world.device)
     average = build_ema(cfg.ema, model)
@@ -292,6 +293,24 @@ def build_model(cfg: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
+def check_patches(model: nn.Module, size: int) -> None:
+    """Whether the patches cover the whole image, where a model is made of patches.
+
+    Raises:
+        UserError: some rows and columns are in none, and the model would never see them.
+    """
+    conv = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(conv, nn.Conv2d):
+        return
+    patch, stride = conv.kernel_size[0], conv.stride[0]
+    if rest := (size + 2 * int(conv.padding[0]) - patch) % stride:
+        raise UserError(
+            f"--input-size {size} is no whole number of patches of {patch} pixels every {stride}: the last {rest} rows "
+            f"and columns would never be seen",
+            f"give {size - rest} or {size - rest + stride}",
+        )
+
+
 def choose_precision(amp: bool, device: torch.device, report: Reporter) -> Precision:
     """bf16 where it is wanted and the GPU has it; else a context that does nothing. Sets cuDNN's flags on a GPU."""
     on_gpu = device.type == "cuda"
@@ -381,6 +400,9 @@ def _introduce(run: TrainingRun, cfg: Config, source: Source, val_source: Source
         f"{len(val_source):,} to validate; {run.place.steps} steps an epoch of {global_batch} images, "
         f"learning rate {peak_lr(cfg.optim, global_batch):.3g}"
     )
+    warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
+    if warmup >= epochs and cfg.schedule.sched != "none":
+        run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")
     if run.place.epoch or run.place.step:
         run.report.say(f"resuming at {run.place}")
 

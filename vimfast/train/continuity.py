@@ -19,9 +19,11 @@ def check_classes(classes: Sequence[str], wanted: int | None, state: State | Non
     """Whether data, flags and checkpoint are of the same classes.
 
     Raises:
-        UserError: their numbers differ, or the names in the checkpoint, if it has any.
+        UserError: there is only one, their numbers differ, or the names in the checkpoint, if it has any.
     """
     count = len(classes)
+    if count < 2:
+        raise UserError(f"{data} has one class, {classes[0]!r}", "give a --data-path with two or more")
     if wanted is not None and wanted != count:
         raise UserError(f"--num-classes is {wanted} and the data has {count} classes; drop the flag")
     head = state["model"].get("head.weight") if state is not None else None

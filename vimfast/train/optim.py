@@ -61,10 +61,6 @@ class LearningRate:
             steps_per_epoch,
             optimizer,
         )
-        if cfg.sched == "plateau":
-            raise UserError(
-                "--sched plateau follows past accuracies, which a resumed run does not have; try cosine or step"
-            )
         noise: Any = None if cfg.lr_noise is None else list(cfg.lr_noise)  # shares of the schedule, or None
         try:
             self.scheduler: Scheduler = create_scheduler_v2(
