@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import resource
+import stat
 import tarfile
 import time
 import weakref
@@ -200,9 +201,14 @@ class _Shard:
 
 def _check_size(path: Path, expected: int) -> None:
     try:
-        size = path.stat().st_size
+        found = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path} is missing", _AGAIN) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", _AGAIN) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file", _AGAIN)
+    size = found.st_size
     if size != expected:
         raise UserError(f"{path} has {size} bytes, the manifest says {expected}", _AGAIN)
 

@@ -28,6 +28,8 @@ from vimfast.files import write_text
 FORMAT = "vimfast-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+STATE_FOLDER = ".prepare"  # what a conversion keeps for its next run
+PLAN, SOURCE = "plan.json", "source.txt"  # in there: what is converted how, and the folder it comes from
 SPLITS = ("train", "val")
 
 # Offsets and sizes are of the JPEG's bytes inside the tar; height and width are those of the decoded image
@@ -67,8 +69,10 @@ def index_name(split: str) -> str:
 
 
 def is_shards_folder(folder: Path) -> bool:
-    """Whether `folder` holds shards, finished or not: a manifest, or tars named as ours."""
-    return (folder / MANIFEST).is_file() or any(any(folder.glob(f"{split}-*.tar*")) for split in SPLITS)
+    """Whether `folder` holds shards, finished or not: a manifest, tars named as ours, or a conversion's plan."""
+    if (folder / MANIFEST).exists() or (folder / STATE_FOLDER / PLAN).exists():
+        return True
+    return any(any(folder.glob(f"{split}-*.tar*")) for split in SPLITS)
 
 
 # The manifest. Fields that a later vimfast adds are ignored, so that it need not raise VERSION for them.
@@ -161,10 +165,10 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: no manifest (the conversion did not finish), not ours, damaged, edited, or of a newer format.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        raise _unfinished(folder)
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no {MANIFEST}: the conversion did not finish", "run vimfast-prepare again, it resumes"
-        )
+        raise UserError(f"{path} is not a regular file", _AGAIN)
     try:
         # Not msgspec's decoder: file names need not be UTF-8, and it refuses JSON's escapes of those that are not.
         raw = json.loads(path.read_bytes())
@@ -186,6 +190,19 @@ def read_manifest(folder: Path) -> Manifest:
     if (stated := raw.get("crc32")) is not None and stated != (found := _manifest_crc32(raw)):
         raise UserError(f"{path} is damaged or was edited: its checksum is {found}, it says {stated}", _COPY_AGAIN)
     return manifest
+
+
+def _unfinished(folder: Path) -> UserError:
+    try:
+        source = (folder / STATE_FOLDER / SOURCE).read_text("utf-8", "surrogateescape")
+    except OSError:
+        return UserError(
+            f"the conversion into {folder} is not finished: it has no {MANIFEST}",
+            "run vimfast-prepare again, it resumes",
+        )
+    return UserError(
+        f"the conversion of {source} into {folder} is not finished", "run the same vimfast-prepare again, it resumes"
+    )
 
 
 def _manifest_crc32(raw: dict[str, Any]) -> int:
@@ -247,6 +264,8 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
         UserError: missing, damaged, or other than the manifest says.
     """
     path = folder / index_name(split)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file", _AGAIN)
     try:
         index = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
