@@ -32,14 +32,8 @@ IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
 IMAGENET_PER_CLASS = {"train": (732, 1300), "val": (50, 50)}
 WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
-_TOLD_BY_HEADER = {
-    "jpeg",
-    "png",
-    "webp",
-    "bmp",
-    "tiff",
-    "ppm",
-}  # of others only decoding shows whether they can be read
+# Of images of other formats, only decoding shows whether they can be read.
+_KNOWN_BY_HEADER = {"jpeg", "png", "webp", "bmp", "tiff", "ppm"}
 _FEW = 1000  # images that are checked before other processes have started
 
 Severity = Literal["error", "warning"]
@@ -148,7 +142,7 @@ def _check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg
     elif info.format.startswith("jpeg-"):
         flaws.append(Flaw("warning", f"an uncommon kind of JPEG ({info.format})", _CONVERTED))
     complete = b"IEND" in data[-64:] if info.format == "png" else info.complete
-    uncommon = info.format not in _TOLD_BY_HEADER  # the header does not say whether it decodes
+    uncommon = info.format not in _KNOWN_BY_HEADER  # the header does not say whether it decodes
     try:
         wide = jpeg.wide_samples(data)
     except ValueError as error:

@@ -49,6 +49,7 @@ INDEX_DTYPE = np.dtype(
 _AGAIN = "run vimfast-prepare again"
 _COPY_AGAIN = "copy it again, or run vimfast-prepare again"
 _BLOCK_BYTES = 1 << 20
+_LARGEST_SIDE = 65535  # of a JPEG
 
 Count = Annotated[int, Meta(ge=0)]
 
@@ -185,8 +186,10 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
         raise UserError(f"{path} is damaged ({_describe(error)})", _AGAIN) from None
-    except ValueError as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
     if (stated := raw.get("crc32")) is not None and stated != (found := _manifest_crc32(raw)):
         raise UserError(f"{path} is damaged or was edited: its checksum is {found}, it says {stated}", _COPY_AGAIN)
     return manifest
@@ -239,7 +242,7 @@ def read_plan_digests(path: Path) -> dict[str, PlanDigest]:
     """The plans in a file of :func:`write_json`, by split; none where it is missing or damaged."""
     try:
         return msgspec.convert(json.loads(path.read_bytes()), dict[str, PlanDigest])
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError, OverflowError):
         return {}
 
 
@@ -270,6 +273,8 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
         index = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path} is missing", _AGAIN) from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions") from None
     except Exception as error:  # numpy's parser of the header raises nearly anything on garbage
         raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
     if index.dtype != INDEX_DTYPE:
@@ -279,6 +284,24 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
     if crc32 is not None and (found := crc32_of_file(path)) != crc32:
         raise UserError(f"{path} is damaged: its checksum is {found}, the manifest says {crc32}", _COPY_AGAIN)
     return index
+
+
+def check_rows(rows: np.ndarray, entry: SplitEntry, classes: int) -> str | None:
+    """What is wrong with the rows of an index, whatever its checksum; None if nothing is. 15 ms for ImageNet."""
+    per_shard = [shard.samples for shard in entry.shards]
+    if not np.array_equal(rows["shard"], np.repeat(np.arange(len(per_shard)), per_shard)):
+        return "assigns its samples to other shards than the manifest"
+    labels, height, width = rows["label"], rows["height"], rows["width"]
+    ends = np.repeat([shard.bytes for shard in entry.shards], per_shard).astype(np.uint64)
+    sizes = rows["size"].astype(np.uint64)
+    for wrong, what in (
+        ((labels < 0) | (labels >= classes), f"a label that is not from 0 to {classes - 1}"),
+        ((height - 1 >= _LARGEST_SIDE) | (width - 1 >= _LARGEST_SIDE), f"a side that is not from 1 to {_LARGEST_SIDE}"),
+        ((sizes > ends) | (rows["offset"] > ends - np.minimum(sizes, ends)), "a place outside its tar"),
+    ):
+        if wrong.any():
+            return f"has {what}, in sample {int(np.argmax(wrong))} and {int(wrong.sum()) - 1:,} more"
+    return None
 
 
 def crc32_of_file(path: Path) -> int:
