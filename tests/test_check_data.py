@@ -243,6 +243,24 @@ def test_files_that_nobody_reads(check: Check, root: Path, name: str) -> None:
     assert only(report, "warning")["file"] == str(root / "train" / name)
 
 
+def test_only_regular_files_are_read(check: Check, root: Path, shards: Path) -> None:
+    os.mkfifo(root / "train" / "n01" / "fifo.JPEG")
+    (root / "train" / "n01" / "zero.JPEG").symlink_to("/dev/zero")
+    status, report = check(root)
+    assert status == 1
+    assert [f["what"] for f in report["findings"]] == [
+        f"not a regular file, but a {what}" for what in ("FIFO", "device")
+    ]
+    for name in ("train-000001.tar", "train-000001.idx", "val.index.npy"):
+        (shards / name).unlink()
+        os.mkfifo(shards / name)
+    status, report = check(shards)
+    assert status == 1
+    assert {f["file"] for f in report["findings"]} == {
+        str(shards / name) for name in ("train-000001.tar", "train-000001.idx", "val.index.npy")
+    }
+
+
 def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
     shutil.rmtree(root / "val")
     (root / "val").mkdir()

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,7 @@ from conftest import write_image
 from PIL import Image
 
 from vimfast import prepare
+from vimfast.data.source import open_source
 from vimfast.errors import UserError
 from vimfast.shards import convert, jpeg, writer
 from vimfast.shards.format import MANIFEST, ConversionOptions, index_name, read_index, read_manifest
@@ -213,7 +215,9 @@ def test_all_unreadable_images_are_listed_and_nothing_looks_complete(odd: Path, 
     assert "--skip-bad" in said.splitlines()[-1]
     assert not (out / MANIFEST).exists()
     assert not list(out.glob("*.tmp"))
-    with pytest.raises(UserError, match="did not finish"):
+    with pytest.raises(
+        UserError, match=rf"conversion of {odd} into {out} is not finished; run the same vimfast-prepare"
+    ):
         read_manifest(out)
 
     run(odd, "--out", out, "--shard-samples", 3, "--skip-bad")
@@ -319,6 +323,8 @@ def test_interrupted_it_stops_at_the_next_image(many: Path, tmp_path: Path) -> N
     assert said.splitlines()[-1] == "interrupted"
     assert "Traceback" not in said
     assert visible(tmp_path / "out") == {}
+    with pytest.raises(UserError, match=rf"the conversion of {many} into {tmp_path / 'out'} is not finished"):
+        open_source(tmp_path / "out", "train")
 
 
 def test_a_finished_folder_is_left_alone(tree: Path, out: Path) -> None:
@@ -577,6 +583,46 @@ def test_sixteen_bits_are_scaled_and_floats_refused(odd: Path, tmp_path: Path) -
     (tmp_path / "deep.jpg").write_bytes(members(tmp_path / "out/train-000000.tar")["n1/deep.jpg"])
     with Image.open(tmp_path / "deep.jpg") as image:
         assert np.abs(np.asarray(image.convert("L"), float) - shades / 257).max() <= 4
+
+
+def test_formats_that_pillow_reads_are_converted_and_other_files_counted(odd: Path, tmp_path: Path) -> None:
+    with Image.open(odd / "train/n1/good_0.JPEG") as image:
+        for name in ("a.gif", "b.jp2", "c.avif", "d.tiff", "e.jfif"):
+            image.save(odd / "train/n1" / name, {".jfif": "JPEG"}.get(name[1:]))
+    for name in ("x.heic", "y.HEIC", "z.txt"):
+        (odd / "train/n1" / name).write_bytes(b"x")
+    for _ in range(2):
+        said = run(odd, "--out", tmp_path / "out")
+        assert "train: not converted, since the names are not of images: 2 .heic, 1 .txt" in said
+    entry = read_manifest(tmp_path / "out").splits["train"]
+    assert entry.samples == 12
+    assert {note.file[3:] for note in entry.changed} >= {"a.gif", "b.jp2", "c.avif", "d.tiff"}
+
+
+def test_only_regular_files_are_read(odd: Path, tmp_path: Path) -> None:
+    """A FIFO was waited for without end, and 5 GB were read of a link to /dev/zero."""
+    folder = odd / "train/n1"
+    os.mkfifo(folder / "fifo.JPEG")
+    (folder / "zero.JPEG").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(folder / "socket.JPEG"))
+    for extra in ([], ["--resize", 32]):
+        said = run(odd, "--out", tmp_path / "out", *extra, status=2, timeout=TIMEOUT)
+        assert "fifo.JPEG: not a regular file, but a FIFO" in said
+        assert "zero.JPEG: not a regular file, but a device" in said
+        assert "socket.JPEG: not a regular file, but a socket or a device" in said
+        run(odd, "--out", tmp_path / "out", *extra, "--skip-bad", timeout=TIMEOUT)
+        assert read_manifest(tmp_path / "out").splits["train"].samples == 7
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_home_is_known_in_every_path(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree").symlink_to(tree)
+    home = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    (tmp_path / "elsewhere").mkdir()
+    run("~/tree", "--out=~/out", env=home, cwd=tmp_path / "elsewhere")
+    assert (tmp_path / "out" / MANIFEST).is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -14,6 +16,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vimfast import check_data
+from vimfast.checks.findings import CheckOptions
+from vimfast.data.source import open_source
 from vimfast.errors import UserError
 from vimfast.shards.format import (
     INDEX_DTYPE,
@@ -29,6 +34,7 @@ from vimfast.shards.format import (
     read_manifest,
     write_manifest,
 )
+from vimfast.shards.verify import read_tar
 from vimfast.shards.writer import STATE_FOLDER, Record, read_record, record_path, write_index, write_record
 
 COLUMNS = [INDEX_DTYPE[name] for name in INDEX_DTYPE.names or ()]
@@ -169,6 +175,128 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path, manifest: Manifes
     del raw["crc32"]
     (tmp_path / MANIFEST).write_text(json.dumps(raw))
     assert read_manifest(tmp_path).classes == manifest.classes[::-1]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The ways to everything inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
+
+
+@pytest.fixture(scope="module")
+def whole(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A folder of shards, by name."""
+    out = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, "-m", "vimfast.prepare", str(tree), "--out", str(out), "--shard-samples", "20"]
+    subprocess.run(command, check=True, capture_output=True)
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def read_all(files: dict[str, bytes]) -> None:
+    """As a trainer and check_data do; only a sentence may come out."""
+    with tempfile.TemporaryDirectory() as name:
+        for file, content in files.items():
+            (Path(name) / file).write_bytes(content)
+        try:
+            source = open_source(name, "train")
+            source.read(np.arange(len(source)))
+            [source.name(i) for i in range(len(source))]
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+        check_data.check(Path(name), CheckOptions())
+
+
+@given(st.data())
+def test_any_manifest_is_read_or_refused(whole: dict[str, bytes], data: st.DataObject) -> None:
+    raw = json.loads(whole[MANIFEST])
+    del raw["crc32"]
+    for _ in range(data.draw(st.integers(1, 2))):
+        *path, last = data.draw(st.sampled_from([place for place in places(raw) if place]))
+        parent = raw
+        for key in path:
+            parent = parent[key]
+        if data.draw(st.booleans()):
+            del parent[last]
+        else:
+            parent[last] = data.draw(JSON)
+    read_all({**whole, MANIFEST: json.dumps(raw).encode()})
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": ' * 100_000, '{"format": "vimfast-shards", "version": Infinity}']
+)
+def test_json_that_is_hard_to_read_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=r"is damaged \("):
+        read_manifest(tmp_path)
+
+
+@given(st.data())
+def test_any_index_is_read_or_refused(whole: dict[str, bytes], data: st.DataObject) -> None:
+    """Also where the manifest has its checksum."""
+    index = bytearray(whole[index_name("train")])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, 127) | st.integers(0, len(index) - 1))
+        width = data.draw(st.sampled_from([1, 4]))
+        index[at : at + width] = data.draw(st.binary(min_size=width, max_size=width))
+    content = bytes(index[: data.draw(st.just(len(index)) | st.integers(0, len(index)))])
+    raw = json.loads(whole[MANIFEST])
+    del raw["crc32"]
+    raw["splits"]["train"]["index_crc32"] = zlib.crc32(content)
+    read_all({**whole, index_name("train"): content, MANIFEST: json.dumps(raw).encode()})
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("shard", 999, "assigns its samples to other shards than the manifest"),
+        ("label", -1, "has a label that is not from 0 to 2, in sample 7 and 0 more"),
+        ("label", 3, "has a label that is not from 0 to 2"),
+        ("height", 0, "has a side that is not from 1 to 65535"),
+        ("width", 2**32 - 1, "has a side that is not"),
+        ("offset", 2**64 - 1, "has a place outside its tar"),
+        ("size", 2**32 - 1, "has a place outside its tar"),
+    ],
+)
+def test_rows_that_cannot_be(whole: dict[str, bytes], tmp_path: Path, column: str, value: int, said: str) -> None:
+    for file, content in whole.items():
+        (tmp_path / file).write_bytes(content)
+    rows = np.load(tmp_path / index_name("train"))
+    rows[column][7] = value
+    np.save(tmp_path / index_name("train"), rows)
+    raw = json.loads(whole[MANIFEST])
+    del raw["crc32"]
+    raw["splits"]["train"]["index_crc32"] = zlib.crc32((tmp_path / index_name("train")).read_bytes())
+    (tmp_path / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=rf"train\.index\.npy is damaged: it {said}"):
+        open_source(tmp_path, "train")
+
+
+@given(st.data())
+def test_any_tar_is_read_or_refused(whole: dict[str, bytes], data: st.DataObject) -> None:
+    name = "train-000000.tar"
+    tar = bytearray(whole[name])
+    blocks = len(tar) // 512
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, blocks - 1)) * 512 + data.draw(st.integers(0, 511))
+        tar[at] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.just(len(tar)) | st.integers(0, len(tar)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(tar[:cut])
+        try:
+            rows, _ = read_tar(path, 0)
+            assert rows.dtype == INDEX_DTYPE
+        except ValueError:
+            pass
+    read_all({**whole, name: bytes(tar)})
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"format": ', b"\xff\xfe{", b"null"])

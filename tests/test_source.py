@@ -317,6 +317,21 @@ def test_one_bit_of_a_label(shards_copy: Path) -> None:
     assert len(open_source(shards_copy, "val")) == 16
 
 
+@pytest.mark.parametrize("name", ["train-000001.tar", "train.index.npy", "manifest.json"])
+def test_only_regular_files_are_opened(shards_copy: Path, name: str) -> None:
+    (shards_copy / name).unlink()
+    os.mkfifo(shards_copy / name)
+    with pytest.raises(UserError, match=rf"{name} is not a regular file"):
+        open_source(shards_copy, "train")
+
+
+def test_only_regular_images_are_read(tmp_path: Path) -> None:
+    write_image(tmp_path / "train/a/0.JPEG", 0)
+    os.mkfifo(tmp_path / "train/a/1.JPEG")
+    with pytest.raises(UserError, match=r"1\.JPEG is not a readable image \(not a regular file, but a FIFO\)"):
+        open_source(tmp_path, "train").read(np.arange(2))
+
+
 def test_shards_without_the_split(shards_copy: Path) -> None:
     manifest = json.loads((shards_copy / "manifest.json").read_text())
     del manifest["splits"]["val"], manifest["crc32"]
@@ -329,7 +344,7 @@ def test_shards_without_the_split(shards_copy: Path) -> None:
 
 def test_unfinished_shards(shards_copy: Path) -> None:
     (shards_copy / "manifest.json").unlink()
-    with pytest.raises(UserError, match="did not finish; run vimfast-prepare again"):
+    with pytest.raises(UserError, match="is not finished; run the same vimfast-prepare again"):
         open_source(shards_copy, "train")
 
 

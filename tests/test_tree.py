@@ -38,6 +38,18 @@ def test_only_images_count(tmp_path: Path) -> None:
     assert [files.name(i) for i in range(len(files))] == ["n1/a.JPEG"]
 
 
+def test_other_files_are_counted(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        *(f"train/n1/{name}" for name in ("a.JPEG", "b.gif", "c.avif", "d.HEIC", "e.heic", "f", ".g", "h.jp2")),
+    )
+    files = scan_split(tmp_path, "train")
+    assert [files.name(i) for i in range(len(files))] == [
+        f"n1/{name}" for name in ("a.JPEG", "b.gif", "c.avif", "h.jp2")
+    ]
+    assert files.others == {".heic": 2, "no extension": 1}
+
+
 def test_a_class_without_images_keeps_its_index(tmp_path: Path) -> None:
     touch(tmp_path, "train/a/1.jpg", "train/c/1.jpg")
     (tmp_path / "train/b").mkdir()

@@ -25,7 +25,7 @@ from rich.text import Text
 from vimfast.checks.findings import CheckOptions, Finding, Report
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
-from vimfast.cli import Parser, run_main, whole
+from vimfast.cli import Parser, path, run_main, whole
 from vimfast.errors import UserError
 from vimfast.shards.format import SPLITS, is_shards_folder
 
@@ -139,7 +139,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         "Exit status 0: fit to train on; 1: not.",
     )
     add = parser.add_argument
-    add("path", metavar="PATH", type=Path, help="folder with train/ and val/, or with shards")
+    add("path", metavar="PATH", type=path, help="folder with train/ and val/, or with shards")
     text = "number of classes; default: 1,000 if the names are ImageNet's, otherwise train and val need only agree"
     add("--classes", metavar="N", type=whole(1), help=text)
     text = "splits that must exist and are checked [train val]"
@@ -148,7 +148,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="print a JSON object, with all findings, instead of a table")
     add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
     text = "draw labelled samples as the trainer will see them"
-    add("--sample-grid", metavar="PNG", type=Path, help=text)
+    add("--sample-grid", metavar="PNG", type=path, help=text)
     add("--input-size", metavar="S", type=whole(1), default=224, help="side of those samples in training, pixels [224]")
     add("--seed", type=whole(0), default=0, help="of those samples [0]")
     return parser.parse_args(words)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from vimfast import __version__
-from vimfast.cli import Parser, run_main, whole
+from vimfast.cli import Parser, path, run_main, whole
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions
 
@@ -26,8 +25,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         epilog="example: vimfast-prepare imagenet_data/ --out shards/",
     )
     add = parser.add_argument
-    add("root", metavar="IMAGENET_ROOT", type=Path, help="folder that holds train/ and val/ (or one of them)")
-    add("--out", metavar="FOLDER", type=Path, required=True, help="folder to write the shards into")
+    add("root", metavar="IMAGENET_ROOT", type=path, help="folder that holds train/ and val/ (or one of them)")
+    add("--out", metavar="FOLDER", type=path, required=True, help="folder to write the shards into")
     add("--resize", metavar="N", type=whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")
     add("--quality", metavar="Q", type=whole(1, 100), help="JPEG quality of resized images, 1 to 100 [90]")
     add("--seed", type=whole(0), default=0, help="of the training set's shuffle [0]")

@@ -25,21 +25,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vimfast.cli import end_with_parent
 from vimfast.errors import UserError
 from vimfast.shards import jpeg
+from vimfast.shards.tree import EXTENSIONS
 
 IMAGENET_CLASSES = 1000
 IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
 IMAGENET_PER_CLASS = {"train": (732, 1300), "val": (50, 50)}
 WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
-# The file name extensions of each format.
-_EXTENSIONS = {
-    "jpeg": {".jpg", ".jpeg"},
-    "png": {".png"},
-    "webp": {".webp"},
-    "bmp": {".bmp"},
-    "tiff": {".tif", ".tiff"},
-    "ppm": {".ppm", ".pgm"},
-}
+# Of images of other formats, only decoding shows whether they can be read.
+_KNOWN_BY_HEADER = {"jpeg", "png", "webp", "bmp", "tiff", "ppm"}
 _FEW = 1000  # images that are checked before other processes have started
 
 Severity = Literal["error", "warning"]
@@ -141,14 +135,14 @@ def _check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg
     except ValueError as error:
         return None, [Flaw("error", f"not an image: {error}", _REPLACE)]
     flaws = []
-    if extension is not None and extension not in _EXTENSIONS.get(info.format.partition("-")[0], ()):
+    if extension is not None and extension not in EXTENSIONS.get(info.format.partition("-")[0], ()):
         flaws.append(Flaw("warning", f"a {info.format.upper()} by its content", _CONVERTED))
     if info.format == "jpeg" and info.components not in (1, 3):
         flaws.append(Flaw("warning", f"a JPEG of {info.components} components (CMYK)", _CONVERTED))
     elif info.format.startswith("jpeg-"):
         flaws.append(Flaw("warning", f"an uncommon kind of JPEG ({info.format})", _CONVERTED))
     complete = b"IEND" in data[-64:] if info.format == "png" else info.complete
-    uncommon = info.format not in _EXTENSIONS  # the header does not say whether it decodes
+    uncommon = info.format not in _KNOWN_BY_HEADER  # the header does not say whether it decodes
     try:
         wide = jpeg.wide_samples(data)
     except ValueError as error:

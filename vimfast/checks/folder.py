@@ -22,6 +22,7 @@ from vimfast.checks.findings import (
     run_tasks,
 )
 from vimfast.errors import UserError
+from vimfast.files import read_file
 from vimfast.shards.format import SPLITS
 from vimfast.shards.tree import is_image_name, scan_split
 
@@ -202,8 +203,10 @@ def _check_files(folder: str, split: str, name: str, paths: list[bytes], decode:
             what = f"has the name of class {others.pop()}"
             findings.append(Finding("error", split, file, what, "move it to the folder of its class"))
         try:
-            with open(file, "rb") as stream:
-                data = stream.read()
+            data = read_file(Path(file))
+        except ValueError as error:
+            findings.append(Finding("error", split, file, str(error), "delete it"))
+            continue
         except OSError as error:
             fix = "fix the link, the permissions or the disk, or delete it"
             findings.append(Finding("error", split, file, f"cannot be read: {error.strerror}", fix))

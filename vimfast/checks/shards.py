@@ -24,7 +24,7 @@ from vimfast.checks.findings import (
     run_tasks,
 )
 from vimfast.errors import UserError
-from vimfast.files import TEMPORARY
+from vimfast.files import TEMPORARY, read_file
 from vimfast.shards import jpeg
 from vimfast.shards.format import (
     MANIFEST,
@@ -138,6 +138,9 @@ class _SplitCheck:
             name = shard.name
             try:
                 size = (self.folder / name).stat().st_size
+                if not (self.folder / name).is_file():
+                    self._error(name, "not a regular file")
+                    continue
             except OSError as error:
                 self._error(name, f"cannot be found, with {shard.samples:,} samples: {error.strerror}")
                 continue
@@ -167,7 +170,7 @@ class _SplitCheck:
 
     def _check_dali_index(self, name: str, rows: np.ndarray) -> None:
         try:
-            head, *lines = (self.folder / name).read_bytes().splitlines()
+            head, *lines = read_file(self.folder / name).splitlines()
         except FileNotFoundError:
             self._error(name, "missing (only DALI's own webdataset reader needs it)")
             return

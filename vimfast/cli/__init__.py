@@ -1,7 +1,7 @@
 """What every command shares: its flags, how its errors are reported, and how it ends."""
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
-from vimfast.cli.parser import Parser, whole
+from vimfast.cli.parser import Parser, path, whole
 from vimfast.cli.reporting import first_on_host, report_once, was_reported
 from vimfast.cli.running import run_main
 
@@ -12,6 +12,7 @@ __all__ = [
     "end_with_parent",
     "exit_now",
     "first_on_host",
+    "path",
     "report_once",
     "run_main",
     "was_reported",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vimfast.errors import UserError, did_you_mean
@@ -26,6 +28,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"see {self.prog} --help")
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path, where ``~`` is the home folder also after ``--flag=``, which no shell expands."""
+    return Path(os.path.expanduser(text))
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import resource
+import stat
 import tarfile
 import time
 import weakref
@@ -23,7 +24,7 @@ import numpy as np
 from vimfast.errors import UserError
 from vimfast.files import read_file
 from vimfast.shards import jpeg
-from vimfast.shards.format import is_shards_folder, read_index, read_manifest
+from vimfast.shards.format import check_rows, index_name, is_shards_folder, read_index, read_manifest
 from vimfast.shards.tree import FileList, scan_split
 
 _TAR_BLOCK = 512
@@ -127,6 +128,8 @@ class ShardSource:
         entry = manifest.splits[split]
         self.classes: list[str] = manifest.classes
         self._index = read_index(folder, split, entry.samples, entry.index_crc32)
+        if wrong := check_rows(self._index, entry, len(self.classes)):
+            raise UserError(f"{folder / index_name(split)} is damaged: it {wrong}", _AGAIN)
         self._shards = [folder / shard.name for shard in entry.shards]
         for path, shard in zip(self._shards, entry.shards, strict=True):
             _check_size(path, shard.bytes)
@@ -200,9 +203,14 @@ class _Shard:
 
 def _check_size(path: Path, expected: int) -> None:
     try:
-        size = path.stat().st_size
+        found = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path} is missing", _AGAIN) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", _AGAIN) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a regular file", _AGAIN)
+    size = found.st_size
     if size != expected:
         raise UserError(f"{path} has {size} bytes, the manifest says {expected}", _AGAIN)
 

@@ -7,6 +7,7 @@ what their record says, of sources that are what they were, are kept.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,11 +19,14 @@ import msgspec
 
 from vimfast import __version__
 from vimfast.errors import UserError
-from vimfast.files import TEMPORARY
+from vimfast.files import TEMPORARY, write_bytes
 from vimfast.shards.format import (
     FORMAT,
     MANIFEST,
+    PLAN,
+    SOURCE,
     SPLITS,
+    STATE_FOLDER,
     VERSION,
     ConversionOptions,
     Manifest,
@@ -42,9 +46,7 @@ from vimfast.shards.format import (
 from vimfast.shards.plan import ShardPlan
 from vimfast.shards.tree import scan_split
 from vimfast.shards.workers import report, verify_shards, write_shards
-from vimfast.shards.writer import STATE_FOLDER, estimate_bytes, read_record, write_index
-
-_PLAN = "plan.json"
+from vimfast.shards.writer import estimate_bytes, read_record, write_index
 
 
 def convert(
@@ -70,15 +72,18 @@ def convert(
     with _lock(out):
         kept = verify_shards(plans, out, workers) if not overwrite and _is_continued(out, digests) else {}
         if len(kept) == sum(plan.shards for plan in plans) and _is_finished(out, digests):
+            _report_others(plans)
             return f"{out} is complete already: {_summarize(read_manifest(out))}"
         _check_space(plans, out)
         if overwrite:
             _delete_shards(out)
         (out / MANIFEST).unlink(missing_ok=True)
-        write_json(out / STATE_FOLDER / _PLAN, digests)
+        write_json(out / STATE_FOLDER / PLAN, digests)
+        write_bytes(out / STATE_FOLDER / SOURCE, os.fsencode(root.absolute()))
         begin = time.monotonic()
         written = write_shards(plans, out, workers, skip_bad, kept)
         manifest = _finish(plans, out, digests)
+        _report_others(plans)
         rate = f"; {written / (time.monotonic() - begin):,.0f} images/s" if written else ""
         return f"{out} is complete: {_summarize(manifest)}{rate}"
 
@@ -94,6 +99,14 @@ def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
         if not (root / split).is_dir():
             report(f"{root} has no {split}/: only {plans[0].split} is converted")
     return plans
+
+
+def _report_others(plans: Sequence[ShardPlan]) -> None:
+    """What lay among the images and was not converted."""
+    for plan in plans:
+        if others := plan.files.others:
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+            report(f"{plan.files.folder}: not converted, since the names are not of images: {counts}")
 
 
 # The folder to write to
@@ -131,7 +144,7 @@ def _lock(out: Path) -> Iterator[None]:
 
 def _is_continued(out: Path, digests: dict[str, PlanDigest]) -> bool:
     """Whether `out` was started with these plans; False if it holds no shards, an error if it holds others."""
-    known = read_plan_digests(out / STATE_FOLDER / _PLAN) or _manifest_plan(out)
+    known = read_plan_digests(out / STATE_FOLDER / PLAN) or _manifest_plan(out)
     if not known and not is_shards_folder(out):
         return False
     fix = "add --overwrite to delete them, or give another --out"
@@ -182,7 +195,7 @@ def _our_files(out: Path) -> list[Path]:
 
 def _delete_shards(out: Path) -> None:
     (out / MANIFEST).unlink(missing_ok=True)  # first: a folder being deleted must not look complete
-    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*"), out / STATE_FOLDER / _PLAN]:
+    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*"), out / STATE_FOLDER / PLAN]:
         path.unlink(missing_ok=True)
 
 

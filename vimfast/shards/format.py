@@ -28,6 +28,8 @@ from vimfast.files import write_text
 FORMAT = "vimfast-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+STATE_FOLDER = ".prepare"  # what a conversion keeps for its next run
+PLAN, SOURCE = "plan.json", "source.txt"  # in there: what is converted how, and the folder it comes from
 SPLITS = ("train", "val")
 
 # Offsets and sizes are of the JPEG's bytes inside the tar; height and width are those of the decoded image
@@ -47,6 +49,7 @@ INDEX_DTYPE = np.dtype(
 _AGAIN = "run vimfast-prepare again"
 _COPY_AGAIN = "copy it again, or run vimfast-prepare again"
 _BLOCK_BYTES = 1 << 20
+_LARGEST_SIDE = 65535  # of a JPEG
 
 Count = Annotated[int, Meta(ge=0)]
 
@@ -67,8 +70,10 @@ def index_name(split: str) -> str:
 
 
 def is_shards_folder(folder: Path) -> bool:
-    """Whether `folder` holds shards, finished or not: a manifest, or tars named as ours."""
-    return (folder / MANIFEST).is_file() or any(any(folder.glob(f"{split}-*.tar*")) for split in SPLITS)
+    """Whether `folder` holds shards, finished or not: a manifest, tars named as ours, or a conversion's plan."""
+    if (folder / MANIFEST).exists() or (folder / STATE_FOLDER / PLAN).exists():
+        return True
+    return any(any(folder.glob(f"{split}-*.tar*")) for split in SPLITS)
 
 
 # The manifest. Fields that a later vimfast adds are ignored, so that it need not raise VERSION for them.
@@ -161,10 +166,10 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: no manifest (the conversion did not finish), not ours, damaged, edited, or of a newer format.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        raise _unfinished(folder)
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no {MANIFEST}: the conversion did not finish", "run vimfast-prepare again, it resumes"
-        )
+        raise UserError(f"{path} is not a regular file", _AGAIN)
     try:
         # Not msgspec's decoder: file names need not be UTF-8, and it refuses JSON's escapes of those that are not.
         raw = json.loads(path.read_bytes())
@@ -181,11 +186,26 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
         raise UserError(f"{path} is damaged ({_describe(error)})", _AGAIN) from None
-    except ValueError as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
     if (stated := raw.get("crc32")) is not None and stated != (found := _manifest_crc32(raw)):
         raise UserError(f"{path} is damaged or was edited: its checksum is {found}, it says {stated}", _COPY_AGAIN)
     return manifest
+
+
+def _unfinished(folder: Path) -> UserError:
+    try:
+        source = (folder / STATE_FOLDER / SOURCE).read_text("utf-8", "surrogateescape")
+    except OSError:
+        return UserError(
+            f"the conversion into {folder} is not finished: it has no {MANIFEST}",
+            "run vimfast-prepare again, it resumes",
+        )
+    return UserError(
+        f"the conversion of {source} into {folder} is not finished", "run the same vimfast-prepare again, it resumes"
+    )
 
 
 def _manifest_crc32(raw: dict[str, Any]) -> int:
@@ -222,7 +242,7 @@ def read_plan_digests(path: Path) -> dict[str, PlanDigest]:
     """The plans in a file of :func:`write_json`, by split; none where it is missing or damaged."""
     try:
         return msgspec.convert(json.loads(path.read_bytes()), dict[str, PlanDigest])
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError, OverflowError):
         return {}
 
 
@@ -247,10 +267,14 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
         UserError: missing, damaged, or other than the manifest says.
     """
     path = folder / index_name(split)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file", _AGAIN)
     try:
         index = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{path} is missing", _AGAIN) from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions") from None
     except Exception as error:  # numpy's parser of the header raises nearly anything on garbage
         raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
     if index.dtype != INDEX_DTYPE:
@@ -260,6 +284,24 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
     if crc32 is not None and (found := crc32_of_file(path)) != crc32:
         raise UserError(f"{path} is damaged: its checksum is {found}, the manifest says {crc32}", _COPY_AGAIN)
     return index
+
+
+def check_rows(rows: np.ndarray, entry: SplitEntry, classes: int) -> str | None:
+    """What is wrong with the rows of an index, whatever its checksum; None if nothing is. 15 ms for ImageNet."""
+    per_shard = [shard.samples for shard in entry.shards]
+    if not np.array_equal(rows["shard"], np.repeat(np.arange(len(per_shard)), per_shard)):
+        return "assigns its samples to other shards than the manifest"
+    labels, height, width = rows["label"], rows["height"], rows["width"]
+    ends = np.repeat([shard.bytes for shard in entry.shards], per_shard).astype(np.uint64)
+    sizes = rows["size"].astype(np.uint64)
+    for wrong, what in (
+        ((labels < 0) | (labels >= classes), f"a label that is not from 0 to {classes - 1}"),
+        ((height - 1 >= _LARGEST_SIDE) | (width - 1 >= _LARGEST_SIDE), f"a side that is not from 1 to {_LARGEST_SIDE}"),
+        ((sizes > ends) | (rows["offset"] > ends - np.minimum(sizes, ends)), "a place outside its tar"),
+    ):
+        if wrong.any():
+            return f"has {what}, in sample {int(np.argmax(wrong))} and {int(wrong.sum()) - 1:,} more"
+    return None
 
 
 def crc32_of_file(path: Path) -> int:

@@ -5,8 +5,9 @@ class among the sorted folder names.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,19 @@ import numpy as np
 from vimfast.errors import UserError
 
 _SPLITS = ("train", "val")
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"})
+# The file name extensions of each format that is read (see jpeg.py).
+EXTENSIONS = {
+    "jpeg": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "png": {".png", ".apng"},
+    "webp": {".webp"},
+    "bmp": {".bmp", ".dib"},
+    "gif": {".gif"},
+    "tiff": {".tif", ".tiff"},
+    "ppm": {".ppm", ".pgm", ".pbm", ".pnm", ".pfm"},
+    "jpeg2000": {".jp2", ".j2k", ".jpx", ".j2c", ".jpc"},
+    "avif": {".avif"},
+}
+IMAGE_EXTENSIONS = frozenset().union(*EXTENSIONS.values())
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class FileList:
         labels: int32 [N].
         names: uint8 [bytes], the paths inside their class folders, one after the other.
         offsets: int64 [N + 1], the start of each path in `names`.
+        others: how many files were passed over that are not hidden, by extension.
     """
 
     folder: Path
@@ -34,6 +48,7 @@ class FileList:
     labels: np.ndarray
     names: np.ndarray
     offsets: np.ndarray
+    others: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,25 +120,28 @@ def _list(folder: Path, folders: list[str], classes: list[str]) -> FileList:
     """The arrays, grown class by class: at most one class's names are Python objects at a time."""
     places = {name: i for i, name in enumerate(classes)}
     blobs, lengths, counts = [], [], []
+    others: Counter[str] = Counter()
     for name in folders:
-        encoded = [os.fsencode(inside) for inside in sorted(_images(folder / name))]
+        encoded = [os.fsencode(inside) for inside in sorted(_images(folder / name, others))]
         blobs.append(b"".join(encoded))
         lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
         counts.append(len(encoded))
     labels = np.repeat(np.array([places[name] for name in folders], np.int32), counts)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
-    return FileList(folder, classes, labels, np.frombuffer(b"".join(blobs), np.uint8), offsets)
+    return FileList(folder, classes, labels, np.frombuffer(b"".join(blobs), np.uint8), offsets, others)
 
 
-def _images(folder: Path, inside: str = "") -> Iterator[str]:
-    """Paths of the images below `folder`, relative to it, in the file system's order."""
+def _images(folder: Path, others: Counter[str], inside: str = "") -> Iterator[str]:
+    """Paths of the images below `folder`, relative to it, in the file system's order. Counts the other files."""
     with os.scandir(folder / inside) as entries:
         for entry in entries:
             if entry.is_dir():
                 if not entry.name.startswith("."):
-                    yield from _images(folder, f"{inside}{entry.name}/")
+                    yield from _images(folder, others, f"{inside}{entry.name}/")
             elif is_image_name(entry.name):
                 yield inside + entry.name
+            elif not entry.name.startswith("."):
+                others[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
 
 
 def _missing(root: Path, split: str) -> UserError:

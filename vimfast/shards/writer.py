@@ -28,6 +28,7 @@ from vimfast.files import atomic_write, read_file
 from vimfast.shards import jpeg
 from vimfast.shards.format import (
     INDEX_DTYPE,
+    STATE_FOLDER,
     ConversionOptions,
     Count,
     dali_index_name,
@@ -36,8 +37,6 @@ from vimfast.shards.format import (
     shard_name,
 )
 from vimfast.shards.plan import Part, ShardPlan
-
-STATE_FOLDER = ".prepare"
 
 _FLUSH_BYTES = 8 << 20
 
