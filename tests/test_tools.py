@@ -97,7 +97,8 @@ def test_rows_of_gpus_are_measured_and_a_failed_one_says_why(
     row, failed = record["rows"]
     assert (row["gpus"], row["batch"], row["reports"], row["processes_left"]) == (2, 2, 2, 0)
     assert row["decoder_chosen"] == "cpu"
-    assert min(row["img_s"], row["img_s_by_arrival"], row["first_step_s"], row["exit_s"], row["threads"]) > 0
+    assert min(row["img_s"], row["img_s_by_arrival"], row["first_step_s"], row["threads"]) > 0
+    assert row["exit_s"] >= 0
     (baseline,) = record["resident"]
     assert [baseline["before"], baseline["after"]] == rates
     assert row["share"] == pytest.approx(row["img_s"] / (baseline["before"] + baseline["after"]))  # of 2 x their mean

@@ -276,7 +276,7 @@ def measure(row: Row, data: str, images: int, args: argparse.Namespace) -> dict[
             **read_reports(run, row, args),
             **read_usage(usages, run),
             "gpu_gib": None if gpu_memory is None else float(gpu_memory) / 1024,
-            "exit_s": run.ended - run.lines[-1].at,
+            "exit_s": max(0.0, run.ended - run.lines[-1].at),  # a line may be read after the end
             "processes_left": len(left),
         }
 

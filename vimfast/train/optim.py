@@ -44,7 +44,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module, lr: float) -> Optimizer:
             raise UserError(
                 f"--opt {cfg.opt} does not take these options ({error}); change --opt-eps or --opt-betas"
             ) from None
-        raise UserError(f"--opt {cfg.opt!r} is no optimizer of timm's{did_you_mean(cfg.opt, known)}") from None
+        raise UserError(f"--opt {cfg.opt!r} is not an optimizer of timm's{did_you_mean(cfg.opt, known)}") from None
 
 
 class LearningRate:
