@@ -1,6 +1,7 @@
 # make demo and make test are all a newcomer needs: each makes the virtual environment first if it is missing.
 PYTHON ?= python3
 CUDA ?= 13
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -11,7 +12,7 @@ demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # What needs two or more GPUs, on as many as there are; without the environment: python -m pytest -m gpus
 test-gpus: $(READY)

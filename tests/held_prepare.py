@@ -1,10 +1,11 @@
-"""``vimfast-prepare`` whose workers wait after ``HOLD`` images until they are told to stop, so that a test can act in
+"""``vimfast-prepare`` whose workers wait after ``HOLD`` images until they are stopped, so that a test can act in
 the middle of a conversion on any machine.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -26,4 +27,5 @@ def held(*args: Any) -> Any:
 writer.stored = held  # in each worker too: they import this file
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests behind & has it ignored
     main()

@@ -39,7 +39,7 @@ def bytes_of(images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [24, 48])
-def test_changes_come_behind_the_crop(source: Source, size: int) -> None:
+def test_changes_come_after_the_crop(source: Source, size: int) -> None:
     cfg = SETTINGS["timm"]
     plain_cfg = AugmentConfig(aa="", color_jitter=0.0, reprob=0.0)
     plain, augmented = (next(training_loader(source, 36, size=size, augmentation=c).epoch(1)) for c in (plain_cfg, cfg))

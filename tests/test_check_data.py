@@ -149,6 +149,19 @@ def test_what_prepare_converts_is_a_warning(check: Check, root: Path, mode: str,
     assert "vimfast-prepare" in only(report, "warning")["fix"]
 
 
+def test_samples_of_more_than_eight_bits(check: Check, root: Path) -> None:
+    shades = np.linspace(0, 65535, 60 * 60).reshape(60, 60)
+    path = root / "train" / "n01" / "deep.png"
+    Image.fromarray(shades.astype(np.uint16)).save(path)
+    status, report = check(root)
+    assert (status, only(report, "warning")["what"]) == (0, "a 16-bit PNG, scaled to 8 bits")
+    path.unlink()
+    Image.fromarray(shades.astype(np.float32)).save(path.with_suffix(".tif"))
+    status, report = check(root)
+    assert status == 1
+    assert "samples are floats" in only(report)["what"]
+
+
 def test_a_missing_split(check: Check, root: Path) -> None:
     (root / "val").rename(root / "validation")
     status, report = check(root)
@@ -487,6 +500,7 @@ def test_an_edited_manifest(check: Check, shards: Path, edit: Callable[[dict[str
 def test_a_manifest_that_promises_other_bytes(check: Check, shards: Path) -> None:
     manifest = json.loads((shards / MANIFEST).read_text())
     manifest["splits"]["val"]["shards"][1]["bytes"] += 512
+    del manifest["crc32"]
     (shards / MANIFEST).write_text(json.dumps(manifest))
     assert only(check(shards)[1])["file"] == str(shards / "val-000001.tar")
 
@@ -494,6 +508,7 @@ def test_a_manifest_that_promises_other_bytes(check: Check, shards: Path) -> Non
 def test_shards_with_a_class_too_few(check: Check, shards: Path) -> None:
     manifest = json.loads((shards / MANIFEST).read_text())
     manifest["classes"] = manifest["classes"][:2]
+    del manifest["crc32"]
     (shards / MANIFEST).write_text(json.dumps(manifest))
     status, report = check(shards)
     assert status == 1

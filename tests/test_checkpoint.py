@@ -128,13 +128,13 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
-def test_rubbish_is_told(tmp_path: Path, content: bytes) -> None:
+def test_rubbish_is_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.pth").write_bytes(content)
     with pytest.raises(UserError, match="no checkpoint, or a damaged one"):
         load_checkpoint(tmp_path / "c.pth")
 
 
-def test_a_torn_file_is_told(tmp_path: Path) -> None:
+def test_a_torn_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     save_checkpoint(path, {"model": {"a": torch.ones(1000)}})
     path.write_bytes(path.read_bytes()[:-500])
@@ -152,7 +152,7 @@ def test_a_torn_file_is_told(tmp_path: Path) -> None:
         ({"weight": torch.ones(2, 3), "bias": torch.ones(2), "x": torch.ones(1)}, ["x is unknown here"]),
     ],
 )
-def test_another_model_is_told_by_name_and_shape(weights: dict, words: list[str]) -> None:
+def test_another_model_is_reported_by_name_and_shape(weights: dict, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         load_weights(nn.Linear(3, 2), weights, "c.pth")
     assert all(word in str(error.value) for word in words)
@@ -198,7 +198,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 @pytest.mark.parametrize("decay_a_log", [True, False])
-def test_training_goes_on_from_the_originals_file(tmp_path: Path, decay_a_log: bool) -> None:
+def test_training_continues_from_hustvls_file(tmp_path: Path, decay_a_log: bool) -> None:
     """To the weights of an uninterrupted run; decay_a_log=False moves A_log into the other group, out of order."""
     options = {"init_layer_scale": 0.5, "use_double_cls_token": True}
     model = vim(**options)
@@ -225,7 +225,7 @@ def test_training_goes_on_from_the_originals_file(tmp_path: Path, decay_a_log: b
         torch.testing.assert_close(ours.state_dict()[name], want, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_an_optimizer_of_another_model_is_told(tmp_path: Path) -> None:
+def test_an_optimizer_of_another_model_is_reported(tmp_path: Path) -> None:
     model = vim()
     optimizer = originals_optimizer(model)
     train(model, optimizer, range(1))

@@ -97,7 +97,7 @@ def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
         ("a: [", ["not readable YAML"]),
     ],
 )
-def test_wrong_yaml_says_the_cure(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_wrong_yaml_says_the_fix(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as error:
@@ -124,7 +124,7 @@ def test_help_lists_the_backends() -> None:
     ("word", "words"),
     [
         ("nowhere.yaml", ["nowhere.yaml does not exist", "the recipes are debug, demo, "]),
-        ("configs/vim_tiny_1gpu.yaml", ["does not exist", "--config vim_tiny_1gpu is the recipe"]),
+        ("configs/vim_tiny_1gpu.yaml", ["does not exist", "the recipe of that name is --config vim_tiny_1gpu"]),
         ("vim_tny", ["no recipe 'vim_tny'", "did you mean 'vim_tiny'", "vim_tiny_1gpu, ", "by its path"]),
         ("folder", ["no recipe 'folder'"]),
     ],
@@ -166,3 +166,9 @@ def test_the_usual_settings_are_checked_without_torch() -> None:
     load = "from vimfast.config import load_config; load_config(['--sched', 'step'])"
     code = f"import sys; {load}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_gradients_are_not_clipped_to_nothing() -> None:
+    for norm in ("0", "-1"):
+        with pytest.raises(UserError, match=r"clip_grad is .*; it must be above 0"):
+            load_config(["--clip-grad", norm])

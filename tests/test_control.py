@@ -26,7 +26,7 @@ from vimfast.processes.hub import (
 from vimfast.processes.meeting import Links
 
 
-class Told:
+class Recorded:
     """A hub of that many ranks, and what it sends them."""
 
     def __init__(self, size: int, **settings: Any) -> None:
@@ -96,43 +96,43 @@ def test_all_ranks_stop_at_the_same_tick(seed: int) -> None:
     assert len(set(stopped.values())) == 1
 
 
-def test_a_run_told_to_stop_before_its_first_step_ends_at_once() -> None:
-    told = Told(2)
-    told.hub.hear(1, {"say": "stop", "why": "SIGUSR1"}, 0)
+def test_a_run_stopped_before_its_first_step_ends_at_once() -> None:
+    recorded = Recorded(2)
+    recorded.hub.hear(1, {"say": "stop", "why": "SIGUSR1"}, 0)
     for rank in range(2):
-        told.hub.hear(rank, {"say": "vote", "ticks": 0}, 0)
-    assert told.end()["status"] == COME_AGAIN
+        recorded.hub.hear(rank, {"say": "vote", "ticks": 0}, 0)
+    assert recorded.end()["status"] == COME_AGAIN
 
 
 def test_a_rank_that_has_said_goodbye_is_not_lost_and_counts_in_a_vote() -> None:
-    told = Told(3)
-    told.hub.hear(2, {"say": "bye", "ticks": 9}, 0)
-    told.hub.lost(2, 1)
-    told.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 2)
+    recorded = Recorded(3)
+    recorded.hub.hear(2, {"say": "bye", "ticks": 9}, 0)
+    recorded.hub.lost(2, 1)
+    recorded.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 2)
     for rank in (0, 1):
-        told.hub.hear(rank, {"say": "vote", "ticks": 8}, 2)
-    assert (0, {"do": "stop", "ticks": 9}) in told.messages
+        recorded.hub.hear(rank, {"say": "vote", "ticks": 8}, 2)
+    assert (0, {"do": "stop", "ticks": 9}) in recorded.messages
     for rank in (1, 0):
-        assert not told.hub.all_left
-        told.hub.hear(rank, {"say": "bye", "ticks": 9}, 3)
-    assert told.hub.all_left
-    told.hub.lost(1, 4)
-    told.hub.look(1000)
-    assert not told.ended
-    assert [rank for rank, message in told.messages if message["do"] == "leave"] == [0, 1, 2]
+        assert not recorded.hub.all_left
+        recorded.hub.hear(rank, {"say": "bye", "ticks": 9}, 3)
+    assert recorded.hub.all_left
+    recorded.hub.lost(1, 4)
+    recorded.hub.look(1000)
+    assert not recorded.ended
+    assert [rank for rank, message in recorded.messages if message["do"] == "leave"] == [0, 1, 2]
 
 
 def test_a_death_is_reported_before_the_errors_that_it_causes() -> None:
-    told = Told(3)
-    told.hub.hear(0, failed("collective", "RuntimeError: gloo"), 1.0)
-    told.hub.hear(1, failed("crash", "RuntimeError: odd"), 1.1)
-    told.hub.look(1.5)
-    assert not told.ended
-    told.hub.lost(2, 1.6)
-    told.hub.lost(0, 1.7)  # it has said why, so this is not a death
-    told.hub.look(2.5)
-    assert told.end()["status"] == RANK_LOST
-    assert told.end()["sentence"].startswith("error: rank 2 (pid 102 on other) exited unexpectedly, at starting")
+    recorded = Recorded(3)
+    recorded.hub.hear(0, failed("collective", "RuntimeError: gloo"), 1.0)
+    recorded.hub.hear(1, failed("crash", "RuntimeError: odd"), 1.1)
+    recorded.hub.look(1.5)
+    assert not recorded.ended
+    recorded.hub.lost(2, 1.6)
+    recorded.hub.lost(0, 1.7)  # it has said why, so this is not a death
+    recorded.hub.look(2.5)
+    assert recorded.end()["status"] == RANK_LOST
+    assert recorded.end()["sentence"].startswith("error: rank 2 (pid 102 on other) exited unexpectedly, at starting")
 
 
 @pytest.mark.parametrize(
@@ -146,41 +146,41 @@ def test_a_death_is_reported_before_the_errors_that_it_causes() -> None:
     ],
 )
 def test_the_cause_is_reported(failures: list[tuple[int, str, str]], status: int, sentence: str) -> None:
-    told = Told(3)
+    recorded = Recorded(3)
     for rank, kind, text in failures:
-        told.hub.hear(rank, failed(kind, text), 1.0)
-    assert told.ended == (len(failures) == 3)  # nobody is left to hear from
-    told.hub.look(2.1)
-    assert (told.end()["status"], told.end()["sentence"]) == (status, sentence)
-    assert sentence.endswith(told.end()["trace"].removeprefix("trace of "))  # the cause's, sent with the sentence
+        recorded.hub.hear(rank, failed(kind, text), 1.0)
+    assert recorded.ended == (len(failures) == 3)  # nobody is left to hear from
+    recorded.hub.look(2.1)
+    assert (recorded.end()["status"], recorded.end()["sentence"]) == (status, sentence)
+    assert sentence.endswith(recorded.end()["trace"].removeprefix("trace of "))  # the cause's, sent with the sentence
 
 
 def test_a_signal_after_a_failure_promises_nothing() -> None:
     """torchrun sends it to the others because one has failed."""
-    told = Told(2)
-    told.hub.hear(0, beat(5), 0)
-    told.hub.lost(1, 1)
-    told.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 1.1)
-    assert not told.messages
-    told.hub.look(2)
-    assert told.end()["status"] == RANK_LOST
+    recorded = Recorded(2)
+    recorded.hub.hear(0, beat(5), 0)
+    recorded.hub.lost(1, 1)
+    recorded.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 1.1)
+    assert not recorded.messages
+    recorded.hub.look(2)
+    assert recorded.end()["status"] == RANK_LOST
 
 
 def test_a_rank_that_a_signal_ends_while_it_starts_is_not_lost() -> None:
-    told = Told(2)
-    told.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 0)
-    told.hub.lost(1, 0)
-    assert told.end()["status"] == STOPPED["SIGTERM"]
+    recorded = Recorded(2)
+    recorded.hub.hear(0, {"say": "stop", "why": "SIGTERM"}, 0)
+    recorded.hub.lost(1, 0)
+    assert recorded.end()["status"] == STOPPED["SIGTERM"]
 
 
 def test_a_rank_that_does_not_answer_is_the_one_to_blame() -> None:
-    told = Told(2, state=lambda peer: " (frozen)", advice="; try again")
+    recorded = Recorded(2, state=lambda peer: " (frozen)", advice="; try again")
     for now in range(1, 15):
-        told.hub.hear(0, beat(5, idle=now), now)
+        recorded.hub.hear(0, beat(5, idle=now), now)
         if now < 3:
-            told.hub.hear(1, beat(5, idle=0), now)
-        told.hub.look(now)
-    end = told.end()
+            recorded.hub.hear(1, beat(5, idle=0), now)
+        recorded.hub.look(now)
+    end = recorded.end()
     assert end["status"] == STALLED
     assert (
         "rank 1 (pid 101 on host) is stuck at step 5 (training step) and does not answer (frozen); try"
@@ -190,11 +190,11 @@ def test_a_rank_that_does_not_answer_is_the_one_to_blame() -> None:
 
 
 def test_a_rank_that_freezes_while_the_others_wait_for_its_goodbye_is_killed() -> None:
-    told = Told(2)
-    told.hub.hear(0, {"say": "bye", "ticks": 5}, 0)
-    told.hub.hear(1, beat(5, doing="closing"), 0)
-    told.hub.look(11)
-    assert (told.end()["killer"], told.end()["victim"]) == (0, 101)
+    recorded = Recorded(2)
+    recorded.hub.hear(0, {"say": "bye", "ticks": 5}, 0)
+    recorded.hub.hear(1, beat(5, doing="closing"), 0)
+    recorded.hub.look(11)
+    assert (recorded.end()["killer"], recorded.end()["victim"]) == (0, 101)
 
 
 def test_the_first_rank_is_missed() -> None:
@@ -220,21 +220,21 @@ def test_the_first_rank_is_missed() -> None:
     ],
 )
 def test_of_those_that_answer_the_one_that_waits_for_no_other_is_to_blame(beats: list[Message], culprit: int) -> None:
-    told = Told(2)
+    recorded = Recorded(2)
     for rank, message in enumerate(beats):
-        told.hub.hear(rank, message, 20)
-    told.hub.look(20)
-    assert told.end()["stacks"] == culprit
+        recorded.hub.hear(rank, message, 20)
+    recorded.hub.look(20)
+    assert recorded.end()["stacks"] == culprit
 
 
 def test_a_rank_that_is_ahead_in_evaluation_has_not_stalled() -> None:
-    told = Told(2)
-    told.hub.hear(0, beat(50, 500), 20)
-    told.hub.hear(1, beat(30, 1), 20)
-    told.hub.look(20)
-    told.hub.forgive(100)  # this machine was suspended
-    told.hub.look(120)
-    assert not told.ended
+    recorded = Recorded(2)
+    recorded.hub.hear(0, beat(50, 500), 20)
+    recorded.hub.hear(1, beat(30, 1), 20)
+    recorded.hub.look(20)
+    recorded.hub.forgive(100)  # this machine was suspended
+    recorded.hub.look(120)
+    assert not recorded.ended
 
 
 def test_a_control_that_is_not_entered_stops_nothing() -> None:

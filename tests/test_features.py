@@ -145,7 +145,7 @@ def test_saved_for_the_hub_and_loaded_by_timm(tmp_path: Path, options: dict[str,
     assert torch.equal(own(images), model(images))
 
 
-def test_what_cannot_be_saved_for_the_hub_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_saved_for_the_hub_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without a name"):
         save_for_hub(VisionMamba(**SMALL), tmp_path)
     with pytest.raises(UserError, match="2 class names for a head of 5 classes"):

@@ -63,6 +63,7 @@ def test_the_originals_resampling_takes_class_tokens_for_the_first(double: bool)
 def trained_names(model: nn.Module, **settings: Any) -> set[str]:
     before = {name: p.clone() for name, p in model.named_parameters()}
     freeze(model, FinetuneConfig(**settings))
+    torch.manual_seed(0)  # in 5 of 300 seeds, stochastic depth drops the last block for both images
     optimizer = build_optimizer(OptimConfig(weight_decay=0.5), model, 0.1)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     optimizer.step()
@@ -91,7 +92,7 @@ def test_attn_only_trains_the_mixers() -> None:
     assert freeze(VisionMamba(**SMALL), FinetuneConfig()) == ""
 
 
-def test_what_cannot_be_frozen_is_told() -> None:
+def test_what_cannot_be_frozen_is_reported() -> None:
     with pytest.raises(UserError, match="--freeze-layers is 4 and the model has 3 layers before its head"):
         freeze(VisionMamba(**SMALL), FinetuneConfig(freeze_layers=4))
     with pytest.raises(UserError, match="--attn-only trains mixers or attention"):
@@ -149,8 +150,8 @@ def test_cosub() -> None:
         return -(target * q.log() + (1 - target) * (1 - q).log()).mean()
 
     a, b = logits[:3], logits[3:]
-    told = [1 / (1 + (-x.detach()).exp()) for x in (a, b)]
-    want = 0.25 * (bce(a, targets) + bce(b, targets) + bce(a, told[1]) + bce(b, told[0]))
+    taught = [1 / (1 + (-x.detach()).exp()) for x in (a, b)]
+    want = 0.25 * (bce(a, targets) + bce(b, targets) + bce(a, taught[1]) + bce(b, taught[0]))
     got = objective(images, logits, targets)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(want, logits))
@@ -167,12 +168,12 @@ def test_cosub() -> None:
         ({"distillation_type": "hard", "teacher_model": "resnet1", "teacher_path": "t"}, "no model named 'resnet1'"),
     ],
 )
-def test_mistakes_about_teachers_are_told(settings: dict[str, Any], sentence: str) -> None:
+def test_mistakes_about_teachers_are_reported(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError) as error:
         build_teacher(DistillConfig(**settings), 5, 224)
     assert sentence in str(error.value)
 
 
-def test_a_teacher_of_other_classes_is_told(teacher: Path) -> None:
+def test_a_teacher_of_other_classes_is_reported(teacher: Path) -> None:
     with pytest.raises(UserError, match=r"--teacher-path: .*fc.weight is \(5, 512\) there and \(7, 512\) here"):
         build_teacher(DistillConfig("hard", "resnet10t", str(teacher)), 7, 64)

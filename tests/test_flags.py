@@ -169,7 +169,7 @@ def test_a_global_batch_is_the_same_on_any_number_of_gpus(flags: str, world: int
 
 
 @pytest.mark.parametrize(("flags", "world"), [("", 3), ("--accum-steps 3", 1), ("", 2048)])
-def test_a_global_batch_that_cannot_be_shared_out_is_told(flags: str, world: int) -> None:
+def test_a_global_batch_that_cannot_be_shared_out_is_reported(flags: str, world: int) -> None:
     config = load_config(["--global-batch-size", "1024", *flags.split()])
     with pytest.raises(UserError, match=r"give a multiple of \d+, such as (1023|2048)$"):
         plan_batches(config, world)

@@ -95,9 +95,9 @@ def late() -> str:
 
 
 def test_a_gradient_that_comes_late_is_refused(tmp_path: Path) -> None:
-    for told in run_on(2, late, tmp_path):
-        assert told.startswith("parameter branch.")
-        assert "first gradient after the first step" in told
+    for said in run_on(2, late, tmp_path):
+        assert said.startswith("parameter branch.")
+        assert "first gradient after the first step" in said
 
 
 def copied() -> list[Tensor]:

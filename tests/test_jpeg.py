@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -242,14 +245,83 @@ def test_conversion_keeps_colours() -> None:
     assert JpegImagePlugin.get_sampling(converted) == 0  # 4:4:4
 
 
-def test_sixteen_bits_are_what_pillow_makes_of_them() -> None:
-    """Nearly white: ``convert`` clips, and what timm and torchvision train on is the reference."""
-    shades = np.linspace(0, 1000, 64 * 64).astype(np.uint16).reshape(64, 64)
-    data = encode(Image.fromarray(shades), "PNG")
-    expected = decode(data)
-    assert expected.max() == 255
-    assert expected.min() == 0
-    assert np.abs(decode(jpeg.to_rgb_jpeg(data)[0]) - expected).max() <= 4
+SHADES = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM", "JPEG2000"])
+@pytest.mark.parametrize("resize", [None, 32])
+def test_sixteen_bits_are_scaled_to_eight(format: str, resize: int | None) -> None:
+    """Pillow's ``convert`` clips them: nearly all of such an image is white."""
+    data = encode(Image.fromarray(SHADES), format)
+    found = decode(jpeg.to_rgb_jpeg(data, resize=resize)[0])
+    cells = 64 if resize is None else resize
+    expected = (SHADES / 257).reshape(cells, 64 // cells, cells, 64 // cells).mean((1, 3))
+    assert np.abs(found - expected[..., None]).max() <= 4
+    assert jpeg.wide_samples(data) == "16-bit"
+
+
+def test_sixteen_bits_a_channel_are_what_pillow_makes_of_them() -> None:
+    """It has no such images, but reads them: the upper half of each value."""
+    rows = b"".join(b"\0" + bytes([10, 1, 200, 2, 90, 3]) * 8 for _ in range(8))
+    chunks = [(b"IHDR", (8).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])), (b"IDAT", zlib.compress(rows))]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in [*chunks, (b"IEND", b"")]:
+        crc = zlib.crc32(name + content)
+        data += len(content).to_bytes(4, "big") + name + content + crc.to_bytes(4, "big")
+    assert jpeg.wide_samples(data) == "16-bit"
+    assert np.abs(decode(jpeg.to_rgb_jpeg(data)[0]) - [10, 200, 90]).max() <= 3
+
+
+def test_white_may_be_zero() -> None:
+    data = encode(Image.fromarray(SHADES), "TIFF", tiffinfo={262: 0})
+    assert Image.open(BytesIO(data)).tag_v2[262] == 0  # type: ignore[attr-defined]
+    assert np.abs(decode(jpeg.to_rgb_jpeg(data)[0])[..., 0] - (255 - SHADES / 257)).max() <= 4
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_samples_of_a_range_that_is_not_known_are_refused(kind: type) -> None:
+    image = Image.fromarray((SHADES.astype(kind) - 1000) * 3)
+    data = encode(image, "TIFF")
+    for read in (jpeg.to_rgb_jpeg, jpeg.wide_samples):
+        with pytest.raises(ValueError, match="in a range that it does not say: save it with 8 bits"):
+            read(data)
+    stated = encode(image, "TIFF", tiffinfo={340: kind(-3000).item(), 341: kind(3 * 64535).item()})
+    assert jpeg.wide_samples(stated) == ("float" if kind is np.float32 else "32-bit integer")
+    assert np.abs(decode(jpeg.to_rgb_jpeg(stated)[0])[..., 0] - SHADES / 257).max() <= 4
+
+
+def test_eight_bits_are_not_wide() -> None:
+    for format in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
+        assert jpeg.wide_samples(encode(smooth_image(), format)) is None
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from io import BytesIO
+from PIL import Image
+from vimfast.shards import jpeg
+Image.init()
+data = sys.stdin.buffer.read()
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 1_000_000,) * 2)
+try:
+    jpeg.inspect(data)
+    jpeg.to_rgb_jpeg(data, resize=64)
+except (MemoryError, ValueError) as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "megabytes"),
+    [("PNG", {}, 60), ("JPEG", {"progressive": True}, 60), ("WEBP", {}, 60), ("GIF", {}, 20)],
+)
+def test_too_little_memory_is_no_fault_of_the_image(format: str, options: dict[str, object], megabytes: int) -> None:
+    """Even where a decoder says so: libjpeg and libwebp do."""
+    data = encode(Image.new("RGB", (6000, 6000), (3, 200, 90)), format, **options)
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(megabytes)]
+    for form, expected in ((data, "MemoryError"), (encode(smooth_image(), format)[:300], "ValueError")):
+        assert subprocess.run(command, input=form, capture_output=True, check=True).stdout.decode().strip() == expected
 
 
 def test_resize_shrinks_the_short_side_only() -> None:
@@ -259,8 +331,8 @@ def test_resize_shrinks_the_short_side_only() -> None:
         ((40, 90), (90, 40)),
         ((50, 50), (50, 50)),
     ):
-        data, told = jpeg.to_rgb_jpeg(encode(smooth_image(size)), resize=50, quality=90)
-        assert told == expected == jpeg.inspect(data)[1:3]
+        data, reported = jpeg.to_rgb_jpeg(encode(smooth_image(size)), resize=50, quality=90)
+        assert reported == expected == jpeg.inspect(data)[1:3]
 
 
 def test_a_shrunk_image_is_antialiased() -> None:

@@ -277,15 +277,19 @@ def damaged(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("make", [training_loader, evaluation_loader])
 def test_an_image_that_does_not_decode_is_named(damaged: Path, make: object) -> None:
     loader: Loader = make(open_source(damaged, "train"))  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"cannot decode .*/a/5\.JPEG \(broken data .*check_data DATA --decode") as told:
+    with pytest.raises(
+        UserError, match=r"cannot decode .*/a/5\.JPEG \(broken data .*check_data DATA --decode"
+    ) as caught:
         list(loader.epoch(0))
-    assert "6.JPEG" not in str(told.value)
+    assert "6.JPEG" not in str(caught.value)
     with pytest.raises(UserError, match=r"a/5\.JPEG"):  # and again, instead of continuing without it
         list(loader.epoch(0))
 
 
-def skipping(root: Path, told: list[str], batch_size: int = 4, **settings: object) -> Loader:
-    return training_loader(open_source(root, "train"), batch_size, on_bad_image="skip", report=told.append, **settings)
+def skipping(root: Path, reported: list[str], batch_size: int = 4, **settings: object) -> Loader:
+    return training_loader(
+        open_source(root, "train"), batch_size, on_bad_image="skip", report=reported.append, **settings
+    )
 
 
 @pytest.fixture
@@ -297,14 +301,14 @@ def worse(damaged: Path) -> Path:
     return damaged
 
 
-def test_bad_images_are_skipped_and_told_once(worse: Path) -> None:
+def test_bad_images_are_skipped_and_reported_once(worse: Path) -> None:
     """The next good one stands in: 7 for 5 and 6, 9 for 8 (in the order of names: 0, 1, 10, 11, 2, ...)."""
-    told: list[str] = []
-    loader = skipping(worse, told)
+    reported: list[str] = []
+    loader = skipping(worse, reported)
     epochs = [list(loader.epoch(epoch)) for epoch in range(3)]
     assert [len(batch.labels) for epoch in epochs for batch in epoch] == 9 * [4]
-    assert sorted(next(n for n in (5, 6, 8) if f"a/{n}.JPEG" in sentence) for sentence in told) == [5, 6, 8]
-    assert all("another takes its place" in sentence for sentence in told)
+    assert sorted(next(n for n in (5, 6, 8) if f"a/{n}.JPEG" in sentence) for sentence in reported) == [5, 6, 8]
+    assert all("another takes its place" in sentence for sentence in reported)
     assert len(loader.skipped) == 3
     good = {5: 7, 6: 7, 8: 9}
     for bad, stand_in in good.items():
@@ -316,22 +320,22 @@ def test_bad_images_are_skipped_and_told_once(worse: Path) -> None:
 
 
 def test_a_run_that_skips_is_the_same_resumed_and_on_two_ranks(worse: Path) -> None:
-    told: list[str] = []
-    loader = skipping(worse, told)
+    reported: list[str] = []
+    loader = skipping(worse, reported)
     through = [list(loader.epoch(epoch)) for epoch in range(2)]
-    assert_same(list(skipping(worse, told).epoch(1, start=1)), through[1][1:])
-    ranks = [list(skipping(worse, told, 2, world=2, rank=rank).epoch(1)) for rank in range(2)]
+    assert_same(list(skipping(worse, reported).epoch(1, start=1)), through[1][1:])
+    ranks = [list(skipping(worse, reported, 2, world=2, rank=rank).epoch(1)) for rank in range(2)]
     for step, whole in enumerate(through[1]):
         for rank in range(2):
             assert torch.equal(ranks[rank][step].images, whole.images[rank::2])
 
 
 def test_evaluation_leaves_bad_images_out(worse: Path) -> None:
-    told: list[str] = []
-    loader = evaluation_loader(open_source(worse, "train"), 4, on_bad_image="skip", report=told.append)
+    reported: list[str] = []
+    loader = evaluation_loader(open_source(worse, "train"), 4, on_bad_image="skip", report=reported.append)
     seen = [torch.cat([batch.images for batch in loader.epoch(0)]) for _ in range(2)]
-    assert len(told) == 3
-    assert all("it is not counted" in sentence for sentence in told)
+    assert len(reported) == 3
+    assert all("it is not counted" in sentence for sentence in reported)
     for bad in (5, 6, 8):
         (worse / "train" / "a" / f"{bad}.JPEG").unlink()
     (expected,) = evaluation_loader(open_source(worse, "train"), 12).epoch(0)
@@ -342,12 +346,12 @@ def test_evaluation_leaves_bad_images_out(worse: Path) -> None:
 def test_evaluation_of_bad_images_only_ends(worse: Path) -> None:
     for file in (worse / "train" / "a").iterdir():
         file.write_bytes(b"nothing")
-    told: list[str] = []
+    reported: list[str] = []
     source = open_source(worse, "train")
-    assert list(evaluation_loader(source, on_bad_image="skip", report=told.append).epoch(0)) == []
-    assert len(told) == 12
+    assert list(evaluation_loader(source, on_bad_image="skip", report=reported.append).epoch(0)) == []
+    assert len(reported) == 12
     with pytest.raises(UserError, match="none of the 12 images decodes"):
-        list(skipping(worse, told).epoch(0))
+        list(skipping(worse, reported).epoch(0))
 
 
 def test_what_dali_refuses_and_pillow_reads_is_read(damaged: Path) -> None:
@@ -357,15 +361,15 @@ def test_what_dali_refuses_and_pillow_reads_is_read(damaged: Path) -> None:
     data = file.read_bytes()
     at = data.index(b"\xff\xdb")
     file.write_bytes(data[:at] + b"junk" + data[at:])
-    told: list[str] = []
+    reported: list[str] = []
     source = open_source(damaged, "train")
-    loader = evaluation_loader(source, 12, report=told.append)
+    loader = evaluation_loader(source, 12, report=reported.append)
     for _ in range(2):
         (batch,) = loader.epoch(0)
         assert (levels(batch.images) - levels(clean)).abs().max() < 8
         different = (batch.images != clean).flatten(1).any(dim=1).nonzero().flatten().tolist()
         assert [Path(source.name(i)).name for i in different] in ([], ["5.JPEG"])
-    assert [sentence.count("5.JPEG: DALI cannot decode it, but Pillow can") for sentence in told] == [1]
+    assert [sentence.count("5.JPEG: DALI cannot decode it, but Pillow can") for sentence in reported] == [1]
 
 
 def test_copies_on_one_rank_are_read_once_and_look_the_same(textured: Path) -> None:

@@ -392,14 +392,14 @@ def test_other_models_on_the_same_rails() -> None:
         ("resnet18", {"depht": 3}, "resnet18 has no option 'depht'"),
     ],
 )
-def test_mistakes_are_told(name: str, options: dict[str, Any], sentence: str) -> None:
+def test_mistakes_are_reported(name: str, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError) as error:
         create_model(name, **options)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_images_of_another_size_are_told() -> None:
+def test_images_of_another_size_are_reported() -> None:
     with pytest.raises(UserError, match=r"3 x 32 x 32 .* built for 3 x 24 x 32"):
         small()(torch.zeros(2, 3, 32, 32))
 

@@ -67,16 +67,13 @@ def original(tmp_path: Path) -> Path:
 def test_evaluation(original: Path, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = train(*FLAGS, "--data-path", str(tree), "--eval", "--resume", str(original))
     state = load_checkpoint(original)
-    assert all(
-        torch.equal(value, state["model"][name]) for name, value in trainer.evaluated.models[""].state_dict().items()
-    )
-    assert all(
-        torch.equal(v, state["model_ema"][name]) for name, v in trainer.evaluated.models["ema_"].state_dict().items()
-    )
-    told = capsys.readouterr().out
-    assert "raw weights and their average (EMA)" in told
+    for whose, part in (("", "model"), ("ema_", "model_ema")):
+        weights = trainer.evaluated.models[whose].state_dict()
+        assert all(torch.equal(value, state[part][name]) for name, value in weights.items())
+    said = capsys.readouterr().out
+    assert "raw weights and their average (EMA)" in said
     for name in ("network", "ema network"):
-        assert f"Accuracy of the {name} on the 15 test images" in told
+        assert f"Accuracy of the {name} on the 15 test images" in said
 
 
 @pytest.mark.parametrize("how", ["patches", "original"])
@@ -88,7 +85,7 @@ def test_evaluation_at_another_size(original: Path, tree: Path, how: str) -> Non
         torch.testing.assert_close(model.state_dict()["pos_embed"], want["pos_embed"] + extra)
 
 
-def test_training_goes_on(original: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_continues(original: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = load_checkpoint(original)
     seen: dict[str, Any] = {}
 
@@ -121,10 +118,10 @@ def test_finetuning(original: Path, tree: Path, capsys: pytest.CaptureFixture[st
     assert torch.equal(trainer.evaluated.models[""].layers[1].mixer.D, want["layers.1.mixer.D"])
     assert torch.equal(trainer.evaluated.models["ema_"].layers[1].mixer.D, want["layers.1.mixer.D"])
     assert trainer.evaluated.models[""].head.weight.shape == (3, 32)
-    told = capsys.readouterr().out
-    assert "position embedding resampled from 17 to 37 positions" in told
-    assert "head has 3 classes here and 10 in" in told
-    assert "parameters are trained, the others stay as they are" in told
+    said = capsys.readouterr().out
+    assert "position embedding resampled from 17 to 37 positions" in said
+    assert "head has 3 classes here and 10 in" in said
+    assert "parameters are trained, the others stay as they are" in said
 
 
 @pytest.mark.parametrize("flag", ["--eval", "--resume", "--finetune", "--teacher-path"])

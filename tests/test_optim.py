@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,13 @@ def test_a_place_has_one_rate_however_it_was_reached() -> None:
         jumped = LearningRate(cfg, build_optimizer(OptimConfig(), Toy(), 1e-3), 4)
         jumped.set(4, 1)
         assert walked.value == jumped.value
+        plain = LearningRate(replace(cfg, lr_noise=None), build_optimizer(OptimConfig(), Toy(), 1e-3), 4)
+        plain.set(2, 1)
+        jumped.set(2, 1)
+        assert plain.value == jumped.value  # noise begins after half of the schedule
+        for rate in (plain, jumped):
+            rate.set(4, 1)
+        assert plain.value != jumped.value
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb"])

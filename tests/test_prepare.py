@@ -235,7 +235,7 @@ def test_a_fixed_image_is_stored_by_the_next_run(odd: Path, tmp_path: Path) -> N
     assert read_manifest(tmp_path / "out").splits["train"].samples == 12
 
 
-def test_a_shard_of_nothing_but_unreadable_images_is_told(odd: Path, tmp_path: Path) -> None:
+def test_a_shard_of_nothing_but_unreadable_images_is_reported(odd: Path, tmp_path: Path) -> None:
     spoil(odd)
     said = run(odd, "--out", tmp_path / "out", "--shard-samples", 1, "--skip-bad", status=2)
     assert "no empty shard" in said.splitlines()[-1]
@@ -356,6 +356,98 @@ def test_a_replaced_image_is_noticed_when_resuming(tree: Path, out: Path, tmp_pa
     assert found["n02/n02_3.jpg"] == file.read_bytes()
 
 
+def edit_index(out: Path) -> None:
+    rows = np.load(out / "train.index.npy")
+    rows["offset"][5] = 10**9
+    np.save(out / "train.index.npy", rows)
+
+
+def test_a_damaged_index_is_made_again(tree: Path, out: Path, tmp_path: Path) -> None:
+    """It was called complete, while the trainer said to run vimfast-prepare again."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    tars = {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")}
+    edit_index(copy)
+    said = run(tree, "--out", copy, "--shard-samples", 10)
+    assert "train.index.npy is damaged: its checksum is" in said
+    assert visible(copy) == visible(out)
+    assert tars == {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")}
+    edit_index(copy)
+    shutil.rmtree(copy / ".prepare")
+    run(tree, "--out", copy, "--shard-samples", 10)
+    assert visible(copy) == visible(out)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("place", ["image", "header", "label", "padding", "end", "idx", "record"])
+def test_a_shard_damaged_in_place_is_made_again(
+    tree: Path, out: Path, tmp_path: Path, place: str, finished: bool
+) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    tar, row = copy / "train-000001.tar", np.load(out / "train.index.npy")[9]
+    assert row["shard"] == 1
+    start, end = int(row["offset"]), int(row["offset"] + row["size"])
+    label = end + -end % 512 + 512
+    where = {"image": start + 300, "header": start - 512, "label": label, "padding": label + 9, "end": -1}
+    path = {"idx": tar.with_suffix(".idx"), "record": copy / ".prepare/train-000001.npz"}.get(place, tar)
+    data = bytearray(path.read_bytes())
+    data[where.get(place, 60)] ^= 2
+    path.write_bytes(data)
+    if not finished:
+        (copy / MANIFEST).unlink()
+    others = {path: path.stat().st_mtime_ns for path in copy.glob("*.tar") if path != tar}
+    said = run(tree, "--out", copy, "--shard-samples", 10)
+    assert "train-000001.tar" in said
+    assert "it is made again" in said
+    assert visible(copy) == visible(out)
+    assert others == {path: path.stat().st_mtime_ns for path in others}
+    assert "is complete already" in run(tree, "--out", copy, "--shard-samples", 10)
+
+
+def test_only_shards_of_other_images_are_made_again(tree: Path, out: Path, tmp_path: Path) -> None:
+    """A finished folder, too, was called complete. A copy of the tree with other times is the same tree."""
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    shutil.copytree(tree, root)
+    run(root, "--out", copy, "--shard-samples", 10)
+    for path in root.rglob("*.JPEG"):
+        os.utime(path, (1, 1))
+    for _ in range(2):
+        assert "is complete already" in run(root, "--out", copy, "--shard-samples", 10)
+    file = root / "train/n02/n02_3.JPEG"
+    data = bytearray(file.read_bytes())
+    data[-40] ^= 1
+    file.write_bytes(data)
+    times = {path: path.stat().st_mtime_ns for path in copy.glob("*.tar")}
+    said = run(root, "--out", copy, "--shard-samples", 10)
+    assert "was made from another n02/n02_3.JPEG: it is made again" in said
+    assert sum(path.stat().st_mtime_ns != time for path, time in times.items()) == 1
+    found = {name: data for tar in copy.glob("train-*.tar") for name, data in members(tar).items()}
+    assert found["n02/n02_3.jpg"] == bytes(data)
+
+
+def test_an_image_that_was_skipped_is_taken_in_once_it_is_fixed(odd: Path, tmp_path: Path) -> None:
+    """The file, its link and its permission."""
+    out, words = tmp_path / "out", [odd, "--out", tmp_path / "out", "--skip-bad"]
+    spoil(odd)
+    run(*words)
+    assert "5 skipped" in run(*words)
+    write_image(odd / "train/n1/cut.JPEG", 9)
+    (odd / "train/n1/nowhere").write_bytes((odd / "train/n1/cut.JPEG").read_bytes())
+    assert "made from another n1/cut.JPEG" in run(*words)
+    assert [note.file for note in read_manifest(out).splits["train"].skipped] == [
+        f"n1/{name}.JPEG" for name in ("empty", "page", "zeros")
+    ]
+
+
+def test_records_of_earlier_versions_serve(tree: Path, out: Path, tmp_path: Path) -> None:
+    """They have one checksum of all sizes and times."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    for path in copy.glob(".prepare/*.npz"):
+        with np.load(path) as saved:
+            tables = {name: saved[name] for name in ("rows", "record")}
+        np.savez(path, **tables)
+    assert "is complete already" in run(tree, "--out", copy, "--shard-samples", 10)
+
+
 def test_another_plan_is_refused_and_overwrite_is_the_fix(tree: Path, tmp_path: Path) -> None:
     root, out = tmp_path / "root", tmp_path / "out"
     shutil.copytree(tree / "val", root / "val")
@@ -419,7 +511,9 @@ def test_names_that_confuse_readers_get_other_keys(tmp_path: Path) -> None:
     assert "Egyptian_cat/v1_0_final" in {sample["__key__"] for sample in found}
 
 
-def test_too_little_space_is_told_before_it_starts(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_it_starts(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=10_000))
     for extra in ([], ["--resize", "32"]):
@@ -435,7 +529,7 @@ def test_the_estimate_is_near(tree: Path, out: Path) -> None:
     assert 0.8 < estimate / written < 1.25
 
 
-def test_a_full_disk_is_told_and_resumed_from(tree: Path, out: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_resumed_from(tree: Path, out: Path, tmp_path: Path) -> None:
     words = [tree, "--out", tmp_path / "out", "--shard-samples", 10]
     limit = (out / "train-000000.tar").stat().st_size // 2
     said = run(*words, status=2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
@@ -455,6 +549,34 @@ def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"cannot be read .*resumes"):
         writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
     assert visible(tmp_path / "out") == {}
+
+
+def test_too_little_memory_is_not_skipped(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was: "why: MemoryError"."""
+
+    def short(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    part = ShardPlan("train", scan_split(odd, "train"), ConversionOptions()).part(0)
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    monkeypatch.setattr(jpeg, "to_rgb_jpeg", short)
+    with pytest.raises(UserError, match=r"too little memory to decode .*is_(png|cmyk)\.JPEG; free some.*resumes"):
+        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
+    assert visible(tmp_path / "out") == {}
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(odd: Path, tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 60 * 60).reshape(60, 60)
+    Image.fromarray(shades.astype(np.uint16)).save(odd / "train/n1/deep.png")
+    Image.fromarray(shades.astype(np.float32)).save(odd / "train/n1/float.tif")
+    said = run(odd, "--out", tmp_path / "out", status=2)
+    assert "float.tif: its samples are floats of 16 or 32 bits in a range that it does not say" in said
+    run(odd, "--out", tmp_path / "out", "--skip-bad")
+    changed = {note.file: note.why for note in read_manifest(tmp_path / "out").splits["train"].changed}
+    assert changed["n1/deep.png"] == "16-bit png, stored as an RGB JPEG"
+    (tmp_path / "deep.jpg").write_bytes(members(tmp_path / "out/train-000000.tar")["n1/deep.jpg"])
+    with Image.open(tmp_path / "deep.jpg") as image:
+        assert np.abs(np.asarray(image.convert("L"), float) - shades / 257).max() <= 4
 
 
 def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
@@ -481,7 +603,7 @@ def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
         (["{tree}", "--out", "/proc/x"], "cannot be written to"),
     ],
 )
-def test_bad_input_is_told_in_a_sentence(
+def test_bad_input_is_reported_in_a_sentence(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

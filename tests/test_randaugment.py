@@ -261,7 +261,7 @@ def test_draws_are_distributed_as_timms(text: str) -> None:
         assert max(differences(our_draws(wrong), theirs).values()) > 1, wrong
 
 
-def test_the_statistics_tell_dalis_own_randaugment_apart() -> None:
+def test_the_statistics_distinguish_dalis_own_randaugment() -> None:
     found = differences(dalis_draws(), timms_draws(DEFAULT))
     assert found["operations per image"] > 100
     assert found["operations"] > 100

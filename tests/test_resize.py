@@ -108,6 +108,7 @@ def compare_in_the_interpreter() -> None:
     assert run(images, random_cases(sizes, 0, 0), 8).shape == (0, 8, 8, 3)
 
 
+@pytest.mark.slow
 def test_kernels_give_pillows_bytes() -> None:
     """Whether a kernel is interpreted is settled when its module is imported, so this runs in a process of its own."""
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])

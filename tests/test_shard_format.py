@@ -119,6 +119,7 @@ def test_the_manifest_is_read_as_it_was_written(tmp_path: Path, manifest: Manife
 def test_what_a_later_version_adds_is_ignored(tmp_path: Path, manifest: Manifest) -> None:
     write_manifest(tmp_path, manifest)
     raw = json.loads((tmp_path / MANIFEST).read_text())
+    del raw["crc32"]
     raw["checksums"] = raw["splits"]["val"]["license"] = "new"
     (tmp_path / MANIFEST).write_text(json.dumps(raw))
     assert read_manifest(tmp_path) == manifest
@@ -153,6 +154,21 @@ def test_a_manifest_that_does_not_serve(
         read_manifest(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / MANIFEST} ")
     assert said in str(caught.value)
+
+
+def test_a_manifest_that_was_edited_is_refused(tmp_path: Path, manifest: Manifest) -> None:
+    """However it is laid out; one without a checksum, of an earlier version, is read."""
+    write_manifest(tmp_path, manifest)
+    raw = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(raw, indent=4))
+    assert read_manifest(tmp_path) == manifest
+    raw["classes"].reverse()
+    (tmp_path / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged or was edited: its checksum is \d+, it says \d+; "):
+        read_manifest(tmp_path)
+    del raw["crc32"]
+    (tmp_path / MANIFEST).write_text(json.dumps(raw))
+    assert read_manifest(tmp_path).classes == manifest.classes[::-1]
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"format": ', b"\xff\xfe{", b"null"])

@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun, told to stop, killed and frozen: they end in time and say why in one sentence.
+"""Two gloo processes under torchrun, stopped, killed and frozen: they end in time and say why in one sentence.
 
 Each step pauses for a while (``paced_train``), so a busy machine makes a test slower and changes nothing else. Starting
 interpreters is what takes the time, so torchrun's workers are forks (``forking_torchrun``) and only the kinds that show
@@ -252,9 +252,9 @@ def test_a_failure_is_reported_once(fault: str, sentence: str, flags: tuple[str,
         reported = only_error(run)
         assert reported.startswith(sentence), run.text
         assert run.process.returncode != 0
-        trace, told, _ = run.text.partition("ValueError: a bug of ours\n")
-        assert bool(told) == ("crash" in fault)
-        assert not told or reported not in trace  # the sentence comes last
+        trace, bug, _ = run.text.partition("ValueError: a bug of ours\n")
+        assert bool(bug) == ("crash" in fault)
+        assert not bug or reported not in trace  # the sentence comes last
         assert "exitcode  : 2" in run.text or "exitcode  : 1" in run.text
 
 

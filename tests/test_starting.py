@@ -100,13 +100,13 @@ def test_a_process_that_is_ended_because_another_has_failed_is_silent(
 ) -> None:
     for name, value in UNDER_TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    told = reporting.first_on_host(reporting.attempt())
-    assert told is not None
+    word = reporting.first_on_host(reporting.attempt())
+    assert word is not None
     with start("vimfast.train", "--config", str(settings)) as run:
         wait_until_read(settings, run)
-        told.settimeout(TIMEOUT)
-        told.accept()  # it has seen that another says why the run ends
-        told.close()
+        word.settimeout(TIMEOUT)
+        word.accept()  # it has seen that another says why the run ends
+        word.close()
         run.process.send_signal(signal.SIGTERM)
         assert run.wait(TIMEOUT) == 143
         assert not run.text

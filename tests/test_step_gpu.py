@@ -79,7 +79,7 @@ def test_a_captured_step_is_the_launched_one(accum_steps: int) -> None:
     agree(eager, graph)
 
 
-def test_capturing_leaves_no_trace_and_replays_draw_anew() -> None:
+def test_capturing_leaves_no_trace_and_replays_draw_again() -> None:
     step = build(drop_path=0.5)
     weights = {name: w.clone() for name, w in step.model.state_dict().items()}
     random_state = torch.cuda.get_rng_state()

@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def _tools_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "told"),
+    ("a", "b", "said"),
     [
         # variances 4 and 4 over 3 seeds each: a standard error of sqrt(8 / 3) = 1.633, twice that 3.27
         ([10.0, 12.0, 14.0], [13.0, 15.0, 17.0], "a difference of +3, within"),
@@ -34,8 +35,8 @@ def _tools_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
         ([10.0], [10.0, 11.0], "one seed shows no spread"),
     ],
 )
-def test_means_are_compared_with_twice_their_standard_error(a: list[float], b: list[float], told: str) -> None:
-    assert told in runpy.run_path(str(TOOLS / "comparison.py"))["verdict"]("first", a, "second", b)
+def test_means_are_compared_with_twice_their_standard_error(a: list[float], b: list[float], said: str) -> None:
+    assert said in runpy.run_path(str(TOOLS / "comparison.py"))["verdict"]("first", a, "second", b)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_rows_of_gpus_are_measured_and_a_failed_one_says_why(
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "said"),
     [
         (("--row", "gpus=0"), "gpus is 0; it must be 1 or more"),
         (("--row", "batch=-1"), "batch is -1; it must be 1 or more"),
@@ -117,14 +118,14 @@ def test_rows_of_gpus_are_measured_and_a_failed_one_says_why(
     ],
 )
 def test_what_bench_gpus_refuses(
-    flags: tuple[str, ...], told: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], said: str, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_gpus.py", str(tree), "--device", "cpu", *flags])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=said):
         runpy.run_path(str(TOOLS / "bench_gpus.py"))["main"]()
 
 
-def test_two_nodes_tells_its_usage() -> None:
+def test_two_nodes_prints_its_usage() -> None:
     for flags, status in (["--help"], 0), ([], 2), (["--device", "cpu"], 2):
         done = subprocess.run([str(TOOLS / "two_nodes.sh"), *flags], capture_output=True, text=True)
         assert done.returncode == status
@@ -132,7 +133,7 @@ def test_two_nodes_tells_its_usage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "said"),
     [
         (["epoch 0 [1/2]", "error: no such folder; give another", "W1 torch/distributed", "====="], "error: no such"),
         (["[rank1]: torch.OutOfMemoryError: CUDA", "ChildFailedError:", "exitcode : 1"], "[rank1]: torch.OutOfMemory"),
@@ -140,9 +141,9 @@ def test_two_nodes_tells_its_usage() -> None:
         ([], "no output"),
     ],
 )
-def test_the_line_that_reports_a_failure(lines: list[str], told: str) -> None:
+def test_the_line_that_reports_a_failure(lines: list[str], said: str) -> None:
     script = runpy.run_path(str(TOOLS / "bench_gpus.py"))
-    assert script["last_words"]([Line(0.0, text, True) for text in lines]).startswith(told)
+    assert script["last_words"]([Line(0.0, text, True) for text in lines]).startswith(said)
 
 
 def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
@@ -150,7 +151,10 @@ def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
     hang += "; print('started', flush=True); time.sleep(600)"
     with Watched([sys.executable, "-c", hang]) as run:
         run.wait_for("started", 60)
-        assert len(run.processes()) == 2
+        end = time.monotonic() + 60
+        while len(run.processes()) != 2:  # the second may not have taken on its name yet
+            assert time.monotonic() < end, run.processes()
+            time.sleep(0.05)
         assert run.usage().memory > 0
         with pytest.raises(TimeoutError, match="started"):
             run.wait(0.1)

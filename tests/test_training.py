@@ -1,4 +1,4 @@
-"""The main job on real files: train, stop, go on, evaluate, alone and under torchrun; and what bad input says."""
+"""The main job on real files: train, stop, resume, evaluate, alone and under torchrun; and what bad input says."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path:
     assert "img/s" in (run / "train.log").read_text()
 
     flags = ("--config", recipe, "--data-path", str(shards), "--eval", "--resume")
-    told = call("vimfast.train", *flags, str(run / "best_checkpoint.pth")).stdout
+    output = call("vimfast.train", *flags, str(run / "best_checkpoint.pth")).stdout
     best = max(records, key=lambda r: r["test_acc1"])
-    assert f"* Acc@1 {best['test_acc1']:.3f} Acc@5 {best['test_acc5']:.3f} loss {best['test_loss']:.3f}" in told
-    assert f"Accuracy of the network on the 15 test images: {best['test_acc1']:.1f}%" in told
-    assert "Accuracy of the ema network on the 15 test images" in told
+    assert f"* Acc@1 {best['test_acc1']:.3f} Acc@5 {best['test_acc5']:.3f} loss {best['test_loss']:.3f}" in output
+    assert f"Accuracy of the network on the 15 test images: {best['test_acc1']:.1f}%" in output
+    assert "Accuracy of the ema network on the 15 test images" in output
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_to_the_same_bits(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir")
     whole = train(*flags, str(tmp_path / "whole"))
     train(*flags, str(tmp_path / "parts"), control=Stops(f"epoch 0, step {whole.place.steps} "))  # in the evaluation
@@ -98,6 +98,15 @@ def test_a_run_killed_before_its_evaluation_makes_up_for_it(recipe: str, shards:
     train(*flags, "--resume", "auto")
     records = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [0, 1]
+
+
+def test_a_run_that_begins_a_later_epoch_forgets_half_of_an_earlier(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path))
+    train(*flags, control=Stops("epoch 0, step 2 "))
+    with build(load_config([*flags, "--resume", "auto", "--start-epoch", "1"]), World()) as run:
+        assert isinstance(run, TrainingRun)
+        assert (run.place.epoch, run.place.step) == (1, 0)
+        assert run.sums.read() == {"loss": 0.0, "steps": 0.0}
 
 
 def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:
@@ -165,8 +174,8 @@ def test_two_processes_train_what_one_does(recipe: str, shards: Path, tree: Path
     records = [json.loads((tmp_path / name / "log.txt").read_text()) for name in ("one", "two")]
     assert records[0]["train_loss"] == pytest.approx(records[1]["train_loss"], rel=1e-4)
     # 15 images over 2 processes in batches of 2: each is counted once.
-    told = call("vimfast.train", *flags, "", "--eval", "--resume", str(tmp_path / "two/checkpoint.pth"), processes=2)
-    assert f"Accuracy of the network on the 15 test images: {records[1]['test_acc1']:.1f}%" in told.stdout
+    output = call("vimfast.train", *flags, "", "--eval", "--resume", str(tmp_path / "two/checkpoint.pth"), processes=2)
+    assert f"Accuracy of the network on the 15 test images: {records[1]['test_acc1']:.1f}%" in output.stdout
     # The folder tree trains too, to the same loss: its order differs from that of the shuffled shards.
     call("vimfast.train", *still, "--data-path", str(tree), "--output_dir", str(tmp_path / "tree"))
     assert json.loads((tmp_path / "tree" / "log.txt").read_text())["test_loss"] < 2.0
@@ -215,9 +224,9 @@ def test_a_step_without_numbers_is_skipped(
 
     trainer = train("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--opt", opt, hooks=hooks)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert trainer.sums.read()["steps"] == 0  # zeroed behind the epoch
+    assert trainer.sums.read()["steps"] == 0  # zeroed after the epoch
     assert trainer.train_step.health()[:2] == (1, 1)
-    assert "1 steps skipped because of non-finite gradients, by epoch 0, step 2" in capsys.readouterr().err
+    assert "1 step skipped because of non-finite gradients, by epoch 0, step 2" in capsys.readouterr().err
     updates = {int(state["step"]) for state in trainer.optimizer.state.values() if "step" in state}
     assert updates <= {trainer.place.steps - 1}
 

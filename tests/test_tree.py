@@ -100,7 +100,7 @@ def test_a_root_that_is_none(tmp_path: Path) -> None:
             scan_split(tmp_path / root, "train")
 
 
-def test_a_loop_of_links_is_told(tmp_path: Path) -> None:
+def test_a_loop_of_links_is_reported(tmp_path: Path) -> None:
     touch(tmp_path, "train/n1/a.jpg")
     (tmp_path / "train/n1/loop").symlink_to("loop")
     with pytest.raises(UserError, match="loop cannot be read"):

@@ -33,6 +33,7 @@ def errors() -> dict[str, float]:
     return json.loads(out.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_kernels_match_float64(errors: dict[str, float]) -> None:
     assert len(errors) == 19
     bad = {name: error for name, error in errors.items() if not error < 2e-6}

@@ -52,14 +52,14 @@ def test_a_file_that_holds_anything_else_is_no_tuning(tmp_path: Path, damage: st
 def test_a_gpu_is_tuned_once(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     runs = []
-    monkeypatch.setattr(tune, "tune", lambda device, tell: runs.append(device) or OTHER)
-    gpu, told = torch.device("cuda", 0), list[str]()
+    monkeypatch.setattr(tune, "tune", lambda device, log: runs.append(device) or OTHER)
+    gpu, said = torch.device("cuda", 0), list[str]()
     assert tuning_of(gpu) == DEFAULT
     for _ in range(2):
-        tune.tune_once(0, told.append)
+        tune.tune_once(0, said.append)
     assert runs == [0]
-    assert "NVIDIA GeForce RTX 4090" in told[0]
-    assert "ScanForward" in told[1]
+    assert "NVIDIA GeForce RTX 4090" in said[0]
+    assert "ScanForward" in said[1]
     assert tuning_of(gpu) == DEFAULT  # not in the middle of a run
     tuning.read_again()
     assert tuning_of(gpu) == OTHER
@@ -92,7 +92,7 @@ def test_kernels_are_named_after_device_code_alone() -> None:
 def test_a_cache_that_cannot_be_written_ends_nothing(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     (a_gpu / "vimfast").write_text("a file where the folder should be")
-    monkeypatch.setattr(tune, "tune", lambda device, tell: OTHER)
+    monkeypatch.setattr(tune, "tune", lambda device, log: OTHER)
     with pytest.warns(UserWarning, match="XDG_CACHE_HOME to a writable folder"):
         tune.tune_once(0, lambda line: None)
 

@@ -101,8 +101,9 @@ def _connect(device: torch.device, host: dist.ProcessGroup | None) -> None:
 
 
 def _neighbours(rank: int, local_rank: int, size: int, local_size: int) -> tuple[int, dist.ProcessGroup | None]:
-    regular = {(local_size, rank % local_size == local_rank)}
-    if local_size == 1 or set().union(*gather_objects(regular)) != {(local_size, True)}:
+    # Asked on every process, whatever its host is like: a collective must not depend on that.
+    found = set().union(*gather_objects({(local_size, rank % local_size == local_rank)}))
+    if local_size == 1 or found != {(local_size, True)}:
         return 1, None  # hosts with different numbers of processes, or ranks assigned round-robin
     groups = [dist.new_group(list(range(first, first + local_size))) for first in range(0, size, local_size)]
     group = groups[rank // local_size]

@@ -144,8 +144,9 @@ def random_resized_crop(
 def _centre_box(sizes: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:  # int64 [n, 4]
     height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
     aspect = width / height
-    box_height = np.where(aspect < ratio[0], np.rint(width / ratio[0]).astype(np.int64), height)
-    box_width = np.where(aspect > ratio[1], np.rint(height * ratio[1]).astype(np.int64), width)
+    # Of an image of a pixel or two, such a box may be nothing: torchvision's is empty there.
+    box_height = np.where(aspect < ratio[0], np.rint(width / ratio[0]).clip(1).astype(np.int64), height)
+    box_width = np.where(aspect > ratio[1], np.rint(height * ratio[1]).clip(1).astype(np.int64), width)
     return np.stack([(height - box_height) // 2, (width - box_width) // 2, box_height, box_width], axis=1)
 
 

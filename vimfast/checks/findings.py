@@ -123,7 +123,17 @@ def check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg.
 
     Returns:
         What the header says, None if these bytes are not an image, and what is wrong.
+
+    Raises:
+        UserError: there is too little memory to decode it.
     """
+    try:
+        return _check_image(data, extension, decode)
+    except MemoryError:
+        raise UserError("there is too little memory to decode an image", "free some, or lower --workers") from None
+
+
+def _check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg.ImageInfo | None, list[Flaw]]:
     if not data:
         return None, [Flaw("error", "empty (0 bytes)", _REPLACE)]
     try:
@@ -139,6 +149,13 @@ def check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg.
         flaws.append(Flaw("warning", f"an uncommon kind of JPEG ({info.format})", _CONVERTED))
     complete = b"IEND" in data[-64:] if info.format == "png" else info.complete
     uncommon = info.format not in _EXTENSIONS  # the header does not say whether it decodes
+    try:
+        wide = jpeg.wide_samples(data)
+    except ValueError as error:
+        flaws.append(Flaw("error", str(error), _REPLACE))
+    else:
+        if wide:
+            flaws.append(Flaw("warning", f"a {wide} {info.format.upper()}, scaled to 8 bits", _CONVERTED))
     if (decode or uncommon or not complete) and (why := _why_undecodable(data)):
         what = "does not decode" if complete else "cut off or damaged"
         flaws.append(Flaw("error", f"{what}: {why}", _REPLACE))
@@ -151,6 +168,8 @@ def _why_undecodable(data: bytes) -> str | None:
     try:
         with Image.open(BytesIO(data)) as image:
             image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's parsers raise nearly anything on garbage
         return str(error) or type(error).__name__
     return None

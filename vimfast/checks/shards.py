@@ -26,7 +26,15 @@ from vimfast.checks.findings import (
 from vimfast.errors import UserError
 from vimfast.files import TEMPORARY
 from vimfast.shards import jpeg
-from vimfast.shards.format import MANIFEST, Manifest, dali_index_name, index_name, read_index, read_manifest
+from vimfast.shards.format import (
+    MANIFEST,
+    Manifest,
+    crc32_of_file,
+    dali_index_name,
+    index_name,
+    read_index,
+    read_manifest,
+)
 
 _COMPLETE = "complete the source folder and run vimfast-prepare on it again"
 _SOURCE = "fix the image in the source folder, or delete it there, and run vimfast-prepare again"
@@ -113,7 +121,7 @@ class _SplitCheck:
         except UserError as error:
             self.findings.append(Finding.of(error, self.split, self.folder / name))
             return None
-        if _crc32_of_file(self.folder / name) != self.entry.index_crc32:
+        if crc32_of_file(self.folder / name) != self.entry.index_crc32:
             self._error(name, "differs from its checksum in the manifest")
         if (stored := int(rows["size"].sum(dtype=np.int64))) != self.entry.bytes:
             self._error(name, f"has images of {stored:,} bytes in all, the manifest says {self.entry.bytes:,}")
@@ -177,14 +185,6 @@ class _SplitCheck:
             if words[:3] + words[4:6] != [b"jpg", b"%d" % offset, b"%d" % size, b"cls", b"%d" % label_at]:
                 self._error(name, f"disagrees with {index_name(self.split)}, from line {number} on")
                 return
-
-
-def _crc32_of_file(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _padded(size: int) -> int:

@@ -17,7 +17,9 @@ def check(config: Config) -> None:
     """
     sched: str = config.schedule.sched
     if sched == "plateau":
-        raise UserError("--sched plateau follows past accuracies, which a resumed run has not", "try cosine or step")
+        raise UserError(
+            "--sched plateau follows past accuracies, which a resumed run does not have", "try cosine or step"
+        )
     for section in fields(Config):
         part = getattr(config, section.name)
         of = kinds(type(part))
@@ -34,6 +36,8 @@ def check(config: Config) -> None:
                 raise UserError(f"{f.name} is {value!r}{hint}", f"it must be one of {', '.join(choices)}")
     _check_optimizer(config.optim.opt)
     _check_augmentation(config)
+    if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
+        raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
 
 
 def _check_range(name: str, value: Any, least: float | None, most: float | None) -> None:

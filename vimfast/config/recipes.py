@@ -27,10 +27,10 @@ def find_recipe(word: str) -> Path:
             raise UserError(f"there is no recipe {word!r}{did_you_mean(word, known)}", _known(known))
         return known[word]
     if not path.exists():
-        raise UserError(f"{path} does not exist", _known(known, path.stem))
+        own = f"the recipe of that name is --config {path.stem}" if path.stem in known else _known(known)
+        raise UserError(f"{path} does not exist", own)
     return path
 
 
-def _known(names: Iterable[str], meant: str = "") -> str:
-    hint = f"--config {meant} is the recipe of that name; " if meant in names else ""
-    return f"{hint}the recipes are {', '.join(names)}; any other YAML file goes by its path"
+def _known(names: Iterable[str]) -> str:
+    return f"the recipes are {', '.join(names)}; any other YAML file goes by its path"

@@ -282,7 +282,9 @@ class RunConfig:
         path=True,
     )
     eval: bool = option(False, "only evaluate", neutral=True)
-    start_epoch: int | None = option(None, "first epoch; default: where the checkpoint stopped, or 0", neutral=True)
+    start_epoch: int | None = option(
+        None, "first epoch; default: where the checkpoint stopped, or 0", least=0, neutral=True
+    )
     device: str = option("auto", "auto, cuda, cuda:N or cpu", neutral=True)
     seed: int = option(0, "seed of the weights, the order, the augmentation and the mixing", least=0)
     amp: bool = option(True, "bf16 autocast on a GPU that has it; --no_amp for fp32", aliases=("if-amp",))

@@ -95,7 +95,9 @@ class Loader:
         self._owner = object()  # the iterator that may take batches
         # What is done to a batch here runs beside the step that the GPU is still busy with, not after it.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.ready: torch.cuda.Event | None = None  # the last batch, on a GPU; with timing
+        # When the last batch was asked for and was ready, on a GPU; with timing.
+        self.asked: torch.cuda.Event | None = None
+        self.ready: torch.cuda.Event | None = None
         self._beginning: threading.Thread | None = None
 
     # Decoder
@@ -194,7 +196,7 @@ class Loader:
             self._beginning = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on. An iterator asked for earlier ends with this call.
+        """The batches of an epoch from step `start` on. An iterator asked for earlier can no longer be used.
 
         Raises:
             UserError: while iterating, when an image cannot be read or decoded; the sentence names it.
@@ -223,8 +225,9 @@ class Loader:
             return self._take()
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
+            self.asked, self.ready = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.asked.record()
             batch = self._take()
-            self.ready = torch.cuda.Event(enable_timing=True)
             self.ready.record()
         current.wait_stream(self._stream)
         for tensor in batch or ():

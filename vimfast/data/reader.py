@@ -127,4 +127,6 @@ def _why_unreadable(data: np.ndarray) -> str | None:
         jpeg.to_rgb_jpeg(data)
     except ValueError as error:
         return str(error)
+    except MemoryError:
+        raise UserError("there is too little memory to decode the images", "free some, and resume") from None
     return None

@@ -22,7 +22,8 @@ STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_
 GRACE = 1.0
 GRACE_LOST = 0.3  # a death is a cause; this is for others that died with it
 
-COLLECTIVE = ("/torch/", "vimfast/train/gradients.py:")  # where a main thread waits for others, or for its device
+# Where a main thread waits for others, or for its device.
+COLLECTIVE = ("/torch/", *(f"vimfast/train/{name}.py:" for name in ("gradients", "step", "sums")))
 
 BEFORE_FIRST_STEP = "stopped before the first step; there is nothing to save"
 

@@ -1,6 +1,7 @@
 """Converting a folder of images into shards: check the output folder, write the shards, then the manifest.
 
-A conversion that was interrupted resumes when it is run again: shards that have a record are kept.
+A conversion that was interrupted resumes when it is run again, and one that is complete is verified: shards that are
+what their record says, of sources that are what they were, are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from vimfast.shards.format import (
     PlanDigest,
     ShardEntry,
     SplitEntry,
-    dali_index_name,
     index_name,
     is_shards_folder,
     read_index,
@@ -41,7 +41,7 @@ from vimfast.shards.format import (
 )
 from vimfast.shards.plan import ShardPlan
 from vimfast.shards.tree import scan_split
-from vimfast.shards.workers import report, write_shards
+from vimfast.shards.workers import report, verify_shards, write_shards
 from vimfast.shards.writer import STATE_FOLDER, estimate_bytes, read_record, write_index
 
 _PLAN = "plan.json"
@@ -68,7 +68,8 @@ def convert(
     plans = _make_plans(root, options)
     digests = {plan.split: plan.digest() for plan in plans}
     with _lock(out):
-        if not overwrite and _is_continued(out, digests) and _is_finished(out, digests):
+        kept = verify_shards(plans, out, workers) if not overwrite and _is_continued(out, digests) else {}
+        if len(kept) == sum(plan.shards for plan in plans) and _is_finished(out, digests):
             return f"{out} is complete already: {_summarize(read_manifest(out))}"
         _check_space(plans, out)
         if overwrite:
@@ -76,7 +77,7 @@ def convert(
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / STATE_FOLDER / _PLAN, digests)
         begin = time.monotonic()
-        written = write_shards(plans, out, workers, skip_bad)
+        written = write_shards(plans, out, workers, skip_bad, kept)
         manifest = _finish(plans, out, digests)
         rate = f"; {written / (time.monotonic() - begin):,.0f} images/s" if written else ""
         return f"{out} is complete: {_summarize(manifest)}{rate}"
@@ -160,20 +161,16 @@ def _flags(options: ConversionOptions) -> str:
 
 
 def _is_finished(out: Path, digests: dict[str, PlanDigest]) -> bool:
-    """Whether there is a manifest that covers these splits, and all the files it names are complete."""
+    """Whether there is a manifest of these splits, and indexes that it knows."""
     try:
         manifest = read_manifest(out)
-        if set(manifest.splits) != set(digests):
-            return False
         for split, entry in manifest.splits.items():
-            read_index(out, split, entry.samples)
-            for number, shard in enumerate(entry.shards):
-                if (out / shard.name).stat().st_size != shard.bytes:
-                    return False
-                (out / dali_index_name(split, number)).stat()
-    except (UserError, OSError):
+            read_index(out, split, entry.samples, entry.index_crc32)
+    except UserError as error:
+        if (out / MANIFEST).exists():
+            report(f"{error.problem}: it is made again")
         return False
-    return True
+    return set(manifest.splits) == set(digests)
 
 
 def _our_files(out: Path) -> list[Path]:

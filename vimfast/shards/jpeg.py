@@ -7,7 +7,7 @@ in memory, so training from either sees the same bytes.
 from __future__ import annotations
 
 from io import BytesIO
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -117,7 +117,7 @@ def _inspect_other(view: bytes | memoryview) -> ImageInfo:
             width, height = image.size
             return ImageInfo((image.format or "unknown").lower(), height, width, len(image.getbands()), True)
     except Exception as error:  # Pillow's parsers raise nearly anything on garbage
-        raise ValueError(_why(error)) from None
+        raise _fault(error, _webp_size(view)) from None
 
 
 def is_plain(info: ImageInfo) -> bool:
@@ -138,16 +138,19 @@ def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 100) 
 
     Raises:
         ValueError: the image does not decode; the message says why.
+        MemoryError: there is too little memory for it, which is not its fault.
     """
     view = _view(data)
+    size = _webp_size(view)
     try:
         with Image.open(BytesIO(view), formats=("JPEG", *_OTHER_FORMATS)) as image:
+            size = image.size
             if resize is not None:
                 # The decoder may halve in the DCT as long as twice the target size is left for the filter below:
                 # the aliasing of the halving is then filtered out (Pillow's own thumbnail() keeps this gap).
                 image.draft(None, (2 * resize, 2 * resize))
             image.load()
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            rgb = _to_rgb(image)
         if resize is not None and min(rgb.size) > resize:
             scale = resize / min(rgb.size)
             width, height = (max(1, round(side * scale)) for side in rgb.size)
@@ -156,8 +159,116 @@ def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 100) 
         out = BytesIO()
         rgb.save(out, "JPEG", quality=quality, subsampling="4:4:4" if resize is None else "4:2:0")
     except Exception as error:  # as above
-        raise ValueError(_why(error)) from None
+        raise _fault(error, size) from None
     return out.getvalue(), (rgb.height, rgb.width)
+
+
+# Samples of more than 8 bits, which Pillow's own conversion clips: what is not black becomes white.
+
+
+def wide_samples(data: Buffer) -> str | None:
+    """``"16-bit"``, ``"32-bit integer"`` or ``"float"`` where :func:`to_rgb_jpeg` scales the samples to 8 bits.
+
+    Raises:
+        ValueError: not an image, or one that does not say what range its samples are in.
+    """
+    view = _view(data)
+    if view[:2] == b"\xff\xd8":
+        return None
+    try:
+        with Image.open(BytesIO(view), formats=_OTHER_FORMATS) as image:
+            if _is_wide(image):
+                low, high = _range(image)
+                kinds = {"I": "16-bit" if (low, high) == _SIXTEEN_BITS else "32-bit integer", "F": "float"}
+                return kinds.get(image.mode, "16-bit")
+            raw = image.tile[0][3] if getattr(image, "tile", None) else ""
+            return "16-bit" if ";16" in str(raw) else None
+    except Exception as error:  # as above
+        raise _fault(error, _webp_size(view)) from None
+
+
+_SIXTEEN_BITS = (0.0, 65535.0)
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_FORMAT = 258, 262, 339
+_TIFF_RANGES = ((340, 341), (280, 281))  # SMinSampleValue and SMaxSampleValue; MinSampleValue and MaxSampleValue
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if not _is_wide(image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    low, high = _range(image)
+    shades = (np.nan_to_num(np.asarray(image).astype(np.float32)) - low) * (255 / (high - low))
+    shades = np.clip(np.rint(shades), 0, 255).astype(np.uint8)
+    if _tags(image).get(_TIFF_PHOTOMETRIC) == 0:  # white is zero
+        shades = 255 - shades
+    return Image.fromarray(shades).convert("RGB")
+
+
+def _is_wide(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.partition(";")[0] == "I"
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """What is black and what is white among the samples."""
+    tags = _tags(image)
+    if image.mode.startswith("I;16"):
+        bits = _first(tags.get(_TIFF_BITS)) or 16
+        return 0.0, float(2 ** int(bits) - 1)
+    if image.mode == "I" and image.format != "TIFF":  # of 16 bits, or scaled to them by Pillow
+        return _SIXTEEN_BITS
+    for lowest, highest in _TIFF_RANGES:
+        high = _first(tags.get(highest))
+        low = _first(tags.get(lowest)) or 0.0
+        if high is not None and np.isfinite([low, high]).all() and low < high:
+            return low, high
+    kind = "floats" if image.mode == "F" else "signed integers" if _first(tags.get(_TIFF_FORMAT)) == 2 else "integers"
+    raise ValueError(f"its samples are {kind} of 16 or 32 bits in a range that it does not say: save it with 8 bits")
+
+
+def _tags(image: Image.Image) -> Any:
+    return getattr(image, "tag_v2", {})
+
+
+def _first(value: Any) -> float | None:
+    """Of a tag that may hold a value or one for each channel."""
+    if isinstance(value, tuple):
+        value = value[0] if value else None
+    return None if value is None else float(value)
+
+
+# Whose fault it is
+
+
+def _fault(error: Exception, size: tuple[int, int] | None) -> Exception:
+    """What to raise for what Pillow raised on an image of this (width, height).
+
+    Some of its decoders call an allocation that failed a broken image. So it is looked whether there would have been
+    memory: for the samples, and for the coefficients or buffers that a decoder holds beside them.
+    """
+    if isinstance(error, MemoryError):
+        return error
+    if size is not None and not isinstance(error, Image.DecompressionBombError):
+        try:
+            np.empty(size[0] * size[1] * _BYTES_PER_PIXEL, np.uint8)
+        except MemoryError:
+            return MemoryError(_why(error))
+    return ValueError(_why(error))
+
+
+_BYTES_PER_PIXEL = 16
+
+
+def _webp_size(view: bytes | memoryview) -> tuple[int, int] | None:
+    """The (width, height) of a WebP image, which Pillow does not say before it has memory for it; None of others."""
+    head = bytes(view[:30])
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    if head[12:16] == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    return width, height
 
 
 def _why(error: Exception) -> str:

@@ -52,9 +52,14 @@ class ShardPlan:
     def __len__(self) -> int:
         return len(self.files)
 
+    def samples(self, number: int) -> int:
+        """How many images shard `number` has, without those that turn out unreadable."""
+        return len(self) * (number + 1) // self.shards - len(self) * number // self.shards
+
     def part(self, number: int) -> Part:
         """The part of shard `number`."""
-        first, last = len(self) * number // self.shards, len(self) * (number + 1) // self.shards
+        first = len(self) * number // self.shards
+        last = first + self.samples(number)
         ids = self.order[first:last].tolist()
         names = [self.files.name(i) for i in ids]
         keys = [self._key(i, name) for i, name in zip(ids, names, strict=True)]

@@ -1,4 +1,4 @@
-"""The processes that write the shards, and their progress."""
+"""The processes that verify and write the shards, and their progress."""
 
 from __future__ import annotations
 
@@ -8,63 +8,67 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vimfast.cli import end_with_parent
 from vimfast.errors import UserError
+from vimfast.shards.format import shard_name
 from vimfast.shards.plan import Part, ShardPlan
-from vimfast.shards.writer import Record, write_shard
+from vimfast.shards.verify import Differs, verify_shard
+from vimfast.shards.writer import Record, record_path, write_shard
+
+T = TypeVar("T")
+Place: TypeAlias = tuple[str, int]  # a shard: its split and number
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def write_shards(plans: Sequence[ShardPlan], out: Path, workers: int, skip_bad: bool) -> int:
-    """Write all shards that do not exist yet; returns the number of images written.
+def verify_shards(plans: Sequence[ShardPlan], out: Path, workers: int) -> dict[Place, Record]:
+    """The records of the shards that an earlier run has finished and that still hold; reports those that do not.
+
+    Raises:
+        UserError: a worker cannot continue.
+    """
+    places = [(plan, number) for plan in plans for number in range(plan.shards)]
+    todo = [(plan, number) for plan, number in places if record_path(out, plan.split, number).exists()]
+    kept: dict[Place, Record] = {}
+    if not todo:
+        return kept
+    pace = _Pace(sum(plan.samples(number) for plan, number in todo), "images verified")
+    for (plan, number), outcome in _run(_verify, todo, out, workers, pace):
+        if isinstance(outcome, Record):
+            kept[plan.split, number] = outcome
+        else:
+            report(f"{out / shard_name(plan.split, number)} {outcome}: it is made again")
+    return kept
+
+
+def write_shards(
+    plans: Sequence[ShardPlan], out: Path, workers: int, skip_bad: bool, kept: Mapping[Place, Record]
+) -> int:
+    """Write all shards but those that are `kept`; returns the number of images written.
 
     Raises:
         UserError: unreadable images (all are listed first), or a worker cannot continue.
     """
-    todo = ((plan, number) for plan in plans for number in range(plan.shards))
-    pace = _WritingPace(sum(map(len, plans)))
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
-    shared = Shared(context.Value("q", 0), context.Event())
-    bad: list[tuple[Path, str]] = []
-    running: dict[Future[tuple[Record, bool]], ShardPlan] = {}
-    workers = min(workers, sum(plan.shards for plan in plans))
-    with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool, _progress(pace) as show:
-        try:
-            while True:
-                # Only a few parts ahead of the workers: parts are lists of names.
-                with _interrupts_held():
-                    while len(running) < 2 * workers and (following := next(todo, None)):
-                        plan, number = following
-                        running[pool.submit(_work, plan.part(number), out, skip_bad)] = plan
-                if not running:
-                    break
-                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    plan = running.pop(future)
-                    record, found = future.result()
-                    pace.found += record.samples + len(record.skipped) if found else 0
-                    bad += [(plan.files.folder / file, why) for file, why in record.skipped]
-                show(shared.written.value)
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, perhaps for lack of memory", "run again with fewer --workers, it resumes"
-            ) from None
-        finally:
-            shared.stop.set()
-            pool.shutdown(cancel_futures=True)
+    pace = _Pace(sum(map(len, plans)), "images", sum(r.samples + len(r.skipped) for r in kept.values()))
+    folders = {plan.split: plan.files.folder for plan in plans}
+    todo = [(plan, number) for plan in plans for number in range(plan.shards) if (plan.split, number) not in kept]
+    bad = [(folders[split] / file, why) for (split, _), record in kept.items() for file, why in record.skipped]
+    for (plan, _), record in _run(partial(_write, skip_bad=skip_bad), todo, out, workers, pace):
+        bad += [(folders[plan.split] / file, why) for file, why in record.skipped]
     for path, why in bad:
         report(f"{path}: {why}")
     if bad and not skip_bad:
@@ -72,7 +76,42 @@ def write_shards(plans: Sequence[ShardPlan], out: Path, workers: int, skip_bad: 
             f"{len(bad)} of {pace.total} images cannot be read, listed above",
             "fix them, or leave them out with --skip-bad, and run again: it resumes",
         )
-    return shared.written.value
+    return pace.done
+
+
+def _run(
+    function: Callable[[Part, Path], T], todo: Sequence[tuple[ShardPlan, int]], out: Path, workers: int, pace: _Pace
+) -> Iterator[tuple[tuple[ShardPlan, int], T]]:
+    """Do `function` for the part of each shard, in worker processes; what came of them, as they are done."""
+    if not todo:
+        return
+    following = iter(todo)
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
+    shared = Shared(context.Value("q", 0), context.Event())
+    running: dict[Future[T], tuple[ShardPlan, int]] = {}
+    workers = min(workers, len(todo))
+    with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool, _progress(pace) as show:
+        try:
+            while True:
+                # Only a few parts ahead of the workers: parts are lists of names.
+                with _interrupts_held():
+                    while len(running) < 2 * workers and (place := next(following, None)):
+                        plan, number = place
+                        running[pool.submit(function, plan.part(number), out)] = place
+                if not running:
+                    break
+                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+                pace.done = shared.written.value
+                show()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for lack of memory", "run again with fewer --workers, it resumes"
+            ) from None
+        finally:
+            shared.stop.set()
+            pool.shutdown(cancel_futures=True)
+            pace.done = shared.written.value
 
 
 def report(line: str) -> None:
@@ -84,7 +123,7 @@ def report(line: str) -> None:
 
 
 class Shared(NamedTuple):
-    """What workers share with the run: images written, and whether to stop."""
+    """What workers share with the run: images done, and whether to stop."""
 
     written: Synchronized[int]
     stop: Event
@@ -104,17 +143,26 @@ def _start_worker(shared: Shared) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _work(part: Part, out: Path, skip_bad: bool) -> tuple[Record, bool]:
+def _write(part: Part, out: Path, *, skip_bad: bool) -> Record:
+    return write_shard(part, out, skip_bad, _tick)
+
+
+def _verify(part: Part, out: Path) -> Record | str:
+    """The record of a shard that holds, or why it has to be made again."""
+    try:
+        return verify_shard(part, out, _tick)
+    except Differs as why:
+        return str(why)
+
+
+def _tick() -> None:
+    """Count an image, and end here if the run is being stopped."""
     assert _shared is not None
     written, stop = _shared
-
-    def tick() -> None:
-        with written.get_lock():
-            written.value += 1
-        if stop.is_set():
-            raise _Stopped
-
-    return write_shard(part, out, skip_bad, tick)
+    with written.get_lock():
+        written.value += 1
+    if stop.is_set():
+        raise _Stopped
 
 
 @contextmanager
@@ -131,42 +179,44 @@ def _interrupts_held() -> Iterator[None]:
 # Progress
 
 
-class _WritingPace:
-    """Progress, rate and time left. Shards that existed already count as progress but not towards the rate."""
+class _Pace:
+    """Progress, rate and time left. What was there already counts as progress but not towards the rate."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.found, self.begin = total, 0, time.monotonic()
+    def __init__(self, total: int, what: str, found: int = 0) -> None:
+        self.total, self.what, self.found, self.begin = total, what, found, time.monotonic()
+        self.done = 0
 
-    def describe(self, written: int) -> tuple[int, str, str]:
+    def describe(self) -> tuple[int, str, str]:
         """(images done, rate, time left)"""
-        done = self.found + written
-        rate = written / max(1e-6, time.monotonic() - self.begin)
-        left = str(timedelta(seconds=round((self.total - done) / rate))) if written else "-:--:--"
+        done = self.found + self.done
+        rate = self.done / max(1e-6, time.monotonic() - self.begin)
+        left = str(timedelta(seconds=round((self.total - done) / rate))) if self.done else "-:--:--"
         return done, f"{rate:,.0f} images/s", f"{left} left"
 
 
 @contextmanager
-def _progress(pace: _WritingPace) -> Iterator[Callable[[int], None]]:
-    """A function to call often with the number of images written: a bar on a terminal, otherwise an occasional line."""
+def _progress(pace: _Pace) -> Iterator[Callable[[], None]]:
+    """A function to call often: a bar on a terminal, otherwise an occasional line."""
     console = Console(stderr=True)
     if not console.is_terminal:
         last = time.monotonic()
 
-        def line(written: int) -> None:
+        def line() -> None:
             nonlocal last
             if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                done, rate, left = pace.describe(written)
-                report(f"{done:,} of {pace.total:,} images, {rate}, {left}")
+                done, rate, left = pace.describe()
+                report(f"{done:,} of {pace.total:,} {pace.what}, {rate}, {left}")
 
         yield line
         return
     text = TextColumn("{task.fields[rate]}  {task.fields[left]}")
-    with Progress(BarColumn(None), MofNCompleteColumn(), text, console=console, expand=True) as bar:
-        task = bar.add_task("", total=pace.total, rate="", left="")
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), text)
+    with Progress(*columns, console=console, expand=True) as bar:
+        task = bar.add_task(pace.what, total=pace.total, rate="", left="")
 
-        def draw(written: int) -> None:
-            done, rate, left = pace.describe(written)
+        def draw() -> None:
+            done, rate, left = pace.describe()
             bar.update(task, completed=done, rate=rate, left=left)
 
         yield draw

@@ -12,19 +12,19 @@ import json
 import os
 import struct
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
 from vimfast.errors import UserError
-from vimfast.files import atomic_write
+from vimfast.files import atomic_write, read_file
 from vimfast.shards import jpeg
 from vimfast.shards.format import (
     INDEX_DTYPE,
@@ -46,12 +46,16 @@ _FLUSH_BYTES = 8 << 20
 _FILE_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP})
 
 
+# One row for each source file of a shard, whether it was kept or skipped: what a later run compares. `size` is -1 for
+# one that is not there; `crc32` is of the whole file where `read` says that it could be read.
+SOURCE_DTYPE = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("crc32", "<u4"), ("read", "?")])
+
+
 class Record(Struct, frozen=True):
     """What happened to one shard.
 
     `tar_bytes` is the size of the tar, `image_bytes` that of all images in it. `sources` is a checksum of the source
-    files' sizes and times, so that a resumed run notices a file that was replaced. `changed` and `skipped` hold pairs
-    of a file and why.
+    files' sizes and times, for records without a table of them. `changed` and `skipped` hold pairs of a file and why.
     """
 
     samples: Count
@@ -69,6 +73,7 @@ def stored(data: bytes, options: ConversionOptions) -> tuple[bytes, tuple[int, i
 
     Raises:
         ValueError: unreadable; the message says why.
+        MemoryError: there is too little of it.
     """
     info = jpeg.inspect(data)
     plain = jpeg.is_plain(info)
@@ -82,8 +87,12 @@ def stored(data: bytes, options: ConversionOptions) -> tuple[bytes, tuple[int, i
         image, size = jpeg.to_rgb_jpeg(data, resize=options.resize, quality=options.quality or 90)
     if plain:
         return image, size, None
-    channels = f" of {info.components} components" if info.format == "jpeg" else ""
-    return image, size, f"{info.format}{channels}, stored as an RGB JPEG"
+    if info.format == "jpeg":
+        kind = f"jpeg of {info.components} components"
+    else:
+        wide = jpeg.wide_samples(data)
+        kind = f"{wide} {info.format}" if wide else info.format
+    return image, size, f"{kind}, stored as an RGB JPEG"
 
 
 def estimate_bytes(plan: ShardPlan) -> int:
@@ -94,14 +103,14 @@ def estimate_bytes(plan: ShardPlan) -> int:
     total = 0
     for i in rng.choice(len(plan), count, replace=False).tolist():
         path = plan.files.path(i)
-        with suppress(OSError, ValueError):  # reported when its turn comes
-            total += len(stored(path.read_bytes(), plan.options)[0]) if resized else path.stat().st_size
+        with suppress(OSError, ValueError, MemoryError):  # reported when its turn comes
+            total += len(stored(read_file(path), plan.options)[0]) if resized else path.stat().st_size
     each = total / count + 3.5 * tarfile.BLOCKSIZE + 2 * INDEX_DTYPE.itemsize + 100  # two headers, padding, indexes
     return round(len(plan) * each) + plan.shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE // 2)
 
 
-def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None]) -> tuple[Record, bool]:
-    """Write one shard, its DALI index and its record, unless they exist already.
+def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None]) -> Record:
+    """Write one shard, its DALI index and its record.
 
     Args:
         skip_bad: leave unreadable images out. Otherwise one is enough to leave the shard unwritten, and the rest is
@@ -109,15 +118,12 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None])
         tick: called before each image.
 
     Returns:
-        The record, whose `skipped` lists all unreadable images, and whether the shard existed already.
+        The record, whose `skipped` lists all unreadable images.
 
     Raises:
         UserError: the disk is full, or the source folder is gone.
     """
-    sources = _checksum_sources(part)
-    existing = read_record(out, part.split, part.number)
-    if existing and existing.sources == sources and _is_there(part, out, existing):
-        return existing, True
+    sources = stat_sources(part)
     tar_path = out / shard_name(part.split, part.number)
     try:
         record_path(out, part.split, part.number).unlink(missing_ok=True)  # its tar is about to be replaced
@@ -126,15 +132,20 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None])
             if record.skipped and not skip_bad:
                 raise _Unwritten
         with atomic_write(out / dali_index_name(part.split, part.number)) as file:
-            file.write(f"v1.2 {len(lines)}\n{''.join(lines)}".encode("utf-8", "surrogateescape"))
-        write_record(record_path(out, part.split, part.number), record, rows)
+            file.write(dali_index(lines))
+        write_record(record_path(out, part.split, part.number), record, rows, sources)
     except _Unwritten:
         pass
     except OSError as error:
         raise UserError(
             f"{tar_path} cannot be written ({error.strerror})", "fix that and run again, it resumes"
         ) from None
-    return record, False
+    return record
+
+
+def dali_index(lines: list[str]) -> bytes:
+    """The content of DALI's index beside a tar, from a line for each sample."""
+    return f"v1.2 {len(lines)}\n{''.join(lines)}".encode("utf-8", "surrogateescape")
 
 
 class _Unwritten(Exception):
@@ -176,40 +187,52 @@ class _Tar:
 
 
 def _write_samples(
-    part: Part, tar: _Tar, sources: int, skip_bad: bool, tick: Callable[[], None]
+    part: Part, tar: _Tar, sources: np.ndarray, skip_bad: bool, tick: Callable[[], None]
 ) -> tuple[Record, np.ndarray, list[str]]:
-    """The tar's content; returns the shard's record, its rows of the index, and the lines of DALI's index."""
+    """The tar's content; returns the shard's record, its rows of the index, and the lines of DALI's index. Notes in
+    `sources` what was read."""
     rows = np.zeros(len(part.names), INDEX_DTYPE)
     samples = image_bytes = 0
     changed: list[tuple[str, str]] = []
     skipped: list[tuple[str, str]] = []
     lines: list[str] = []
-    for name, key, label in zip(part.names, part.keys, part.labels, strict=True):
+    for i, (name, key, label) in enumerate(zip(part.names, part.keys, part.labels, strict=True)):
         tick()
+        path = Path(part.folder, name)
         try:
-            image, (height, width), why = stored(_read(Path(part.folder, name)), part.options)
+            data = _read(path)
+            checksum = zlib.crc32(data)
+            sources[i]["crc32"], sources[i]["read"] = checksum, True
+            image, (height, width), why = stored(data, part.options)
         except ValueError as error:
             skipped.append((name, str(error)))
             continue
+        except MemoryError:
+            raise UserError(
+                f"there is too little memory to decode {path}",
+                "free some, or run again with fewer --workers: it resumes",
+            ) from None
         if why:
             changed.append((name, why))
         if skipped and not skip_bad:
             continue
         digits = str(label).encode()
+        if image is not data:
+            checksum = zlib.crc32(image)
         at, label_at = tar.add(f"{key}.jpg", image), tar.add(f"{key}.cls", digits)
-        rows[samples] = (at, len(image), part.number, label, zlib.crc32(image), height, width)
+        rows[samples] = (at, len(image), part.number, label, checksum, height, width)
         lines.append(f"jpg {at} {len(image)} {key}.jpg cls {label_at} {len(digits)} {key}.cls\n")
         samples += 1
         image_bytes += len(image)
         tar.flush()
-    record = Record(samples, tar.finish(), image_bytes, sources, changed, skipped)
+    record = Record(samples, tar.finish(), image_bytes, checksum_sources(sources), changed, skipped)
     return record, rows[:samples], lines
 
 
 def _read(path: Path) -> bytes:
     """The file's bytes; a ValueError if the file itself is at fault, a UserError if it is more than that."""
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         if error.errno in _FILE_ERRORS or path.is_symlink():
             raise ValueError(f"cannot be opened: {error.strerror}") from None
@@ -218,21 +241,24 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _checksum_sources(part: Part) -> int:
-    checksum = 0
-    for name in part.names:
-        try:
+def stat_sources(part: Part) -> np.ndarray:
+    """Sizes and times of the source files, as rows of ``SOURCE_DTYPE``."""
+    sources = np.zeros(len(part.names), SOURCE_DTYPE)
+    sources["size"] = -1
+    for i, name in enumerate(part.names):
+        with suppress(OSError):  # reported when it is read
             stat = os.stat(f"{part.folder}/{name}")
-        except OSError:
-            continue  # reported when it is read
-        checksum = zlib.crc32(struct.pack("<qq", stat.st_size, stat.st_mtime_ns), checksum)
+            sources[i]["size"], sources[i]["mtime"] = stat.st_size, stat.st_mtime_ns
+    return sources
+
+
+def checksum_sources(sources: np.ndarray) -> int:
+    """Of the sizes and times of those that are there."""
+    checksum = 0
+    for size, mtime in zip(sources["size"].tolist(), sources["mtime"].tolist(), strict=True):
+        if size >= 0:
+            checksum = zlib.crc32(struct.pack("<qq", size, mtime), checksum)
     return checksum
-
-
-def _is_there(part: Part, out: Path, record: Record) -> bool:
-    tar = out / shard_name(part.split, part.number)
-    idx = out / dali_index_name(part.split, part.number)
-    return idx.is_file() and tar.is_file() and tar.stat().st_size == record.tar_bytes
 
 
 def record_path(out: Path, split: str, number: int) -> Path:
@@ -240,20 +266,42 @@ def record_path(out: Path, split: str, number: int) -> Path:
     return (out / STATE_FOLDER / shard_name(split, number)).with_suffix(".npz")
 
 
-def write_record(path: Path, record: Record, rows: np.ndarray) -> None:
+def write_record(path: Path, record: Record, rows: np.ndarray, sources: np.ndarray | None = None) -> None:
     """Mark a shard as finished."""
+    tables: dict[str, Any] = {"rows": rows} if sources is None else {"rows": rows, "sources": sources}
     text = json.dumps(msgspec.to_builtins(record)).encode()
     # A record that a power failure cuts off is recognized as damaged, so there is no need to wait for the disk.
     with atomic_write(path, durable=False) as file:
-        np.savez(file, rows=rows, record=np.frombuffer(text, np.uint8))
+        np.savez(file, record=np.frombuffer(text, np.uint8), **tables)
 
 
 def read_record(out: Path, split: str, number: int) -> Record | None:
     """The record of a shard, None where there is none or it is damaged."""
+    text = _read_table(out, split, number, "record")
     try:
-        with np.load(record_path(out, split, number), allow_pickle=False) as saved:
-            return msgspec.convert(json.loads(saved["record"].tobytes()), Record)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None if text is None else msgspec.convert(json.loads(text.tobytes()), Record)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_rows(out: Path, split: str, number: int) -> np.ndarray:
+    """The rows of the index that a shard's record holds; none where they are damaged."""
+    rows = _read_table(out, split, number, "rows")
+    return rows if rows is not None and rows.dtype == INDEX_DTYPE and rows.ndim == 1 else np.zeros(0, INDEX_DTYPE)
+
+
+def read_sources(out: Path, split: str, number: int) -> np.ndarray | None:
+    """The source files of a shard, as rows of ``SOURCE_DTYPE``; None in the record of an earlier version."""
+    sources = _read_table(out, split, number, "sources")
+    return sources if sources is not None and sources.dtype == SOURCE_DTYPE and sources.ndim == 1 else None
+
+
+def _read_table(out: Path, split: str, number: int, name: str) -> np.ndarray | None:
+    try:
+        with np.load(BytesIO(read_file(record_path(out, split, number))), allow_pickle=False) as saved:
+            table: np.ndarray = saved[name]
+            return table
+    except Exception:  # zipfile's and numpy's readers raise nearly anything on garbage
         return None
 
 
@@ -261,11 +309,13 @@ def write_index(out: Path, split: str, shards: int, samples: int) -> int:
     """Join the rows of all finished shards into ``<split>.index.npy``; returns the crc32 of the whole file."""
     header = index_header(samples)
     checksum = zlib.crc32(header)
+    expected = len(header) + samples * INDEX_DTYPE.itemsize
     with atomic_write(out / index_name(split)) as file:
         file.write(header)
         for number in range(shards):
-            with np.load(record_path(out, split, number), allow_pickle=False) as saved:
-                rows = saved["rows"].tobytes()
+            rows = read_rows(out, split, number).tobytes()
             file.write(rows)
             checksum = zlib.crc32(rows, checksum)
+        if file.tell() != expected:
+            raise UserError(f"{out / STATE_FOLDER} changed while it was used", "run again, it resumes")
     return checksum

@@ -69,10 +69,9 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     report = Reporter(None, world.is_main)
     control.say = report.say
     origin, state = (start.path, start.state) if start is not None else (None, None)
-    batches = plan_batches(cfg, world.size)
     source = open_source(cfg.data.data_path, "val")
     check_classes(source.classes, cfg.model.num_classes, state, str(origin), cfg.data.data_path)
-    loader = _evaluation_loader(cfg, source, batches, world)
+    loader = _evaluation_loader(cfg, source, cfg.data.batch_size, world)
     start_up.done("data")
     torch.manual_seed(cfg.run.seed)
     model = build_model(cfg.model, len(source.classes)).to(world.device)
@@ -115,7 +114,7 @@ def _build_training(
     val_source = open_source(cfg.data.data_path, "val")
     classes = val_source.classes
     check_classes(classes, cfg.model.num_classes, state, str(origin), cfg.data.data_path)
-    val_loader = _evaluation_loader(cfg, val_source, batches, world)
+    val_loader = _evaluation_loader(cfg, val_source, batches.batch_size, world)
     start_up.done("data")
 
     torch.manual_seed(cfg.run.seed)
@@ -217,11 +216,11 @@ def _build_training(
 # Data
 
 
-def _evaluation_loader(cfg: Config, source: Source, batches: Batches, world: World) -> Loader:
+def _evaluation_loader(cfg: Config, source: Source, batch_size: int, world: World) -> Loader:
     data, size = cfg.data, cfg.model.input_size
     order = Order(
         samples=len(source),
-        batch_size=data.eval_batch_size or data.batch_size,
+        batch_size=data.eval_batch_size or batch_size,
         world=world.size,
         rank=world.rank,
         seed=cfg.run.seed,
@@ -229,7 +228,7 @@ def _evaluation_loader(cfg: Config, source: Source, batches: Batches, world: Wor
         drop_last=False,
         limit=cfg.run.eval_steps,
     )
-    # The original evaluates small inputs as they are. For those of another size that means the short side.
+    # The original evaluates small inputs as they are; images of another size are resized by their short side.
     crop = CentreCrop(1.0 if size <= LARGEST_PADDED else data.eval_crop_ratio)
     return Loader(source, Evaluation(order, world.device, size, crop), _loader_settings(data))
 
@@ -355,8 +354,11 @@ def _prepare_device(run: TrainingRun, cfg: Config, batches: Batches, start_up: S
     if run.world.device.type == "cuda" and cfg.model.cuda_graph and getattr(run.model, "capturable", False):
         with run.memory():
             _capture(run, batches.batch_size, cfg.model.input_size)
-    if run.train_step.seconds is not None:
-        run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
+        if all(dist.gather_objects(run.train_step.captured)):
+            run.train_step.time_replays()
+            run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
+        else:  # graphs that hold a collective are for all processes, or for none
+            run.train_step.forget()
 
 
 def _tune(run: TrainingRun) -> None:

@@ -15,7 +15,7 @@ MIXING = re.compile(r"\.(mixer|attn)\.")  # a Vision Mamba's blocks have the one
 
 
 def freeze(model: nn.Module, cfg: FinetuneConfig) -> str:
-    """Take what the settings freeze out of training; to be called before the optimizer and DDP see the model.
+    """Take what the settings freeze out of training; to be called before the optimizer sees the model.
 
     ``attn_only`` trains the mixers, the head and the position embedding. ``freeze_layers`` = n keeps the embedding and
     the first n blocks, in the order in which timm numbers the model's layers.

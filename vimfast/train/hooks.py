@@ -1,4 +1,4 @@
-"""What happens beside training: reports, health, checkpoints, records."""
+"""What happens alongside training: reports, health, checkpoints, records."""
 
 from __future__ import annotations
 
@@ -48,17 +48,21 @@ class GradientHealth:
         self._run, self._limit, self._folder = run, limit, folder
         self._skipped = 0
 
-    def check(self, place: Place, counts: list[float] | None = None) -> None:
+    def check(self, place: Place, counts: list[float] | None = None, lr: float | None = None) -> None:
         """Raises a UserError where there is nothing to continue with.
 
         Args:
-            counts: those of :attr:`TrainStep.counts`, as they were; None: as they are, for which the host waits.
+            counts, lr: those of :attr:`TrainStep.counts` and the learning rate, as they were at `place`; None: as they
+                are, for which the host waits.
         """
         if counts is not None and counts[0] == self._skipped:
             return
         health: Health = self._run.train_step.health()
+        if counts is not None:
+            health = Health(int(counts[0]), int(counts[2]), health.names)
         first = f", first in {', '.join(health.names[:3])}" if health.names else ""
-        where = f"epoch {place.epoch}, step {place.step}, learning rate {self._run.rate.value:.3g}{first}"
+        lr = self._run.rate.value if lr is None else lr
+        where = f"epoch {place.epoch}, step {place.step}, learning rate {lr:.3g}{first}"
         if health.in_a_row >= min(self._limit, place.steps):
             own = self._folder / CHECKPOINT if self._folder else None
             kept = f"; {own} is from before" if own is not None and own.exists() else ""
@@ -68,7 +72,8 @@ class GradientHealth:
             )
         if health.skipped > self._skipped:
             count = health.skipped - self._skipped
-            self._run.report.warn(f"{count} steps skipped because of non-finite gradients, by {where}")
+            steps = f"{count} step{'s' * (count != 1)}"
+            self._run.report.warn(f"{steps} skipped because of non-finite gradients, by {where}")
             self._skipped = health.skipped
 
 
@@ -103,7 +108,9 @@ class Progress(Hook):
 
     def after_step(self, place: Place) -> None:
         self._steps_here += 1
-        self._flush(place)
+        share = self._flush(place)
+        if share is not None and place.step < place.steps:
+            self._reconsider(share)
         if place.step % self._every == 0 or place.step == place.steps:
             run = self._run
             reading = Reading(run.sums.values, [run.train_step.counts])
@@ -112,18 +119,21 @@ class Progress(Hook):
     def epoch_trained(self, place: Place) -> None:
         self._flush(place)
 
+    def bad_data(self, place: Place) -> None:
+        self._flush(place)
+
     def stopped(self, place: Place) -> None:
         self._flush(place)
 
-    def _flush(self, place: Place) -> None:
-        if self._asked is not None:
-            asked, self._asked = self._asked, None
-            self._report(asked, place)
+    def _flush(self, place: Place) -> float | None:
+        """Report what was asked for, if anything was; returns the share of the time spent waiting for data."""
+        asked, self._asked = self._asked, None
+        return None if asked is None else self._report(asked, place)
 
-    def _report(self, asked: _Asked, place: Place) -> None:
+    def _report(self, asked: _Asked, place: Place) -> float:
         run, (loss_before, steps_before) = self._run, self._before
         loss_sum, steps, *counts = asked.reading.get()
-        self._health.check(Place(place.steps, asked.epoch, asked.step), counts)
+        self._health.check(Place(place.steps, asked.epoch, asked.step), counts, asked.lr)
         loss = (loss_sum - loss_before) / (steps - steps_before) if steps > steps_before else math.nan
         seconds = max(asked.reading.mark.since(self._since), 1e-9)
         speed, share = asked.stretch.images * run.world.size / seconds, asked.stretch.data_share(seconds)
@@ -139,7 +149,7 @@ class Progress(Hook):
         at = asked.epoch * place.steps + asked.step
         run.report.scalars({f"train/{name}": value for name, value in scalars.items()}, at)
         self._before, self._since = (loss_sum, steps), asked.reading.mark
-        self._reconsider(share)
+        return share
 
     def _reconsider(self, share: float) -> None:
         """Once, when the run has found its pace: let another decoder try if the slowest process waits for this one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -72,7 +74,7 @@ class Hook:
         """It is queued on the device; `place` is the one after it."""
 
     def bad_data(self, place: Place) -> None:
-        """An image cannot be read; the run ends with an error."""
+        """An image of the next step cannot be read; the run ends with an error."""
 
     def stopped(self, place: Place) -> None:
         """The run was told to stop, and ends here."""
@@ -114,7 +116,8 @@ class Evaluated:
         for model in self.models.values():
             copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with memory_for(self.loader, "--eval-batch-size"):
-            found = evaluate(list(self.models.values()), self.loader, self.amp, self.report, self.control)
+            there = [_on(self.loader.device, model) for model in self.models.values()]
+            found = evaluate(there, self.loader, self.amp, self.report, self.control)
         scores = dict(zip(self.models, found, strict=True))
         for whose, own in scores.items():
             self.report.say(f"{own} ({'averaged' if whose else 'raw'} weights)")
@@ -190,16 +193,16 @@ class TrainingRun:
     hooks: Sequence[Hook] = ()
     folder: RunFolder | None = None  # held to the end
     sums: Sums = field(init=False)
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sums = Sums(("loss", "steps"), self.world.device)
+        self.sums, self.pace = Sums(("loss", "steps"), self.world.device), Pace(self.world.device)
 
     def run(self) -> bool:
         """Train to the last epoch.
 
         Returns:
-            whether it got there; False: it was told to stop, and has saved its place.
+            whether it got there; False: it was told to stop.
         """
         begin = time.perf_counter()
         try:
@@ -222,7 +225,7 @@ class TrainingRun:
         place = self.place
         self.model.train()
         batches = self.loader.epoch(place.epoch, place.step * self.accum_steps)
-        self.pace.cut()
+        self.pace = Pace(self.world.device)
         for hook in self.hooks:
             hook.epoch_begin(place)
         with self.memory(), self.report.steps(f"epoch {place.epoch}", place.steps, place.step):
@@ -231,7 +234,7 @@ class TrainingRun:
                     raise Stopped
                 self.rate.set(place.epoch, place.step)
                 for part in range(self.accum_steps):
-                    batch = self._next(batches)
+                    batch = self._next(batches, part)
                     if part == 0:
                         for hook in self.hooks:
                             hook.before_step(place)
@@ -249,7 +252,8 @@ class TrainingRun:
         scores = self.evaluated.scores()
         best = scores[""].acc1 > place.best_acc1
         place.best_acc1 = max(place.best_acc1, scores[""].acc1)
-        end = EpochEnd(place.epoch, self.rate.value, trained["loss"] / trained["steps"], scores, best)
+        loss = trained["loss"] / trained["steps"] if trained["steps"] else math.nan
+        end = EpochEnd(place.epoch, self.rate.value, loss, scores, best)
         for hook in self.hooks:
             hook.epoch_end(place, end)
 
@@ -257,16 +261,16 @@ class TrainingRun:
         """For what needs a training step's memory."""
         return memory_for(self.loader, "--batch-size", ", or --use-checkpoint")
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[Batch], part: int) -> Batch:
         self.control.doing("waiting for data")
         try:
             batch = self.pace.wait_for(batches)
         except UserError:
-            for hook in self.hooks:
+            for hook in self.hooks if part == 0 else ():  # else the step is half done, and no place to resume from
                 hook.bad_data(self.place)
             raise
         assert batch is not None
-        self.pace.between(self.train_step.end, self.loader.ready)
+        self.pace.between(self.train_step.end, self.loader.asked, self.loader.ready)
         self.control.doing("training step")
         return batch
 
@@ -313,6 +317,12 @@ def memory_for(loader: Loader, flag: str, more: str = "") -> Iterator[None]:
         raise UserError(
             f"{loader.device} has too little memory for {batch} images a step; try {flag} {max(batch // 2, 1)}{more}"
         ) from None
+
+
+def _on(device: torch.device, model: nn.Module) -> nn.Module:
+    """The model, or a copy of one that is kept in host memory (``--model-ema-force-cpu``)."""
+    weight = next(model.parameters(), None)
+    return model if weight is None or weight.device == device else copy.deepcopy(model).to(device)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -61,7 +61,7 @@ class LearningRate:
             steps_per_epoch,
             optimizer,
         )
-        noise: Any = None if cfg.lr_noise is None else [share * cfg.epochs for share in cfg.lr_noise]
+        noise: Any = None if cfg.lr_noise is None else list(cfg.lr_noise)  # shares of the schedule, or None
         try:
             self.scheduler: Scheduler = create_scheduler_v2(
                 optimizer,
@@ -73,7 +73,7 @@ class LearningRate:
                 min_lr=cfg.min_lr,
                 warmup_lr=cfg.warmup_lr,
                 warmup_epochs=min(cfg.warmup_epochs, cfg.epochs - 1),
-                noise=noise[0] if noise is not None and len(noise) == 1 else noise,
+                noise=noise,
                 noise_pct=cfg.lr_noise_pct,
                 noise_std=cfg.lr_noise_std,
                 step_on_epochs=not self.on_updates,
@@ -81,7 +81,7 @@ class LearningRate:
             )[0]
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"--sched {cfg.sched!r} cannot be had from timm ({error or 'unknown name'}); try cosine"
+                f"timm cannot build --sched {cfg.sched!r} ({error or 'unknown name'}); try cosine"
             ) from None
 
     def set(self, epoch: int, step: int) -> None:
@@ -126,7 +126,7 @@ class WeightAverage(ModelEmaV3):
 
 
 def build_ema(cfg: EmaConfig, model: nn.Module) -> WeightAverage | None:
-    """An average of the whole state dict, float32, updated after every step; made before DDP wraps the model."""
+    """An average of the whole state dict, float32, updated after every step."""
     if not cfg.model_ema:
         return None
     return WeightAverage(

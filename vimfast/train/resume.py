@@ -146,7 +146,7 @@ def load_place(
     """Load optimizer, place in the data, sums and random states; a file with weights alone starts a new run.
 
     Args:
-        changes: of the order of the images, for which there is no going on inside an epoch.
+        changes: of the order of the images, with which a run cannot continue inside an epoch.
     """
     place, start_epoch = run.place, cfg.run.start_epoch
     if "optimizer" not in state or "epoch" not in state:

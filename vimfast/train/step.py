@@ -80,7 +80,7 @@ class TrainStep:
         device = self._parameters[0].device
         self._on_gpu = device.type == "cuda"
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-        self.seconds: float | None = None  # of a captured forward and backward pass on the GPU
+        self.seconds: float | None = None  # of a captured forward and backward pass on the GPU, once it was timed
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._loss = torch.zeros((), device=device)
         self._skipped = torch.zeros(3, device=device)  # in all, in a row up to now, longest row
@@ -93,9 +93,8 @@ class TrainStep:
     def capture(self, images: Tensor, targets: Tensor) -> None:
         """Record the graph. Weights, optimizer, average and random state are what they were before.
 
-        Call it while no other thread works on the GPU (before the loader starts), with any batch of the size, dtype and
-        memory layout to come. Captured is what the model does for it: nothing in it may depend on draws or branches
-        of the host.
+        Call it with any batch of the size, dtype and memory layout to come; other threads may use the GPU meanwhile.
+        Captured is what the model does for it: nothing in it may depend on draws or branches of the host.
 
         Raises:
             RuntimeError: something in the step cannot be captured; the step then stays eager.
@@ -122,7 +121,6 @@ class TrainStep:
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     self._loss.copy_(self._forward_backward(*self._inputs, update))
                 self._graphs[update] = graph
-            self.seconds = self._time_replays(images.device)
         except BaseException:
             self._graphs, self._inputs = {}, None
             torch.cuda.synchronize(images.device)
@@ -142,9 +140,9 @@ class TrainStep:
         self._graphs, self._inputs = {}, None
         gc.collect()
 
-    def _time_replays(self, device: torch.device) -> float:
-        """Median time on the GPU of a forward and backward pass; the other processes replay as often."""
-        times = []
+    def time_replays(self) -> None:
+        """Measure `seconds`; every process must have captured, as they replay together."""
+        device, times = self._loss.device, []
         for _ in range(TIMED):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -152,7 +150,7 @@ class TrainStep:
             end.record()
             torch.cuda.synchronize(device)
             times.append(float(begin.elapsed_time(end)) / 1000)
-        return statistics.median(times)
+        self.seconds = statistics.median(times)
 
     # Running
 
@@ -166,8 +164,8 @@ class TrainStep:
             targets: whatever the criterion takes.
 
         Returns:
-            the batch's loss, and 1.0 where its step counts, 0.0 where it was skipped; fp32 scalars on the device that
-            the next call overwrites.
+            the batch's loss, and 1.0 where its step counts, 0.0 where it was skipped (before the `last` of several
+            batches: where its loss is finite); fp32 scalars on the device that the next call overwrites.
         """
         if self._graphs:
             assert self._inputs is not None
