@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 import weakref
 from collections.abc import Iterator
@@ -432,6 +434,19 @@ def test_settings_out_of_range(train: Source, setting: dict[str, object], senten
         training_loader(train, **setting)
     with pytest.raises(UserError, match=r"crop ratio is 1\.5; it must be above 0 and at most 1"):
         evaluation_loader(train, crop_ratio=1.5)
+
+
+def test_graphs_let_go_take_their_threads_along(train: Source) -> None:
+    """Without the collector, which may come late: each evaluation builds a graph with threads of its own."""
+    loader, threads = evaluation_loader(train), []
+    gc.disable()
+    try:
+        for _ in range(4):
+            assert len(list(loader.epoch(0))) == loader.steps
+            threads.append(len(os.listdir("/proc/self/task")))
+    finally:
+        gc.enable()
+    assert max(threads[1:]) <= threads[0]
 
 
 def test_dali_missing(train: Source, monkeypatch: pytest.MonkeyPatch) -> None:
