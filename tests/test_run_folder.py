@@ -133,7 +133,7 @@ def test_what_only_reports_does_not_end_a_run(
     told = capsys.readouterr().err.splitlines()
     for what in ("train.log", "TensorBoard's file"):
         (line,) = (line for line in told if f"warning: {what} in" in line)
-        assert "the run goes on" in line
+        assert "the run continues" in line
 
 
 # Records

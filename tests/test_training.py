@@ -305,7 +305,7 @@ def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
 def test_what_a_model_cannot_be_built_of_is_one_sentence(recipe: str, tree: Path, tmp_path: Path) -> None:
     start = ("--config", recipe, "--data-path")
     sentence = refused(*start, str(tree), "--input-size", "45")
-    assert "--input-size 45 is no whole number of patches of 8 pixels every 8" in sentence
+    assert "--input-size 45 is not a whole number of patches of 8 pixels every 8" in sentence
     assert sentence.endswith("the last 5 rows and columns would never be seen; give 40 or 48")
     vit = ("--model", "vit_tiny_patch16_224", "--input-size", "32", "--model-kwargs", "embed_dim=30", "num_heads=4")
     assert "cannot be built with these options (dim should be divisible" in refused(*start, str(tree), *vit)

@@ -305,8 +305,8 @@ def check_patches(model: nn.Module, size: int) -> None:
     patch, stride = conv.kernel_size[0], conv.stride[0]
     if rest := (size + 2 * int(conv.padding[0]) - patch) % stride:
         raise UserError(
-            f"--input-size {size} is no whole number of patches of {patch} pixels every {stride}: the last {rest} rows "
-            f"and columns would never be seen",
+            f"--input-size {size} is not a whole number of patches of {patch} pixels every {stride}: the last {rest} "
+            f"rows and columns would never be seen",
             f"give {size - rest} or {size - rest + stride}",
         )
 

@@ -79,7 +79,7 @@ class RecordFile:
             self._warn(f"the run ends without {len(self._pending)} records of {self._path}; train.log may have them")
 
     def _unwritten(self) -> str:
-        return f"{len(self._pending)} records wait for the next epoch's, and the run goes on; make room there"
+        return f"{len(self._pending)} records wait for the next epoch's, and the run continues; make room there"
 
 
 def _is_before(line: bytes, epoch: int) -> bool:

@@ -113,8 +113,8 @@ class Reporter:
                 self._told.add(what)
                 with suppress(OSError):
                     print(
-                        f"warning: {what} in {self.folder} cannot be written ({error.strerror}); the run goes on, and "
-                        "all of it is on the console",
+                        f"warning: {what} in {self.folder} cannot be written ({error.strerror}); the run continues, "
+                        "and all of it is on the console",
                         file=sys.stderr,
                     )
 
