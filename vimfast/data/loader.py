@@ -160,11 +160,6 @@ class Loader:
         return self.order.steps
 
     @property
-    def images(self) -> int:
-        """Images in the split."""
-        return len(self.source)
-
-    @property
     def settings(self) -> GraphSettings:
         """What was chosen for this machine: decoder, threads, and the rest."""
         return self._settings

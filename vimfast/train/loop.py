@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -126,8 +126,26 @@ class Evaluated:
         return scores
 
 
+_Own = TypeVar("_Own", bound="_Closed")
+
+
+class _Closed:
+    """Closed at the end of its block."""
+
+    def close(self, failing: bool = False) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: _Own) -> _Own:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failing=kind is not None)
+
+
 @dataclass
-class EvaluationRun:
+class EvaluationRun(_Closed):
     """A run that only evaluates."""
 
     evaluated: Evaluated
@@ -154,17 +172,9 @@ class EvaluationRun:
             _synchronize(self.world.device)
             self.evaluated.loader.close()
 
-    def __enter__(self) -> EvaluationRun:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(failing=kind is not None)
-
 
 @dataclass
-class TrainingRun:
+class TrainingRun(_Closed):
     """A run of training: its parts, and the order of its events.
 
     Args:
@@ -297,14 +307,6 @@ class TrainingRun:
             self.evaluated.loader.close()
         if self.folder is not None:
             self.folder.release()
-
-    def __enter__(self) -> TrainingRun:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(failing=kind is not None)
 
 
 @contextmanager
