@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -114,7 +115,7 @@ def test_kernels_give_pillows_bytes() -> None:
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     # Few programs, because each of them costs the interpreter much.
-    code = "from vimfast.augment import resize_triton as r; r.COLUMNS, r.STRIPS, r.ROWS = 32, 2, 128; "
+    code = "from vimfast.augment import resize_triton as r; r.STRIPS, r.ACROSS, r.DOWN = 2, *[(128, 32, 4)] * 2; "
     code += "import test_resize; test_resize.compare_in_the_interpreter()"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
@@ -188,17 +189,22 @@ def test_kernels_compile(arch: int, size: int) -> None:
 
     from vimfast.augment import resize_triton
 
-    def compiled(kernel: triton.JITFunction, fusion: bool, **constants: int) -> str:
+    def compiled(kernel: triton.JITFunction, fusion: bool, warps: int, **constants: int) -> str:
         types = {"crops_ptr": "*i64", "out_ptr": "*i32" if size % 4 == 0 else "*u8"}
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
         source = ASTSource(kernel, signature, constants, aligned)
-        options = {"num_warps": resize_triton.WARPS, "enable_fp_fusion": fusion}
+        options = {"num_warps": warps, "enable_fp_fusion": fusion}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
 
-    tile = {"S": size, "PITCH": -(-size // 4) * 4, "ROWS": resize_triton.ROWS, "COLUMNS": resize_triton.COLUMNS}
-    weights = compiled(resize_triton._weights, False, S=size, BLOCK=resize_triton.TABLE_BLOCK)
+    def tile(shape: tuple[int, int, int]) -> dict[str, int]:
+        rows, columns, warps = shape
+        return {"S": size, "PITCH": -(-size // 4) * 4, "ROWS": rows, "COLUMNS": columns, "warps": warps}
+
+    weights = compiled(resize_triton._weights, False, 4, S=size, BLOCK=resize_triton.TABLE_BLOCK)
     assert "fma.rn.f64" not in weights  # Pillow's C code has none, and a weight must not be off in its last bit
-    assert compiled(resize_triton._resize_rows, True, STRIPS=resize_triton.STRIPS, **tile)
-    assert ".v4.b32" in compiled(resize_triton._resize_columns, True, **tile)  # four pixels in one load
+    rows = compiled(resize_triton._resize_rows, True, STRIPS=resize_triton.STRIPS, **tile(resize_triton.ACROSS))
+    assert not re.search(r"ld\.global\.\w*8", rows)  # words, not bytes
+    columns = compiled(resize_triton._resize_columns, True, **tile(resize_triton.DOWN))
+    assert ".v4.b32" in columns  # four pixels in one load

@@ -285,7 +285,7 @@ def _apply(
 
 
 BLOCK, WARPS = 256, 4  # of a program that changes pixels
-TABLE_BLOCK, TABLE_WARPS = 4096, 8  # of one that looks through a channel
+TABLE_BLOCK, TABLE_WARPS = 8192, 8  # of one that looks through a channel
 
 
 def carry_out(images: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:

@@ -76,17 +76,25 @@ def _rounded(total):
 
 
 @triton.jit
+def _four_bytes(low, high, shift):
+    """The bytes from bit `shift` of `low` on, 0 to 24, then of `high`."""
+    return (((high.to(tl.uint32).to(tl.uint64) << 32) | low.to(tl.uint32).to(tl.uint64)) >> shift).to(tl.uint32)
+
+
+@triton.jit
 def _resize_rows(
     crops_ptr, tables_ptr, scratch_ptr,
     S: tl.constexpr, PITCH: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # A program makes COLUMNS columns of every STRIPS-th block of ROWS rows of one crop: a thread's rows share weights.
+    # Pixels of three bytes are read as words: four of them are three words, or parts of four, and the next four begin
+    # in the last one.
     BLOCKS: tl.constexpr = (S + COLUMNS - 1) // COLUMNS
     block, strip = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS % STRIPS
     crop_ptr = crops_ptr + tl.program_id(0) // (BLOCKS * STRIPS) * _FIELDS
     height = tl.load(crop_ptr + _HEIGHT).to(tl.int32)
     stride = tl.load(crop_ptr + _STRIDE)
-    source = tl.load(crop_ptr + _SOURCE).to(tl.pointer_type(tl.uint8))
+    address = tl.load(crop_ptr + _SOURCE)
     scratch = scratch_ptr + tl.load(crop_ptr + _SCRATCH)
     table = tables_ptr + tl.load(crop_ptr + _TABLE)
     x = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -97,19 +105,41 @@ def _resize_rows(
     to = tl.where(tl.load(crop_ptr + _MIRROR) != 0, S - 1 - x, x)
     for top in range(strip * ROWS, height, STRIPS * ROWS):
         y = top + tl.arange(0, ROWS)
-        p = source + tl.minimum(y, height - 1)[:, None] * stride + first[None, :] * 3
+        start = address + tl.minimum(y, height - 1)[:, None] * stride + first[None, :] * 3
+        shift = ((start & 3) * 8).to(tl.uint64)
+        # Words that hold no byte of the filter are not read: there may be no memory.
+        words = ((start & 3).to(tl.int32) + count[None, :] * 3 + 3) >> 2
+        p = (start & -4).to(tl.pointer_type(tl.uint32))
         weights = table + 2 * S + x
         r = tl.full((ROWS, COLUMNS), _HALF, tl.int32)
         g, b = r, r
-        for t in range(most):
-            # What is read outside a filter has the weight 0.
-            weight = tl.load(weights, mask=inside, other=0)[None, :]
-            used = (t < count)[None, :]
-            r += tl.load(p, mask=used).to(tl.int32) * weight
-            g += tl.load(p + 1, mask=used).to(tl.int32) * weight
-            b += tl.load(p + 2, mask=used).to(tl.int32) * weight
+        w0 = tl.load(p, mask=words > 0, other=0)
+        for t in range(0, most, 4):
+            w1 = tl.load(p + 1, mask=words > 1, other=0)
+            w2 = tl.load(p + 2, mask=words > 2, other=0)
+            w3 = tl.load(p + 3, mask=words > 3, other=0)
+            a0, a1 = _four_bytes(w0, w1, shift).to(tl.int32), _four_bytes(w1, w2, shift).to(tl.int32)
+            a2 = _four_bytes(w2, w3, shift).to(tl.int32)
+            weight = tl.load(weights, mask=t < count, other=0)[None, :]
+            r += (a0 & 255) * weight
+            g += ((a0 >> 8) & 255) * weight
+            b += ((a0 >> 16) & 255) * weight
+            weight = tl.load(weights + S, mask=t + 1 < count, other=0)[None, :]
+            r += ((a0 >> 24) & 255) * weight
+            g += (a1 & 255) * weight
+            b += ((a1 >> 8) & 255) * weight
+            weight = tl.load(weights + 2 * S, mask=t + 2 < count, other=0)[None, :]
+            r += ((a1 >> 16) & 255) * weight
+            g += ((a1 >> 24) & 255) * weight
+            b += (a2 & 255) * weight
+            weight = tl.load(weights + 3 * S, mask=t + 3 < count, other=0)[None, :]
+            r += ((a2 >> 8) & 255) * weight
+            g += ((a2 >> 16) & 255) * weight
+            b += ((a2 >> 24) & 255) * weight
+            w0 = w3
+            words -= 3
             p += 3
-            weights += S
+            weights += 4 * S
         pixel = _rounded(r) | (_rounded(g) << 8) | (_rounded(b) << 16)
         tl.store(scratch + y[:, None] * PITCH + to[None, :], pixel, mask=(y < height)[:, None] & inside[None, :])
 
@@ -168,7 +198,8 @@ def _resize_columns(
 
 
 TABLE_BLOCK = 128  # places of a program that makes weights
-ROWS, COLUMNS, WARPS = 16, 32, 4  # tile of a program that resizes
+ACROSS = (4, 32, 1)  # rows and columns of a tile, and warps, of a program that resizes rows; found by trying (an H200)
+DOWN = (8, 32, 1)  # of one that resizes columns
 STRIPS = 16  # programs that share the rows of a crop
 
 
@@ -188,22 +219,23 @@ def crop_resize(
     if not n:
         return out
     pitch = -(-size // 4) * 4  # so that four words can be loaded at once
-    rows, weights, words = _describe(addresses, sizes, which, boxes, mirror, cubic, size, pitch)
-    crops = torch.from_numpy(rows)
+    fields, weights, words = _describe(addresses, sizes, which, boxes, mirror, cubic, size, pitch)
+    crops = torch.from_numpy(fields)
     if device.type == "cuda":
         crops = crops.pin_memory().to(device, non_blocking=True)
     tables = torch.empty(weights, dtype=torch.int32, device=device)
     scratch = torch.empty(words, dtype=torch.int32, device=device)
-    across, down = triton.cdiv(size, COLUMNS), triton.cdiv(size, ROWS)
     _weights[(n, 2, triton.cdiv(size, TABLE_BLOCK))](
         crops, tables, S=size, BLOCK=TABLE_BLOCK, num_warps=4, enable_fp_fusion=False
     )
-    _resize_rows[(n * across * STRIPS,)](
-        crops, tables, scratch, S=size, PITCH=pitch, STRIPS=STRIPS, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+    rows, columns, warps = ACROSS
+    _resize_rows[(n * triton.cdiv(size, columns) * STRIPS,)](
+        crops, tables, scratch, S=size, PITCH=pitch, STRIPS=STRIPS, ROWS=rows, COLUMNS=columns, num_warps=warps
     )
-    _resize_columns[(n * across * down,)](
+    rows, columns, warps = DOWN
+    _resize_columns[(n * triton.cdiv(size, columns) * triton.cdiv(size, rows),)](
         crops, tables, scratch, out.view(-1).view(torch.int32) if size % 4 == 0 else out,
-        S=size, PITCH=pitch, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        S=size, PITCH=pitch, ROWS=rows, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return out
 
