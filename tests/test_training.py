@@ -302,6 +302,16 @@ def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
     assert "3 classes" in refused(*start, str(shards), "--num-classes", "10")
 
 
+def test_bad_training_images_are_told_before_a_model_is_built(
+    recipe: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vimfast.train.model.create_model", lambda *a, **k: pytest.fail("built"))
+    shutil.copytree(tree / "val", tmp_path / "val")
+    start = ("--config", recipe, "--data-path")
+    assert "has no train/" in refused(*start, str(tmp_path))
+    assert "36 training images do not fill one step" in refused(*start, str(tree), "--batch-size", "1000")
+
+
 def test_what_a_model_cannot_be_built_of_is_one_sentence(recipe: str, tree: Path, tmp_path: Path) -> None:
     start = ("--config", recipe, "--data-path")
     sentence = refused(*start, str(tree), "--input-size", "45")

@@ -208,6 +208,11 @@ class TrainingRun(_Closed):
     def __post_init__(self) -> None:
         self.sums, self.pace = Sums(("loss", "steps"), self.world.device), Pace(self.world.device)
 
+    @property
+    def global_batch(self) -> int:
+        """Images of an update, on all processes."""
+        return self.loader.order.global_batch * self.accum_steps
+
     def run(self) -> bool:
         """Train to the last epoch.
 

@@ -140,9 +140,7 @@ def load_models(
     return average
 
 
-def load_place(
-    run: TrainingRun, state: State, origin: str, cfg: Config, global_batch: int, changes: Sequence[str]
-) -> None:
+def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes: Sequence[str]) -> None:
     """Load optimizer, place in the data, sums and random states; a file with weights alone starts a new run.
 
     Args:
@@ -173,16 +171,16 @@ def load_place(
         place.best_acc1 = NO_ACC1
     if start_epoch is not None:
         place.epoch, place.step = start_epoch, 0
-    if place.step and (state["steps"], state["global_batch"]) != (place.steps, global_batch):
+    if place.step and (state["steps"], state["global_batch"]) != (place.steps, run.global_batch):
         fix = "the data and --steps-per-epoch as they were"
-        if state["global_batch"] != global_batch:
+        if state["global_batch"] != run.global_batch:
             fix = (
                 "processes x --batch-size x --accum-steps as it was, "
                 f"or give --global-batch-size {state['global_batch']}"
             )
         raise UserError(
             f"the checkpoint stands inside an epoch of {state['steps']} steps of {state['global_batch']} images, "
-            f"this run has {place.steps} of {global_batch}; keep {fix}"
+            f"this run has {place.steps} of {run.global_batch}; keep {fix}"
         )
     if 0 < place.step < place.steps:
         check_order(changes, str(place), place.epoch)
@@ -233,7 +231,6 @@ def save_run(
     keep: int,
     best: bool,
     evaluated: bool,
-    global_batch: int,
     classes: Sequence[str],
     images: str,
     config: dict[str, Any],
@@ -258,7 +255,7 @@ def save_run(
             "epoch": place.epoch,
             "step": place.step,
             "steps": place.steps,
-            "global_batch": global_batch,
+            "global_batch": run.global_batch,
             "accum_steps": run.accum_steps,
             "evaluated": evaluated,
             "best_acc1": place.best_acc1,

@@ -1,0 +1,62 @@
+"""Before the first step: kernels tuned, batches begun, the step captured, a decoder chosen by what it takes."""
+
+from __future__ import annotations
+
+import torch
+
+from vimfast import dist
+from vimfast.config import ModelConfig
+from vimfast.train.loop import TrainingRun
+from vimfast.train.start_up import StartUp
+from vimfast_kernels.tune import tune_once
+from vimfast_kernels.tuning import read_again
+
+
+def kernels(run: TrainingRun) -> str:
+    """Which run; empty for a model that has no choice of them."""
+    explain = getattr(run.model, "kernels", None)
+    return "" if explain is None else explain(run.precision.dtype)
+
+
+def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> None:
+    """Tune kernels, begin the first batches, capture the step, and choose the decoder by what it takes."""
+    if run.world.device.type == "cuda":
+        _tune(run)
+        start_up.done("kernels")
+    run.control.doing("preparing the training step")
+    run.loader.begin(run.place.epoch, run.place.step * run.accum_steps)
+    if run.world.device.type == "cuda" and cfg.cuda_graph and getattr(run.model, "capturable", False):
+        with run.memory():
+            _capture(run, run.loader.order.batch_size, cfg.input_size)
+        if all(dist.gather_objects(run.train_step.captured)):
+            run.train_step.time_replays()
+            run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
+        else:  # graphs that hold a collective are for all processes, or for none
+            run.train_step.forget()
+
+
+def _tune(run: TrainingRun) -> None:
+    """Once for a kind of GPU: a process of each host times the kernels, the others wait and read what it found."""
+    if kernels(run) == "gluon" and run.world.local_rank == 0:
+        run.control.doing("tuning kernels")
+        tune_once(torch.cuda.current_device(), run.report.say)
+    else:
+        run.control.doing("waiting for rank 0 of its host to tune kernels")
+    dist.barrier()
+    read_again()
+
+
+def _capture(run: TrainingRun, batch_size: int, size: int) -> None:
+    """Record the training step as a CUDA graph."""
+    device = run.world.device
+    images = torch.zeros(batch_size, 3, size, size, device=device)
+    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    run.model.train()
+    try:
+        images, targets = run.mixup(images, labels, 0)
+        run.train_step.capture(run.objective.prepare(images), targets)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        run.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
