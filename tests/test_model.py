@@ -15,7 +15,7 @@ from vimfast.errors import UserError
 from vimfast.models import VisionMamba, create_model
 from vimfast.models.embedding import PatchEmbed
 from vimfast.models.mixer import drop_path
-from vimfast.models.pos_embed import resample_pos_embed
+from vimfast.models.pos_embed import resample_pos_embed, resize_pos_embed
 from vimfast.models.registry import MODELS
 
 SMALL: dict[str, Any] = {
@@ -431,6 +431,57 @@ def test_position_embedding_of_its_own_size_is_untouched() -> None:
     assert "pos_embed" not in model.fit_pos_embed({})
     with pytest.raises(UserError, match="not a square grid"):
         resample_pos_embed(torch.zeros(1, 16, 4), (2, 2), model.class_places)
+
+
+@pytest.mark.parametrize("options", [{}, FIRST, DOUBLE, NO_TOKEN])
+def test_position_embedding_resized_in_a_pass_is_the_resampled_one(options: dict[str, Any]) -> None:
+    """Larger and smaller, with its gradient; and of a grid that is not square."""
+    torch.manual_seed(0)
+    places = VisionMamba(**{**SMALL, "depth": 0}, **options).class_places
+    own = torch.randn(1, 16 + len(places(16)), 3, dtype=torch.float64, requires_grad=True)
+    for grid in ((6, 8), (3, 2), (4, 4)):
+        got = resize_pos_embed(own, (4, 4), grid, places)
+        want = resample_pos_embed(own, grid, places) if grid != (4, 4) else own
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # weights are resampled in fp32
+        seed = torch.randn_like(got)
+        grads = [torch.autograd.grad((y * seed).sum(), own)[0] for y in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+    low = resize_pos_embed(own.bfloat16(), (4, 4), (6, 8), places)
+    assert low.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        full = resize_pos_embed(own.float(), (4, 4), (6, 8), places)
+    torch.testing.assert_close(full, resize_pos_embed(own, (4, 4), (6, 8), places).float())
+    wide = torch.randn(1, 10, 3, dtype=torch.float64)  # 2 x 5
+    turned = resize_pos_embed(wide.view(2, 5, 3).transpose(0, 1).reshape(1, 10, 3), (5, 2), (7, 4), lambda patches: ())
+    want = resize_pos_embed(wide, (2, 5), (4, 7), lambda patches: ()).view(4, 7, 3).transpose(0, 1)
+    torch.testing.assert_close(turned.view(7, 4, 3), want)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {**DOUBLE, "stride": 8}, {**NO_TOKEN, "if_rope": True}, {"if_abs_pos_embed": False}]
+)
+def test_images_of_any_size(options: dict[str, Any]) -> None:
+    """The model is then the one built for that size, with positions resampled as for fine-tuning."""
+    model = small(**{"img_size": 32, **options}, dynamic_img_size=True).eval()
+    for size in ((48, 40), (20, 26), (32, 32)):
+        built = small(**{"img_size": size, **options}).eval()
+        built.load_state_dict(built.fit_pos_embed(model.state_dict()))
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(model(images), built(images))
+        maps = [m.forward_intermediates(images, [2], intermediates_only=True)[0] for m in (model, built)]
+        torch.testing.assert_close(*maps)
+    with pytest.raises(UserError, match="does not fit an image of 7 x 32"):
+        model(torch.zeros(1, 3, 7, 32))
+    with pytest.raises(UserError, match="4 x 32 x 32"):
+        model(torch.zeros(1, 4, 32, 32))
+
+
+def test_other_models_of_any_size() -> None:
+    for name in ("vim_tiny_patch16_224", "deit_tiny_patch16_224", "resnet18"):
+        model = create_model(name, img_size=64, dynamic_img_size=True, num_classes=4)
+        assert model(torch.zeros(2, 3, 96, 96)).shape == (2, 4)
+    with pytest.raises(UserError, match="mixer_s16_224 has no option 'dynamic_img_size'"):
+        create_model("mixer_s16_224", img_size=64, dynamic_img_size=True)
 
 
 @pytest.mark.gpu

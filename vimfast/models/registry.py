@@ -52,7 +52,7 @@ default_cfgs = generate_default_cfgs(
 
 
 # What belongs to a run and not to the weights.
-RUN_OPTIONS = ("drop_rate", "drop_path_rate", "scan_backend", "device", "dtype")
+RUN_OPTIONS = ("drop_rate", "drop_path_rate", "scan_backend", "dynamic_img_size", "device", "dtype")
 
 
 def _vision_mamba(in_chans: int = 3, **kwargs: Any) -> VisionMamba:
@@ -86,12 +86,20 @@ for _name, (_embed_dim, _, _stride) in MODELS.items():
     _register(_name, _embed_dim, _stride)
 
 
-def create_model(name: str, *, img_size: int | None = None, scan_backend: str = "auto", **kwargs: Any) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    img_size: int | None = None,
+    dynamic_img_size: bool = False,
+    scan_backend: str = "auto",
+    **kwargs: Any,
+) -> nn.Module:
     """A model of timm's registry, those of this package included, freshly initialized.
 
     Args:
         name: ``vim_tiny_patch16_224`` and so on, or any timm model.
         img_size: side of the images in pixels; None for the named one. Handed to a model built for one size only.
+        dynamic_img_size: images may be of other sizes too. Handed to a model built for one size only.
         scan_backend: of a Vision Mamba's scan, see :mod:`vimfast_kernels.backends`; other models have none.
         kwargs: constructor options, those of :class:`~vimfast.models.VisionMamba` for a Vision Mamba.
 
@@ -109,7 +117,7 @@ def create_model(name: str, *, img_size: int | None = None, scan_backend: str = 
         raise UserError(f"{name} has no selective scan for the scan backend {scan_backend!r}; leave that option out")
     cfg = get_pretrained_cfg(name)
     if cfg is not None and cfg.fixed_input_size:
-        kwargs["img_size"] = img_size
+        kwargs |= {"img_size": img_size, **({"dynamic_img_size": True} if dynamic_img_size else {})}
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:

@@ -63,7 +63,9 @@ class TimmModel(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
+        height, width = x.shape[2:]
         x, turns, places, order = self._embed(x)
+        grid = self.patch_embed.grid((height, width))
         streams: list[Tensor] = []
         x, residual, noise = self._mix(x, turns, streams)
         last = drop_path(x, noise, self.drop_path_rate)
@@ -74,7 +76,6 @@ class TimmModel(nn.Module):
             if order is not None:
                 stream = stream[:, torch.tensor(order).argsort().to(x.device, non_blocking=True)]
             stream = remove_tokens(stream, places)  # [B, P, C]
-            grid = self.patch_embed.grid_size
             maps.append(stream.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else stream)
         return maps if intermediates_only else (self.norm_f(last, residual)[0], maps)
 

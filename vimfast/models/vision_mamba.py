@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from vimfast.errors import UserError
 from vimfast.models.embedding import PatchEmbed, Rotary
 from vimfast.models.mixer import AddLayerNorm, AddRMSNorm, Block, MambaMixer
-from vimfast.models.pos_embed import RESAMPLE, insert_tokens, resample_pos_embed, rotate
+from vimfast.models.pos_embed import RESAMPLE, insert_tokens, resample_pos_embed, resize_pos_embed, rotate
 from vimfast.models.timm_api import TimmModel, known_pool, new_head
 
 
@@ -21,7 +21,8 @@ class VisionMamba(TimmModel):
     """Vision Mamba with the constructor options and state-dict keys of hustvl/Vim. An unknown option is an error.
 
     Args:
-        img_size: height and width of the images, or the one number for both; fixed for the life of the model.
+        img_size: height and width of the images, or the one number for both.
+        dynamic_img_size: take images of other sizes too; positions are resampled for them in each pass.
         patch_size, stride: of the patch embedding, in pixels.
         depth, embed_dim, d_state: blocks, width C, state size N of the scan.
         channels: of the images.
@@ -95,6 +96,7 @@ class VisionMamba(TimmModel):
         if_random_cls_token_position: bool = False,
         if_random_token_rank: bool = False,
         scan_backend: str = "auto",
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__()
         single_token = if_cls_token and not use_double_cls_token
@@ -124,7 +126,7 @@ class VisionMamba(TimmModel):
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         for name in self.class_token_names():
             self.register_parameter(name, _small_normal(1, 1, embed_dim, **to))
-        self.patch_embed = PatchEmbed(size, patch_size, stride, channels, embed_dim, **to)
+        self.patch_embed = PatchEmbed(size, patch_size, stride, channels, embed_dim, dynamic=dynamic_img_size, **to)
         tokens = self.patch_embed.num_patches + len(self.class_token_names())
         self.pos_embed = _small_normal(1, tokens, embed_dim, **to) if if_abs_pos_embed else None
         self.pos_drop = nn.Dropout(drop_rate if if_abs_pos_embed else 0.0)
@@ -205,22 +207,29 @@ class VisionMamba(TimmModel):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, ...], list[int] | None]:
         """(tokens [B, M, C] in scan order, rotary tables, places of the class tokens before ordering, the order)."""
+        height, width = x.shape[2:]
         x = self.patch_embed(x)  # [B, P, C]
+        grid = self.patch_embed.grid((height, width))
         places = self.class_places(x.shape[1])
         if self.training and self.if_random_cls_token_position:
             places = (int(torch.randint(x.shape[1] + 1, ())),)
-        turns = None if self.rope is None else self.rope(places)  # 2 x [M, C]
+        turns = None if self.rope is None else self.rope(places, grid)  # 2 x [M, C]
         if places:
             class_tokens = torch.cat([getattr(self, name) for name in self.class_token_names()], dim=1)
             x = insert_tokens(x, class_tokens.expand(len(x), -1, -1), places)  # [B, M, C]
         if self.pos_embed is not None:
-            x = self.pos_drop(x + self.pos_embed)
+            x = self.pos_drop(x + self._positions(self.pos_embed, grid))
         order = self._draw_order(x.shape[1])
         if order is not None:
             index = torch.tensor(order).to(x.device, non_blocking=True)
             x = x[:, index]
             turns = None if turns is None else (turns[0][index], turns[1][index])
         return x, turns, places, order
+
+    def _positions(self, own: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The position embedding [1, M, C] of a grid of patches."""
+        of = self.patch_embed.grid_size
+        return own if grid == of else resize_pos_embed(own, of, grid, self.class_places)
 
     def _draw_order(self, length: int) -> list[int] | None:
         """A permutation of the sequence drawn for this step (on the CPU, so that no GPU is waited for), or None."""
