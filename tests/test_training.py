@@ -22,8 +22,10 @@ from PIL import Image
 from runs import RECIPE, Stops, call, refused, same, train
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
+from vimfast.augment.recipe import Recipe
 from vimfast.checkpoint import load_checkpoint
-from vimfast.config import load_config
+from vimfast.config import AugmentConfig, load_config
+from vimfast.data.views import Stage
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
@@ -125,6 +127,32 @@ def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: 
     assert [end.loss for end in seen] == [r["train_loss"] for r in records]
     assert [end.scores["ema_"].acc1 for end in seen] == [r["ema_test_acc1"] for r in records]
     assert max(end.scores[""].acc1 for end in seen) == run.place.best_acc1
+
+
+def test_size_and_strength_by_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:
+    """One function, from the images to the weights; a stopped run resumes in a later stage to the same bits."""
+
+    def stage(epoch: int) -> Stage:
+        return Stage((32, 48)[epoch], Recipe(AugmentConfig(aa=f"rand-m{3 + 6 * epoch}-mstd0.5")))
+
+    seen: dict[int, set[tuple[int, ...]]] = {}
+
+    def watch(run: TrainingRun) -> list[Hook]:
+        def note(model: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            seen.setdefault(run.place.epoch if model.training else -1, set()).add(tuple(inputs[0].shape[2:]))
+
+        run.model.register_forward_pre_hook(note)
+        return []
+
+    flags = ("--config", recipe, "--data-path", str(shards), "--input-size", "48", "--output_dir")
+    whole = train(*flags, str(tmp_path / "whole"), stage=stage, hooks=watch)
+    assert seen == {0: {(32, 32)}, 1: {(48, 48)}, -1: {(48, 48)}}
+    assert all(torch.isfinite(p).all() for p in whole.model.parameters())
+    train(*flags, str(tmp_path / "parts"), stage=stage, control=Stops("epoch 1, step 1 "))
+    parts = train(*flags, str(tmp_path / "parts"), "--resume", "auto", stage=stage)
+    assert same(whole.model.state_dict(), parts.model.state_dict())
+    with pytest.raises(UserError, match="a stage's size 45 is not a whole number of patches"):
+        train(*flags, str(tmp_path / "other"), stage=lambda epoch: Stage(45, Recipe(None)))
 
 
 def test_a_run_outlasts_its_console(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

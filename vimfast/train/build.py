@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from vimfast.checkpoint import ASIDE, CHECKPOINT, set_aside
 from vimfast.config import Config, plan_batches
 from vimfast.data.loader import Loader
+from vimfast.data.views import Stages
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
@@ -22,7 +23,7 @@ from vimfast.train.gradients import GradientSum, copy_from_first
 from vimfast.train.hooks import Beginning, Checkpoints, GradientHealth, NoCheckpoints, Progress, Records
 from vimfast.train.loaders import open_training, open_validation
 from vimfast.train.loop import Evaluated, EvaluationRun, Hook, Place, TrainingRun
-from vimfast.train.losses import Objective, build_teacher
+from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.model import Models, build_models
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
@@ -40,6 +41,7 @@ def build(
     control: Control | None = None,
     start_up: StartUp | None = None,
     hooks: Hooks | None = None,
+    stage: Stages | None = None,
 ) -> TrainingRun | EvaluationRun:
     """The run that the settings describe, ready to run.
 
@@ -47,11 +49,12 @@ def build(
         control: says when to stop; without one the run goes to its end.
         start_up: has timed what came before.
         hooks: of the caller, added before those that save and record.
+        stage: input size and augmentation of each epoch of training; None: the settings', in all of them.
     """
     control, start_up = control or Control(world), start_up or StartUp()
     if cfg.run.eval:
         return build_evaluation(cfg, world, control, start_up)
-    return build_training(cfg, world, control, start_up, hooks)
+    return build_training(cfg, world, control, start_up, hooks, stage)
 
 
 def build_evaluation(cfg: Config, world: World, control: Control, start_up: StartUp) -> EvaluationRun:
@@ -68,25 +71,36 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
 
 
 def build_training(
-    cfg: Config, world: World, control: Control, start_up: StartUp, hooks: Hooks | None = None
+    cfg: Config,
+    world: World,
+    control: Control,
+    start_up: StartUp,
+    hooks: Hooks | None = None,
+    stage: Stages | None = None,
 ) -> TrainingRun:
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
     if not cfg.run.output_dir:
-        return _build_training(cfg, world, control, start_up, hooks, None)
+        return _build_training(cfg, world, control, start_up, hooks, stage, None)
     try:
         held = RunFolder(Path(cfg.run.output_dir), is_main=world.is_main)
     except UserError:
         control.folder = None  # its train.log is another run's
         raise
     try:
-        return _build_training(cfg, world, control, start_up, hooks, held)
+        return _build_training(cfg, world, control, start_up, hooks, stage, held)
     except BaseException:
         held.release()
         raise
 
 
 def _build_training(
-    cfg: Config, world: World, control: Control, start_up: StartUp, hooks: Hooks | None, held: RunFolder | None
+    cfg: Config,
+    world: World,
+    control: Control,
+    start_up: StartUp,
+    hooks: Hooks | None,
+    stage: Stages | None,
+    held: RunFolder | None,
 ) -> TrainingRun:
     folder = None if held is None else held.path
     start = load_origin(cfg.run, cfg.finetune.finetune, folder)
@@ -95,10 +109,11 @@ def _build_training(
 
     batches = plan_batches(cfg, world.size)
     val_loader = open_validation(cfg, batches.batch_size, world, start)
-    loader = open_training(cfg, batches, world, val_loader.source.classes)
+    loader = open_training(cfg, batches, world, val_loader.source.classes, stage)
     start_up.done("data")
 
-    models = build_models(cfg, len(loader.source.classes), start, world.device, report)
+    sizes = {loader.view.side(epoch) for epoch in range(cfg.schedule.epochs)}
+    models = build_models(cfg, len(loader.source.classes), start, world.device, report, sizes)
     run = _assemble(cfg, batches.accum_steps, loader, val_loader, models, world, control, report, held)
     images = images_id(loader.source, cfg.data.data_path)
     _resume(run, cfg, start, images)
@@ -129,9 +144,7 @@ def _assemble(
 ) -> TrainingRun:
     """A run at its beginning, without hooks."""
     num_classes = len(loader.source.classes)
-    teacher = build_teacher(cfg.distill, num_classes, cfg.model.input_size)
-    teacher = None if teacher is None else teacher.to(world.device)
-    objective = Objective(cfg.distill, cfg.mix.bce_loss, teacher, models.precision.amp)
+    objective = Objective(cfg.distill, cfg.mix.bce_loss, models.teacher, models.precision.amp)
     optimizer = build_optimizer(cfg.optim, models.model, peak_lr(cfg.optim, loader.order.global_batch * accum_steps))
     place = Place(steps=loader.steps // accum_steps)
     rate = LearningRate(cfg.schedule, optimizer, place.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from vimfast import dist
 from vimfast.config import ModelConfig
@@ -27,12 +28,10 @@ def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> Non
     run.loader.begin(run.place.epoch, run.place.step * run.accum_steps)
     if run.world.device.type == "cuda" and cfg.cuda_graph and getattr(run.model, "capturable", False):
         with run.memory():
-            _capture(run, run.loader.order.batch_size, cfg.input_size)
-        if all(dist.gather_objects(run.train_step.captured)):
+            run.capture(*_blank_batch(run))
+        if run.train_step.captured:
             run.train_step.time_replays()
             run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
-        else:  # graphs that hold a collective are for all processes, or for none
-            run.train_step.forget()
 
 
 def _tune(run: TrainingRun) -> None:
@@ -46,17 +45,9 @@ def _tune(run: TrainingRun) -> None:
     read_again()
 
 
-def _capture(run: TrainingRun, batch_size: int, size: int) -> None:
-    """Record the training step as a CUDA graph."""
-    device = run.world.device
-    images = torch.zeros(batch_size, 3, size, size, device=device)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    run.model.train()
-    try:
-        images, targets = run.mixup(images, labels, 0)
-        run.train_step.capture(run.objective.prepare(images), targets)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        why = " ".join(str(error).split())
-        run.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
+def _blank_batch(run: TrainingRun) -> tuple[Tensor, Tensor]:
+    """Images and targets of the shape that the run's first step has."""
+    device, batch, size = run.world.device, run.loader.order.batch_size, run.loader.view.side(run.place.epoch)
+    images = torch.zeros(batch, 3, size, size, device=device)
+    images, targets = run.mixup(images, torch.zeros(batch, dtype=torch.int64, device=device), 0)
+    return run.objective.prepare(images), targets

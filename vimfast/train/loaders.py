@@ -11,7 +11,7 @@ from vimfast.config import Batches, Config, DataConfig
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
-from vimfast.data.views import Evaluation, training_view
+from vimfast.data.views import Evaluation, Stages, training_view
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.train.continuity import check_classes
@@ -43,11 +43,12 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Origin | 
     return Loader(source, Evaluation(order, world.device, size, crop), _settings(data))
 
 
-def open_training(cfg: Config, batches: Batches, world: World, classes: Sequence[str]) -> Loader:
+def open_training(cfg: Config, batches: Batches, world: World, classes: Sequence[str], stage: Stages | None) -> Loader:
     """The loader of the training images.
 
     Args:
         classes: of the validation images.
+        stage: of an epoch; None: the settings', in all epochs.
 
     Raises:
         UserError: the training images are of others, or too few, or cannot be used.
@@ -59,6 +60,7 @@ def open_training(cfg: Config, batches: Batches, world: World, classes: Sequence
             f"train has {len(source.classes)} classes and val {len(classes)}, or with other names",
             f"check them with python -m vimfast.check_data {data.data_path}",
         )
+    last = cfg.schedule.epochs - 1  # beyond which batches are still read ahead
     view = training_view(
         _training_order(cfg, source, batches, world),
         world.device,
@@ -69,6 +71,7 @@ def open_training(cfg: Config, batches: Batches, world: World, classes: Sequence
         flip=data.hflip,
         interpolation=data.train_interpolation,
         group=world.host,
+        stage=stage and (lambda epoch: stage(min(epoch, last))),
     )
     return Loader(source, view, _settings(data))
 

@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vimfast import dist
 from vimfast.data.loader import Loader
 from vimfast.data.views import Batch
 from vimfast.dist import World
@@ -272,6 +273,22 @@ class TrainingRun(_Closed):
         for hook in self.hooks:
             hook.epoch_end(place, end)
 
+    def capture(self, images: Tensor, targets: Tensor) -> None:
+        """Record the step for batches of this shape as a CUDA graph.
+
+        Every process must call it at the same place. Graphs hold collectives: if one process fails, none has graphs.
+        """
+        self.model.train()
+        try:
+            self.train_step.capture(images, targets)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            why = " ".join(str(error).split())
+            self.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
+        if not all(dist.gather_objects(self.train_step.has_captured(images, targets))):
+            self.train_step.forget()
+
     def memory(self) -> AbstractContextManager[None]:
         """For what needs a training step's memory."""
         return memory_for(self.loader, "--batch-size", ", or --use-checkpoint")
@@ -294,7 +311,12 @@ class TrainingRun(_Closed):
         place, last = self.place, part == self.accum_steps - 1
         number = (place.epoch * place.steps + place.step) * self.accum_steps + part
         images, targets = self.mixup(batch.images, batch.labels, number)
-        loss, sound = self.train_step(self.objective.prepare(images), targets, first=part == 0, last=last)
+        images = self.objective.prepare(images)
+        if part == 0 and self.train_step.captured and not self.train_step.has_captured(images, targets):
+            self.control.doing("capturing the training step for another size")
+            self.capture(images, targets)
+            self.control.doing("training step")
+        loss, sound = self.train_step(images, targets, first=part == 0, last=last)
         self.sums.add(torch.where(sound > 0, loss, 0), sound)
 
     def close(self, failing: bool = False) -> None:

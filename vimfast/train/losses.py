@@ -102,8 +102,13 @@ def check(cfg: DistillConfig) -> None:
         )
 
 
-def build_teacher(cfg: DistillConfig, num_classes: int, input_size: int) -> nn.Module | None:
+def build_teacher(
+    cfg: DistillConfig, num_classes: int, input_size: int, dynamic_img_size: bool = False
+) -> nn.Module | None:
     """The teacher with its weights, on the CPU and never trained; None without distillation.
+
+    Args:
+        dynamic_img_size: it sees images of other sizes too.
 
     Raises:
         UserError: there is no such model, or the checkpoint is of another one or runs code.
@@ -111,7 +116,9 @@ def build_teacher(cfg: DistillConfig, num_classes: int, input_size: int) -> nn.M
     check(cfg)
     if cfg.distillation_type == "none":
         return None
-    teacher = create_model(cfg.teacher_model, num_classes=num_classes, img_size=input_size)
+    teacher = create_model(
+        cfg.teacher_model, num_classes=num_classes, img_size=input_size, dynamic_img_size=dynamic_img_size
+    )
     path = Path(cfg.teacher_path)
     try:
         load_weights(teacher, load_checkpoint(path)["model"], str(path), resample="patches")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,30 +15,46 @@ from vimfast.errors import UserError
 from vimfast.models import create_model
 from vimfast.train.freezing import freeze
 from vimfast.train.loop import Precision
+from vimfast.train.losses import build_teacher
 from vimfast.train.optim import WeightAverage, build_ema
 from vimfast.train.report import Reporter
 from vimfast.train.resume import Origin, load_models
 
 
 class Models(NamedTuple):
-    """A model on its device, the average of its weights, and what both compute in."""
+    """The models of a run, on its device, and what they compute in."""
 
     model: nn.Module
-    average: WeightAverage | None  # None: there is none to keep, or none to evaluate
+    average: WeightAverage | None  # of its weights; None: there is none to keep, or none to evaluate
+    teacher: nn.Module | None
     precision: Precision
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """Both, under the names by which the record of an epoch knows them."""
+        """Under the names by which the record of an epoch knows them."""
         return {"": self.model, **({"ema_": self.average.module} if self.average is not None else {})}
 
 
-def build_models(cfg: Config, num_classes: int, start: Origin | None, device: torch.device, report: Reporter) -> Models:
-    """The model that the settings describe, with the weights of the checkpoint, if there is one."""
+def build_models(
+    cfg: Config,
+    num_classes: int,
+    start: Origin | None,
+    device: torch.device,
+    report: Reporter,
+    sizes: Collection[int] = (),
+) -> Models:
+    """The models that the settings describe, with the weights of the checkpoint, if there is one.
+
+    Args:
+        sizes: of the images that are trained on, pixels; none in evaluation.
+    """
+    dynamic = any(size != cfg.model.input_size for size in sizes)
     torch.manual_seed(cfg.run.seed)
-    model = build_model(cfg.model, num_classes)
+    model = build_model(cfg.model, num_classes, dynamic)
     if not cfg.run.eval:
-        check_patches(model, cfg.model.input_size)
+        check_patches(model, cfg.model.input_size, "--input-size")
+        for size in sorted(sizes):
+            check_patches(model, size, "a stage's size")
         _begin_with(model, cfg, cfg.finetune.finetune if start is None else "", report)
     model.to(device)
     average = build_ema(cfg.ema, model)
@@ -47,11 +64,13 @@ def build_models(cfg: Config, num_classes: int, start: Origin | None, device: to
         average = load_models(
             start.state, str(start.path), model, average, report, resample=resample, evaluating=cfg.run.eval
         )
-    return Models(model, average, precision)
+    teacher = None if cfg.run.eval else build_teacher(cfg.distill, num_classes, cfg.model.input_size, dynamic)
+    return Models(model, average, None if teacher is None else teacher.to(device), precision)
 
 
-def build_model(cfg: ModelConfig, num_classes: int) -> nn.Module:
+def build_model(cfg: ModelConfig, num_classes: int, dynamic_img_size: bool) -> nn.Module:
     """The model, on the CPU, with initial weights."""
+    options = {"dynamic_img_size": dynamic_img_size} | cfg.options()
     model: nn.Module = create_model(
         cfg.model,
         num_classes=num_classes,
@@ -59,7 +78,7 @@ def build_model(cfg: ModelConfig, num_classes: int) -> nn.Module:
         drop_rate=cfg.drop,
         drop_path_rate=cfg.drop_path,
         scan_backend=cfg.scan_backend,
-        **cfg.options(),
+        **options,
     )
     if cfg.use_checkpoint:
         switch = getattr(model, "set_grad_checkpointing", None)
@@ -69,8 +88,8 @@ def build_model(cfg: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def check_patches(model: nn.Module, size: int) -> None:
-    """Whether the patches cover the whole image, where a model is made of patches.
+def check_patches(model: nn.Module, size: int, name: str) -> None:
+    """Whether the patches cover the whole of images of this size, where a model is made of patches.
 
     Raises:
         UserError: some rows and columns are in none, and the model would never see them.
@@ -81,7 +100,7 @@ def check_patches(model: nn.Module, size: int) -> None:
     patch, stride = conv.kernel_size[0], conv.stride[0]
     if rest := (size + 2 * int(conv.padding[0]) - patch) % stride:
         raise UserError(
-            f"--input-size {size} is not a whole number of patches of {patch} pixels every {stride}: the last {rest} "
+            f"{name} {size} is not a whole number of patches of {patch} pixels every {stride}: the last {rest} "
             f"rows and columns would never be seen",
             f"give {size - rest} or {size - rest + stride}",
         )
