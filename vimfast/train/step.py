@@ -165,9 +165,13 @@ class TrainStep:
         gc.collect()
 
     def time_replays(self) -> None:
-        """Measure `seconds` of the first graph; every process must have captured, as they replay together."""
+        """Measure `seconds` of the first graph; every process must have captured, as they replay together.
+
+        The random state is what it was before, or a resumed run would not draw what the first one drew.
+        """
         device, times = self._loss.device, []
         (captured,) = self._captured.values()
+        random_state = torch.cuda.get_rng_state(device)
         for _ in range(TIMED):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -175,6 +179,7 @@ class TrainStep:
             end.record()
             torch.cuda.synchronize(device)
             times.append(float(begin.elapsed_time(end)) / 1000)
+        torch.cuda.set_rng_state(random_state, device)
         self.seconds = statistics.median(times)
 
     # Running
