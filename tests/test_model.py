@@ -15,6 +15,7 @@ from vimfast.errors import UserError
 from vimfast.models import VisionMamba, create_model
 from vimfast.models.embedding import PatchEmbed
 from vimfast.models.mixer import drop_path
+from vimfast.models.options import PatchOptions
 from vimfast.models.pos_embed import resample_pos_embed, resize_pos_embed
 from vimfast.models.registry import MODELS
 
@@ -124,7 +125,7 @@ def test_agrees_with_the_description(
 def test_patches_that_do_not_overlap_are_a_convolution(size: tuple[int, int], amp: bool) -> None:
     """Pixels that fill no patch are left out; under autocast images are cast as a convolution would."""
     torch.manual_seed(0)
-    embed = PatchEmbed(size, 8, 8, 3, 20)
+    embed = PatchEmbed(PatchOptions(size, patch_size=8, stride=8), 20)
     images = torch.randn(2, 3, *size).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         got, want = embed(images), embed.proj(images).flatten(2).transpose(1, 2)
@@ -334,7 +335,7 @@ def test_features_and_head_as_in_timm(options: dict[str, Any]) -> None:
     features = model.forward_head(tokens, pre_logits=True)
     assert model.get_classifier() is model.head
     model.reset_classifier(0)
-    want = features if model.if_cls_token else features.amax(1)
+    want = features if model.sequence.if_cls_token else features.amax(1)
     assert torch.equal(model(images), want)
     model.reset_classifier(7)
     assert (model(images).shape, model.num_classes) == ((2, 7), 7)
@@ -379,6 +380,12 @@ def test_other_models_on_the_same_rails() -> None:
         ("vim_tny_patch16_224", {}, "no model named 'vim_tny_patch16_224'; did you mean 'vim_tiny_patch16_224'"),
         ("vim_tiny_patch16_224", {"if_devide_out": True}, "no option 'if_devide_out'; did you mean 'if_divide_out'?"),
         ("vim_tiny_patch16_224", {"ssm_cfg": {"d_con": 3}}, "no option 'd_con'; did you mean 'd_conv'?"),
+        (
+            "vim_tiny_patch16_224",
+            {"initializer_cfg": {"n_residual_per_layer": 2}},
+            "initializer_cfg has no option 'n_residual_per_layer'; did you mean 'n_residuals_per_layer'?",
+        ),
+        ("vim_tiny_patch16_224", {"d_conv": 3}, "no option 'd_conv'"),  # of ssm_cfg, as in hustvl/Vim
         ("vim_tiny_patch16_224", {"pretrained": True}, "no published weights"),
         ("vim_tiny_patch16_224", {"scan_backend": "fast"}, "unknown scan backend 'fast'"),
         ("vim_tiny_patch16_224", {"bimamba_type": "v3"}, "bimamba_type is 'v3'; it must be one of none, v1, v2"),

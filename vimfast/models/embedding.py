@@ -10,32 +10,26 @@ from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
+from vimfast.models.options import PatchOptions
 from vimfast.models.pos_embed import insert_tokens, rotary_tables
 
 
 class PatchEmbed(nn.Module):
     """Images [B, channels, H, W] -> patches [B, rows * columns, C], row by row. Patches overlap if stride < size.
 
-    With ``dynamic``, images may be of another size than `img_size`.
+    Args:
+        options: of the images and the patches.
+        dim: C.
+        to: device and dtype.
     """
 
-    def __init__(
-        self,
-        img_size: tuple[int, int],
-        patch_size: int,
-        stride: int,
-        channels: int,
-        dim: int,
-        *,
-        dynamic: bool = False,
-        **to: Any,
-    ) -> None:
+    def __init__(self, options: PatchOptions, dim: int, **to: Any) -> None:
         super().__init__()
-        self.img_size, self.channels, self.dynamic = img_size, channels, dynamic
-        self.patch_size, self.stride = patch_size, stride
-        self.grid_size = self.grid(img_size)
+        self.img_size, self.dynamic = options.size, options.dynamic_img_size
+        self.channels, self.patch_size, self.stride = options.channels, options.patch_size, options.stride
+        self.grid_size = self.grid(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(channels, dim, patch_size, stride, **to)
+        self.proj = nn.Conv2d(self.channels, dim, self.patch_size, self.stride, **to)
         assert self.proj.bias is not None
         lecun_normal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)

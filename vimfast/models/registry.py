@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from typing import Any
 
@@ -12,8 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
-from vimfast.errors import UserError, did_you_mean
-from vimfast.models.mixer import MambaMixer
+from vimfast.errors import UserError
 from vimfast.models.vision_mamba import VisionMamba
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
@@ -101,7 +99,7 @@ def create_model(
         img_size: side of the images in pixels; None for the named one. Handed to a model built for one size only.
         dynamic_img_size: images may be of other sizes too. Handed to a model built for one size only.
         scan_backend: of a Vision Mamba's scan, see :mod:`vimfast_kernels.backends`; other models have none.
-        kwargs: constructor options, those of :class:`~vimfast.models.VisionMamba` for a Vision Mamba.
+        kwargs: constructor options, those of :mod:`vimfast.models.options` for a Vision Mamba.
 
     Raises:
         UserError: the name or an option does not exist (with the closest ones), or a value is invalid.
@@ -124,9 +122,7 @@ def create_model(
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
             raise
-        options = [p for c in (VisionMamba, MambaMixer) for p in inspect.signature(c).parameters] if ours else []
-        word = unknown[1]
-        raise UserError(f"{name} has no option {word!r}{did_you_mean(word, options)}") from None
+        raise UserError(f"{name} has no option {unknown[1]!r}") from None
     except (AssertionError, ValueError) as error:  # such as heads that do not divide the width
         why = " ".join(str(error).split()) or "its own check failed"
         raise UserError(f"{name} cannot be built with these options ({why}); change --model-kwargs") from None

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from vimfast.errors import UserError
 from vimfast.models.embedding import PatchEmbed
 from vimfast.models.mixer import Block, drop_path
+from vimfast.models.options import known_pool
 from vimfast.models.pos_embed import remove_tokens
-
-FINAL_POOL_TYPES = ("none", "mean", "max", "all")
 
 
 class TimmModel(nn.Module):
@@ -129,12 +128,6 @@ class TimmModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", *self.class_token_names()}
-
-
-def known_pool(name: str) -> str:
-    if name not in FINAL_POOL_TYPES:
-        raise UserError(f"final_pool_type is {name!r}; it must be one of {', '.join(FINAL_POOL_TYPES)}")
-    return name
 
 
 def _known_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
