@@ -16,7 +16,7 @@ from vimfast.data.views import Stages
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
-from vimfast.train.continuity import images_id, order_changes
+from vimfast.train.continuity import order_changes
 from vimfast.train.device import kernels, prepare_device
 from vimfast.train.folder import RunFolder, unwritable
 from vimfast.train.gradients import GradientSum, copy_from_first
@@ -115,7 +115,7 @@ def _build_training(
     sizes = {loader.view.side(epoch) for epoch in range(cfg.schedule.epochs)}
     models = build_models(cfg, len(loader.source.classes), start, world.device, report, sizes)
     run = _assemble(cfg, batches.accum_steps, loader, val_loader, models, world, control, report, held)
-    images = images_id(loader.source, cfg.data.data_path)
+    images = loader.source.identity
     _resume(run, cfg, start, images)
     start_up.done("model")
 

@@ -240,7 +240,7 @@ def save_run(
     Args:
         keep: so many checkpoints, this one included.
         best: it is the best one too.
-        images: the :func:`images_id` of the training images.
+        images: :attr:`~vimfast.data.source.Source.identity` of the training images.
         evaluated: the epoch that the run stands at the end of has been.
     """
     world, place = run.world, run.place
