@@ -25,7 +25,7 @@ from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import Recipe
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import AugmentConfig, load_config
-from vimfast.data.views import Stage
+from vimfast.data.views import CutOut, Stage
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
@@ -87,6 +87,26 @@ def test_a_stopped_run_continues_to_the_same_bits(recipe: str, shards: Path, tmp
     assert same(whole.average.module.state_dict(), parts.average.module.state_dict())
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
+
+
+def test_nothing_is_drawn_in_vain_before_an_evaluation(
+    recipe: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a resumed run has only to evaluate its epoch, it begins on the next; where that was the last, on none."""
+    drawn: list[tuple[int, int]] = []
+    draw = CutOut.draw
+    monkeypatch.setattr(CutOut, "draw", lambda *args: drawn.append(args[1:3]) or draw(*args))
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path / "run"))
+    for epoch in (0, 1):
+        run = train(*flags, "--resume", "auto", control=Stops(f"epoch {epoch}, step 9 "))
+        assert run.place.step == run.place.steps == 9
+        assert drawn[0] == (epoch, 0)
+        assert len(set(drawn)) == len(drawn)
+        drawn.clear()
+    for _ in range(2):  # the evaluation, and nothing at all
+        train(*flags, "--resume", "auto")
+        assert drawn == []
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").open()] == [0, 1]
 
 
 def test_a_run_killed_before_its_evaluation_makes_up_for_it(recipe: str, shards: Path, tmp_path: Path) -> None:

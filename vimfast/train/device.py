@@ -24,11 +24,14 @@ def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> Non
     if run.world.device.type == "cuda":
         _tune(run)
         start_up.done("kernels")
+    if run.next_step is None:
+        return
     run.control.doing("preparing the training step")
-    run.loader.begin(run.place.epoch, run.place.step * run.accum_steps)
+    epoch, step = run.next_step
+    run.loader.begin(epoch, step * run.accum_steps)
     if run.world.device.type == "cuda" and cfg.cuda_graph and getattr(run.model, "capturable", False):
         with run.memory():
-            run.capture(*_blank_batch(run))
+            run.capture(*_blank_batch(run, epoch))
         if run.train_step.captured:
             run.train_step.time_replays()
             run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
@@ -45,9 +48,9 @@ def _tune(run: TrainingRun) -> None:
     read_again()
 
 
-def _blank_batch(run: TrainingRun) -> tuple[Tensor, Tensor]:
-    """Images and targets of the shape that the run's first step has."""
-    device, batch, size = run.world.device, run.loader.order.batch_size, run.loader.view.side(run.place.epoch)
+def _blank_batch(run: TrainingRun, epoch: int) -> tuple[Tensor, Tensor]:
+    """Images and targets of the shape that a step of this epoch has."""
+    device, batch, size = run.world.device, run.loader.order.batch_size, run.loader.view.side(epoch)
     images = torch.zeros(batch, 3, size, size, device=device)
     images, targets = run.mixup(images, torch.zeros(batch, dtype=torch.int64, device=device), 0)
     return run.objective.prepare(images), targets

@@ -214,6 +214,13 @@ class TrainingRun(_Closed):
         """Images of an update, on all processes."""
         return self.loader.order.global_batch * self.accum_steps
 
+    @property
+    def next_step(self) -> tuple[int, int] | None:
+        """(epoch, step) of the next step that is trained; None: nothing is left but an evaluation, or nothing."""
+        place = self.place
+        epoch, step = (place.epoch, place.step) if place.step < place.steps else (place.epoch + 1, 0)
+        return (epoch, step) if epoch < self.epochs else None
+
     def run(self) -> bool:
         """Train to the last epoch.
 
@@ -223,7 +230,10 @@ class TrainingRun(_Closed):
         begin = time.perf_counter()
         try:
             while self.place.epoch < self.epochs:
-                self._train_epoch()
+                if self.place.step < self.place.steps:  # else it was stopped in the evaluation
+                    self._train_epoch()
+                for hook in self.hooks:
+                    hook.epoch_trained(self.place)
                 self._evaluate_epoch()
                 self.place.epoch, self.place.step = self.place.epoch + 1, 0
                 self.sums.values.zero_()
@@ -260,8 +270,6 @@ class TrainingRun(_Closed):
                 self.report.advance()
                 for hook in self.hooks:
                     hook.after_step(place)
-        for hook in self.hooks:
-            hook.epoch_trained(place)
 
     def _evaluate_epoch(self) -> None:
         place, trained = self.place, self.sums.read()
