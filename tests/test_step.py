@@ -9,9 +9,11 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from vimfast.config import EmaConfig
 from vimfast.models import create_model
+from vimfast.train.optim import WeightAverage, build_ema
 from vimfast.train.step import TrainStep
 
 
@@ -68,6 +70,28 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(f"torch.cuda.{name}", lambda *args: None)
     yield
     StandIn.made.clear()
+
+
+class Normalized(nn.Module):
+    """Running statistics, a plain mean of them, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None)
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)).mean((2, 3)))
+
+
+def normalized(accum_steps: int = 1) -> tuple[TrainStep, WeightAverage]:
+    torch.manual_seed(0)
+    model = Normalized().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    average = build_ema(EmaConfig(model_ema_decay=0.5), model)
+    assert average is not None
+    amp = torch.autocast("cpu", enabled=False)
+    return TrainStep(model, optimizer, criterion, amp=amp, average=average, accum_steps=accum_steps), average
 
 
 def build(accum_steps: int) -> TrainStep:
@@ -137,3 +161,36 @@ def test_a_failed_capture_leaves_the_others(graphs: None, monkeypatch: pytest.Mo
     assert not graph.has_captured(images, targets)
     sizes = [40, 40, 32, 32]
     assert run(graph, sizes, capture=False) == run(eager, sizes, capture=False)
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_skipped_step_leaves_running_statistics_as_they_were(accum_steps: int) -> None:
+    """Where the forward pass itself gives NaN, in the first of several batches too; those of the average as well."""
+    step, average = normalized(accum_steps)
+    parts = range(accum_steps)
+
+    def trained(*batches: Tensor) -> float:
+        for i, images in zip(parts, batches, strict=True):
+            _, sound = step(images, torch.full((4, 5), 0.2), first=i == 0, last=i == accum_steps - 1)
+        return sound.item()
+
+    images = torch.randn(accum_steps, 4, 3, 6, 6) + 1
+    assert trained(*images) == 1
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    assert before["first.running_mean"].abs().min() > 0.05
+    poisoned = images.clone()
+    poisoned[0, 0, 1] = float("nan")
+    assert trained(*poisoned) == 0
+    for name, value in step.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(torch.isfinite(value).all() for value in average.module.state_dict().values())
+    assert trained(*images) == 1
+    assert int(step.model.first.num_batches_tracked) == 2 * accum_steps
+
+
+def test_a_capture_leaves_running_statistics_as_they_were(graphs: None) -> None:
+    step, _ = normalized()
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    step.capture(torch.randn(4, 3, 6, 6) + 1, torch.full((4, 5), 0.2))
+    for name, value in step.model.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vimfast.config import EmaConfig, OptimConfig
 from vimfast.models import create_model
@@ -147,6 +147,27 @@ def test_a_replayed_step_without_numbers_is_skipped() -> None:
     assert all(torch.equal(w, weights[name]) for name, w in step.model.state_dict().items())
     assert step.health()[:2] == (1, 1)
     assert step.health().names
+
+
+def test_a_replayed_step_without_numbers_leaves_running_statistics_as_they_were() -> None:
+    """A capture and replays that are timed do too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10)).to(DEVICE).train()
+    amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    step = TrainStep(model, build_optimizer(OptimConfig(), model, 1e-3), criterion, amp=amp)
+    images, targets = next(batches(1))
+    images = images + 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step.capture(images, targets)
+    step.time_replays()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    step(images, targets)
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not torch.equal(after["0.running_mean"], before["0.running_mean"])
+    poisoned = images.clone()
+    poisoned[0, 1] = float("nan")
+    assert step(poisoned, targets)[1].item() == 0
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
 
 
 def test_the_sum_over_processes_is_in_the_graph() -> None:

@@ -59,7 +59,7 @@ class TrainStep:
     launched.
 
     A step whose gradients hold an infinity or a NaN, which after the all-reduce is so on all processes or on none,
-    leaves weights and optimizer state as they are, and is counted.
+    leaves weights, buffers (running statistics, say) and optimizer state as they are, and is counted.
 
     Args:
         model: images [B, 3, S, S] to logits [B, K]; compiled or not.
@@ -90,6 +90,8 @@ class TrainStep:
         self._parts = accum_steps * (1 if gradients is None else gradients.processes)  # batches that make an update
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
+        self._buffers = [*self.model.buffers()]  # changed in place, by replays too
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]  # the step in progress
         device = self._parameters[0].device
         self._on_gpu = device.type == "cuda"
         self._captured: dict[tuple[object, ...], _Captured] = {}
@@ -104,8 +106,8 @@ class TrainStep:
     # Capturing
 
     def capture(self, images: Tensor, targets: Tensor) -> None:
-        """Record the graph of batches of this shape, between two steps. Weights, optimizer, average and random state
-        are what they were before.
+        """Record the graph of batches of this shape, between two steps. Weights, buffers, optimizer, average and random
+        state are what they were before.
 
         Call it with any batch of the size, dtype and memory layout to come; other threads may use the GPU meanwhile.
         Captured is what the model does for it: nothing in it may depend on draws or branches of the host.
@@ -115,6 +117,7 @@ class TrainStep:
         """
         inputs = images.clone(), targets.clone()
         random_state = torch.cuda.get_rng_state(images.device)
+        self._keep_buffers()
         side = side_stream(images.device)
         side.wait_stream(torch.cuda.current_stream(images.device))
         try:
@@ -133,6 +136,7 @@ class TrainStep:
         finally:
             torch.cuda.current_stream(images.device).wait_stream(side)
             torch.cuda.set_rng_state(random_state, images.device)
+            self._restore_buffers()
         self._in_place = _Captured(inputs, graphs, [p.grad for p in self._parameters])
         self._captured[_shape(*inputs)] = self._in_place
 
@@ -167,11 +171,12 @@ class TrainStep:
     def time_replays(self) -> None:
         """Measure `seconds` of the first graph; every process must have captured, as they replay together.
 
-        The random state is what it was before, or a resumed run would not draw what the first one drew.
+        Buffers and random state are what they were before, or a resumed run would not draw what the first one drew.
         """
         device, times = self._loss.device, []
         (captured,) = self._captured.values()
         random_state = torch.cuda.get_rng_state(device)
+        self._keep_buffers()
         for _ in range(TIMED):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -180,6 +185,7 @@ class TrainStep:
             torch.cuda.synchronize(device)
             times.append(float(begin.elapsed_time(end)) / 1000)
         torch.cuda.set_rng_state(random_state, device)
+        self._restore_buffers()
         self.seconds = statistics.median(times)
 
     # Running
@@ -197,6 +203,8 @@ class TrainStep:
             the batch's loss, and 1.0 where its step counts, 0.0 where it was skipped (before the `last` of several
             batches: where its loss is finite); fp32 scalars on the device that the next call overwrites.
         """
+        if first:
+            self._keep_buffers()
         captured = self._captured.get(_shape(images, targets))
         if captured is not None:
             loss = self._replay(captured, images, targets, first, last)
@@ -239,6 +247,8 @@ class TrainStep:
         total = norms.norm()
         bad = (~torch.isfinite(total)).float()
         self._note(bad, norms, parameters)
+        for own, before in zip(self._buffers, self._buffers_before, strict=True):
+            torch.where(bad > 0, before, own, out=own)
         if self.clip_grad is not None:
             torch._foreach_mul_(gradients, (self.clip_grad / (total + 1e-6)).clamp(max=1.0))
         if self.optimizer.defaults.get("fused"):
@@ -258,6 +268,14 @@ class TrainStep:
         total += bad
         row.add_(bad).mul_(bad)
         torch.maximum(longest, row, out=longest)
+
+    def _keep_buffers(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
+
+    def _restore_buffers(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._buffers_before)
 
     def _clear_gradients(self) -> None:
         """For a capture. Backward makes gradients anew, in the graph's memory; those of several batches are added up in
