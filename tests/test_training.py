@@ -417,6 +417,18 @@ def test_a_corrupt_image_is_named_and_nothing_is_lost(recipe: str, tree: Path, t
     assert "Traceback" not in done.stderr
 
 
+def test_skipped_images_are_in_the_log(recipe: str, tree: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(tree, bad)
+    for name in ("train/n02/n02_3.JPEG", "val/n01/n01_2.JPEG"):
+        (bad / name).write_bytes((bad / name).read_bytes()[:200])
+    flags = ("--config", recipe, "--data-path", str(bad), "--output_dir", str(tmp_path / "run"), "--epochs", "1")
+    train(*flags, "--no-repeated-aug", "--on-bad-image", "skip")
+    log = (tmp_path / "run" / "train.log").read_text()
+    for name, instead in (("n02_3.JPEG", "another takes its place"), ("n01_2.JPEG", "it is not counted")):
+        assert re.search(rf"warning: .*{name}.*: {instead}; bad images so far: 1", log), log
+
+
 def test_misspelt_flag_on_the_command_line() -> None:
     done = call("vimfast.train", "--data-pth", "x", ok=False)
     assert done.returncode == 2

@@ -63,7 +63,7 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     report = Reporter(None, world.is_main)
     control.say = report.say
-    loader = open_validation(cfg, cfg.data.batch_size, world, start)
+    loader = open_validation(cfg, cfg.data.batch_size, world, start, report)
     start_up.done("data")
     models = build_models(cfg, len(loader.source.classes), start, world.device, report)
     evaluated = Evaluated(models.evaluated, loader, models.precision.amp, report, control)
@@ -108,8 +108,8 @@ def _build_training(
     control.say = report.say
 
     batches = plan_batches(cfg, world.size)
-    val_loader = open_validation(cfg, batches.batch_size, world, start)
-    loader = open_training(cfg, batches, world, val_loader.source.classes, stage)
+    val_loader = open_validation(cfg, batches.batch_size, world, start, report)
+    loader = open_training(cfg, batches, world, val_loader.source.classes, stage, report)
     start_up.done("data")
 
     sizes = {loader.view.side(epoch) for epoch in range(cfg.schedule.epochs)}

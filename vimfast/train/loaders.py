@@ -15,10 +15,11 @@ from vimfast.data.views import Evaluation, Stages, training_view
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.train.continuity import check_classes
+from vimfast.train.report import Reporter
 from vimfast.train.resume import Origin
 
 
-def open_validation(cfg: Config, batch_size: int, world: World, start: Origin | None) -> Loader:
+def open_validation(cfg: Config, batch_size: int, world: World, start: Origin | None, report: Reporter) -> Loader:
     """The loader of the validation images; they are of the classes of the checkpoint that the run starts from.
 
     Raises:
@@ -40,10 +41,12 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Origin | 
     )
     # The original evaluates small inputs as they are; images of another size are resized by their short side.
     crop = CentreCrop(1.0 if size <= LARGEST_PADDED else data.eval_crop_ratio)
-    return Loader(source, Evaluation(order, world.device, size, crop), _settings(data))
+    return Loader(source, Evaluation(order, world.device, size, crop), _settings(data, report))
 
 
-def open_training(cfg: Config, batches: Batches, world: World, classes: Sequence[str], stage: Stages | None) -> Loader:
+def open_training(
+    cfg: Config, batches: Batches, world: World, classes: Sequence[str], stage: Stages | None, report: Reporter
+) -> Loader:
     """The loader of the training images.
 
     Args:
@@ -73,7 +76,7 @@ def open_training(cfg: Config, batches: Batches, world: World, classes: Sequence
         group=world.host,
         stage=stage and (lambda epoch: stage(min(epoch, last))),
     )
-    return Loader(source, view, _settings(data))
+    return Loader(source, view, _settings(data, report))
 
 
 def _training_order(cfg: Config, source: Source, batches: Batches, world: World) -> Order:
@@ -99,5 +102,12 @@ def _training_order(cfg: Config, source: Source, batches: Batches, world: World)
     return replace(order, limit=accum * (updates if limit is None else min(limit, updates)))
 
 
-def _settings(data: DataConfig) -> LoaderSettings:
-    return LoaderSettings(data.decoder, data.num_workers, data.prefetch, data.readahead, on_bad_image=data.on_bad_image)
+def _settings(data: DataConfig, report: Reporter) -> LoaderSettings:
+    return LoaderSettings(
+        data.decoder,
+        data.num_workers,
+        data.prefetch,
+        data.readahead,
+        on_bad_image=data.on_bad_image,
+        report=report.warn if report.active else None,  # others than rank 0 have stderr alone
+    )
