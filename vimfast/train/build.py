@@ -28,7 +28,7 @@ from vimfast.train.mixing import Mixup
 from vimfast.train.model import Models, build_models
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
 from vimfast.train.report import Reporter
-from vimfast.train.resume import Origin, load_origin, load_place
+from vimfast.train.run_state import Origin, load_origin, load_place
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import TrainStep
 

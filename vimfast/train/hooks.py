@@ -13,7 +13,7 @@ from vimfast.errors import UserError
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.pace import Stretch
 from vimfast.train.report import Reporter, duration, memory_gib
-from vimfast.train.resume import save_run
+from vimfast.train.run_state import save_run
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import Health
 from vimfast.train.sums import Mark, Reading

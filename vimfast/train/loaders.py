@@ -16,7 +16,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.train.continuity import check_classes
 from vimfast.train.report import Reporter
-from vimfast.train.resume import Origin
+from vimfast.train.run_state import Origin
 
 
 def open_validation(cfg: Config, batch_size: int, world: World, start: Origin | None, report: Reporter) -> Loader:

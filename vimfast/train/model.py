@@ -18,7 +18,7 @@ from vimfast.train.loop import Precision
 from vimfast.train.losses import build_teacher
 from vimfast.train.optim import WeightAverage, build_ema
 from vimfast.train.report import Reporter
-from vimfast.train.resume import Origin, load_models
+from vimfast.train.run_state import Origin, load_models
 
 
 class Models(NamedTuple):

@@ -1,4 +1,4 @@
-"""Where a run resumes from, and what is saved of it."""
+"""The state of a run: what is saved of it, and what it resumes from."""
 
 from __future__ import annotations
 
