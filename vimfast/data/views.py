@@ -1,8 +1,8 @@
 """What a loader makes of the images of a step. A view owns all of it: the draws, DALI's graph, and what comes after.
 
-:class:`Regions` and :class:`Copies` train on boxes (:class:`~vimfast.augment.crops.BoxCrop`): on a GPU, where our own
-kernel cuts them from what DALI decodes, and on a CPU, where DALI does it all. :class:`CutOut` trains on squares cut out
-of resized images (:class:`~vimfast.augment.crops.SquareCrop`), and :class:`Evaluation` looks at the middle.
+:class:`CutRegions` and :class:`Copies` train on boxes (:class:`~vimfast.augment.crops.BoxCrop`): on a GPU, where a
+kernel of ours cuts them from what DALI decodes, and on a CPU, where DALI does it all. :class:`CutOut` trains on squares
+cut out of resized images (:class:`~vimfast.augment.crops.SquareCrop`), and :class:`Evaluation` looks at the middle.
 :func:`training_view` and :func:`crop_view` choose.
 """
 
@@ -240,7 +240,7 @@ class RegionInputs(NamedTuple):
     extent: Pair
 
 
-class Regions(_Boxes):
+class CutRegions(_Boxes):
     """DALI only decodes; a kernel of ours cuts and resizes, in less than half of DALI's time on a busy GPU."""
 
     inputs: ClassVar[type[tuple[Any, ...]]] = RegionInputs
@@ -477,4 +477,4 @@ def crop_view(
     if isinstance(crop, SquareCrop):
         return CutOut(*common, crop=crop)
     exchange = Exchange(order, group) if order.node > 1 else None
-    return (Regions if device.type == "cuda" else Copies)(*common, crop=crop, exchange=exchange)
+    return (CutRegions if device.type == "cuda" else Copies)(*common, crop=crop, exchange=exchange)

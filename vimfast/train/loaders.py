@@ -90,7 +90,7 @@ def _training_order(cfg: Config, source: Source, batches: Batches, world: World)
         seed=cfg.run.seed,
         repeats=3 if data.repeated_aug else 1,
         neighbours=data.repeated_aug_on == "one-rank",
-        node=world.neighbours if data.repeated_aug and data.repeated_aug_on == "all-ranks" else 1,
+        node=world.node if data.repeated_aug and data.repeated_aug_on == "all-ranks" else 1,
         bounds=source.bounds() if data.order == "window" else None,
         window=data.order_window,
     )

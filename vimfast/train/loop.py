@@ -113,7 +113,7 @@ class Evaluated:
     report: Reporter
     control: Control
 
-    def scores(self) -> dict[str, Scores]:
+    def score(self) -> dict[str, Scores]:
         for model in self.models.values():
             copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with memory_for(self.loader, "--eval-batch-size"):
@@ -157,7 +157,7 @@ class EvaluationRun(_Closed):
     def run(self) -> bool:
         """Returns: whether it got to the end; False: it was told to stop."""
         try:
-            self.evaluated.scores()
+            self.evaluated.score()
             self.control.promise = "all is done; ending"
         except Stopped:
             self.report.say("stopped before the evaluation was complete; there is nothing to save, start it again")
@@ -273,7 +273,7 @@ class TrainingRun(_Closed):
 
     def _evaluate_epoch(self) -> None:
         place, trained = self.place, self.sums.read()
-        scores = self.evaluated.scores()
+        scores = self.evaluated.score()
         best = scores[""].acc1 > place.best_acc1
         place.best_acc1 = max(place.best_acc1, scores[""].acc1)
         loss = trained["loss"] / trained["steps"] if trained["steps"] else math.nan
