@@ -43,7 +43,8 @@ class PatchEmbed(nn.Module):
         if self.patch_size > min(size) or self.stride < 1:
             raise UserError(
                 f"a patch of {self.patch_size} pixels every {self.stride} does not fit an image of"
-                f" {size[0]} x {size[1]}; give a larger img_size or a smaller patch_size"
+                f" {size[0]} x {size[1]}",
+                "give a larger img_size or a smaller patch_size",
             )
         return (size[0] - self.patch_size) // self.stride + 1, (size[1] - self.patch_size) // self.stride + 1
 

@@ -35,7 +35,8 @@ def resample_pos_embed(
     if side == 0 or side * side != patches:
         raise UserError(
             f"the position embedding has {pos_embed.shape[1]} entries, which is not a square grid of patches and"
-            f" {len(class_places(0))} class tokens; load it into a model with the same class token options"
+            f" {len(class_places(0))} class tokens",
+            "load it into a model with the same class token options",
         )
     old = list(class_places(patches))
     tokens = pos_embed[:, old]  # [1, T, C]

@@ -108,11 +108,11 @@ def create_model(
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         fix = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
-        raise UserError(f"there is no model named {name!r}; {fix}")
+        raise UserError(f"there is no model named {name!r}", fix)
     if ours:
         kwargs["scan_backend"] = scan_backend
     elif scan_backend != "auto":
-        raise UserError(f"{name} has no selective scan for the scan backend {scan_backend!r}; leave that option out")
+        raise UserError(f"{name} has no selective scan for the scan backend {scan_backend!r}", "leave that option out")
     cfg = get_pretrained_cfg(name)
     if cfg is not None and cfg.fixed_input_size:
         kwargs |= {"img_size": img_size, **({"dynamic_img_size": True} if dynamic_img_size else {})}
@@ -125,8 +125,8 @@ def create_model(
         raise UserError(f"{name} has no option {unknown[1]!r}") from None
     except (AssertionError, ValueError) as error:  # such as heads that do not divide the width
         why = " ".join(str(error).split()) or "its own check failed"
-        raise UserError(f"{name} cannot be built with these options ({why}); change --model-kwargs") from None
+        raise UserError(f"{name} cannot be built with these options ({why})", "change --model-kwargs") from None
     except RuntimeError as error:
         if "No pretrained weights" not in str(error):
             raise
-        raise UserError(f"there are no published weights of {name} to download; give a checkpoint instead") from None
+        raise UserError(f"there are no published weights of {name} to download", "give a checkpoint instead") from None

@@ -61,7 +61,7 @@ class TimmModel(nn.Module):
             intermediates_only: return the list of them alone, else (:meth:`forward_features`, the list).
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise UserError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
+            raise UserError(f"output_fmt is {output_fmt!r}", "it must be NCHW or NLC")
         height, width = x.shape[2:]
         x, turns, places, order = self._embed(x)
         grid = self.patch_embed.grid((height, width))

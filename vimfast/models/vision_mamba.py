@@ -226,7 +226,9 @@ class VisionMamba(TimmModel):
         are. What is of this model's size stays as it is.
         """
         if how not in RESAMPLE:
-            raise UserError(f"position embeddings cannot be resampled by {how!r}; it must be {' or '.join(RESAMPLE)}")
+            raise UserError(
+                f"position embeddings cannot be resampled by {how!r}", f"it must be {' or '.join(RESAMPLE)}"
+            )
         state = dict(state_dict)
         if "pos_embed" in state:
             first = tuple(range(len(self.class_token_names())))

@@ -34,7 +34,7 @@ def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
 
     cfg = load_config(sys.argv[1:])
     if not cfg.data.data_path:
-        raise UserError("--data-path is missing; give the folder of shards, or of train/ and val/")
+        raise UserError("--data-path is missing", "give the folder of shards, or of train/ and val/")
     # After the flags, so that --help and a misspelt one answer at once. Looking for garbage among the modules again and
     # again takes a fifth of the imports' time.
     gc.disable()

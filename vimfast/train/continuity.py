@@ -21,7 +21,7 @@ def check_classes(classes: Sequence[str], wanted: int | None, state: State | Non
     if count < 2:
         raise UserError(f"{data} has one class, {classes[0]!r}", "give a --data-path with two or more")
     if wanted is not None and wanted != count:
-        raise UserError(f"--num-classes is {wanted} and the data has {count} classes; drop the flag")
+        raise UserError(f"--num-classes is {wanted} and the data has {count} classes", "drop the flag")
     head = state["model"].get("head.weight") if state is not None else None
     fix = "point --data-path at the data it belongs to"
     if head is not None and len(head) != count:

@@ -67,8 +67,8 @@ class GradientHealth:
             own = self._folder / CHECKPOINT if self._folder else None
             kept = f"; {own} is from before" if own is not None and own.exists() else ""
             raise UserError(
-                f"the gradients of {health.in_a_row} steps in a row are non-finite, by {where}; "
-                f"try a lower --lr, --clip-grad 1 or --no_amp{kept}"
+                f"the gradients of {health.in_a_row} steps in a row are non-finite, by {where}",
+                f"try a lower --lr, --clip-grad 1 or --no_amp{kept}",
             )
         if health.skipped > self._skipped:
             count = health.skipped - self._skipped

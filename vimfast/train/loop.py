@@ -352,7 +352,7 @@ def memory_for(loader: Loader, flag: str, more: str = "") -> Iterator[None]:
     except torch.OutOfMemoryError:
         batch = loader.order.batch_size
         raise UserError(
-            f"{loader.device} has too little memory for {batch} images a step; try {flag} {max(batch // 2, 1)}{more}"
+            f"{loader.device} has too little memory for {batch} images a step", f"try {flag} {max(batch // 2, 1)}{more}"
         ) from None
 
 

@@ -92,13 +92,13 @@ def check(cfg: DistillConfig) -> None:
     if cfg.distillation_type == "none":
         return
     if cfg.cosub:
-        raise UserError(f"--cosub and --distillation-type {cfg.distillation_type} are two losses; choose one")
+        raise UserError(f"--cosub and --distillation-type {cfg.distillation_type} are two losses", "choose one")
     if not cfg.teacher_path:
-        raise UserError(f"--distillation-type {cfg.distillation_type} needs a teacher; give its --teacher-path")
+        raise UserError(f"--distillation-type {cfg.distillation_type} needs a teacher", "give its --teacher-path")
     if cfg.distillation_alpha > 1 or cfg.distillation_tau <= 0:
         raise UserError(
-            f"--distillation-alpha is {cfg.distillation_alpha} and --distillation-tau {cfg.distillation_tau};"
-            " the share must be at most 1 and the temperature above 0"
+            f"--distillation-alpha is {cfg.distillation_alpha} and --distillation-tau {cfg.distillation_tau}",
+            "the share must be at most 1 and the temperature above 0",
         )
 
 
@@ -123,5 +123,5 @@ def build_teacher(
     try:
         load_weights(teacher, load_checkpoint(path)["model"], str(path), resample="patches")
     except UserError as error:
-        raise UserError(f"--teacher-path: {error}") from None
+        raise UserError(f"--teacher-path: {error.problem}", error.fix) from None
     return teacher.requires_grad_(False).eval()

@@ -83,7 +83,7 @@ def build_model(cfg: ModelConfig, num_classes: int, dynamic_img_size: bool) -> n
     if cfg.use_checkpoint:
         switch = getattr(model, "set_grad_checkpointing", None)
         if switch is None:
-            raise UserError(f"{cfg.model} cannot recompute its activations; drop --use-checkpoint")
+            raise UserError(f"{cfg.model} cannot recompute its activations", "drop --use-checkpoint")
         switch()
     return model
 

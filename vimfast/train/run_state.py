@@ -59,8 +59,8 @@ def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Origin | 
     names = dist.gather_objects(found.path.name if found else "none")
     if len(set(names)) > 1:
         raise UserError(
-            f"processes find different checkpoints to resume from: {', '.join(sorted(set(names)))}; "
-            "give an --output_dir that all hosts see"
+            f"processes find different checkpoints to resume from: {', '.join(sorted(set(names)))}",
+            "give an --output_dir that all hosts see",
         )
     return found
 
@@ -92,20 +92,20 @@ def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None)
     """
     if run.resume == "auto":
         if folder is None:
-            raise UserError("--resume auto looks in --output_dir, which is not given; add it")
+            raise UserError("--resume auto looks in --output_dir, which is not given", "add it")
         return next(iter(kept_checkpoints(folder)), None)
     path = Path(run.resume) if run.resume else None
     if run.eval:
         if path is None and finetune:
             path = Path(finetune)
         if path is None:
-            raise UserError("--eval has nothing to evaluate; add --resume CHECKPOINT")
+            raise UserError("--eval has nothing to evaluate", "add --resume CHECKPOINT")
         return path
     kept = kept_checkpoints(folder) if folder else []
     if kept and (path is None or path.resolve() not in [own.resolve() for own in kept]):
         raise UserError(
-            f"{kept[0]} holds an earlier run, which would be overwritten; continue it with --resume auto, "
-            "or choose another --output_dir"
+            f"{kept[0]} holds an earlier run, which would be overwritten",
+            "continue it with --resume auto, or choose another --output_dir",
         )
     return path
 
@@ -153,15 +153,16 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
     then, now = _optimizer_name(state), cfg.optim.opt
     if then is not None and then.lower() != now.lower():
         raise UserError(
-            f"{origin} was trained with --opt {then} and this run has --opt {now}; give --opt {then}, or start from "
-            f"its weights alone with --finetune {origin}"
+            f"{origin} was trained with --opt {then} and this run has --opt {now}",
+            f"give --opt {then}, or start from its weights alone with --finetune {origin}",
         )
     try:
         load_optimizer(run.optimizer, run.model, state)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"the optimizer's state in {origin} does not fit this run ({error}); keep --opt, --decay-a-log and what is "
-            f"frozen as they were, or start from its weights alone with --finetune {origin}"
+            f"the optimizer's state in {origin} does not fit this run ({error})",
+            f"keep --opt, --decay-a-log and what is frozen as they were, or start from its weights alone with "
+            f"--finetune {origin}",
         ) from None
     place.best_acc1 = float(state.get("best_acc1", NO_ACC1))
     place.epoch, place.step = int(state["epoch"]), int(state.get("step", place.steps))
@@ -180,7 +181,8 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
             )
         raise UserError(
             f"the checkpoint stands inside an epoch of {state['steps']} steps of {state['global_batch']} images, "
-            f"this run has {place.steps} of {run.global_batch}; keep {fix}"
+            f"this run has {place.steps} of {run.global_batch}",
+            f"keep {fix}",
         )
     if 0 < place.step < place.steps:
         check_order(changes, str(place), place.epoch)
