@@ -91,7 +91,7 @@ class TrainStep:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
         self._buffers = [*self.model.buffers()]  # changed in place, by replays too
-        self._buffers_before = [buffer.clone() for buffer in self._buffers]  # the step in progress
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]  # as of before the step in progress
         device = self._parameters[0].device
         self._on_gpu = device.type == "cuda"
         self._captured: dict[tuple[object, ...], _Captured] = {}
