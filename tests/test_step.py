@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from runs import RECIPE, same, train
 from torch import Tensor, nn
 
+from vimfast.augment.recipe import Recipe
 from vimfast.config import EmaConfig
+from vimfast.data.views import Stage
 from vimfast.models import create_model
+from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.optim import WeightAverage, build_ema
 from vimfast.train.step import TrainStep
 
@@ -133,6 +139,49 @@ def test_graphs_of_several_shapes_train_what_launches_train(
     assert len(graph._captured) == captured
     for a, b in zip(eager.model.parameters(), graph.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_run_captures_each_size_where_it_comes(
+    graphs: None, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the weights of a run that launches its steps; where a size cannot be captured, all are launched."""
+
+    class Captures(Hook):
+        """As before training on a GPU."""
+
+        def __init__(self, run: TrainingRun) -> None:
+            self.run = run
+
+        def epoch_begin(self, place: Place) -> None:
+            if place.epoch == 0:
+                self.run.capture(torch.zeros(4, 3, 32, 32), torch.zeros(4, 3))
+
+        def epoch_end(self, place: Place, end: EpochEnd) -> None:
+            captured.append(len(self.run.train_step._captured))
+
+    def stage(epoch: int) -> Stage:
+        return Stage((32, 48)[epoch], Recipe(None))
+
+    captured: list[int] = []
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    flags = ("--config", str(recipe), "--data-path", str(tree), "--input-size", "48", "--steps-per-epoch", "3")
+    launched = train(*flags, stage=stage).model.state_dict()
+    replayed = train(*flags, stage=stage, hooks=lambda run: [Captures(run)]).model.state_dict()
+    assert captured == [1, 2]
+    assert same(launched, replayed)
+
+    whole = TrainStep._record
+
+    def fails(step: TrainStep, inputs: tuple[Tensor, Tensor], side: object) -> object:
+        if len(inputs[0][0, 0]) == 48:
+            raise RuntimeError("not permitted")
+        return whole(step, inputs, side)
+
+    monkeypatch.setattr(TrainStep, "_record", fails)
+    assert same(launched, train(*flags, stage=stage, hooks=lambda run: [Captures(run)]).model.state_dict())
+    assert captured == [1, 2, 1, 0]
+    assert "warning: the step cannot be a CUDA graph (not permitted)" in capsys.readouterr().err
 
 
 def test_a_shape_without_a_graph_is_launched(graphs: None) -> None:
