@@ -1,8 +1,9 @@
 """``python -m vimfast.train`` with a pause before each batch, so that a test can act in mid-epoch on any machine.
 
 Set in the environment: ``PAUSE``, in seconds, and ``FAULT="rank:step:deed"`` (or ``all:step:deed``), which makes that
-rank do a deed of `do` in that step. Each rank prints its process id, torchrun's attempt and its place before it pauses.
-The pause does not change a bit of the run.
+rank do a deed of `do` in that step. Each rank prints its process id, the launcher's attempt and its place before it
+pauses. The pause does not change a bit of the run. ``FORKS=N`` runs N ranks as ``vimfast train`` does, with
+``RESTARTS=N``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from vimfast.cli import end_process, run_main
 from vimfast.errors import UserError
+from vimfast.processes.launch import launch
 from vimfast.train.__main__ import main
 from vimfast.train.loop import Hook, Place, TrainingRun
 
@@ -44,5 +46,11 @@ def do(deed: str) -> None:
         time.sleep(3600)
 
 
-if __name__ == "__main__":
+def rank() -> None:
     run_main(lambda: main(lambda run: [Paced(run)]), end_process)
+
+
+if __name__ == "__main__":
+    if "FORKS" in os.environ:
+        end_process(launch(rank, int(os.environ["FORKS"]), restarts=int(os.environ.get("RESTARTS", 0))))
+    rank()

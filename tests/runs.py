@@ -54,9 +54,11 @@ def command(program: str, *flags: str, processes: int = 0, launcher: Sequence[st
     return [sys.executable, *torchrun, *([program] if program.endswith(".py") else ["-m", program]), *flags]
 
 
-def call(program: str, *flags: str, processes: int = 0, ok: bool = True) -> subprocess.CompletedProcess:
-    """Run a module to its end, as a user would."""
-    env = {**os.environ, **environment()}
+def call(
+    program: str, *flags: str, processes: int = 0, ok: bool = True, importtime: bool = False
+) -> subprocess.CompletedProcess:
+    """Run a module to its end, as a user would; `importtime`: its imports are in stderr."""
+    env = {**os.environ, **environment(), **({"PYTHONPROFILEIMPORTTIME": "1"} if importtime else {})}
     done = subprocess.run(command(program, *flags, processes=processes), capture_output=True, text=True, env=env)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -21,7 +21,8 @@ FLOORS = (
     ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint"),
     ("vimfast.data", "vimfast.processes"),
     ("vimfast.train", "vimfast.checks"),
-    ("vimfast.check_data", "vimfast.export", "vimfast.prepare"),
+    ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.commands"),
+    ("vimfast.__main__",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,11 +12,29 @@ from typing import Any, NoReturn
 from vimfast.errors import UserError, did_you_mean
 
 
+class _OneSpelling(argparse.HelpFormatter):
+    """Lists each flag by the first of its spellings, and by ``-h``."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or "-h" in action.option_strings:
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[0]
+        if action.nargs == 0:
+            return flag if action.metavar is None else f"{flag} {action.metavar}"
+        return f"{flag} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; its errors are a ``UserError``, with the nearest flag for a misspelled one."""
+    """argparse without abbreviations; its errors are a ``UserError``, with the nearest flag for a misspelled one.
+
+    Args:
+        prog: how the program is called, if not as a subcommand of ``vimfast``.
+    """
 
     def __init__(self, prog: str, description: str, **options: Any) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False, **options)
+        called = sys.argv[0] if sys.argv[0].startswith("vimfast ") else prog
+        options = {"formatter_class": _OneSpelling, **options}
+        super().__init__(called, description=description, allow_abbrev=False, **options)
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         known = [flag for action in self._actions for flag in action.option_strings]

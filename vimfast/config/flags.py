@@ -14,6 +14,7 @@ from vimfast.config.recipes import recipes
 from vimfast.config.schema import Config, Kind, kinds
 
 CONFIG = "config"  # the flag that is no setting
+_LETTERS = {int: "N", float: "X", str: "NAME"}  # what stands for a value
 
 
 def flag_parser() -> Parser:
@@ -22,7 +23,9 @@ def flag_parser() -> Parser:
         "python -m vimfast.train",
         "Train or evaluate a Vision Mamba. Settings: defaults < --config RECIPE < these flags.",
         argument_default=argparse.SUPPRESS,
+        epilog="example: vimfast train --config vim_tiny --data-path shards/ --output_dir runs/tiny",
     )
+    parser.usage = f"{parser.prog} --data-path DATA [--config RECIPE] [FLAGS]"
     known = ", ".join(recipes())
     parser.add_argument(f"--{CONFIG}", metavar="RECIPE", help=f"start from a recipe ({known}), or a YAML file")
     add_flags(parser)
@@ -40,18 +43,21 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
     names = [hyphen, *f.metadata["aliases"]]
     flags = list(dict.fromkeys(f"--{n}" for name in names for n in (name, name.replace("-", "_"))))
     default = f.default_factory() if callable(f.default_factory) else f.default
-    text = f.metadata["help"] + ("" if default in (None, "", {}) else f" [{default}]")
+    text = f.metadata["help"]
+    if not (default in (None, "", {}) or default is False):
+        text += f" [{'on' if default is True else default}]"
     if kind.base is bool:
-        group.add_argument(*flags, dest=f.name, action="store_true", help=text)
         negative = list(dict.fromkeys([f"--no-{hyphen}", f"--no_{f.name}", f"--no-{f.name}"]))
-        group.add_argument(*negative, dest=f.name, action="store_false", help=argparse.SUPPRESS if not default else "")
+        on = group.add_argument(*flags, dest=f.name, action="store_true", help=text)
+        on.metavar = f"| {negative[0]}" if default else None
+        group.add_argument(*negative, dest=f.name, action="store_false", help=argparse.SUPPRESS)
     elif kind.base is dict:
         group.add_argument(*flags, dest=f.name, nargs="+", action=_KeyValue, metavar="NAME=VALUE", help=text)
     elif kind.length != 1:
-        several = {"nargs": kind.length or "+", "action": _AsTuple}
+        several = {"nargs": kind.length or "+", "action": _AsTuple, "metavar": _LETTERS[kind.base]}
         group.add_argument(*flags, dest=f.name, type=kind.base, help=text, **several)
     else:
-        metavar = "|".join(kind.choices) or None
+        metavar = "|".join(kind.choices) or ("PATH" if f.metadata["path"] else _LETTERS[kind.base])
         group.add_argument(*flags, dest=f.name, type=kind.base, help=text, metavar=metavar)
 
 

@@ -41,14 +41,14 @@ from vimfast.processes.hub import (
     hub_lost,
 )
 from vimfast.processes.meeting import Links, meet
-from vimfast.processes.starting import SIGNALS, Starting, listen, torchrun, wake_sockets
+from vimfast.processes.starting import SIGNALS, Starting, find_launcher, listen, wake_sockets
 
 BEAT = 1.0  # seconds between two signs of life
 TWICE = 1.0  # seconds within which the copies of one Ctrl-C arrive: the terminal sends one, torchrun another
 LEAVING = 5.0  # seconds for everything after the last goodbye
 FAREWELL = 3.0  # seconds to report an error in
-# Seconds to save the place in when torchrun is gone: the scheduler may be killing everything, or a second SIGTERM ended
-# torchrun while its processes were still saving after the first.
+# Seconds to save the place in when the launcher is gone: the scheduler may be killing everything, or a second SIGTERM
+# ended torchrun while its processes were still saving after the first.
 ORPHANED, ORPHANED_STOPPING = 9.0, 30.0
 
 
@@ -96,7 +96,7 @@ class Control:
         self._stopping = ""
         self._interrupted: float | None = None
         self._starting = starting
-        self._parent = torchrun() if starting is None else starting.parent
+        self._launcher = find_launcher() if starting is None else starting.launcher
         self._orphaned: float | None = None  # the time to end at
 
     # The main thread's
@@ -224,7 +224,8 @@ class Control:
     def _signal(self, number: signal.Signals, now: float) -> None:
         """The first one stops the run. Only a second Ctrl-C ends it at once, and torchrun passes that on as SIGTERM."""
         again = self._interrupted is not None and now - self._interrupted > TWICE
-        if again and (number == signal.SIGINT or (number == signal.SIGTERM and self._parent is not None)):
+        by_torchrun = self._launcher is not None and not self._launcher.keeps_signals
+        if again and (number == signal.SIGINT or (number == signal.SIGTERM and by_torchrun)):
             self._tell_hub({"say": "force"})
         if number == signal.SIGINT and self._interrupted is None:
             self._interrupted = now
@@ -232,22 +233,22 @@ class Control:
             self._tell_hub({"say": "stop", "why": number.name})
 
     def _watch_parent(self, now: float) -> None:
-        """When torchrun is killed, no process may be left behind."""
-        if self._parent is None or self._leaving:
+        """When the launcher is killed, no process may be left behind."""
+        if self._launcher is None or self._leaving:
             return
         if self._orphaned is None:
-            if os.getppid() == self._parent:
+            if os.getppid() == self._launcher.pid:
                 return
             if self._interrupted is not None and now - self._interrupted > TWICE:
                 self._tell_hub({"say": "force"})
             self._orphaned = now + (ORPHANED_STOPPING if self._stopping else ORPHANED)
             # Rank 0 comes last, so that it does not take the others' exits for deaths.
             self._orphaned -= 0 if self.world.is_main else 0.5
-            self._tell_hub({"say": "stop", "why": "torchrun"})
+            self._tell_hub({"say": "stop", "why": "launcher"})
         elif now > self._orphaned:
             if self.world.is_main:
                 self._report(
-                    "error: torchrun is gone and the step did not end in time to save the place; "
+                    f"error: {self._launcher.name} is gone and the step did not end in time to save the place; "
                     "resume from the last checkpoint"
                 )
             exit_now(COME_AGAIN)
@@ -301,8 +302,10 @@ class Control:
             self._end(message)
 
     def _answer(self, why: str, by: int) -> None:
-        heard = "torchrun is gone" if why == "torchrun" else f"{why} received" + (f" by rank {by}" if by else "")
-        again = "Ctrl-C again" + ("" if self._parent is None else ", or any other signal to torchrun,")
+        heard, again = f"{why} received" + (f" by rank {by}" if by else ""), "Ctrl-C again"
+        if self._launcher is not None:
+            heard = f"{self._launcher.name} is gone" if why == "launcher" else heard
+            again += "" if self._launcher.keeps_signals else ", or any other signal to torchrun,"
         more = f"; {again} ends it at once" if why == "SIGINT" else ""
         # In a thread of its own: a blocked console must not hold up this one.
         threading.Thread(target=self.say, args=(f"{heard}: {self.promise}{more}",), daemon=True).start()

@@ -15,7 +15,7 @@ Message = dict[str, Any]  # what JSON can hold
 
 # Exit statuses of a run, listed in docs/stopping.md.
 CRASHED, USER_ERROR, RANK_LOST, STALLED, COME_AGAIN = 1, 2, 3, 4, 75
-STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_AGAIN, "torchrun": COME_AGAIN}
+STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_AGAIN, "launcher": COME_AGAIN}
 
 # Failures come in groups: when one process dies, the collectives of the others fail a moment later, or even before its
 # death is noticed. Seconds to wait for the cause before a consequence is reported.

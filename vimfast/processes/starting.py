@@ -1,4 +1,4 @@
-"""Signals, and the end of torchrun, while a run starts: until its control takes over."""
+"""Signals, and the end of the launcher, while a run starts: until its control takes over."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import socket
 import threading
 from contextlib import suppress
 from types import TracebackType
+from typing import NamedTuple
 
 from vimfast.cli import exit_now, report_once, was_reported
 from vimfast.errors import UserError
 from vimfast.processes.hub import BEFORE_FIRST_STEP, STOPPED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-LOOK = 0.25  # seconds between two looks at torchrun
-SETTLE = 0.5  # seconds after an error, which may come before torchrun's end can be seen
+LOOK = 0.25  # seconds between two looks at the launcher
+SETTLE = 0.5  # seconds after an error, which may come before the launcher's end can be seen
+
+LAUNCHER_NAME = "VIMFAST_LAUNCHER"  # in the environment: what started this process, if not torchrun
+TORCHRUN = "torchrun"
 
 
 def listen(waker: socket.socket) -> None:
@@ -37,13 +41,27 @@ def wake_sockets() -> tuple[socket.socket, socket.socket]:
     return wake, waker
 
 
-def torchrun() -> int | None:
-    """Its process id, if it has started this process and is still there."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+class Launcher(NamedTuple):
+    """What has started the processes of this host, and passes signals on to them."""
+
+    pid: int
+    name: str
+
+    @property
+    def keeps_signals(self) -> bool:
+        """Whether a signal arrives as the one that was sent; torchrun turns the second into SIGTERM."""
+        return self.name != TORCHRUN
+
+
+def find_launcher() -> Launcher | None:
+    """None: this process is a run of its own."""
+    return (
+        Launcher(os.getppid(), os.environ.get(LAUNCHER_NAME, TORCHRUN)) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    )
 
 
 def _store_is_gone() -> bool:
-    """Whether torchrun ended before this process could take note of it: the store in which processes meet is its."""
+    """Whether the launcher ended before this process could take note of it: the store in which they meet is its."""
     on_one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     if not on_one_host or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
@@ -57,13 +75,13 @@ def _store_is_gone() -> bool:
 
 
 class Starting:
-    """In its block, a signal or the end of torchrun ends this process with the status that docs/stopping.md lists.
+    """In its block, a signal or the end of its launcher ends this process with the status that docs/stopping.md lists.
 
     A program's main thread enters it first of all. It is over when the control calls :meth:`hand_over`.
     """
 
     def __init__(self) -> None:
-        self.parent = torchrun()
+        self.launcher = find_launcher()
         self._several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
         self._told = False  # a process of this host has said why the run ends
         self._thread = threading.Thread(target=self._watch, name="starting", daemon=True)
@@ -85,7 +103,7 @@ class Starting:
     ) -> None:
         if not self._thread.is_alive():  # handed over
             return
-        if self.parent is not None and isinstance(error, Exception) and not isinstance(error, UserError):
+        if self.launcher is not None and isinstance(error, Exception) and not isinstance(error, UserError):
             self._thread.join(SETTLE)
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -94,8 +112,9 @@ class Starting:
         self.hand_over()
 
     def _watch(self) -> None:
-        if self.parent is not None and _store_is_gone():
-            self._end("torchrun", "torchrun is gone")
+        launcher = self.launcher
+        if launcher is not None and _store_is_gone():
+            self._end("launcher", f"{launcher.name} is gone")
         while True:
             try:
                 received = self._wake.recv(1)
@@ -106,9 +125,9 @@ class Starting:
             if received:
                 name = signal.Signals(received[0]).name
                 self._end(name, f"{name} received")
-            if self.parent is not None and os.getppid() != self.parent:
-                self._end("torchrun", "torchrun is gone")
-            # torchrun ends the others when one has failed, and that one's sentence is enough.
+            if launcher is not None and os.getppid() != launcher.pid:
+                self._end("launcher", f"{launcher.name} is gone")
+            # The launcher ends the others when one has failed, and that one's sentence is enough.
             self._told = self._told or (self._several and was_reported())
 
     def _end(self, why: str, heard: str) -> None:

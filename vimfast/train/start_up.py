@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from vimfast.processes.starting import LAUNCHER_NAME
+
 
 class StartUp:
     """How long it took from the command to the first step, and what with."""
@@ -28,12 +30,14 @@ class StartUp:
 
 
 def _ages() -> list[tuple[str, float]]:
-    """Seconds that torchrun took to start this process, if it did, and that this process has lived."""
+    """Seconds that the launcher took to start this process, if one did, and that this process has lived."""
     try:
         own, now = _started(os.getpid()), time.clock_gettime(time.CLOCK_BOOTTIME)
         parent = _started(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else own
     except (OSError, ValueError, IndexError):  # no /proc
         return []
+    if LAUNCHER_NAME in os.environ:  # it has imported everything
+        return [("imports", own - parent), ("start", now - own)]
     return [("torchrun", own - parent), ("imports", now - own)]
 
 

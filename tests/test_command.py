@@ -1,0 +1,37 @@
+"""``vimfast`` and its subcommands."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+
+import pytest
+from runs import call
+
+from vimfast import __version__
+from vimfast.__main__ import COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_explains_itself_by_the_name_it_was_called(name: str) -> None:
+    module, _, function = COMMANDS[name].function.partition(":")
+    assert callable(getattr(import_module(module), function))
+    text = call("vimfast", name, "--help").stdout
+    assert f"usage: vimfast {name} " in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_it_lists_its_commands_without_importing_torch() -> None:
+    text = call("vimfast").stdout
+    assert text == call("vimfast", "--help").stdout
+    assert re.findall(r"^  (\w+)", text, re.MULTILINE) == list(COMMANDS)
+    assert call("vimfast", "--version").stdout == f"vimfast {__version__}\n"
+    imported = call("vimfast", "--version", importtime=True).stderr
+    assert "vimfast.cli" in imported
+    assert "torch" not in imported
+
+
+def test_an_unknown_command_is_one_sentence() -> None:
+    done = call("vimfast", "trains", ok=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: vimfast has no command 'trains'; did you mean 'train'?; vimfast --help lists them\n"

@@ -1,0 +1,143 @@
+"""``vimfast train`` on two processes: forks, signals that arrive as they were sent, and one exit status."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import PACED, TIMEOUT, assert_gone, call, differences, environment, start
+from watch import Watched
+
+from vimfast.checkpoint import load_checkpoint
+
+RECIPE = {
+    "model": {
+        "model": "vim_tiny_patch16_224",
+        "input_size": 40,
+        "model_kwargs": {"patch_size": 8, "stride": 8, "depth": 1, "embed_dim": 32},
+    },
+    "data": {"batch_size": 2, "num_workers": 1},
+    "augment": {"aa": "none", "reprob": 0.0},
+    "schedule": {"epochs": 1, "warmup_epochs": 0},
+    "run": {"device": "cpu", "log_every": 50, "steps_per_epoch": 8},
+}
+STOPPED = r"stopped at epoch (\d+), step (\d+) of \d+; \S+ holds it, resume with"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> tuple[str, ...]:
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    return ("--config", str(recipe), "--data-path", str(tree), "--output_dir")
+
+
+def train(*flags: str, **env: str) -> Watched:
+    return start(PACED, *flags, FORKS="2", **env)
+
+
+def in_step(run: Watched, attempt: int = 0) -> dict[int, int]:
+    """Process ids by rank, once each has done a step."""
+    pattern = rf"^rank {{}} pid (\d+) attempt {attempt} step 0/[1-9]"
+    return {rank: int(run.wait_for(pattern.format(rank), TIMEOUT)[1]) for rank in (0, 1)}
+
+
+def assert_saved(run: Watched, folder: Path) -> None:
+    place = re.search(STOPPED, run.text)
+    assert place, run.text
+    state = load_checkpoint(folder / "checkpoint.pth")
+    assert (state["epoch"], state["step"]) == tuple(map(int, place.groups()))
+    assert "error:" not in run.text
+
+
+def test_it_is_the_run_that_torchrun_starts(flags: tuple[str, ...], tmp_path: Path) -> None:
+    call("vimfast", "train", "--processes", "2", *flags, str(tmp_path / "forks"))
+    call("vimfast.train", *flags, str(tmp_path / "torchrun"), processes=2)
+    assert differences(tmp_path / "forks", tmp_path / "torchrun") == []
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGUSR1", 75)])
+def test_a_signal_saves_the_place_and_becomes_the_status(
+    number: str, status: int, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    with train(*flags, str(tmp_path), RESTARTS="1") as run:
+        in_step(run)
+        run.process.send_signal(getattr(signal, number))
+        assert run.wait(60) == status, run.text  # and no restart
+        assert f"{number} received" in run.text
+        assert_gone(run, 5)
+        assert_saved(run, tmp_path)
+
+
+def test_only_a_second_interrupt_ends_at_once(flags: tuple[str, ...], tmp_path: Path) -> None:
+    with train(*flags, str(tmp_path / "one"), PAUSE="4") as run:
+        in_step(run)
+        run.process.send_signal(signal.SIGINT)
+        run.wait_for("SIGINT received.*finishing the step", TIMEOUT)
+        time.sleep(1.5)
+        run.process.send_signal(signal.SIGTERM)  # under torchrun this cannot be told from an interrupt
+        assert run.wait(60) == 130, run.text
+        assert_saved(run, tmp_path / "one")
+    with train(*flags, str(tmp_path / "two"), PAUSE="60") as run:
+        run.wait_for("^rank 1 ", TIMEOUT)
+        run.process.send_signal(signal.SIGINT)
+        run.wait_for("SIGINT received.*finishing the step.*; Ctrl-C again ends it at once$", TIMEOUT)
+        time.sleep(1.5)
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(30) == 130, run.text
+        assert "interrupted again" in run.text
+
+
+def test_no_process_outlives_a_killed_launcher(flags: tuple[str, ...], tmp_path: Path) -> None:
+    with train(*flags, str(tmp_path)) as run:
+        in_step(run)
+        run.process.kill()
+        assert_gone(run, 10)
+        assert "vimfast train is gone" in run.text
+        assert_saved(run, tmp_path)
+
+
+def test_a_killed_rank_is_named_and_the_run_starts_again(flags: tuple[str, ...], tmp_path: Path) -> None:
+    extra = ("--resume", "auto", "--save-every", "1")
+    with train(*flags, str(tmp_path), *extra, RESTARTS="1", PAUSE="0.3") as run:
+        ranks = in_step(run)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert run.wait(TIMEOUT) == 0, run.text
+        assert f"error: rank 1 (pid {ranks[1]} on " in run.text
+        assert "exit status 3; starting again (1 of 1)" in run.err
+        assert "resuming at epoch 0" in run.text
+        assert_gone(run, 5)
+
+
+def test_a_failure_is_one_sentence_and_bad_input_is_not_tried_again(flags: tuple[str, ...], tmp_path: Path) -> None:
+    with train(*flags, str(tmp_path), RESTARTS="3", PAUSE="0.1", FAULT="1:1:user") as run:
+        assert run.wait(TIMEOUT) == 2, run.text
+        assert run.err == "error: rank 1: the image is upside down; turn it\n"
+        assert_gone(run, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--processes 0", "--processes is '0'; it must be an integer >= 1, or gpus"),
+        ("--max-restarts x", "'x' is not an integer"),
+        ("--lrr 1", "unknown flag --lrr; did you mean '--lr'?"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_starts(words: str, sentence: str) -> None:
+    done = call("vimfast", "train", *words.split(), ok=False)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_it_refuses_to_start_under_torchrun(flags: tuple[str, ...], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "vimfast", "train", "--processes", "2", *flags, str(tmp_path)]
+    with Watched(words, env={**environment(), "RANK": "0"}) as run:
+        assert run.wait(TIMEOUT) == 2
+        assert "torchrun has started this one already; drop one of them" in run.err

@@ -1,0 +1,76 @@
+"""``vimfast``: one command for everything, a subcommand for each thing.
+
+    vimfast prepare imagenet_data/ --out shards/
+    vimfast train --config vim_tiny --data-path shards/ --output_dir runs/tiny
+
+A subcommand is imported when it is asked for, so ``vimfast --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple, NoReturn
+
+from vimfast import __version__
+from vimfast.cli import end_process, run_main
+from vimfast.errors import UserError, did_you_mean
+
+
+class Command(NamedTuple):
+    """A subcommand: the function that does it, reading ``sys.argv``; what it does, and how its process ends."""
+
+    function: str
+    does: str
+    end: Callable[[int], NoReturn] = sys.exit
+
+
+COMMANDS = {
+    "prepare": Command("vimfast.prepare:run", "turn a folder of images into shards"),
+    "check": Command("vimfast.check_data:main", "say whether a folder of images, or shards, are fit to train on"),
+    "train": Command("vimfast.commands.train:main", "train or evaluate a model", end_process),
+    "export": Command("vimfast.export:main", "write a checkpoint in the Hugging Face hub's layout"),
+}
+
+
+def main() -> None:
+    """The console script."""
+    words = sys.argv[1:]
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        print(usage())
+    elif name in ("-V", "--version"):
+        print(f"vimfast {__version__}")
+    else:
+        run_main(lambda: _run(name, words[1:]), COMMANDS[name].end if name in COMMANDS else sys.exit)
+
+
+def _run(name: str, words: list[str]) -> int | None:
+    if name not in COMMANDS:
+        raise UserError(f"vimfast has no command {name!r}{did_you_mean(name, COMMANDS)}", "vimfast --help lists them")
+    sys.argv = [f"vimfast {name}", *words]
+    module, _, function = COMMANDS[name].function.partition(":")
+    status: int | None = getattr(import_module(module), function)()
+    return status
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{command.does}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vimfast COMMAND [FLAGS]",
+            "",
+            "ImageNet in, a trained Vision Mamba out.",
+            "",
+            *lines,
+            "",
+            "vimfast COMMAND --help explains a command; vimfast --version says which version this is.",
+            "example: vimfast prepare imagenet_data/ --out shards/",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Subcommands of ``vimfast``; each has a ``main`` that reads ``sys.argv``."""
