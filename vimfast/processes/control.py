@@ -41,7 +41,7 @@ from vimfast.processes.hub import (
     hub_lost,
 )
 from vimfast.processes.meeting import Links, meet
-from vimfast.processes.starting import SIGNALS, Starting, find_launcher, listen, wake_sockets
+from vimfast.processes.starting import SIGNALS, Starting, blurs_signals, find_launcher, listen, wake_sockets
 
 BEAT = 1.0  # seconds between two signs of life
 TWICE = 1.0  # seconds within which the copies of one Ctrl-C arrive: the terminal sends one, torchrun another
@@ -224,8 +224,7 @@ class Control:
     def _signal(self, number: signal.Signals, now: float) -> None:
         """The first one stops the run. Only a second Ctrl-C ends it at once, and torchrun passes that on as SIGTERM."""
         again = self._interrupted is not None and now - self._interrupted > TWICE
-        by_torchrun = self._launcher is not None and not self._launcher.keeps_signals
-        if again and (number == signal.SIGINT or (number == signal.SIGTERM and by_torchrun)):
+        if again and (number == signal.SIGINT or (number == signal.SIGTERM and blurs_signals(self._launcher))):
             self._tell_hub({"say": "force"})
         if number == signal.SIGINT and self._interrupted is None:
             self._interrupted = now
@@ -302,10 +301,10 @@ class Control:
             self._end(message)
 
     def _answer(self, why: str, by: int) -> None:
-        heard, again = f"{why} received" + (f" by rank {by}" if by else ""), "Ctrl-C again"
-        if self._launcher is not None:
-            heard = f"{self._launcher.name} is gone" if why == "launcher" else heard
-            again += "" if self._launcher.keeps_signals else ", or any other signal to torchrun,"
+        heard = f"{why} received" + (f" by rank {by}" if by else "")
+        if why == "launcher" and self._launcher is not None:
+            heard = f"{self._launcher.name} is gone"
+        again = "Ctrl-C again" + (", or any other signal to torchrun," if blurs_signals(self._launcher) else "")
         more = f"; {again} ends it at once" if why == "SIGINT" else ""
         # In a thread of its own: a blocked console must not hold up this one.
         threading.Thread(target=self.say, args=(f"{heard}: {self.promise}{more}",), daemon=True).start()

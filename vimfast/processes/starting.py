@@ -47,17 +47,17 @@ class Launcher(NamedTuple):
     pid: int
     name: str
 
-    @property
-    def keeps_signals(self) -> bool:
-        """Whether a signal arrives as the one that was sent; torchrun turns the second into SIGTERM."""
-        return self.name != TORCHRUN
-
 
 def find_launcher() -> Launcher | None:
     """None: this process is a run of its own."""
     return (
         Launcher(os.getppid(), os.environ.get(LAUNCHER_NAME, TORCHRUN)) if "TORCHELASTIC_RUN_ID" in os.environ else None
     )
+
+
+def blurs_signals(launcher: Launcher | None) -> bool:
+    """Whether a second signal may arrive as another one: torchrun turns it into SIGTERM."""
+    return launcher is not None and launcher.name == TORCHRUN
 
 
 def _store_is_gone() -> bool:
