@@ -1,5 +1,6 @@
 """Checkpoints: files, weights that fit or are made to, and those of hustvl/Vim."""
 
+from vimfast.checkpoint.background import Background, copied
 from vimfast.checkpoint.files import DamagedCheckpoint, load_checkpoint, save_checkpoint, weights_held
 from vimfast.checkpoint.fitting import head_names, load_for_finetuning, load_weights
 from vimfast.checkpoint.hustvl import load_optimizer
@@ -8,7 +9,9 @@ from vimfast.checkpoint.kept import ASIDE, CHECKPOINT, kept_checkpoints, load_la
 __all__ = [
     "ASIDE",
     "CHECKPOINT",
+    "Background",
     "DamagedCheckpoint",
+    "copied",
     "head_names",
     "kept_checkpoints",
     "load_checkpoint",

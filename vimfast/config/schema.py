@@ -296,6 +296,9 @@ class RunConfig:
     save_every: int | None = option(
         None, "steps between two checkpoints inside an epoch; default: epoch ends only", least=1, neutral=True
     )
+    save_minutes: float | None = option(
+        None, "minutes between two checkpoints inside an epoch; default: epoch ends only", least=0, neutral=True
+    )
     keep_checkpoints: int = option(
         2,
         "checkpoints to keep, the last one included; a damaged one is passed over by --resume auto",

@@ -1,4 +1,4 @@
-"""What happens alongside training: reports, health, checkpoints, records."""
+"""What happens alongside training: reports, health, records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vimfast.errors import UserError
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.pace import Stretch
 from vimfast.train.report import Reporter, duration, memory_gib
-from vimfast.train.run_state import save_run
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import Health
 from vimfast.train.sums import Mark, Reading
@@ -165,61 +164,6 @@ class Progress(Hook):
             self._run.report.say(
                 f"training waits {waits:.0%} of its time for --decoder {before}; {decoder} from now on"
             )
-
-
-class Checkpoints(Hook):
-    """Saves the run in `folder`: every `every` steps, after each epoch, and where it is told to stop.
-
-    Args:
-        every: None for none within an epoch.
-        extra: arguments of :func:`save_run` that stay the same: ``keep``, and what the state holds beside what changes.
-    """
-
-    def __init__(
-        self, run: TrainingRun, health: GradientHealth, folder: Path, every: int | None, extra: dict[str, Any]
-    ) -> None:
-        self._run, self._health, self._folder, self._every, self._extra = run, health, folder, every, extra
-        self._saved: tuple[int, int] | None = None  # the place that the checkpoint holds
-
-    def save(self, place: Place, *, best: bool = False, evaluated: bool = False) -> None:
-        """Write the state of the run, as the `best` one too if it is; every process must call it.
-
-        Raises:
-            UserError: the gradients are non-finite by now, so the weights are of no use: what is on disk stays.
-        """
-        self._run.control.doing("saving")
-        self._health.check(place)
-        save_run(self._run, self._folder, best=best, evaluated=evaluated, **self._extra)
-        self._saved = place.epoch, place.step
-
-    def after_step(self, place: Place) -> None:
-        if self._every and place.step % self._every == 0 and place.step < place.steps:
-            self.save(place)
-
-    def bad_data(self, place: Place) -> None:
-        if self._run.world.size == 1:  # of several, the others are inside the step by now, and wait for this one
-            self.save(place)
-
-    def stopped(self, place: Place) -> None:
-        if self._saved != (place.epoch, place.step):
-            self.save(place)
-        self._run.report.say(f"stopped at {place}; {self._folder / CHECKPOINT} holds it, resume with --resume auto")
-
-    def epoch_trained(self, place: Place) -> None:
-        self.save(place)
-
-    def epoch_end(self, place: Place, end: EpochEnd) -> None:
-        self.save(place, best=end.best, evaluated=True)
-
-
-class NoCheckpoints(Hook):
-    """For a run without a folder."""
-
-    def __init__(self, run: TrainingRun) -> None:
-        self._run = run
-
-    def stopped(self, place: Place) -> None:
-        self._run.report.say(f"stopped at {place}")
 
 
 class Records(Hook):

@@ -86,6 +86,9 @@ class Hook:
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
         """The evaluation is done."""
 
+    def close(self, failing: bool) -> None:
+        """The run is over; no other event follows."""
+
 
 class Precision(NamedTuple):
     """What a model computes in."""
@@ -335,6 +338,8 @@ class TrainingRun(_Closed):
         the device for a process that is gone.
         """
         self.control.doing("closing")
+        for hook in self.hooks:
+            hook.close(failing)
         self.train_step.forget()
         if not failing:
             _synchronize(self.world.device)

@@ -12,6 +12,7 @@ from torch import nn
 from vimfast import dist
 from vimfast.checkpoint import (
     DamagedCheckpoint,
+    copied,
     kept_checkpoints,
     load_checkpoint,
     load_last,
@@ -27,6 +28,7 @@ from vimfast.train.continuity import check_order
 from vimfast.train.loop import NO_ACC1, TrainingRun
 from vimfast.train.optim import WeightAverage
 from vimfast.train.report import Reporter
+from vimfast.train.sums import Mark
 
 BEST = "best_checkpoint.pth"
 
@@ -226,31 +228,23 @@ def _optimizer_name(state: State) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def save_run(
-    run: TrainingRun,
-    folder: Path,
-    *,
-    keep: int,
-    best: bool,
-    evaluated: bool,
-    classes: Sequence[str],
-    images: str,
-    config: dict[str, Any],
-) -> None:
-    """Write the state of the run as the last checkpoint of its folder; every process must call it.
+def collect(
+    run: TrainingRun, *, evaluated: bool, classes: Sequence[str], images: str, config: dict[str, Any]
+) -> State | None:
+    """The state of the run as it is, copied to host memory; None on ranks but 0. Every process must call it.
 
     Args:
-        keep: so many checkpoints, this one included.
-        best: it is the best one too.
-        images: :attr:`~vimfast.data.source.Source.identity` of the training images.
         evaluated: the epoch that the run stands at the end of has been.
+        images: :attr:`~vimfast.data.source.Source.identity` of the training images.
     """
     world, place = run.world, run.place
     cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
     own = {"torch": torch.get_rng_state(), "cuda": cuda, "sums": run.sums.values.tolist()}
     processes = dist.gather_objects(own)
-    if world.is_main:
-        state = {
+    if not world.is_main:
+        return None
+    state: State = copied(
+        {
             "model": run.model.state_dict(),
             "model_ema": run.average.module.state_dict() if run.average else None,
             "optimizer": run.optimizer.state_dict(),
@@ -266,9 +260,19 @@ def save_run(
             "images": images,
             "config": config,
         }
-        if best:
-            save_checkpoint(folder / BEST, state)
-        save_last(folder, state, keep)
-    else:
-        run.control.doing("waiting for rank 0 to save")
-    dist.barrier()
+    )
+    return state
+
+
+def write(state: State, there: Mark, folder: Path, *, keep: int, best: bool) -> None:
+    """Write the state as the last checkpoint of a run folder.
+
+    Args:
+        there: the moment from which on the state is in host memory.
+        keep: so many checkpoints, this one included.
+        best: it is the best one too.
+    """
+    there.wait()
+    if best:
+        save_checkpoint(folder / BEST, state)
+    save_last(folder, state, keep)

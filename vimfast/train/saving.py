@@ -1,0 +1,115 @@
+"""When a run is saved, and how little it waits for that."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vimfast.checkpoint import CHECKPOINT, Background
+from vimfast.config import RunConfig
+from vimfast.train.hooks import GradientHealth
+from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
+from vimfast.train.run_state import collect, write
+from vimfast.train.sums import Mark, Reading
+
+ASKED_EVERY = 10  # steps between two questions whether it is time to save
+PATIENCE = 10.0  # seconds that a failing run waits for a checkpoint in progress
+
+
+class Checkpoints(Hook):
+    """Saves the run in `folder`: in an epoch as often as wanted, after each epoch, and where it is told to stop.
+
+    The state is copied to host memory between two steps; a thread writes it while the next steps run.
+
+    Args:
+        wanted: how often in an epoch, and how many checkpoints to keep.
+        extra: arguments of :func:`collect` that stay the same.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        health: GradientHealth,
+        folder: Path,
+        wanted: RunConfig,
+        extra: dict[str, Any],
+    ) -> None:
+        self._run, self._health, self._folder, self._wanted, self._extra = run, health, folder, wanted, extra
+        self._saved: tuple[int, int] | None = None  # the place that the checkpoint holds
+        self._saved_at = time.monotonic()
+        self._asked: Reading | None = None
+        self._background = Background()
+
+    def save(self, place: Place, *, best: bool = False, evaluated: bool = False) -> None:
+        """Begin to write the state of the run, as the `best` one too if it is; every process must call it.
+
+        Raises:
+            UserError: the gradients are non-finite by now, so the weights are of no use: what is on disk stays. Or the
+                checkpoint before this one could not be written.
+        """
+        run = self._run
+        run.control.doing("saving")
+        self._health.check(place)
+        state = collect(run, evaluated=evaluated, **self._extra)
+        if state is not None:
+            there, keep = Mark(run.world.device), self._wanted.keep_checkpoints
+            self._background.submit(partial(write, state, there, self._folder, keep=keep, best=best))
+        self._saved, self._saved_at = (place.epoch, place.step), time.monotonic()
+
+    def after_step(self, place: Place) -> None:
+        self._background.check()
+        every, late = self._wanted.save_every, self._is_late(place)
+        if place.step < place.steps and (late or (every is not None and place.step % every == 0)):
+            self.save(place)
+
+    def _is_late(self, place: Place) -> bool:
+        """Whether it is time, by rank 0's clock; all processes get the same answer at the same step."""
+        minutes = self._wanted.save_minutes
+        if minutes is None:
+            return False
+        asked, self._asked = self._asked, None
+        if place.step % ASKED_EVERY == 0:
+            late = self._run.world.is_main and time.monotonic() - self._saved_at >= 60 * minutes
+            device = self._run.world.device
+            self._asked = Reading(torch.full((1,), float(late), dtype=torch.float64, device=device), [])
+        return asked is not None and asked.get()[0] > 0
+
+    def bad_data(self, place: Place) -> None:
+        if self._run.world.size == 1:  # of several, the others are inside the step by now, and wait for this one
+            self.save(place)
+            self._finish()
+
+    def stopped(self, place: Place) -> None:
+        if self._saved != (place.epoch, place.step):
+            self.save(place)
+        self._finish()
+        self._run.report.say(f"stopped at {place}; {self._folder / CHECKPOINT} holds it, resume with --resume auto")
+
+    def epoch_trained(self, place: Place) -> None:
+        self.save(place)
+
+    def epoch_end(self, place: Place, end: EpochEnd) -> None:
+        self.save(place, best=end.best, evaluated=True)
+        if place.epoch + 1 == self._run.epochs:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._run.control.doing("writing the checkpoint")
+        self._background.finish()
+
+    def close(self, failing: bool) -> None:
+        self._background.close(PATIENCE if failing else None)
+
+
+class NoCheckpoints(Hook):
+    """For a run without a folder."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+
+    def stopped(self, place: Place) -> None:
+        self._run.report.say(f"stopped at {place}")
