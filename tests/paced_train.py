@@ -1,8 +1,8 @@
 """``python -m vimfast.train`` with a pause before each batch, so that a test can act in mid-epoch on any machine.
 
 Set in the environment: ``PAUSE``, in seconds, and ``FAULT="rank:step:deed"`` (or ``all:step:deed``), which makes that
-rank do a deed of `do` in that step. Each rank prints its process id, the launcher's attempt and its place before it
-pauses. The pause does not change a bit of the run. ``FORKS=N`` runs N ranks as ``vimfast train`` does, with
+rank do a deed of `Paced.do` in that step. Each rank prints its process id, the launcher's attempt and its place before
+it pauses. The pause does not change a bit of the run. ``FORKS=N`` runs N ranks as ``vimfast train`` does, with
 ``RESTARTS=N``.
 """
 
@@ -22,7 +22,8 @@ from vimfast.train.loop import Hook, Place, TrainingRun
 
 class Paced(Hook):
     def __init__(self, run: TrainingRun) -> None:
-        self.rank = run.world.rank
+        self.run, self.rank = run, run.world.rank
+        self.sound = run.train_step.criterion
 
     def before_step(self, place: Place) -> None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -32,7 +33,17 @@ class Paced(Hook):
         if fault := os.environ.get("FAULT"):
             rank, step, deed = fault.split(":")
             if int(step) == place.step and rank in (str(self.rank), "all"):
-                do(deed)
+                self.do(deed)
+
+    def returned(self, place: Place) -> None:
+        self.run.train_step.criterion = self.sound
+        del os.environ["FAULT"]
+
+    def do(self, deed: str) -> None:
+        if deed == "nan":  # from here on, until it is rolled back
+            self.run.train_step.criterion = lambda *inputs: float("nan") * self.sound(*inputs)
+        else:
+            do(deed)
 
 
 def do(deed: str) -> None:

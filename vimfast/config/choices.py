@@ -7,6 +7,7 @@ from typing import Literal
 Interpolation = Literal["bicubic", "bilinear", "random"]  # random: each image its own of the other two
 Decoder = Literal["auto", "hardware", "cuda", "cpu"]
 OnBadImage = Literal["stop", "skip"]
+OnDivergence = Literal["stop", "rollback"]
 ImageOrder = Literal["permutation", "window"]
 CopiesOn = Literal["all-ranks", "one-rank"]
 EraseMode = Literal["pixel", "const", "rand"]

@@ -25,6 +25,7 @@ from vimfast.config.choices import (
     Interpolation,
     MixMode,
     OnBadImage,
+    OnDivergence,
     PositionResampling,
     Schedule,
 )
@@ -212,10 +213,17 @@ class OptimConfig:
     )
     skip_limit: int = option(
         20,
-        "steps in a row that may be skipped because of non-finite gradients, before the run stops",
+        "steps in a row that may be skipped because of non-finite gradients, before the run has diverged",
         least=1,
         neutral=True,
     )
+    on_divergence: OnDivergence = option(
+        "stop",
+        "stop, or roll back: resume from the last good checkpoint with half the learning rate and the rest of its "
+        "epoch in another order",
+        neutral=True,
+    )
+    max_rollbacks: int = option(3, "times that a run is rolled back before it stops", least=1, neutral=True)
 
 
 @dataclass

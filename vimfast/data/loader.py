@@ -13,9 +13,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -151,6 +151,12 @@ class Loader:
         self.close()
         self._decode_by(chosen)
         return place
+
+    def reorder(self, order: Order) -> None:
+        """Follow another order from the next epoch that is asked for; it must be of the same images and ranks."""
+        self._join()
+        self.view, self.order = replace(cast(Any, self.view), order=order), order
+        self._next_place = None  # so that what was read ahead is not used
 
     # Properties
 

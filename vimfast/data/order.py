@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,31 @@ def windowed_permutation(seed: int, epoch: int, bounds: tuple[int, ...], window:
     return ordered
 
 
+class Detour(NamedTuple):
+    """What is left of an epoch at a step comes in another order."""
+
+    epoch: int
+    step: int
+    number: int  # of the order; from 1 on
+
+
+@functools.lru_cache(maxsize=2)
+def detoured(
+    seed: int, samples: int, bounds: tuple[int, ...] | None, window: int, epoch: int, turns: tuple[tuple[int, int], ...]
+) -> np.ndarray:
+    """:func:`permutation` (with bounds, :func:`windowed_permutation`), its tail shuffled again: int [samples].
+
+    Args:
+        turns: (where the tail begins, a number that makes the shuffle another one), in the order of their making.
+    """
+    ids = permutation(seed, epoch, samples) if bounds is None else windowed_permutation(seed, epoch, bounds, window)
+    ids = np.array(ids)
+    for first, number in turns:
+        ids[first:] = np.random.default_rng((seed, epoch, number)).permutation(ids[first:])
+    ids.flags.writeable = False
+    return ids
+
+
 @dataclass(frozen=True)
 class Order:
     """The order in which one rank sees `samples` images.
@@ -67,6 +93,8 @@ class Order:
         node: ranks of this rank's host, of `world` ranks in all; they have consecutive numbers and decode for each
             other (:meth:`decoded`).
         bounds, window: shuffle as :func:`windowed_permutation` does; without bounds, all images at once.
+        detours: epochs that continue in another order from a step on. Every image still comes once. (With `bounds`,
+            the rest of such an epoch comes from all its shards.)
     """
 
     samples: int
@@ -82,6 +110,7 @@ class Order:
     node: int = 1
     bounds: tuple[int, ...] | None = None
     window: int = 64
+    detours: tuple[Detour, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.samples, self.seed) < 0 or min(self.batch_size, self.world, self.repeats) < 1:
@@ -155,6 +184,14 @@ class Order:
         return self._shuffled(epoch)[drawn].astype(np.int64) if self.shuffle else drawn
 
     def _shuffled(self, epoch: int) -> np.ndarray:
+        turns = tuple(
+            # An image of which copies have been shown already keeps its place.
+            (-(-detour.step * self.global_batch // self.repeats), detour.number)
+            for detour in self.detours
+            if detour.epoch == epoch
+        )
+        if turns:
+            return detoured(self.seed, self.samples, self.bounds, self.window, epoch, turns)
         if self.bounds is None:
             return permutation(self.seed, epoch, self.samples)
         return windowed_permutation(self.seed, epoch, self.bounds, self.window)

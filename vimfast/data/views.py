@@ -76,7 +76,7 @@ class Work(NamedTuple):
 
 
 class View(Protocol):
-    """What a loader makes of the images of a step."""
+    """What a loader makes of the images of a step; a dataclass."""
 
     training: ClassVar[bool]
     inputs: ClassVar[type[tuple[Any, ...]]]  # of the graph, by name: see vimfast.data.decoding

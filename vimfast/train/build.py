@@ -20,7 +20,8 @@ from vimfast.train.continuity import order_changes
 from vimfast.train.device import kernels, prepare_device
 from vimfast.train.folder import RunFolder, unwritable
 from vimfast.train.gradients import GradientSum, copy_from_first
-from vimfast.train.hooks import Beginning, GradientHealth, Progress, Records
+from vimfast.train.health import GradientHealth, LossHealth
+from vimfast.train.hooks import Beginning, Progress, Records
 from vimfast.train.loaders import open_training, open_validation
 from vimfast.train.loop import Evaluated, EvaluationRun, Hook, Place, TrainingRun
 from vimfast.train.losses import Objective
@@ -28,6 +29,7 @@ from vimfast.train.mixing import Mixup
 from vimfast.train.model import Models, build_models
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
 from vimfast.train.report import Reporter
+from vimfast.train.rollback import Rollback
 from vimfast.train.run_state import Origin, load_origin, load_place
 from vimfast.train.saving import Checkpoints, NoCheckpoints
 from vimfast.train.start_up import StartUp
@@ -207,13 +209,18 @@ def _resume(run: TrainingRun, cfg: Config, start: Origin | None, images: str) ->
 def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: Hooks | None) -> list[Hook]:
     folder = None if run.folder is None else run.folder.path
     health = GradientHealth(run, cfg.optim.skip_limit, folder)
+    losses = LossHealth(run, raises=cfg.optim.on_divergence == "rollback")
+    if cfg.optim.on_divergence == "rollback":
+        if folder is None:
+            raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
+        run.recover = Rollback(run, cfg, folder, losses)
     saving: Hook = NoCheckpoints(run)
     if folder is not None:
         extra = {"classes": run.loader.source.classes, "images": images, "config": cfg.to_dict()}
         saving = Checkpoints(run, health, folder, cfg.run, extra)
     return [
         Beginning(start_up, run.report),
-        Progress(run, health, cfg.run.log_every),
+        Progress(run, health, losses, cfg.run.log_every),
         *(more(run) if more is not None else ()),
         Records(run),
         saving,

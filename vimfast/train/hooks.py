@@ -1,20 +1,17 @@
-"""What happens alongside training: reports, health, records."""
+"""What happens alongside training: reports and records."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vimfast import dist
-from vimfast.checkpoint import CHECKPOINT
-from vimfast.errors import UserError
+from vimfast.train.health import GradientHealth, LossHealth
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.pace import Stretch
 from vimfast.train.report import Reporter, duration, memory_gib
 from vimfast.train.start_up import StartUp
-from vimfast.train.step import Health
 from vimfast.train.sums import Mark, Reading
 
 SETTLED_AFTER = 100  # steps after which a run's pace is known
@@ -35,47 +32,6 @@ class Beginning(Hook):
             self._report.say(str(self._start_up))
 
 
-class GradientHealth:
-    """Reports skipped steps, and ends a run that does nothing but skip. Gradients are the same on all processes.
-
-    Args:
-        limit: steps in a row.
-        folder: of the run; for the error, which names the last checkpoint.
-    """
-
-    def __init__(self, run: TrainingRun, limit: int, folder: Path | None) -> None:
-        self._run, self._limit, self._folder = run, limit, folder
-        self._skipped = 0
-
-    def check(self, place: Place, counts: list[float] | None = None, lr: float | None = None) -> None:
-        """Raises a UserError where there is nothing to continue with.
-
-        Args:
-            counts, lr: those of :attr:`TrainStep.counts` and the learning rate, as they were at `place`; None: as they
-                are, for which the host waits.
-        """
-        if counts is not None and counts[0] == self._skipped:
-            return
-        health: Health = self._run.train_step.health()
-        if counts is not None:
-            health = Health(int(counts[0]), int(counts[2]), health.names)
-        first = f", first in {', '.join(health.names[:3])}" if health.names else ""
-        lr = self._run.rate.value if lr is None else lr
-        where = f"epoch {place.epoch}, step {place.step}, learning rate {lr:.3g}{first}"
-        if health.in_a_row >= min(self._limit, place.steps):
-            own = self._folder / CHECKPOINT if self._folder else None
-            kept = f"; {own} is from before" if own is not None and own.exists() else ""
-            raise UserError(
-                f"the gradients of {health.in_a_row} steps in a row are non-finite, by {where}",
-                f"try a lower --lr, --clip-grad 1 or --no_amp{kept}",
-            )
-        if health.skipped > self._skipped:
-            count = health.skipped - self._skipped
-            steps = f"{count} step{'s' * (count != 1)}"
-            self._run.report.warn(f"{steps} skipped because of non-finite gradients, by {where}")
-            self._skipped = health.skipped
-
-
 @dataclass
 class _Asked:
     """A report whose figures are on their way."""
@@ -93,8 +49,8 @@ class Progress(Hook):
     The figures are read while the device is busy with the step after them, so a report does not hold it up.
     """
 
-    def __init__(self, run: TrainingRun, health: GradientHealth, every: int) -> None:
-        self._run, self._health, self._every = run, health, every
+    def __init__(self, run: TrainingRun, health: GradientHealth, losses: LossHealth, every: int) -> None:
+        self._run, self._health, self._losses, self._every = run, health, losses, every
         self._steps_here, self._settled = 0, False
         self._asked: _Asked | None = None
         self._before = (0.0, 0.0)  # sums at the last report
@@ -103,6 +59,7 @@ class Progress(Hook):
     def epoch_begin(self, place: Place) -> None:
         now = self._run.sums.read() if place.step else {"loss": 0.0, "steps": 0.0}
         self._before = now["loss"], now["steps"]
+        self._asked = None  # of steps that were rolled back
         self._since = Mark(self._run.world.device)
 
     def after_step(self, place: Place) -> None:
@@ -148,7 +105,12 @@ class Progress(Hook):
         at = asked.epoch * place.steps + asked.step
         run.report.scalars({f"train/{name}": value for name, value in scalars.items()}, at)
         self._before, self._since = (loss_sum, steps), asked.reading.mark
+        self._losses.check(loss, Place(place.steps, asked.epoch, asked.step), counts[0])
         return share
+
+    def returned(self, place: Place) -> None:
+        self._health.reset()
+        self._losses.returned(place)
 
     def _reconsider(self, share: float) -> None:
         """Once, when the run has found its pace: let another decoder try if the slowest process waits for this one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -33,6 +33,10 @@ from vimfast.train.step import TrainStep
 from vimfast.train.sums import Sums
 
 NO_ACC1 = -1.0  # below any accuracy, so that the first evaluation is the best so far
+
+
+class Diverged(UserError):
+    """Training leads nowhere; raised on all processes at the same place."""
 
 
 @dataclass
@@ -85,6 +89,12 @@ class Hook:
 
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
         """The evaluation is done."""
+
+    def diverged(self, place: Place) -> None:
+        """The run is about to return to an earlier place."""
+
+    def returned(self, place: Place) -> None:
+        """It has; the next event is that of an epoch that begins, or that was trained."""
 
     def close(self, failing: bool) -> None:
         """The run is over; no other event follows."""
@@ -186,6 +196,8 @@ class TrainingRun(_Closed):
         epochs: where it ends.
         accum_steps: batches of a step.
         hooks: act on its events, in this order.
+        recover: makes a run that has diverged ready to continue, or raises the error.
+        turns: (epoch, step) at which it did.
     """
 
     place: Place
@@ -206,6 +218,8 @@ class TrainingRun(_Closed):
     world: World
     hooks: Sequence[Hook] = ()
     folder: RunFolder | None = None  # held to the end
+    recover: Callable[[Diverged], None] | None = None
+    turns: Sequence[tuple[int, int]] = ()
     sums: Sums = field(init=False)
     pace: Pace = field(init=False)
 
@@ -233,10 +247,16 @@ class TrainingRun(_Closed):
         begin = time.perf_counter()
         try:
             while self.place.epoch < self.epochs:
-                if self.place.step < self.place.steps:  # else it was stopped in the evaluation
-                    self._train_epoch()
-                for hook in self.hooks:
-                    hook.epoch_trained(self.place)
+                try:
+                    if self.place.step < self.place.steps:  # else it was stopped in the evaluation
+                        self._train_epoch()
+                    for hook in self.hooks:
+                        hook.epoch_trained(self.place)
+                except Diverged as error:
+                    if self.recover is None:
+                        raise
+                    self.recover(error)
+                    continue
                 self._evaluate_epoch()
                 self.place.epoch, self.place.step = self.place.epoch + 1, 0
                 self.sums.values.zero_()

@@ -61,6 +61,7 @@ class LearningRate:
             steps_per_epoch,
             optimizer,
         )
+        self._fixed = [float(group["lr"]) for group in optimizer.param_groups]  # where there is no schedule
         noise: Any = None if cfg.lr_noise is None else list(cfg.lr_noise)  # shares of the schedule, or None
         try:
             self.scheduler: Scheduler = create_scheduler_v2(
@@ -92,6 +93,13 @@ class LearningRate:
             self.scheduler.step_update(epoch * self.steps_per_epoch + step)
         else:
             self.scheduler.step(max(epoch - 1, 0))
+
+    def scale(self, factor: float) -> None:
+        """Multiply the schedule's rates by `factor` from now on."""
+        for group, fixed in zip(self.optimizer.param_groups, self._fixed, strict=True):
+            group["lr_scale"] = factor  # timm's word for it
+            if self.scheduler is None:
+                group["lr"] = factor * fixed
 
     @property
     def value(self) -> float:

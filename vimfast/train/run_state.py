@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from vimfast.checkpoint import (
     weights_held,
 )
 from vimfast.config import Config, RunConfig
+from vimfast.data.order import Detour
 from vimfast.errors import UserError
 from vimfast.train.continuity import check_order
 from vimfast.train.loop import NO_ACC1, TrainingRun
@@ -31,6 +33,7 @@ from vimfast.train.report import Reporter
 from vimfast.train.sums import Mark
 
 BEST = "best_checkpoint.pth"
+FACTOR = 0.5  # of the learning rate, for each time that a run was rolled back
 
 State = dict[str, Any]
 
@@ -166,6 +169,7 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
             f"keep --opt, --decay-a-log and what is frozen as they were, or start from its weights alone with "
             f"--finetune {origin}",
         ) from None
+    take_turns(run, [(int(epoch), int(step)) for epoch, step in state.get("turns", ())])
     place.best_acc1 = float(state.get("best_acc1", NO_ACC1))
     place.epoch, place.step = int(state["epoch"]), int(state.get("step", place.steps))
     if state.get("evaluated", True) and place.step >= state.get("steps", place.steps):
@@ -200,6 +204,17 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
     torch.set_rng_state(own["torch"])
     if own["cuda"] is not None and world.device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"], world.device)
+
+
+def take_turns(run: TrainingRun, turns: Sequence[tuple[int, int]]) -> None:
+    """Learning rate and order of a run that was rolled back to these places: (epoch, step)."""
+    if not turns and not run.turns:
+        return
+    run.turns = tuple(turns)
+    run.rate.scale(FACTOR ** len(turns))
+    detours = tuple(Detour(epoch, step * run.accum_steps, number) for number, (epoch, step) in enumerate(turns, 1))
+    if run.loader.order.detours != detours:
+        run.loader.reorder(replace(run.loader.order, detours=detours))
 
 
 def _load_sums(run: TrainingRun, saved: list[list[float]], accum_steps: int) -> None:
@@ -255,6 +270,7 @@ def collect(
             "accum_steps": run.accum_steps,
             "evaluated": evaluated,
             "best_acc1": place.best_acc1,
+            "turns": [list(turn) for turn in run.turns],
             "processes": processes,
             "classes": list(classes),
             "images": images,

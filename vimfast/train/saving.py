@@ -11,7 +11,7 @@ import torch
 
 from vimfast.checkpoint import CHECKPOINT, Background
 from vimfast.config import RunConfig
-from vimfast.train.hooks import GradientHealth
+from vimfast.train.health import GradientHealth
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.run_state import collect, write
 from vimfast.train.sums import Mark, Reading
@@ -63,8 +63,12 @@ class Checkpoints(Hook):
     def after_step(self, place: Place) -> None:
         self._background.check()
         every, late = self._wanted.save_every, self._is_late(place)
-        if place.step < place.steps and (late or (every is not None and place.step % every == 0)):
-            self.save(place)
+        due = late or (every is not None and place.step % every == 0)
+        if due and place.step < place.steps:
+            if self._health.is_sound:
+                self.save(place)
+            else:  # the first of many skipped steps, perhaps: their checkpoints would push out the good ones
+                self._health.check(place)
 
     def _is_late(self, place: Place) -> bool:
         """Whether it is time, by rank 0's clock; all processes get the same answer at the same step."""
@@ -96,6 +100,12 @@ class Checkpoints(Hook):
         self.save(place, best=end.best, evaluated=True)
         if place.epoch + 1 == self._run.epochs:
             self._finish()
+
+    def diverged(self, place: Place) -> None:
+        self._finish()
+
+    def returned(self, place: Place) -> None:
+        self._saved = self._asked = None
 
     def _finish(self) -> None:
         self._run.control.doing("writing the checkpoint")

@@ -306,6 +306,11 @@ class TrainStep:
 
     # Health
 
+    def forget_skips(self) -> None:
+        """Count from 0 again."""
+        self._skipped.zero_()
+        self._first_bad.zero_()
+
     @property
     def counts(self) -> Tensor:
         """fp32 [3] on the device: steps skipped in all, in a row up to now, and the longest row."""

@@ -1,0 +1,114 @@
+"""Whether training still goes somewhere: by its gradients, and by its loss."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from vimfast.checkpoint import CHECKPOINT
+from vimfast.train.loop import Diverged, Place, TrainingRun
+from vimfast.train.step import Health
+
+_BLOWN_UP = 2.0  # times the loss at the beginning
+_LEARNED, _UNLEARNED = 0.3, 0.7  # shares of it: gone at the lowest; of what was gone, come back
+
+
+class GradientHealth:
+    """Reports skipped steps, and ends a run that does nothing but skip. Gradients are the same on all processes.
+
+    Args:
+        limit: steps in a row.
+        folder: of the run; for the error, which names the last checkpoint.
+    """
+
+    def __init__(self, run: TrainingRun, limit: int, folder: Path | None) -> None:
+        self._run, self._limit, self._folder = run, limit, folder
+        self._skipped = 0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the last step changed the weights; the host waits for the device."""
+        return not bool(self._run.train_step.counts[1])
+
+    def check(self, place: Place, counts: list[float] | None = None, lr: float | None = None) -> None:
+        """Raises :class:`Diverged` where there is nothing to continue with.
+
+        Args:
+            counts, lr: those of :attr:`TrainStep.counts` and the learning rate, as they were at `place`; None: as they
+                are, for which the host waits.
+        """
+        if counts is not None and counts[0] == self._skipped:
+            return
+        health: Health = self._run.train_step.health()
+        if counts is not None:
+            health = Health(int(counts[0]), int(counts[2]), health.names)
+        first = f", first in {', '.join(health.names[:3])}" if health.names else ""
+        lr = self._run.rate.value if lr is None else lr
+        where = f"epoch {place.epoch}, step {place.step}, learning rate {lr:.3g}{first}"
+        if health.in_a_row >= min(self._limit, place.steps):
+            own = self._folder / CHECKPOINT if self._folder else None
+            kept = f"; {own} is from before" if own is not None and own.exists() else ""
+            raise Diverged(
+                f"the gradients of {health.in_a_row} steps in a row are non-finite, by {where}",
+                f"try a lower --lr, --clip-grad 1, --no_amp or --on-divergence rollback{kept}",
+            )
+        if health.skipped > self._skipped:
+            count = health.skipped - self._skipped
+            steps = f"{count} step{'s' * (count != 1)}"
+            self._run.report.warn(f"{steps} skipped because of non-finite gradients, by {where}")
+            self._skipped = health.skipped
+
+    def reset(self) -> None:
+        """The counts begin again."""
+        self._skipped = 0
+
+
+class LossHealth:
+    """Notices a loss that has blown up or has gone back most of the way that it had come, and up to where it was well.
+
+    The losses are means over the steps between two reports, which are the same on all processes.
+
+    Args:
+        raises: :class:`Diverged`; or else a warning, once.
+    """
+
+    def __init__(self, run: TrainingRun, *, raises: bool) -> None:
+        self._run, self._raises = run, raises
+        self._first = self._lowest = math.nan
+        self._warned = False
+        self._skipped = 0.0
+        self._proven = self._retried = -1  # steps of the whole run
+
+    def is_proven(self, epoch: int, step: int) -> bool:
+        """Whether training went on well from the weights of that place."""
+        at = epoch * self._run.place.steps + step
+        return at < self._proven and at != self._retried
+
+    def returned(self, place: Place) -> None:
+        """What came after this place is forgotten; if it goes badly from here again, the place is no good either."""
+        self._skipped, self._retried = 0.0, place.epoch * place.steps + place.step
+        self._proven = self._retried + 1
+
+    def check(self, loss: float, place: Place, skipped: float) -> None:
+        """With the loss of each report, and the steps skipped up to it."""
+        sound, self._skipped = skipped == self._skipped, skipped
+        if math.isnan(loss):  # of steps that were all skipped
+            return
+        if math.isnan(self._first):
+            self._first = self._lowest = loss
+        if not self._is_bad(loss):
+            self._lowest = min(self._lowest, loss)
+            if sound:
+                self._proven, self._retried = place.epoch * place.steps + place.step, -1
+            return
+        problem = f"the loss has risen to {loss:.4g} from {self._lowest:.4g}, by epoch {place.epoch}, step {place.step}"
+        if self._raises:
+            raise Diverged(problem, "try a lower --lr, or --clip-grad 1")
+        if not self._warned:
+            self._warned = True
+            self._run.report.warn(f"{problem}; --on-divergence rollback would return to the last checkpoint")
+
+    def _is_bad(self, loss: float) -> bool:
+        gone = self._first - self._lowest
+        collapsed = gone > _LEARNED * abs(self._first) and loss > self._lowest + _UNLEARNED * gone
+        return collapsed or loss > _BLOWN_UP * abs(self._first)
