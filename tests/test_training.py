@@ -243,6 +243,20 @@ def test_options_of_the_recipe_run(recipe: str, shards: Path, tmp_path: Path, fl
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path / "run"))
+    said = call("vimfast.train", *flags, "--dry-run", "--accum-steps", "3", processes=2).stdout
+    assert "batch          24 images an update: 2 processes x 4 images x 3 batches" in said
+    assert "learning rate  2.34e-05 = 0.0005 x 24 / 512, adamw, cosine" in said
+    assert said.splitlines()[-1] == "nothing was trained, and nothing written (--dry-run)"
+    assert not (tmp_path / "run").exists()
+    train(*flags, "--epochs", "1", control=Stops("epoch 0, step 2"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    said = call("vimfast.train", *flags, "--dry-run", "--resume", "auto").stdout
+    assert "resuming at epoch 0, step 2 of 9" in said
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
 def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--scale", "0.6", "1", "--no-repeated-aug")
     flags += ("--aa", "none", "--color-jitter", "0", "--reprob", "0", "--input-size", "40")  # 32 would be cut unresized

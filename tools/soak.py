@@ -2,8 +2,8 @@
 
     python tools/soak.py tree_or_shards/ --epochs 100 --out docs/lab/soak.png
 
-Short epochs, each with checkpoints and evaluations: what a run of weeks does, in minutes. A small model is trained; data
-loading, checkpoints, evaluation and reports are those of every run.
+Short epochs, each with checkpoints and evaluations: what a run of weeks does, in minutes. A small model is trained;
+data loading, checkpoints, evaluation and reports are those of every run.
 """
 
 from __future__ import annotations

@@ -293,6 +293,7 @@ class RunConfig:
     start_epoch: int | None = option(
         None, "first epoch; default: where the checkpoint stopped, or 0", least=0, neutral=True
     )
+    dry_run: bool = option(False, "print what the run would do, and stop before the first step", neutral=True)
     device: str = option("auto", "auto, cuda, cuda:N or cpu", neutral=True)
     seed: int = option(0, "seed of the weights, the order, the augmentation and the mixing", least=0)
     amp: bool = option(True, "bf16 autocast on a GPU that has it; --no_amp for fp32", aliases=("if-amp",))

@@ -58,7 +58,10 @@ def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
         gc.enable()
         start_up.done("imports")
         with build(cfg, world, control, start_up, hooks, stage) as training:
-            training.run()
+            if cfg.run.dry_run:
+                training.report.say("nothing was trained, and nothing written (--dry-run)")
+            else:
+                training.run()
     return control.status
 
 

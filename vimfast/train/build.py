@@ -17,7 +17,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
 from vimfast.train.continuity import order_changes
-from vimfast.train.device import kernels, prepare_device
+from vimfast.train.device import prepare_device
 from vimfast.train.folder import RunFolder, unwritable
 from vimfast.train.gradients import GradientSum, copy_from_first
 from vimfast.train.health import GradientHealth, LossHealth
@@ -28,6 +28,7 @@ from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.model import Models, build_models
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
+from vimfast.train.plan import plan
 from vimfast.train.report import Reporter
 from vimfast.train.rollback import Rollback
 from vimfast.train.run_state import Origin, load_origin, load_place
@@ -82,7 +83,7 @@ def build_training(
     stage: Stages | None = None,
 ) -> TrainingRun:
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
-    if not cfg.run.output_dir:
+    if not cfg.run.output_dir or cfg.run.dry_run:
         return _build_training(cfg, world, control, start_up, hooks, stage, None)
     try:
         held = RunFolder(Path(cfg.run.output_dir), is_main=world.is_main)
@@ -106,7 +107,7 @@ def _build_training(
     held: RunFolder | None,
 ) -> TrainingRun:
     folder = None if held is None else held.path
-    start = load_origin(cfg.run, cfg.finetune.finetune, folder)
+    start = load_origin(cfg.run, cfg.finetune.finetune, Path(cfg.run.output_dir) if cfg.run.output_dir else None)
     report = Reporter(folder, world.is_main)
     control.say = report.say
 
@@ -211,9 +212,9 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     health = GradientHealth(run, cfg.optim.skip_limit, folder)
     losses = LossHealth(run, raises=cfg.optim.on_divergence == "rollback")
     if cfg.optim.on_divergence == "rollback":
-        if folder is None:
+        if not cfg.run.output_dir:
             raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
-        run.recover = Rollback(run, cfg, folder, losses)
+        run.recover = Rollback(run, cfg, Path(cfg.run.output_dir), losses)
     saving: Hook = NoCheckpoints(run)
     if folder is not None:
         extra = {"classes": run.loader.source.classes, "images": images, "config": cfg.to_dict()}
@@ -228,18 +229,8 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
 
 
 def _introduce(run: TrainingRun, cfg: Config, start: Origin | None) -> None:
-    world, decoding, explained = run.world, run.loader.settings, kernels(run)
-    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    source, val_source = run.loader.source, run.evaluated.loader.source
-    run.report.say(
-        f"{cfg.model.model}: {parameters:,} parameters{explained and f', kernels {explained}'}, "
-        f"{run.precision} on {world.size} x {world.device.type}"
-        f"{', steps as a CUDA graph' if run.train_step.captured else ''}; "
-        f"{len(source):,} images of {len(source.classes)} classes "
-        f"(decoder {decoding.decoder}, threads {decoding.threads}), "
-        f"{len(val_source):,} to validate; {run.place.steps} steps an epoch of {run.global_batch} images, "
-        f"learning rate {peak_lr(cfg.optim, run.global_batch):.3g}"
-    )
+    for what, how in plan(run, cfg) if run.report.active else ():
+        run.report.say(f"{what:15}{how}")
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
     if warmup >= epochs and cfg.schedule.sched != "none":
         run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")

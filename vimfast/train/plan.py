@@ -1,0 +1,99 @@
+"""What a run is going to do, in lines that a person reads before it begins."""
+
+from __future__ import annotations
+
+import torch
+
+from vimfast.config import Config
+from vimfast.train.device import kernels
+from vimfast.train.loop import TrainingRun
+from vimfast.train.optim import peak_lr
+from vimfast.train.report import duration
+
+
+def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
+    """(what, how) of a run that is ready to begin, on its first rank."""
+    rows = [
+        ("model", _model(run, cfg)),
+        ("computes", _computes(run)),
+        ("trains on", _images(run, cfg)),
+        ("augments by", _augmentation(cfg)),
+        ("decodes by", f"decoder {run.loader.settings.decoder}, threads {run.loader.settings.threads}"),
+        ("batch", _batch(run)),
+        ("learning rate", _rate(run, cfg)),
+        ("length", _length(run)),
+        ("memory", _memory(run.world.device)),
+        ("writes to", _output(run, cfg)),
+    ]
+    return [(what, how) for what, how in rows if how]
+
+
+def _model(run: TrainingRun, cfg: Config) -> str:
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
+    averaged = f", averaged by {cfg.ema.model_ema_decay}" if run.average is not None else ""
+    return f"{cfg.model.model}, {trained:,} parameters{(frozen and f' and {frozen:,} frozen ones') or ''}{averaged}"
+
+
+def _computes(run: TrainingRun) -> str:
+    explained = kernels(run)
+    parts = [f"{run.precision} on {run.world.size} x {run.world.device.type}", explained and f"kernels {explained}"]
+    return ", ".join(filter(None, [*parts, "steps as a CUDA graph" if run.train_step.captured else ""]))
+
+
+def _images(run: TrainingRun, cfg: Config) -> str:
+    source, val_source = run.loader.source, run.evaluated.loader.source
+    images = f"{len(source):,} images of {len(source.classes)} classes in {cfg.data.data_path}"
+    return f"{images}, at {cfg.model.input_size} pixels; {len(val_source):,} to validate"
+
+
+def _augmentation(cfg: Config) -> str:
+    augment, mix = cfg.augment, cfg.mix
+    three = "ThreeAugment" if augment.three_augment else augment.aa if augment.aa not in ("", "none", None) else ""
+    parts = [
+        three,
+        f"erasing {augment.reprob:g}" if augment.reprob and not augment.three_augment else "",
+        f"mixup {mix.mixup:g}" if mix.mixup else "",
+        f"cutmix {mix.cutmix:g}" if mix.cutmix else "",
+        "three copies of each image drawn" if cfg.data.repeated_aug else "",
+    ]
+    return ", ".join(filter(None, parts)) or "crops and flips alone"
+
+
+def _batch(run: TrainingRun) -> str:
+    factors = [f"{run.world.size} process{'es' * (run.world.size != 1)}", f"{run.loader.order.batch_size} images"]
+    factors += [f"{run.accum_steps} batches"] if run.accum_steps > 1 else []
+    return f"{run.global_batch:,} images an update: {' x '.join(factors)}"
+
+
+def _rate(run: TrainingRun, cfg: Config) -> str:
+    optim, schedule = cfg.optim, cfg.schedule
+    scaled = "" if optim.unscale_lr else f" = {optim.lr:g} x {run.global_batch:,} / 512"
+    epochs = schedule.warmup_epochs if schedule.sched != "none" else 0
+    warmup = f", {epochs} epochs of warm-up" if epochs else ""
+    return f"{peak_lr(optim, run.global_batch):.3g}{scaled}, {optim.opt}, {schedule.sched}{warmup}"
+
+
+def _length(run: TrainingRun) -> str:
+    text = f"{run.epochs} epochs of {run.place.steps:,} steps"
+    if run.train_step.seconds is not None:
+        steps = (run.epochs - run.place.epoch) * run.place.steps - run.place.step
+        text += f"; {duration(steps * run.accum_steps * run.train_step.seconds)} at least, by the step alone"
+    return text
+
+
+def _memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB of the GPU are in use"
+
+
+def _output(run: TrainingRun, cfg: Config) -> str:
+    if not cfg.run.output_dir:
+        return "nothing: there is no --output_dir"
+    if cfg.run.dry_run:
+        return f"{cfg.run.output_dir}, but not with --dry-run"
+    every = [f"every {cfg.run.save_every} steps"] if cfg.run.save_every else []
+    every += [f"every {cfg.run.save_minutes:g} minutes"] if cfg.run.save_minutes is not None else []
+    return f"{cfg.run.output_dir}, checkpoints {', '.join([*every, 'after each epoch'])}"
