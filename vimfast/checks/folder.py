@@ -14,6 +14,7 @@ from vimfast.checks.findings import (
     CheckOptions,
     ClassCheck,
     Finding,
+    Findings,
     Report,
     Severity,
     SplitSummary,
@@ -98,7 +99,7 @@ def _missing_split(root: Path, split: str) -> Finding:
 class _Lister:
     """Lists the class folders of a split, and notes what else is in there."""
 
-    def __init__(self, folder: Path, split: str, findings: list[Finding]) -> None:
+    def __init__(self, folder: Path, split: str, findings: Findings) -> None:
         self.folder, self.split, self.findings = folder, split, findings
 
     def _note(self, severity: Severity, path: Path, what: str, fix: str) -> None:
