@@ -272,6 +272,15 @@ def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
     assert {f["file"] for f in report["findings"]} == {str(root / "val"), str(root / "train" / "n03")}
 
 
+def test_an_empty_split_after_findings_in_another(check: Check, root: Path) -> None:
+    """It was fit to train on."""
+    (root / "train" / ".DS_Store").write_bytes(b"x")
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    status, report = check(root)
+    assert (status, report["errors"]) == (1, 1)
+
+
 def test_the_number_of_classes(check: Check, tree: Path) -> None:
     assert check(tree, "--classes", "3")[0] == 0
     status, report = check(tree, "--classes", "4")

@@ -99,7 +99,11 @@ class Findings(list[Finding]):
     @property
     def dropped(self) -> int:
         """Those that are counted only."""
-        return self.errors + self.warnings - len(self)
+        return self.total - len(self)
+
+    @property
+    def total(self) -> int:
+        return self.errors + self.warnings
 
 
 class SplitSummary(NamedTuple):

@@ -107,6 +107,7 @@ class _Lister:
 
     def list_classes(self) -> list[_ClassFolder]:
         folders, loose = [], []
+        before = self.findings.total
         for entry in self._entries(self.folder):
             if entry.name.startswith("."):
                 self._hidden(self.folder / entry.name)
@@ -123,7 +124,7 @@ class _Lister:
             fix = f"move its contents up into {self.folder}/ and delete it, then check again"
             self._note("error", self.folder / name, "a level too many: class folders belong here", fix)
             folders.remove(name)
-        if not folders and not self.findings:
+        if not folders and self.findings.total == before:
             self._note("error", self.folder, "empty", "put one folder of images per class there")
         classes = [self._list_class(name, set(folders)) for name in folders]
         if len(classes) == 1:
