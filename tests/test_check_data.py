@@ -19,6 +19,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from vimfast import check_data
+from vimfast.checks import findings as findings_module
 from vimfast.checks.findings import ClassCheck, Finding, imagenet_wnids, run_tasks
 from vimfast.checks.sample_grid import class_captions, to_pixels
 from vimfast.config import AugmentConfig
@@ -269,6 +270,15 @@ def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
     status, report = check(root)
     assert status == 1
     assert {f["file"] for f in report["findings"]} == {str(root / "val"), str(root / "train" / "n03")}
+
+
+def test_an_empty_split_after_findings_in_another(check: Check, root: Path) -> None:
+    """It was fit to train on."""
+    (root / "train" / ".DS_Store").write_bytes(b"x")
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    status, report = check(root)
+    assert (status, report["errors"]) == (1, 1)
 
 
 def test_the_number_of_classes(check: Check, tree: Path) -> None:
@@ -572,6 +582,21 @@ def test_the_table_caps_long_lists(
     assert "and 7 more; --json" in text
     assert "download the file again" in text
     assert "not fit to train on: 12 error(s), 0 warning(s)" in text
+
+
+def test_findings_beyond_a_limit_are_counted(
+    root: Path, check: Check, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(findings_module, "_KEPT", 10)
+    for path in (root / "train" / "n01").iterdir():
+        path.write_bytes(b"")
+    status, report = check(root)
+    assert (status, report["errors"], report["not_listed"], len(report["findings"])) == (1, 12, 2, 10)
+    sys.argv.remove("--json")
+    assert check_data.main() == 1
+    text = capsys.readouterr().out
+    assert "and 7 more; --json lists some" in text
+    assert "12 error(s)" in text
 
 
 def test_from_the_command_line(root: Path) -> None:

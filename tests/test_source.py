@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -268,14 +270,116 @@ def test_names_lead_to_the_image(odd_tree: Path, odd_shards: Path) -> None:
 
 
 def test_more_shards_than_files_may_be_open(tree: Path, tmp_path: Path) -> None:
+    """Where no process may raise the limit: 3,467 shards with 4,096 files ended a run at a later batch."""
     out = prepare(tree, tmp_path / "out", "--shard-samples", "1")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     tight = len(os.listdir("/proc/self/fd")) + 12
     resource.setrlimit(resource.RLIMIT_NOFILE, (tight, before[1]))
     try:
-        assert len(open_source(out, "train").read(np.arange(36)).encoded) == 36
+        source = open_source(out, "train")
+        assert len(source.read(np.arange(36)).encoded) == 36
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == tight
+        assert len(os.listdir("/proc/self/fd")) < tight
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_maps_end_with_their_last_view(shards_copy: Path) -> None:
+    def maps() -> int:
+        return Path("/proc/self/maps").read_text().count(str(shards_copy))
+
+    source = open_source(shards_copy, "train")
+    first = source.read(np.arange(24)).encoded[0]
+    assert maps() >= 4
+    data = first.tobytes()
+    del source
+    gc.collect()
+    assert maps() == 1
+    assert first.tobytes() == data
+    del first
+    gc.collect()
+    assert maps() == 0
+
+
+CUT_WHILE_READ = r"""
+import os, sys
+import numpy as np
+from vimfast import maps
+from vimfast.data.source import open_source
+from vimfast.errors import UserError
+source = open_source(sys.argv[1], "train")
+images = source.read(np.arange(24))
+maps.check()
+os.truncate(sys.argv[1] + "/train-000001.tar", 0)
+zeros = images.encoded[7].tobytes()
+assert not zeros.strip(b"\0"), zeros[:20]
+try:
+    maps.check()
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_shard_cut_off_while_it_is_read_is_named(shards_copy: Path) -> None:
+    """It was SIGBUS: -7, and not a word."""
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_WHILE_READ, str(shards_copy)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert f"{shards_copy}/train-000001.tar could not be read to its end: it was cut off" in done.stdout
+
+
+CUT_WHILE_TRAINING = """
+import os, sys
+from loaders import make_loader
+from vimfast.config import AugmentConfig
+from vimfast.data.order import Order
+from vimfast.data.source import open_source
+from vimfast.errors import UserError
+source = open_source(sys.argv[1], "train")
+loader = make_loader(source, Order(24, 4), device="cpu", training=True, augmentation=AugmentConfig(), size=40,
+                     on_bad_image="skip")
+try:
+    for epoch in range(1000):
+        for batch in loader.epoch(epoch):
+            for number in range(4):
+                os.truncate(f"{sys.argv[1]}/train-00000{number}.tar", 0)
+except UserError as error:
+    print(error)
+    print(loader.skipped)
+"""
+
+
+def test_a_shard_cut_off_under_dalis_threads_is_named(shards_copy: Path) -> None:
+    """And is no bad image."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_WHILE_TRAINING, str(shards_copy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert "could not be read to its end: it was cut off" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_other_bus_errors_end_the_process_as_before(shards_copy: Path) -> None:
+    code = """
+import mmap, os, sys
+from vimfast.data.source import open_source
+import numpy as np
+open_source(sys.argv[1], "train").read(np.arange(2))
+file = open(sys.argv[1] + "/x", "w+b")
+file.truncate(4096)
+mapped = mmap.mmap(file.fileno(), 4096)
+file.truncate(0)
+mapped[0]
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(shards_copy)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGBUS
 
 
 @pytest.fixture

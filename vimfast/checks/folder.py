@@ -14,6 +14,7 @@ from vimfast.checks.findings import (
     CheckOptions,
     ClassCheck,
     Finding,
+    Findings,
     Report,
     Severity,
     SplitSummary,
@@ -98,7 +99,7 @@ def _missing_split(root: Path, split: str) -> Finding:
 class _Lister:
     """Lists the class folders of a split, and notes what else is in there."""
 
-    def __init__(self, folder: Path, split: str, findings: list[Finding]) -> None:
+    def __init__(self, folder: Path, split: str, findings: Findings) -> None:
         self.folder, self.split, self.findings = folder, split, findings
 
     def _note(self, severity: Severity, path: Path, what: str, fix: str) -> None:
@@ -106,6 +107,7 @@ class _Lister:
 
     def list_classes(self) -> list[_ClassFolder]:
         folders, loose = [], []
+        before = self.findings.total
         for entry in self._entries(self.folder):
             if entry.name.startswith("."):
                 self._hidden(self.folder / entry.name)
@@ -122,7 +124,7 @@ class _Lister:
             fix = f"move its contents up into {self.folder}/ and delete it, then check again"
             self._note("error", self.folder / name, "a level too many: class folders belong here", fix)
             folders.remove(name)
-        if not folders and not self.findings:
+        if not folders and self.findings.total == before:
             self._note("error", self.folder, "empty", "put one folder of images per class there")
         classes = [self._list_class(name, set(folders)) for name in folders]
         if len(classes) == 1:

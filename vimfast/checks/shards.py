@@ -16,6 +16,7 @@ from vimfast.checks.findings import (
     CheckOptions,
     ClassCheck,
     Finding,
+    Findings,
     Flaw,
     Report,
     SplitSummary,
@@ -67,7 +68,7 @@ def check_shards(folder: Path, options: CheckOptions) -> Report:
             fix = f"run vimfast-prepare on a folder that has {split}/, or pass --splits if {split} is not needed"
             report.findings.append(Finding("error", split, str(manifest_path), f"has no {split} split", fix))
             continue
-        check = _SplitCheck(folder, split, manifest, options)
+        check = _SplitCheck(folder, split, manifest, options, report.findings)
         tars = check.find_tars()
         rows = check.read_index()
         if rows is not None:
@@ -77,7 +78,6 @@ def check_shards(folder: Path, options: CheckOptions) -> Report:
             check.check_shards(rows, tars)
             size = int(rows["size"].sum(dtype=np.int64))
             report.splits.append(SplitSummary(split, len(held), len(rows), min(held), max(held), size))
-        report.findings += check.findings
     if counts:
         place = lambda split, name: f"{folder / index_name(split)}{name and ': '}{name}"  # noqa: E731
         report.findings += ClassCheck(counts, options.classes, place, _COMPLETE).run()
@@ -102,13 +102,13 @@ def _leftovers(folder: Path, manifest: Manifest) -> Iterator[Finding]:
 
 
 class _SplitCheck:
-    """The checks of one split; `findings` is what they have found."""
+    """The checks of one split, which add what they find to `findings`."""
 
-    def __init__(self, folder: Path, split: str, manifest: Manifest, options: CheckOptions) -> None:
+    def __init__(self, folder: Path, split: str, manifest: Manifest, options: CheckOptions, findings: Findings) -> None:
         self.folder, self.split, self.options = folder, split, options
         self.classes = len(manifest.classes)
         self.entry = manifest.splits[split]
-        self.findings: list[Finding] = []
+        self.findings = findings
 
     def _error(self, name: str, what: str) -> None:
         self.findings.append(Finding("error", self.split, str(self.folder / name), what, _again(name)))

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vimfast import maps
 from vimfast.config.choices import Decoder, OnBadImage
 from vimfast.data import decoding
 from vimfast.data.decoding import DecodeError, Graph, GraphSettings
@@ -250,10 +251,12 @@ class Loader:
                 self.close()  # should the caller fix it and ask again, everything starts from the beginning
                 raise
             except DecodeError as error:
+                maps.check()
                 failed = list(itertools.chain.from_iterable(self._in_work))
                 self.close()
                 self._explain(error, failed)
             self._restart(*failed[0].place)
+        maps.check()
         works = self._in_work.popleft()
         self._decoded += zip(works, self.view.split(outputs, works), strict=True)
         return True

@@ -6,13 +6,11 @@ Both hand out the same bytes for the same image: what ``vimfast-prepare`` does o
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
-import resource
 import stat
 import tarfile
 import time
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,12 +21,12 @@ import numpy as np
 
 from vimfast.errors import UserError
 from vimfast.files import read_file
+from vimfast.maps import Map
 from vimfast.shards import jpeg
 from vimfast.shards.format import check_rows, index_name, is_shards_folder, read_index, read_manifest
 from vimfast.shards.tree import FileList, scan_split
 
 _TAR_BLOCK = 512
-_AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
 
 # A thread spends most of a file that is in memory inside Python, so more than two only wait for each other; a file
 # that is not waits for the disk or the network, and there many can. In seconds per image, over a batch.
@@ -133,8 +131,7 @@ class ShardSource:
         self._shards = [folder / shard.name for shard in entry.shards]
         for path, shard in zip(self._shards, entry.shards, strict=True):
             _check_size(path, shard.bytes)
-        _allow_open_files(len(self._shards))
-        self._opened: list[_Shard | None] = [None] * len(self._shards)
+        self._opened: list[Map | None] = [None] * len(self._shards)
         self.labels: np.ndarray = self._index["label"]
 
     def __len__(self) -> int:
@@ -152,17 +149,19 @@ class ShardSource:
             raise UserError(
                 f"{self._shards[number]} ends before an image that the index holds", "run vimfast-prepare again"
             )
-        shard.read_ahead(offset, size)
+        shard.will_need(offset, size)
         return shard.content[offset : offset + size]
 
-    def _shard(self, number: int) -> _Shard:
+    def _shard(self, number: int) -> Map:
         known = self._opened[number]
         if known is None:
             path = self._shards[number]
             try:
-                known = self._opened[number] = _Shard(path)
+                known = self._opened[number] = Map(path, keep_open=True)
             except OSError as error:
-                raise UserError(f"{path} cannot be opened ({error.strerror})", "run vimfast-prepare again") from None
+                raise UserError(f"{path} cannot be opened ({error.strerror})", _opening(error)) from None
+            except ValueError as error:
+                raise UserError(f"{path} cannot be opened ({error})", _AGAIN) from None
         return known
 
     def mean_bytes(self) -> float:
@@ -185,22 +184,6 @@ class ShardSource:
         return f"{self._shards[shard]}: {member}"
 
 
-class _Shard:
-    """One mapped file."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._file)
-        self.content = np.frombuffer(mmap.mmap(self._file, 0, access=mmap.ACCESS_READ), np.uint8)
-
-    def read_ahead(self, offset: int, size: int) -> None:
-        """Ask for these bytes. On a cold disk the kernel then fetches the batches to come all at once, not page by
-        page as each image is decoded. (``mmap.madvise`` asks the same, but keeps Python's lock while the disk's
-        queue is full.)"""
-        for start in range(offset, offset + size, _AHEAD_BYTES):
-            os.posix_fadvise(self._file, start, min(_AHEAD_BYTES, offset + size - start), os.POSIX_FADV_WILLNEED)
-
-
 def _check_size(path: Path, expected: int) -> None:
     try:
         found = path.stat()
@@ -215,13 +198,13 @@ def _check_size(path: Path, expected: int) -> None:
         raise UserError(f"{path} has {size} bytes, the manifest says {expected}", _AGAIN)
 
 
-def _allow_open_files(count: int) -> None:
-    """A map takes two open files, ours and Python's, and 1,024 is a common limit that any process may raise."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * count + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+def _opening(error: OSError) -> str:
+    """What to do about a shard that cannot be opened."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    if error.errno == errno.ENOMEM:
+        return "raise the limit of memory (ulimit -v) or of maps (sysctl vm.max_map_count)"
+    return "fix its permissions, or the disk" if error.errno in (errno.EACCES, errno.EPERM, errno.EIO) else _AGAIN
 
 
 class FolderSource:

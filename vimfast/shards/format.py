@@ -24,6 +24,7 @@ from msgspec import Meta, Struct
 
 from vimfast.errors import UserError
 from vimfast.files import write_text
+from vimfast.maps import Map
 
 FORMAT = "vimfast-shards"
 VERSION = 1
@@ -49,6 +50,8 @@ INDEX_DTYPE = np.dtype(
 _AGAIN = "run vimfast-prepare again"
 _COPY_AGAIN = "copy it again, or run vimfast-prepare again"
 _BLOCK_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 14  # of an index: more than it has
+_ROWS = 1 << 14
 _LARGEST_SIDE = 65535  # of a JPEG
 
 Count = Annotated[int, Meta(ge=0)]
@@ -270,7 +273,7 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file", _AGAIN)
     try:
-        index = np.lib.format.open_memmap(path, mode="r")
+        index = _map_array(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing", _AGAIN) from None
     except PermissionError as error:
@@ -286,21 +289,33 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
     return index
 
 
+def _map_array(path: Path) -> np.ndarray:
+    content = Map(path).content
+    header = BytesIO(content[:_HEADER_BYTES].tobytes())
+    version = np.lib.format.read_magic(header)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read(header)
+    return content[header.tell() :].view(dtype).reshape(shape)
+
+
 def check_rows(rows: np.ndarray, entry: SplitEntry, classes: int) -> str | None:
-    """What is wrong with the rows of an index, whatever its checksum; None if nothing is. 15 ms for ImageNet."""
-    per_shard = [shard.samples for shard in entry.shards]
-    if not np.array_equal(rows["shard"], np.repeat(np.arange(len(per_shard)), per_shard)):
-        return "assigns its samples to other shards than the manifest"
-    labels, height, width = rows["label"], rows["height"], rows["width"]
-    ends = np.repeat([shard.bytes for shard in entry.shards], per_shard).astype(np.uint64)
-    sizes = rows["size"].astype(np.uint64)
-    for wrong, what in (
-        ((labels < 0) | (labels >= classes), f"a label that is not from 0 to {classes - 1}"),
-        ((height - 1 >= _LARGEST_SIDE) | (width - 1 >= _LARGEST_SIDE), f"a side that is not from 1 to {_LARGEST_SIDE}"),
-        ((sizes > ends) | (rows["offset"] > ends - np.minimum(sizes, ends)), "a place outside its tar"),
-    ):
-        if wrong.any():
-            return f"has {what}, in sample {int(np.argmax(wrong))} and {int(wrong.sum()) - 1:,} more"
+    """What is wrong with the rows of an index, whatever its checksum; None if nothing is. 20 ms for ImageNet."""
+    firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
+    bytes_in = np.array([shard.bytes for shard in entry.shards], np.uint64)
+    for start in range(0, len(rows), _ROWS):  # what fits in a core's cache
+        part = rows[start : start + _ROWS]
+        shards = np.searchsorted(firsts, np.arange(start, start + len(part)), "right") - 1
+        if not np.array_equal(part["shard"], shards):
+            return "assigns its samples to other shards than the manifest"
+        label, height, width, sizes = part["label"], part["height"], part["width"], part["size"].astype(np.uint64)
+        ends = bytes_in[shards]
+        for wrong, what in (
+            ((label < 0) | (label >= classes), f"a label that is not from 0 to {classes - 1}"),
+            ((height - 1 >= _LARGEST_SIDE) | (width - 1 >= _LARGEST_SIDE), f"a side not from 1 to {_LARGEST_SIDE}"),
+            ((sizes > ends) | (part["offset"] > ends - np.minimum(sizes, ends)), "a place outside its tar"),
+        ):
+            if wrong.any():
+                return f"has {what}, in sample {start + int(np.argmax(wrong))}"
     return None
 
 
