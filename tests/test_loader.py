@@ -79,6 +79,9 @@ class Counted:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def will_need(self, ids: np.ndarray) -> None:
+        self._source.will_need(ids % len(self._source))
+
     def read(self, ids: np.ndarray) -> Images:
         self._read.append(ids)
         return self._source.read(ids % len(self._source))
@@ -233,6 +236,9 @@ def test_encoded_images_are_let_go(train: Source) -> None:
 
         def __len__(self) -> int:
             return len(train)
+
+        def will_need(self, ids: np.ndarray) -> None:
+            train.will_need(ids)
 
         def read(self, ids: np.ndarray) -> Images:
             images = train.read(ids)

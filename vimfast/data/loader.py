@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vimfast import maps
 from vimfast.config.choices import Decoder, OnBadImage
 from vimfast.data import decoding
 from vimfast.data.decoding import DecodeError, Graph, GraphSettings
@@ -41,7 +40,7 @@ class LoaderSettings:
             the rest), ``"cuda"`` or ``"cpu"``.
         threads: decoding threads; default: as many as help, of the cores this process may use.
         prefetch: batches decoded ahead.
-        readahead: batches read (of shards: requested from the disk) ahead of those.
+        readahead: batches read ahead of those.
         steps_at_once: batches that DALI decodes together; default: what fits the decoder.
         engine_share: of the images, for the JPEG engine; default: what fits the GPU and the threads.
         on_bad_image: ``"stop"`` at an image that does not decode, or ``"skip"`` it (:class:`Reader`).
@@ -251,12 +250,10 @@ class Loader:
                 self.close()  # should the caller fix it and ask again, everything starts from the beginning
                 raise
             except DecodeError as error:
-                maps.check()
                 failed = list(itertools.chain.from_iterable(self._in_work))
                 self.close()
                 self._explain(error, failed)
             self._restart(*failed[0].place)
-        maps.check()
         works = self._in_work.popleft()
         self._decoded += zip(works, self.view.split(outputs, works), strict=True)
         return True
@@ -294,14 +291,20 @@ class Loader:
 
     def _works(self, epoch: int, start: int) -> Iterator[Work]:
         """What comes from a place on: without end in training, else to the end of the epoch."""
-        while True:
-            for step in range(start, self.steps):
-                work = self.view.draw(epoch, step, self._reader.read)
-                if len(work.ids):
-                    yield work
-            if not self.view.training:
-                return
-            epoch, start = epoch + 1, 0
+        places = itertools.chain([None], self._places(epoch, start), [None])
+        for place, following in itertools.pairwise(places):
+            if following is not None:  # so that the disk has the next batch to fetch while this one is read
+                self.source.will_need(self.order.decoded(*following)[1])
+            if place is not None and len((work := self.view.draw(*place, self._reader.read)).ids):
+                yield work
+
+    def _places(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
+        for step in range(start, self.steps):
+            yield epoch, step
+        while self.view.training:
+            epoch += 1
+            for step in range(self.steps):
+                yield epoch, step
 
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
         """Find the images that DALI failed on, to continue without them; what that cannot help is raised."""

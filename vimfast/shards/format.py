@@ -23,8 +23,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from vimfast.errors import UserError
-from vimfast.files import write_text
-from vimfast.maps import Map
+from vimfast.files import read_file, write_text
 
 FORMAT = "vimfast-shards"
 VERSION = 1
@@ -261,7 +260,7 @@ def index_header(samples: int) -> bytes:
 
 
 def read_index(folder: Path, split: str, samples: int, crc32: int | None = None) -> np.ndarray:
-    """The memory-mapped index of one split: `samples` rows of ``INDEX_DTYPE``.
+    """The index of one split, read-only: `samples` rows of ``INDEX_DTYPE``.
 
     Args:
         crc32: what the manifest says of the whole file (10 ms for ImageNet); None: not compared.
@@ -270,32 +269,33 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
         UserError: missing, damaged, or other than the manifest says.
     """
     path = folder / index_name(split)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file", _AGAIN)
     try:
-        index = _map_array(path)
+        data = read_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing", _AGAIN) from None
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
+    except ValueError as error:
+        raise UserError(f"{path} is {error}", _AGAIN) from None
+    try:
+        index = _parse_array(data)
     except Exception as error:  # numpy's parser of the header raises nearly anything on garbage
         raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
     if index.dtype != INDEX_DTYPE:
         raise UserError(f"{path} has columns {index.dtype}, not {INDEX_DTYPE}", _AGAIN)
     if index.shape != (samples,):
         raise UserError(f"{path} has {index.size} samples, the manifest says {samples}", _AGAIN)
-    if crc32 is not None and (found := crc32_of_file(path)) != crc32:
+    if crc32 is not None and (found := zlib.crc32(data)) != crc32:
         raise UserError(f"{path} is damaged: its checksum is {found}, the manifest says {crc32}", _COPY_AGAIN)
     return index
 
 
-def _map_array(path: Path) -> np.ndarray:
-    content = Map(path).content
-    header = BytesIO(content[:_HEADER_BYTES].tobytes())
+def _parse_array(data: bytes) -> np.ndarray:
+    header = BytesIO(data[:_HEADER_BYTES])
     version = np.lib.format.read_magic(header)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
     shape, _, dtype = read(header)
-    return content[header.tell() :].view(dtype).reshape(shape)
+    return np.frombuffer(data, np.uint8, offset=header.tell()).view(dtype).reshape(shape)
 
 
 def check_rows(rows: np.ndarray, entry: SplitEntry, classes: int) -> str | None:
