@@ -383,6 +383,68 @@ def test_a_damaged_index_is_made_again(tree: Path, out: Path, tmp_path: Path) ->
     assert visible(copy) == visible(out)
 
 
+def spoil_index(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-30] ^= 1
+    path.write_bytes(data)
+
+
+INDEXES = ("train.index.npy", "val.index.npy", "train-000002.idx")
+
+
+@pytest.mark.parametrize("spoil", [spoil_index, Path.unlink, lambda path: path.write_bytes(b""), None])
+@pytest.mark.parametrize("records", [True, False])
+def test_indexes_are_rebuilt_from_the_tars_alone(
+    out: Path, tmp_path: Path, spoil: Callable[[Path], None] | None, records: bool
+) -> None:
+    """Where the images are gone, the trainer's advice could not be followed."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    if not records:
+        shutil.rmtree(copy / ".prepare")
+    for name in INDEXES if spoil else ():
+        spoil(copy / name)
+    if spoil:
+        with pytest.raises(UserError, match=rf"train\.index\.npy .*rebuild it with vimfast-prepare --reindex {copy}"):
+            open_source(copy, "train")
+    said = run("--reindex", copy)
+    assert visible(copy) == visible(out)
+    listed = "wrote train.index.npy, train-000002.idx, val.index.npy" if spoil else "every index is what is in the tars"
+    assert said == f"{copy}: {listed}\n"
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_indexes_are_not_rebuilt_from_other_tars(out: Path, tmp_path: Path, records: bool) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    if not records:
+        shutil.rmtree(copy / ".prepare")
+    spoil_index(copy / "train.index.npy")
+    before = visible(copy)
+    row = np.load(out / "train.index.npy")[9]
+    tar = copy / "train-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[int(row["offset"]) + 300] ^= 2
+    tar.write_bytes(data)
+    said = run("--reindex", copy, status=2)
+    assert f"has other images in {'train-000001.tar' if records else 'train tars'} than its manifest is of; " in said
+    data[int(row["offset"]) - 512] ^= 2
+    tar.write_bytes(data)
+    os.truncate(copy / "val-000001.tar", 1000)
+    said = run("--reindex", copy, status=2)
+    assert "has damaged tars: train-000001.tar is damaged (the tar header at byte" in said
+    assert "; val-000001.tar has 1,000 bytes, the manifest says" in said
+    (copy / "val-000001.tar").unlink()
+    assert "val-000001.tar cannot be read (No such file" in run("--reindex", copy, status=2)
+    assert {name: data for name, data in visible(copy).items() if not name.endswith(".tar")} == {
+        name: data for name, data in before.items() if not name.endswith(".tar")
+    }
+
+
+def test_an_unfinished_folder_has_no_indexes_to_rebuild(out: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    (copy / MANIFEST).unlink()
+    assert "is not finished; run the same vimfast-prepare" in run("--reindex", copy, status=2)
+
+
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("place", ["image", "header", "label", "padding", "end", "idx", "record"])
 def test_a_shard_damaged_in_place_is_made_again(
@@ -626,7 +688,7 @@ def test_home_is_known_in_every_path(tree: Path, tmp_path: Path) -> None:
 
 
 def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
-    with convert._lock(tmp_path):
+    with convert.locked(tmp_path):
         assert "another vimfast-prepare" in run(tree, "--out", tmp_path, status=2)
 
 
@@ -636,7 +698,10 @@ def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
         (["{tree}", "--uot", "x"], "unknown flag --uot; did you mean '--out'?"),
         (["{tree}", "--out", "x", "--resise=256"], "unknown flag --resise; did you mean '--resize'?"),
         (["{tree}", "extra", "--out", "x"], "unrecognized arguments: extra"),
-        (["{tree}"], "--out"),
+        (["{tree}"], "--out is missing"),
+        (["--out", "x"], "IMAGENET_ROOT is missing"),
+        (["--reindex", "x", "--out", "y"], "--reindex takes the folder of shards alone"),
+        (["--reindex", "nowhere"], "nowhere is not a folder"),
         (["{tree}", "--out", "x", "--resize", "big"], "'big' is not an integer (must be >= 1)"),
         (["{tree}", "--out", "x", "--resize", "0"], "must be >= 1, not 0"),
         (["{tree}", "--out", "x", "--quality", "90"], "--quality needs --resize"),

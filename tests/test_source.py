@@ -464,7 +464,7 @@ def test_one_bit_of_a_label(shards_copy: Path) -> None:
     rows = np.load(path)
     rows["label"][7] ^= 1
     np.save(path, rows)
-    fix = "copy it again, or run vimfast-prepare again"
+    fix = f"copy it again, or rebuild it with vimfast-prepare --reindex {shards_copy}"
     with pytest.raises(UserError, match=rf"train\.index\.npy is damaged: its checksum .* says \d+; {fix}"):
         open_source(shards_copy, "train")
     assert len(open_source(shards_copy, "val")) == 16

@@ -45,6 +45,8 @@ _BLOCK = tarfile.BLOCKSIZE
 
 def _again(name: str) -> str:
     """The fix for a damaged file."""
+    if not name.endswith(".tar"):
+        return f"copy {name} again, or rebuild it with vimfast-prepare --reindex"
     return f"copy {name} again, or delete it and run the same vimfast-prepare again: it writes what is missing"
 
 

@@ -69,7 +69,7 @@ def convert(
     _check_out(root, out)
     plans = _make_plans(root, options)
     digests = {plan.split: plan.digest() for plan in plans}
-    with _lock(out):
+    with locked(out):
         kept = verify_shards(plans, out, workers) if not overwrite and _is_continued(out, digests) else {}
         if len(kept) == sum(plan.shards for plan in plans) and _is_finished(out, digests):
             _report_others(plans)
@@ -123,13 +123,15 @@ def _check_out(root: Path, out: Path) -> None:
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Keep a second vimfast-prepare out of the folder; the system releases the lock however this process ends."""
     try:
         (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
         file = open(out / STATE_FOLDER / "lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written to ({error.strerror})", "choose another folder") from None
+        raise UserError(
+            f"{out} cannot be written to ({error.strerror})", "choose another folder, or fix its permissions"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -168,6 +168,8 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: no manifest (the conversion did not finish), not ours, damaged, edited, or of a newer format.
     """
     path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", "give one that vimfast-prepare wrote")
     if not path.exists():
         raise _unfinished(folder)
     if not path.is_file():
@@ -269,24 +271,25 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
         UserError: missing, damaged, or other than the manifest says.
     """
     path = folder / index_name(split)
+    fix = f"copy it again, or rebuild it with vimfast-prepare --reindex {folder}"
     try:
         data = read_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing", _AGAIN) from None
+        raise UserError(f"{path} is missing", fix) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
     except ValueError as error:
-        raise UserError(f"{path} is {error}", _AGAIN) from None
+        raise UserError(f"{path} is {error}", fix) from None
     try:
         index = _parse_array(data)
     except Exception as error:  # numpy's parser of the header raises nearly anything on garbage
-        raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
+        raise UserError(f"{path} is damaged ({error})", fix) from None
     if index.dtype != INDEX_DTYPE:
-        raise UserError(f"{path} has columns {index.dtype}, not {INDEX_DTYPE}", _AGAIN)
+        raise UserError(f"{path} has columns {index.dtype}, not {INDEX_DTYPE}", fix)
     if index.shape != (samples,):
-        raise UserError(f"{path} has {index.size} samples, the manifest says {samples}", _AGAIN)
+        raise UserError(f"{path} has {index.size} samples, the manifest says {samples}", fix)
     if crc32 is not None and (found := zlib.crc32(data)) != crc32:
-        raise UserError(f"{path} is damaged: its checksum is {found}, the manifest says {crc32}", _COPY_AGAIN)
+        raise UserError(f"{path} is damaged: its checksum is {found}, the manifest says {crc32}", fix)
     return index
 
 
