@@ -8,7 +8,9 @@ import os
 # thread that waits for the first by spinning takes minutes where cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,45 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 48), mode: s
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse.convert(mode).save(path, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else None)
+
+
+def enlarged(jpeg: bytes) -> bytes:
+    """A JPEG whose header, damaged, says 65,500 pixels a side."""
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + b"\xff\xdc\xff\xdc" + jpeg[at + 4 :]
+
+
+@contextmanager
+def deep_folder(top: Path, depth: int) -> Iterator[str]:
+    """In the block, folders inside one another, with an empty image in the last; the way to it."""
+    top.mkdir(parents=True)
+    before = os.getcwd()
+    try:
+        os.chdir(top)
+        for _ in range(depth):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("1.jpg").touch()
+    finally:
+        os.chdir(before)
+    try:
+        yield "/".join("d" * depth)
+    finally:
+        subprocess.run(["rm", "-r", str(top)], check=True)  # shutil, which pytest uses, does not get so deep
+
+
+@contextmanager
+def forbidden(folder: Path) -> Iterator[None]:
+    """In the block, this process has no permission to look into `folder`."""
+    mode, user = folder.stat().st_mode, os.geteuid()
+    folder.chmod(0)
+    if user == 0:
+        os.seteuid(65534)  # nobody: root may look everywhere
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(mode)
 
 
 @pytest.fixture

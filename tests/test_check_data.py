@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_image
+from conftest import deep_folder, enlarged, forbidden, write_image
 from loaders import make_loader
 from PIL import Image
 from timm.data import ImageNetInfo
@@ -260,6 +260,59 @@ def test_only_regular_files_are_read(check: Check, root: Path, shards: Path) -> 
     assert {f["file"] for f in report["findings"]} == {
         str(shards / name) for name in ("train-000001.tar", "train-000001.idx", "val.index.npy")
     }
+
+
+def test_links_to_nowhere_and_in_circles(check: Check, root: Path) -> None:
+    """They were warnings, and an error that ended the check."""
+    (root / "train" / "n02").rename(root / "away")
+    (root / "train" / "n02").symlink_to("nowhere")
+    (root / "train" / "n03" / "more").symlink_to("nowhere")
+    (root / "train" / "n01" / "loop").symlink_to(".")
+    (root / "train" / "n01" / "self").symlink_to("self")
+    status, report = check(root)
+    assert status == 1
+    found = {(f["severity"], f["file"], f["what"]) for f in report["findings"]}
+    for name, what in (
+        ("n02", "a link to nowhere"),
+        ("n03/more", "a link to nowhere"),
+        ("n01/loop", "a link to a folder that it is in"),
+        ("n01/self", "cannot be read: Too many levels of symbolic links"),
+    ):
+        assert ("error", str(root / "train" / name), what) in found
+
+
+def test_deep_folders_are_checked(check: Check, root: Path) -> None:
+    with deep_folder(root / "train" / "n01" / "deep", 1000):
+        status, report = check(root)
+    assert (status, only(report)["what"]) == (1, "empty (0 bytes)")
+
+
+def test_files_and_frames_larger_than_images_are(check: Check, root: Path) -> None:
+    """A sparse file of 100 GB was a MemoryError. A header that is damaged in its size passed."""
+    (root / "train" / "n01" / "x.JPEG").touch()
+    os.truncate(root / "train" / "n01" / "x.JPEG", 100 << 30)
+    status, report = check(root)
+    assert (status, only(report)["what"]) == (1, "107,374,182,400 bytes, which is more than 1,073,741,824")
+    (root / "train" / "n01" / "x.JPEG").write_bytes(enlarged((root / "train" / IMAGE).read_bytes()))
+    status, report = check(root)
+    assert status == 1
+    assert "exceeds limit" in only(report)["what"]
+
+
+def test_a_tree_with_files_named_nearly_as_of_shards(check: Check, root: Path) -> None:
+    """Each made it a conversion that is not finished, or a damaged one, for the trainer too."""
+    for name in (MANIFEST, "train-images.tar", "val-1.tar.gz"):
+        (root / name).write_bytes(b"{}")
+        status, report = check(root)
+        assert (status, report["kind"]) == (0, "folder tree"), name
+        assert len(open_source(root, "train")) == 36
+
+
+def test_a_folder_that_may_not_be_looked_into(check: Check, root: Path) -> None:
+    with forbidden(root):
+        status, report = check(root)
+    assert status == 1
+    assert "Permission denied" in only(report)["what"]
 
 
 def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:

@@ -521,7 +521,7 @@ def test_unreadable_file_is_named(tmp_path: Path, content: bytes | None, why: st
 
 def test_slow_files_are_read_by_more_threads(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from a disk or network that takes 3 ms an answer."""
-    read_file, lock = source_module.read_file, threading.Lock()
+    read_image, lock = source_module.read_image, threading.Lock()
     now, most = 0, 0
 
     def slowly(path: Path) -> bytes:
@@ -532,11 +532,11 @@ def test_slow_files_are_read_by_more_threads(tree: Path, monkeypatch: pytest.Mon
         time.sleep(0.003)
         with lock:
             now -= 1
-        return read_file(path)
+        return read_image(path)
 
     source, ids = open_source(tree, "train"), np.arange(36)
     expected = [data.tobytes() for data in source.read(ids).encoded]
-    monkeypatch.setattr(source_module, "read_file", slowly)
+    monkeypatch.setattr(source_module, "read_image", slowly)
     for _ in range(8):
         assert [data.tobytes() for data in source.read(ids).encoded] == expected
     assert 8 < most <= 32

@@ -22,10 +22,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from vimfast.errors import UserError
-from vimfast.files import read_file
 from vimfast.shards import jpeg
 from vimfast.shards.format import check_rows, index_name, is_shards_folder, read_index, read_manifest
-from vimfast.shards.tree import FileList, scan_split
+from vimfast.shards.tree import FileList, class_folders, read_image, scan_split
 
 _TAR_BLOCK = 512
 _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
@@ -108,15 +107,8 @@ def open_source(path: str | Path, split: str) -> Source:
     root = Path(path)
     if is_shards_folder(root):
         return ShardSource(root, split)
-    classes = _class_folders(root / "train") if split != "train" else None
+    classes = class_folders(root / "train") if split != "train" else None
     return FolderSource(scan_split(root, split, classes or None))
-
-
-def _class_folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 class ShardSource:
@@ -295,7 +287,7 @@ class FolderSource:
     def _image(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         path = self._files.path(i)
         try:
-            data = read_file(path)
+            data = read_image(path)
             info = jpeg.inspect(data)
             if jpeg.is_plain(info) and info.complete:
                 return np.frombuffer(data, np.uint8), (info.height, info.width)

@@ -13,6 +13,8 @@ A sample is two tar members, ``<key>.jpg`` (the image's bytes) and ``<key>.cls``
 from __future__ import annotations
 
 import json
+import os
+import re
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +26,7 @@ from msgspec import Meta, Struct
 
 from vimfast.errors import UserError
 from vimfast.files import read_file, write_text
+from vimfast.shards.tree import is_folder
 
 FORMAT = "vimfast-shards"
 VERSION = 1
@@ -72,10 +75,26 @@ def index_name(split: str) -> str:
 
 
 def is_shards_folder(folder: Path) -> bool:
-    """Whether `folder` holds shards, finished or not: a manifest, tars named as ours, or a conversion's plan."""
-    if (folder / MANIFEST).exists() or (folder / STATE_FOLDER / PLAN).exists():
-        return True
-    return any(any(folder.glob(f"{split}-*.tar*")) for split in SPLITS)
+    """Whether `folder` holds shards, finished or not: tars named as ours, a conversion's plan, or a manifest, which
+    beside the folders of images may be anybody's.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if (folder / STATE_FOLDER / PLAN).exists() or any(_is_tar(name) for name in _names(folder)):
+            return True
+        return (folder / MANIFEST).exists() and not any((folder / split).is_dir() for split in SPLITS)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})", "fix that and run again") from None
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _is_tar(name: str) -> bool:
+    return re.match(rf"({'|'.join(SPLITS)})-\d{{6,}}\.tar", name) is not None
 
 
 # The manifest. Fields that a later vimfast adds are ignored, so that it need not raise VERSION for them.
@@ -168,15 +187,19 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: no manifest (the conversion did not finish), not ours, damaged, edited, or of a newer format.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{folder} is not a folder", "give one that vimfast-prepare wrote")
-    if not path.exists():
-        raise _unfinished(folder)
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file", _AGAIN)
+    try:
+        data = read_file(path)
+    except FileNotFoundError:
+        raise _unfinished(folder) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
+    except ValueError as error:
+        raise UserError(f"{path} is {error}", _AGAIN) from None
     try:
         # Not msgspec's decoder: file names need not be UTF-8, and it refuses JSON's escapes of those that are not.
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(data)
         header = msgspec.convert(raw, _Header)
         if header.format != FORMAT:
             raise UserError(
@@ -192,8 +215,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is damaged ({_describe(error)})", _AGAIN) from None
     except (ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
     if (stated := raw.get("crc32")) is not None and stated != (found := _manifest_crc32(raw)):
         raise UserError(f"{path} is damaged or was edited: its checksum is {found}, it says {stated}", _COPY_AGAIN)
     return manifest
