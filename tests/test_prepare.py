@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_image
+from conftest import enlarged, forbidden, write_image
 from PIL import Image
 
 from vimfast import prepare
@@ -362,6 +363,25 @@ def test_a_replaced_image_is_noticed_when_resuming(tree: Path, out: Path, tmp_pa
     assert found["n02/n02_3.jpg"] == file.read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["dangling tar", "manifest is a folder", "record is a folder", "tmp is a folder"])
+def test_what_is_no_file_in_the_folder_is_a_sentence(tree: Path, out: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    name = {"dangling": "train-000001.tar", "manifest": MANIFEST, "record": ".prepare/val-000000.npz", "tmp": "x"}
+    path = copy / name[damage.split()[0]]
+    if damage.startswith("tmp"):
+        (copy / MANIFEST).unlink()
+        path = copy / f"{MANIFEST}.tmp"
+    else:
+        path.unlink()
+    path.symlink_to("nowhere") if damage.startswith("dangling") else path.mkdir()
+    if damage.startswith("dangling"):
+        run(tree, "--out", copy, "--shard-samples", 10)
+        assert visible(copy) == visible(out)
+    else:
+        said = run(tree, "--out", copy, "--shard-samples", 10, status=2)
+        assert "cannot be written (Is a directory); fix that and run again, it resumes" in said.splitlines()[-1]
+
+
 def edit_index(out: Path) -> None:
     rows = np.load(out / "train.index.npy")
     rows["offset"][5] = 10**9
@@ -380,6 +400,25 @@ def test_a_damaged_index_is_made_again(tree: Path, out: Path, tmp_path: Path) ->
     edit_index(copy)
     shutil.rmtree(copy / ".prepare")
     run(tree, "--out", copy, "--shard-samples", 10)
+    assert visible(copy) == visible(out)
+
+
+@pytest.mark.parametrize("column", ["label", "height", "shard"])
+def test_an_index_that_is_wrong_with_a_checksum_that_is_right_is_made_again(
+    tree: Path, out: Path, tmp_path: Path, column: str
+) -> None:
+    """The trainer refused it, and said to run what called it complete."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    rows = np.load(copy / "train.index.npy")
+    rows[column][5] = 0 if column == "height" else 77
+    np.save(copy / "train.index.npy", rows)
+    raw = json.loads((copy / MANIFEST).read_text())
+    raw["splits"]["train"]["index_crc32"] = zlib.crc32((copy / "train.index.npy").read_bytes())
+    del raw["crc32"]
+    (copy / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"train\.index\.npy is damaged: it .*run vimfast-prepare again"):
+        open_source(copy, "train")
+    assert "differs from the records of its shards: it is made again" in run(tree, "--out", copy, "--shard-samples", 10)
     assert visible(copy) == visible(out)
 
 
@@ -425,7 +464,8 @@ def test_indexes_are_not_rebuilt_from_other_tars(out: Path, tmp_path: Path, reco
     data[int(row["offset"]) + 300] ^= 2
     tar.write_bytes(data)
     said = run("--reindex", copy, status=2)
-    assert f"has other images in {'train-000001.tar' if records else 'train tars'} than its manifest is of; " in said
+    which = "train-000001.tar" if records else "the train tars"
+    assert f"manifest.json is of other images than those in {which}; " in said
     data[int(row["offset"]) - 512] ^= 2
     tar.write_bytes(data)
     os.truncate(copy / "val-000001.tar", 1000)
@@ -490,6 +530,32 @@ def test_only_shards_of_other_images_are_made_again(tree: Path, out: Path, tmp_p
     assert sum(path.stat().st_mtime_ns != time for path, time in times.items()) == 1
     found = {name: data for tar in copy.glob("train-*.tar") for name, data in members(tar).items()}
     assert found["n02/n02_3.jpg"] == bytes(data)
+
+
+def test_an_image_replaced_by_one_of_the_same_size_and_time_is_noticed(tree: Path, tmp_path: Path) -> None:
+    """As copying it back from a backup does: a damaged image stayed in the shards."""
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    shutil.copytree(tree, root)
+    file = root / "train/n02/n02_3.JPEG"
+    whole, times = file.read_bytes(), file.stat()
+    file.write_bytes(whole[:300] + bytes(9) + whole[309:])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    run(root, "--out", copy, "--shard-samples", 10)
+    file.write_bytes(whole)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "was made from another n02/n02_3.JPEG: it is made again" in run(root, "--out", copy, "--shard-samples", 10)
+    assert "is complete already" in run(root, "--out", copy, "--shard-samples", 10)
+
+
+@pytest.mark.parametrize("year", [1600, 1900, 2300])
+def test_images_of_any_date(odd: Path, tmp_path: Path, year: int) -> None:
+    """Some archives have such; it was an OverflowError."""
+    file = odd / "train/n1/good_0.JPEG"
+    subprocess.run(["touch", "-d", f"{year}-01-01", str(file)], check=True)
+    run(odd, "--out", tmp_path / "out")
+    assert "is complete already" in run(odd, "--out", tmp_path / "out")
+    file.write_bytes((odd / "train/n1/good_1.JPEG").read_bytes())
+    assert "made from another n1/good_0.JPEG" in run(odd, "--out", tmp_path / "out")
 
 
 def test_an_image_that_was_skipped_is_taken_in_once_it_is_fixed(odd: Path, tmp_path: Path) -> None:
@@ -608,6 +674,15 @@ def test_a_full_disk_is_reported_and_resumed_from(tree: Path, out: Path, tmp_pat
     assert visible(tmp_path / "out") == visible(out)
 
 
+def test_a_disk_that_is_full_at_once_is_reported(tree: Path, tmp_path: Path) -> None:
+    """Before there are workers; it was a traceback."""
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))}
+    said = run(tree, "--out", tmp_path / "out", status=2, **limit)
+    assert said.splitlines()[-1].startswith(f"error: {tmp_path / 'out'} cannot be written (File too large); fix that")
+    assert visible(tmp_path / "out") == {}
+    run(tree, "--out", tmp_path / "out")
+
+
 def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(tree, root)
@@ -659,6 +734,40 @@ def test_formats_that_pillow_reads_are_converted_and_other_files_counted(odd: Pa
     entry = read_manifest(tmp_path / "out").splits["train"]
     assert entry.samples == 12
     assert {note.file[3:] for note in entry.changed} >= {"a.gif", "b.jp2", "c.avif", "d.tiff"}
+
+
+def test_what_is_passed_over_is_said(odd: Path, tmp_path: Path) -> None:
+    """A class archive that was not unpacked, images beside the class folders, and a class without any."""
+    (odd / "train/n2").mkdir()
+    (odd / "train/n3.tar").touch()
+    shutil.copy(odd / "train/n1/good_0.JPEG", odd / "train/loose.JPEG")
+    said = run(odd, "--out", tmp_path / "out")
+    assert f"{odd}/train: 7 images of 2 classes\n{odd}/train: 1 of them have no images, such as n2\n" in said
+    assert f"{odd}/train: not converted, since the names are not of images: 1 .tar" in said
+    assert f"{odd}/train: not converted, since they are in no class folder: 1 images" in said
+
+
+def test_files_and_frames_larger_than_images_are(odd: Path, tmp_path: Path) -> None:
+    """A sparse file was too little space, too little memory or an OverflowError; a damaged header passed."""
+    good = (odd / "train/n1/good_0.JPEG").read_bytes()
+    for name, size in (("x.JPEG", 100 << 30), ("y.JPEG", 5 << 30)):
+        (odd / f"train/n1/{name}").write_bytes(good)
+        os.truncate(odd / f"train/n1/{name}", size)
+    (odd / "train/n1/z.JPEG").write_bytes(enlarged(good))
+    for extra in ([], ["--resize", 32]):
+        said = run(odd, "--out", tmp_path / "out", *extra, status=2)
+        assert "x.JPEG: 107,374,182,400 bytes, which is more than 1,073,741,824" in said
+        assert "y.JPEG: 5,368,709,120 bytes, which is more" in said
+        assert "z.JPEG: Image size (4290250000 pixels) exceeds limit" in said
+        run(odd, "--out", tmp_path / "out", *extra, "--skip-bad")
+        assert read_manifest(tmp_path / "out").splits["train"].samples == 7
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_folder_that_may_not_be_looked_into(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["vimfast-prepare", str(odd), "--out", str(tmp_path / "out")])
+    with forbidden(odd), pytest.raises(UserError, match=r"odd/train cannot be read \(Permission denied\)"):
+        prepare.run()
 
 
 def test_only_regular_files_are_read(odd: Path, tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def reindex(folder: Path, *, workers: int) -> str:
     Raises:
         UserError: there is no sound manifest, a tar is damaged, or the folder cannot be written to.
     """
-    manifest = read_manifest(folder)
+    read_manifest(folder)  # before anything is made in a folder that is none of ours
     with locked(folder):
+        manifest = read_manifest(folder)
         found = _read_tars(folder, manifest.splits, workers)
         contents: dict[str, bytes] = {}
         for split, entry in manifest.splits.items():
@@ -98,12 +99,11 @@ def _read(folder: Path, number: int, shard: ShardEntry) -> Tar | str:
 
 
 def _other_images(folder: Path, split: str, entry: SplitEntry, found: Mapping[str, Tar]) -> UserError:
-    """The error for tars that are whole, but not those that the manifest is of."""
+    """The error for tars that are whole, but not those that the manifest is of; names them where there are records."""
     recorded = {shard.name: read_rows(folder, split, number) for number, shard in enumerate(entry.shards)}
-    known = [name for name, rows in recorded.items() if len(rows)]
-    named = [name for name in known if recorded[name].tobytes() != found[name][0].tobytes()]
-    which = _listed(named) if named else f"{split} tars" if len(known) < len(recorded) else f"{folder / MANIFEST}"
-    return UserError(f"{folder} has other images in {which} than its manifest is of", _AGAIN)
+    differing = [name for name, rows in recorded.items() if len(rows) and rows.tobytes() != found[name][0].tobytes()]
+    which = _listed(differing) if differing else f"the {split} tars"
+    return UserError(f"{folder / MANIFEST} is of other images than those in {which}", _AGAIN)
 
 
 def _holds(path: Path, content: bytes) -> bool:
