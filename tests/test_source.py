@@ -397,6 +397,37 @@ def test_a_shard_cut_off_under_a_loader_is_named(shards_copy: Path) -> None:
     assert skipped == "[]"
 
 
+WRITTEN_OVER = """
+import os, sys
+import numpy as np
+from loaders import make_loader
+from vimfast.data.order import Order
+from vimfast.data.source import open_source
+from vimfast.errors import UserError
+source = open_source(sys.argv[1], "train")
+with open(sys.argv[1] + "/train-000001.tar", "r+b") as file:
+    file.write(bytes(os.fstat(file.fileno()).st_size))
+loader = make_loader(source, Order(24, 4), device="cpu", training=sys.argv[2] == "training", size=40,
+                     on_bad_image="skip")
+try:
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            pass
+except UserError as error:
+    print(error)
+    print(loader.skipped)
+"""
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_a_shard_that_is_written_over_is_no_bad_image(shards_copy: Path, kind: str) -> None:
+    """By another copy of it, say, which is not complete. Its images were left out, one after the other."""
+    said, skipped = in_a_process(WRITTEN_OVER, shards_copy, kind).splitlines()
+    assert f"{shards_copy}/train-000001.tar: the image at byte" in said
+    assert "is damaged: it differs from its checksum in the index; copy it again" in said
+    assert skipped == "[]"
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_batch_is_requested_while_the_one_before_is_read(
     odd_shards: Path, monkeypatch: pytest.MonkeyPatch, training: bool

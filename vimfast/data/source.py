@@ -13,6 +13,7 @@ import stat
 import tarfile
 import time
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -81,6 +82,13 @@ class Source(Protocol):
             UserError: a file is gone or cannot be read, which may have nothing to do with the image in it.
         """
 
+    def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
+        """Look whether these images, of these ids, are what was stored, if that is known.
+
+        Raises:
+            UserError: one is not, so it is not the image that is bad, but its disk or the copy of its file.
+        """
+
     def name(self, i: int) -> str:
         """Where image i is, for a person to find it."""
 
@@ -144,6 +152,11 @@ class ShardSource:
         ]
         sizes = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int32)
         return Images(encoded, sizes, rows["label"].astype(np.int64))
+
+    def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
+        for i, data, stored in zip(ids.tolist(), encoded, self._index["crc32"][ids].tolist(), strict=True):
+            if zlib.crc32(data.data) != stored:
+                raise UserError(f"{self.name(i)} is damaged: it differs from its checksum in the index", _RESUME)
 
     def mean_bytes(self) -> float:
         """Of an image, from a few of them; 0 where there is none."""
@@ -274,6 +287,9 @@ class FolderSource:
         self._adapt((time.perf_counter() - begin) / max(len(ids), 1))
         sizes = np.array([size for _, size in read], np.int32).reshape(-1, 2)
         return Images([data for data, _ in read], sizes, self.labels[ids].astype(np.int64))
+
+    def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
+        """Nothing is known of files."""
 
     def _adapt(self, seconds: float) -> None:
         if seconds > _SLOW:
