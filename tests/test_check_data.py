@@ -315,6 +315,15 @@ def test_a_folder_that_may_not_be_looked_into(check: Check, root: Path) -> None:
     assert "Permission denied" in only(report)["what"]
 
 
+def test_a_name_with_a_line_end_is_on_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "train" / "n01" / "a\nb.JPEG").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["check_data", str(root)])
+    assert check_data.main() == 1
+    assert "n01/a\\nb.JPEG: empty (0 bytes)\n" in capsys.readouterr().out
+
+
 def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
     shutil.rmtree(root / "val")
     (root / "val").mkdir()

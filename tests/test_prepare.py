@@ -764,6 +764,11 @@ def test_files_and_frames_larger_than_images_are(odd: Path, tmp_path: Path) -> N
         shutil.rmtree(tmp_path / "out")
 
 
+def test_a_name_with_a_line_end_is_on_one_line(odd: Path, tmp_path: Path) -> None:
+    (odd / "train/n1/a\nb.JPEG").write_bytes(b"")
+    assert f"\n{odd}/train/n1/a\\nb.JPEG: the file is empty\n" in run(odd, "--out", tmp_path / "out", status=2)
+
+
 def test_a_folder_that_may_not_be_looked_into(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["vimfast-prepare", str(odd), "--out", str(tmp_path / "out")])
     with forbidden(odd), pytest.raises(UserError, match=r"odd/train cannot be read \(Permission denied\)"):

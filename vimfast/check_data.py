@@ -26,7 +26,7 @@ from vimfast.checks.findings import CheckOptions, Finding, Findings, Report
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
 from vimfast.cli import Parser, path, run_main, whole
-from vimfast.errors import UserError
+from vimfast.errors import UserError, one_line
 from vimfast.shards.format import SPLITS, is_shards_folder
 
 _LINES_PER_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
@@ -106,7 +106,7 @@ def _print(report: Report, console: Console) -> None:
     for (severity, split, fix), findings in groups[:_GROUPS]:
         say(f"{severity}{split and f' in {split}'}", "bold red" if severity == "error" else "bold yellow")
         for finding in findings[:_LINES_PER_GROUP]:
-            say(f"  {finding.file}: {finding.what}")
+            say(one_line(f"  {finding.file}: {finding.what}"))
         if (total := report.findings.of_kind((severity, split, fix))) > _LINES_PER_GROUP:
             say(f"  and {total - _LINES_PER_GROUP:,} more; --json lists {'all' if total == len(findings) else 'some'}")
         say(f"  -> {fix}\n" if fix else "", "cyan")

@@ -14,6 +14,7 @@ import sys
 
 from vimfast import __version__
 from vimfast.cli import Parser, path, run_main, whole
+from vimfast.errors import one_line
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions
 from vimfast.shards.reindex import reindex
@@ -54,12 +55,12 @@ def run() -> None:
     """Do as the command line says."""
     args = _parse(sys.argv[1:])
     if args.reindex is not None:
-        print(reindex(args.reindex, workers=args.workers))
+        print(one_line(reindex(args.reindex, workers=args.workers)))
         return
     quality = None if args.resize is None else args.quality or 90
     options = ConversionOptions(args.seed, args.resize, quality, args.shard_samples)
     done = convert(args.root, args.out, options, workers=args.workers, skip_bad=args.skip_bad, overwrite=args.overwrite)
-    print(done)
+    print(one_line(done))
 
 
 def main() -> None:

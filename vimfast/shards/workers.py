@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vimfast.cli import end_with_parent
-from vimfast.errors import UserError
+from vimfast.errors import UserError, one_line
 from vimfast.shards.format import shard_name
 from vimfast.shards.plan import Part, ShardPlan
 from vimfast.shards.verify import Differs, verify_shard
@@ -123,7 +123,7 @@ def run(
 
 def report(line: str) -> None:
     """Print a line for the user, on stderr: stdout has only the result."""
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 # In a worker
