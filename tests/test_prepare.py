@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -692,6 +693,43 @@ def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"cannot be read .*resumes"):
         writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
     assert visible(tmp_path / "out") == {}
+
+
+def test_links_to_a_disk_that_went_away_are_not_skipped(odd: Path, tmp_path: Path) -> None:
+    """A tree of links lost all its images under --skip-bad when their disk did, without an error."""
+    (tmp_path / "disk").mkdir()
+    for i in range(4):
+        (odd / f"train/n1/good_{i}.JPEG").rename(tmp_path / f"disk/{i}.JPEG")
+        (odd / f"train/n1/good_{i}.JPEG").symlink_to(tmp_path / f"disk/{i}.JPEG")
+    (tmp_path / "disk").rename(tmp_path / "away")
+    said = run(odd, "--out", tmp_path / "out", "--skip-bad", status=2)
+    assert "JPEG cannot be read (No such file or directory); once the source folder is back, run again" in said
+    (tmp_path / "away").rename(tmp_path / "disk")
+    (tmp_path / "disk/0.JPEG").unlink()
+    assert "6 train images in 1 shard(s), 2 changed, 1 skipped" in run(odd, "--out", tmp_path / "out", "--skip-bad")
+    (tmp_path / "disk").rename(tmp_path / "away")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "lock"}
+    said = run(odd, "--out", tmp_path / "out", "--skip-bad", status=2)
+    assert "cannot be read (No such file or directory); once the source folder is back" in said
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "what is complete stays complete"
+
+
+def test_files_that_may_no_longer_be_read_are_not_skipped(odd: Path) -> None:
+    """As when a ticket for a network file system expires; one file alone, in a folder that can be listed, is bad."""
+    file = odd / "train/n1/good_0.JPEG"
+    with forbidden(odd), pytest.raises(UserError, match=r"good_0\.JPEG cannot be read \(Permission denied\); once"):
+        writer.read_source(file)
+    with tempfile.TemporaryDirectory() as name:  # what is in pytest's folders is for their owner only
+        os.chmod(name, 0o755)
+        alone = Path(shutil.copy(file, name))
+        with forbidden(alone), pytest.raises(ValueError, match=r"cannot be opened: Permission denied"):
+            writer.read_source(alone)
+
+
+def test_a_log_that_is_full_does_not_end_a_conversion(odd: Path, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        subprocess.run([*COMMAND, str(odd), "--out", str(tmp_path / "out")], stderr=full, stdout=subprocess.DEVNULL)
+    assert read_manifest(tmp_path / "out").splits["train"].samples == 7
 
 
 def test_too_little_memory_is_not_skipped(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,13 @@ from vimfast.files import read_file
 from vimfast.shards import jpeg
 from vimfast.shards.format import INDEX_DTYPE, dali_index_name, shard_name
 from vimfast.shards.plan import Part
-from vimfast.shards.tree import read_image
 from vimfast.shards.writer import (
     Record,
     checksum_sources,
     dali_index,
     read_record,
     read_rows,
+    read_source,
     read_sources,
     record_path,
     stat_sources,
@@ -46,6 +46,7 @@ def verify_shard(part: Part, out: Path, tick: Callable[[], None]) -> Record:
 
     Raises:
         Differs: it was never finished, was damaged, or a source image is another than was converted.
+        UserError: source images cannot be read, which is no fault of theirs.
     """
     record = read_record(out, part.split, part.number)
     if record is None:
@@ -88,17 +89,16 @@ def _verify_sources(part: Part, out: Path, record: Record) -> None:
     touched = False
     for i, name in enumerate(part.names):
         was, found = before[i], now[i]
-        if was["size"] != found["size"]:
-            raise Differs(f"was made from another {name}")
-        if was["read"] and (was["mtime"], was["ctime"]) == (found["mtime"], found["ctime"]):
+        same_times = was["read"] and (was["mtime"], was["ctime"]) == (found["mtime"], found["ctime"])
+        if same_times and was["size"] == found["size"]:
             continue
         try:
-            checksum = zlib.crc32(read_image(Path(part.folder, name)))
-        except (OSError, ValueError):
+            checksum = zlib.crc32(read_source(Path(part.folder, name)))
+        except ValueError:
             if was["read"]:
                 raise Differs(f"was made from another {name}") from None
             continue  # as unreadable as it was
-        if not was["read"] or checksum != was["crc32"]:
+        if not was["read"] or was["size"] != found["size"] or checksum != was["crc32"]:
             raise Differs(f"was made from another {name}")
         before[i]["mtime"], before[i]["ctime"] = found["mtime"], found["ctime"]
         touched = True

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
@@ -122,8 +122,9 @@ def run(
 
 
 def report(line: str) -> None:
-    """Print a line for the user, on stderr: stdout has only the result."""
-    print(one_line(line), file=sys.stderr, flush=True)
+    """Print a line for the user, on stderr: stdout has only the result. Where nobody can hear it, the work goes on."""
+    with suppress(OSError):
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 # In a worker

@@ -40,8 +40,9 @@ from vimfast.shards.tree import MOST_BYTES, read_image
 
 _FLUSH_BYTES = 8 << 20
 
-# What opening a file answers when the fault is the file's own. Other errors (a network file system that went away)
-# would hit the next file as well and must not empty the data set under --skip-bad.
+# What opening a file answers when the fault may be the file's own. Other errors (a network file system that went away)
+# would hit the next file as well and must not empty the data set under --skip-bad. Nor must these, where the file's
+# folder cannot be listed any more either: a link's disk that is gone, a ticket that has expired.
 _FILE_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP})
 
 
@@ -202,7 +203,7 @@ def _write_samples(
         tick()
         path = Path(part.folder, name)
         try:
-            data = _read(path)
+            data = read_source(path)
             checksum = zlib.crc32(data)
             sources[i]["crc32"], sources[i]["read"] = checksum, True
             image, (height, width), why = stored(data, part.options)
@@ -231,16 +232,30 @@ def _write_samples(
     return record, rows[:samples], lines
 
 
-def _read(path: Path) -> bytes:
-    """The file's bytes; a ValueError if the file itself is at fault, a UserError if it is more than that."""
+def read_source(path: Path) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+        ValueError: they cannot be read, and the file itself is at fault.
+        UserError: they cannot, and it is more than that.
+    """
     try:
         return read_image(path)
     except OSError as error:
-        if error.errno in _FILE_ERRORS or path.is_symlink():
+        if (error.errno in _FILE_ERRORS or path.is_symlink()) and _can_list(path):
             raise ValueError(f"cannot be opened: {error.strerror}") from None
         raise UserError(
             f"{path} cannot be read ({error.strerror})", "once the source folder is back, run again, it resumes"
         ) from None
+
+
+def _can_list(path: Path) -> bool:
+    """Whether the folder can be listed that a file, or what it is a link to, would be in."""
+    try:
+        with os.scandir(os.path.dirname(os.path.realpath(path))):
+            return True
+    except OSError:
+        return False
 
 
 def stat_sources(part: Part) -> np.ndarray:
