@@ -493,6 +493,18 @@ def test_a_label_that_differs(check: Check, shards: Path) -> None:
     assert "label 7" in finding["what"]
 
 
+@pytest.mark.parametrize("place", ["image", "label", "end"])
+def test_a_flipped_byte_between_the_members(check: Check, shards: Path, place: str) -> None:
+    """Nobody reads it, but it is a sign of a disk or a copy that cannot be trusted."""
+    row, tar = np.load(shards / "val.index.npy")[2], shards / "val-000000.tar"
+    end = int(row["offset"] + row["size"])
+    assert end % 512
+    overwrite(tar, {"image": end, "label": end + -end % 512 + 512 + 9, "end": tar.stat().st_size - 1}[place], b"x")
+    finding = only(check(shards)[1])
+    assert finding["file"] == (str(tar) if place == "end" else open_source(shards, "val").name(2))
+    assert "has something" in finding["what"]
+
+
 def test_a_truncated_tar(check: Check, shards: Path) -> None:
     path = shards / "train-000002.tar"
     lost = np.load(shards / "train.index.npy")[-2:]

@@ -163,7 +163,14 @@ class _SplitCheck:
                 todo.append((str(self.folder / shard.name), mine))
         total = sum(len(mine) for _, mine in todo)
         tasks = (
-            (tar, self.split, np.array(mine[at : at + _CHUNK]), self.classes, self.options.decode)
+            (
+                tar,
+                self.split,
+                np.array(mine[at : at + _CHUNK]),
+                self.classes,
+                self.options.decode,
+                at + _CHUNK >= len(mine),
+            )
             for tar, mine in todo
             for at in range(0, len(mine), _CHUNK)
         )
@@ -196,8 +203,8 @@ def _padded(size: int) -> int:
     return size + -size % _BLOCK
 
 
-def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode: bool) -> Tally:
-    """Check some samples of a shard, in a worker process."""
+def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode: bool, last: bool) -> Tally:
+    """Check some samples of a shard, and what follows the `last`, in a worker process."""
     findings: list[Finding] = []
     try:
         with open(tar, "rb") as file:
@@ -211,6 +218,9 @@ def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode:
                     name = f"the sample at byte {offset}"
                     flaws = [_damaged(tar, f"is outside the tar's {end:,} bytes")]
                 findings += [Finding(flaw.severity, split, f"{tar}: {name}", flaw.what, flaw.fix) for flaw in flaws]
+            if last and not findings and file.read().strip(b"\0"):
+                flaw = _damaged(tar, "has something behind its last sample")
+                findings.append(Finding(flaw.severity, split, tar, flaw.what, flaw.fix))
     except OSError as error:
         flaw = _damaged(tar, f"cannot be read: {error.strerror}")
         findings.append(Finding(flaw.severity, split, tar, flaw.what, flaw.fix))
@@ -250,6 +260,8 @@ def _check_sample(tar: str, block: bytes, row: np.void, classes: int, decode: bo
         ]
     if not 0 <= label < classes:
         return name, [_damaged(tar, f"has label {label}, the manifest has {classes:,} classes")]
+    if (block[_BLOCK + size : _BLOCK + _padded(size)] + second[_BLOCK + label_header.size :]).strip(b"\0"):
+        return name, [_damaged(tar, "has something between its members")]
     info, flaws = check_image(image, None, decode)
     flaws = [Flaw(flaw.severity, flaw.what, _SOURCE) for flaw in flaws]
     if info is not None and not jpeg.is_plain(info):
