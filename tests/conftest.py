@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 
 # Before torch is imported, here and in every process that a test starts: what tests compute is small, and a second
 # thread that waits for the first by spinning takes minutes where cores are busy.
@@ -19,12 +20,20 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from vimfast.shards.format import MANIFEST
+
+# Of tests/test_faults.py; the processes of pytest-xdist inherit it.
+os.environ.setdefault("FAULTS_SEED", str(random.SystemRandom().randrange(10**6)))
+
 # The same few examples on every machine, however slow it is, and no files left in the checkout.
 settings.register_profile("vimfast", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("vimfast")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "faults" not in config.getoption("markexpr"):  # minutes, and no two times the same
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("faults")])
+        items[:] = [item for item in items if not item.get_closest_marker("faults")]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         if item.get_closest_marker("gpus") and count < 2:
@@ -45,6 +54,19 @@ def enlarged(jpeg: bytes) -> bytes:
     """A JPEG whose header, damaged, says 65,500 pixels a side."""
     at = jpeg.index(b"\xff\xc0") + 5
     return jpeg[:at] + b"\xff\xdc\xff\xdc" + jpeg[at + 4 :]
+
+
+def visible(out: Path) -> dict[str, bytes]:
+    """Of a shards folder, the files by name, without the line of the manifest that contains the time."""
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    if manifest := files.get(MANIFEST):
+        files[MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
+    return files
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if "faults" in config.getoption("markexpr"):
+        terminalreporter.write_line(f"FAULTS_SEED={os.environ['FAULTS_SEED']} draws the same again")
 
 
 @contextmanager

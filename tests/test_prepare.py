@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import enlarged, forbidden, write_image
+from conftest import enlarged, forbidden, visible, write_image
 from PIL import Image
 
 from vimfast import prepare
@@ -44,14 +44,6 @@ def run(*words: object, status: int = 0, **options: object) -> str:
     assert done.returncode == status, done.stdout
     assert "Traceback" not in done.stdout
     return done.stdout
-
-
-def visible(out: Path) -> dict[str, bytes]:
-    """The folder's files by name, without the line of the manifest that contains the time."""
-    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    if manifest := files.get(MANIFEST):
-        files[MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
-    return files
 
 
 def members(tar: Path) -> dict[str, bytes]:
