@@ -375,6 +375,18 @@ def test_what_is_no_file_in_the_folder_is_a_sentence(tree: Path, out: Path, tmp_
         assert "cannot be written (Is a directory); fix that and run again, it resumes" in said.splitlines()[-1]
 
 
+def test_what_a_conversion_keeps_for_itself_may_be_a_fifo(tree: Path, out: Path, tmp_path: Path) -> None:
+    """It was waited for without end."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    for name in ("plan.json", "source.txt"):
+        (copy / ".prepare" / name).unlink()
+        os.mkfifo(copy / ".prepare" / name)
+    run(tree, "--out", copy, "--shard-samples", 10, timeout=TIMEOUT)
+    (copy / MANIFEST).unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        read_manifest(copy)
+
+
 def edit_index(out: Path) -> None:
     rows = np.load(out / "train.index.npy")
     rows["offset"][5] = 10**9
@@ -683,7 +695,7 @@ def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> N
     shutil.rmtree(root)
     (tmp_path / "out/.prepare").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot be read .*resumes"):
-        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
+        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda name: None)
     assert visible(tmp_path / "out") == {}
 
 
@@ -718,6 +730,34 @@ def test_files_that_may_no_longer_be_read_are_not_skipped(odd: Path) -> None:
             writer.read_source(alone)
 
 
+KILLED_BY_AN_IMAGE = """
+import os, signal
+from vimfast.prepare import main
+from vimfast.shards import writer
+
+read_source = writer.read_source
+
+def read(path):
+    if path.name == "good_2.JPEG":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_source(path)
+
+writer.read_source = read  # in each worker too: they import this file
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_the_image_that_kills_a_worker_is_named(odd: Path, tmp_path: Path) -> None:
+    """One of a million, which makes its decoder crash or takes all memory, each time."""
+    (tmp_path / "killed.py").write_text(KILLED_BY_AN_IMAGE)
+    command = [sys.executable, str(tmp_path / "killed.py"), str(odd), "--out", str(tmp_path / "out"), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2, done.stderr
+    assert "a worker process was killed, perhaps for lack of memory, with n1/good_2.JPEG in work; " in done.stderr
+
+
 def test_a_log_that_is_full_does_not_end_a_conversion(odd: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         subprocess.run([*COMMAND, str(odd), "--out", str(tmp_path / "out")], stderr=full, stdout=subprocess.DEVNULL)
@@ -734,7 +774,7 @@ def test_too_little_memory_is_not_skipped(odd: Path, tmp_path: Path, monkeypatch
     (tmp_path / "out/.prepare").mkdir(parents=True)
     monkeypatch.setattr(jpeg, "to_rgb_jpeg", short)
     with pytest.raises(UserError, match=r"too little memory to decode .*is_(png|cmyk)\.JPEG; free some.*resumes"):
-        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
+        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda name: None)
     assert visible(tmp_path / "out") == {}
 
 

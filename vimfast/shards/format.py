@@ -222,8 +222,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _unfinished(folder: Path) -> UserError:
     try:
-        source = (folder / STATE_FOLDER / SOURCE).read_text("utf-8", "surrogateescape")
-    except OSError:
+        source = os.fsdecode(read_file(folder / STATE_FOLDER / SOURCE))
+    except (OSError, ValueError):
         return UserError(
             f"the conversion into {folder} is not finished: it has no {MANIFEST}",
             "run vimfast-prepare again, it resumes",
@@ -266,7 +266,7 @@ def _dump(raw: Any) -> str:
 def read_plan_digests(path: Path) -> dict[str, PlanDigest]:
     """The plans in a file of :func:`write_json`, by split; none where it is missing or damaged."""
     try:
-        return msgspec.convert(json.loads(path.read_bytes()), dict[str, PlanDigest])
+        return msgspec.convert(json.loads(read_file(path)), dict[str, PlanDigest])
     except (OSError, ValueError, RecursionError, OverflowError):
         return {}
 

@@ -38,11 +38,11 @@ class Differs(Exception):
     """Why a shard has to be made again."""
 
 
-def verify_shard(part: Part, out: Path, tick: Callable[[], None]) -> Record:
+def verify_shard(part: Part, out: Path, tick: Callable[[str], None]) -> Record:
     """The record of a shard that holds.
 
     Args:
-        tick: called before each image.
+        tick: called with the name of each image, before it.
 
     Raises:
         Differs: it was never finished, was damaged, or a source image is another than was converted.
@@ -108,13 +108,13 @@ def _verify_sources(part: Part, out: Path, record: Record) -> None:
 
 
 def read_tar(
-    path: Path, number: int, tick: Callable[[], None] = lambda: None, keys: list[str] | None = None
+    path: Path, number: int, tick: Callable[[str], None] = lambda name: None, keys: list[str] | None = None
 ) -> tuple[np.ndarray, list[str]]:
     """A shard as its members tell: its rows of the index, and the lines of DALI's index.
 
     Args:
         number: of the shard, as the rows have it.
-        tick: called before each image.
+        tick: called with the name of each image, before it.
         keys: those that the samples have to have, in this order; None: any.
 
     Raises:
@@ -126,7 +126,7 @@ def read_tar(
     with open(path, "rb", buffering=1 << 20, opener=_open_regular) as file:
         end = os.fstat(file.fileno()).st_size
         while (header := _member(file, end)) is not None:
-            tick()
+            tick(header.name)
             key, extension = os.path.splitext(header.name)
             if extension != ".jpg" or (keys is not None and (len(rows) >= len(keys) or key != keys[len(rows)])):
                 raise ValueError(f"{header.name} is not the member that belongs there")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -96,9 +97,14 @@ def run(
         return
     following = iter(todo)
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
-    shared = Shared(context.Value("q", 0), context.Event())
-    running: dict[Future[T], P] = {}
     workers = min(workers, len(todo))
+    shared = Shared(
+        context.Value("q", 0),
+        context.RawArray("q", workers),
+        context.RawArray("c", workers * _NAME_BYTES),
+        context.Event(),
+    )
+    running: dict[Future[T], P] = {}
     with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool, _progress(pace) as show:
         try:
             while True:
@@ -109,16 +115,17 @@ def run(
                     break
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
-                pace.done = shared.written.value
+                pace.done = shared.images()
                 show()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for lack of memory", "run again with fewer --workers, it resumes"
+                f"a worker process was killed, perhaps for lack of memory, with {', '.join(shared.in_work())} in work",
+                "run again with fewer --workers, it resumes; if one image is always among these, remove it",
             ) from None
         finally:
             shared.stop.set()
             pool.shutdown(cancel_futures=True)
-            pace.done = shared.written.value
+            pace.done = shared.images()
 
 
 def report(line: str) -> None:
@@ -131,22 +138,39 @@ def report(line: str) -> None:
 
 
 class Shared(NamedTuple):
-    """What workers share with the run: images done, and whether to stop."""
+    """What workers share with the run. Each has a place of its own in the arrays, which need no lock: a worker that is
+    killed would keep it."""
 
-    written: Synchronized[int]
+    started: Synchronized[int]  # workers
+    done: Any  # of each, the images
+    names: Any  # of each, the image that it is at, in _NAME_BYTES bytes
     stop: Event
+
+    def images(self) -> int:
+        """How many are done."""
+        return sum(self.done)
+
+    def in_work(self) -> list[str]:
+        """The names of the images that workers are at."""
+        slots = [bytes(self.names[at : at + _NAME_BYTES]) for at in range(0, len(self.names), _NAME_BYTES)]
+        return [os.fsdecode(slot.rstrip(b"\0")) for slot in slots if slot.strip(b"\0")]
 
 
 class _Stopped(Exception):
     """Ends a worker's task when the run is being stopped."""
 
 
+_NAME_BYTES = 256  # the end of a longer one says enough
 _shared: Shared | None = None
+_place = 0  # of this worker in the arrays
 
 
 def _start_worker(shared: Shared) -> None:
-    global _shared
+    global _shared, _place
     _shared = shared
+    with shared.started.get_lock():
+        _place = shared.started.value
+        shared.started.value += 1
     warnings.simplefilter("ignore")  # Pillow's, on odd metadata of images that decode
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -163,13 +187,13 @@ def _verify(part: Part, out: Path) -> Record | str:
         return str(why)
 
 
-def tick() -> None:
-    """Count an image, and end here if the run is being stopped."""
+def tick(name: str) -> None:
+    """Count an image and note its name, and end here if the run is being stopped."""
     assert _shared is not None
-    written, stop = _shared
-    with written.get_lock():
-        written.value += 1
-    if stop.is_set():
+    _shared.done[_place] += 1
+    end = (_place + 1) * _NAME_BYTES
+    _shared.names[end - _NAME_BYTES : end] = os.fsencode(name)[-_NAME_BYTES:].ljust(_NAME_BYTES, b"\0")
+    if _shared.stop.is_set():
         raise _Stopped
 
 

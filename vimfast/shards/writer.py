@@ -112,13 +112,13 @@ def estimate_bytes(plan: ShardPlan) -> int:
     return round(len(plan) * each) + plan.shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE // 2)
 
 
-def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None]) -> Record:
+def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[str], None]) -> Record:
     """Write one shard, its DALI index and its record.
 
     Args:
         skip_bad: leave unreadable images out. Otherwise one is enough to leave the shard unwritten, and the rest is
             only checked for more.
-        tick: called before each image.
+        tick: called with the name of each image, before it.
 
     Returns:
         The record, whose `skipped` lists all unreadable images.
@@ -190,7 +190,7 @@ class _Tar:
 
 
 def _write_samples(
-    part: Part, tar: _Tar, sources: np.ndarray, skip_bad: bool, tick: Callable[[], None]
+    part: Part, tar: _Tar, sources: np.ndarray, skip_bad: bool, tick: Callable[[str], None]
 ) -> tuple[Record, np.ndarray, list[str]]:
     """The tar's content; returns the shard's record, its rows of the index, and the lines of DALI's index. Notes in
     `sources` what was read."""
@@ -200,7 +200,7 @@ def _write_samples(
     skipped: list[tuple[str, str]] = []
     lines: list[str] = []
     for i, (name, key, label) in enumerate(zip(part.names, part.keys, part.labels, strict=True)):
-        tick()
+        tick(name)
         path = Path(part.folder, name)
         try:
             data = read_source(path)
