@@ -397,6 +397,22 @@ def test_a_shard_cut_off_under_a_loader_is_named(shards_copy: Path) -> None:
     assert skipped == "[]"
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_bit_of_an_image(shards_copy: Path, split: str) -> None:
+    """Trained on and evaluated, before images were compared with their checksums when they are first read."""
+    row = np.load(shards_copy / f"{split}.index.npy")[9]
+    tar = shards_copy / f"{split}-{row['shard']:06d}.tar"
+    data = bytearray(tar.read_bytes())
+    data[int(row["offset"]) + int(row["size"]) // 2] ^= 1
+    tar.write_bytes(data)
+    source = open_source(shards_copy, split)
+    assert len(source.read(np.arange(9)).encoded) == 9
+    name = rf"{tar.name}: [abc]/.*\.jpg"
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{name} is damaged: it differs from its checksum in the index; copy"):
+            source.read(np.arange(12))
+
+
 WRITTEN_OVER = """
 import os, sys
 import numpy as np
@@ -405,6 +421,7 @@ from vimfast.data.order import Order
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
 source = open_source(sys.argv[1], "train")
+source.read(np.arange(24))
 with open(sys.argv[1] + "/train-000001.tar", "r+b") as file:
     file.write(bytes(os.fstat(file.fileno()).st_size))
 loader = make_loader(source, Order(24, 4), device="cpu", training=sys.argv[2] == "training", size=40,

@@ -137,6 +137,7 @@ class ShardSource:
         _allow_open_files(len(entry.shards))
         self._shards = [_Shard(folder / shard.name, shard.bytes) for shard in entry.shards]
         self.labels: np.ndarray = self._index["label"]
+        self._verified = np.zeros(len(self._index), bool)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -150,6 +151,10 @@ class ShardSource:
         encoded = [
             np.frombuffer(self._shards[number].read(offset, size), np.uint8) for number, offset, size in _places(rows)
         ]
+        # At first; then they come from memory, or from a disk that was right before.
+        fresh = np.flatnonzero(~self._verified[ids])
+        self.verify(ids[fresh], [encoded[place] for place in fresh.tolist()])
+        self._verified[ids] = True
         sizes = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int32)
         return Images(encoded, sizes, rows["label"].astype(np.int64))
 
