@@ -29,6 +29,7 @@ from vimfast.data.order import Order
 from vimfast.data.source import Images, Source, open_source
 from vimfast.data.views import Batch
 from vimfast.errors import UserError
+from vimfast.shards import jpeg
 
 SIZE = 48
 
@@ -367,6 +368,23 @@ def test_evaluation_of_bad_images_only_ends(worse: Path) -> None:
     assert len(reported) == 12
     with pytest.raises(UserError, match="none of the 12 images decodes"):
         list(skipping(worse, reported).epoch(0))
+
+
+@pytest.mark.parametrize("kind", ["png", "broken jpeg"])
+def test_too_little_memory_is_no_bad_image(damaged: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Where an image is converted as it is read, and where it is looked for what DALI failed on."""
+    if kind == "png":
+        write_image(damaged / "train" / "a" / "5.png", 5)
+        (damaged / "train" / "a" / "5.png").rename(damaged / "train" / "a" / "5.JPEG")
+    loader = skipping(damaged, [])
+
+    def short(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(jpeg, "to_rgb_jpeg", short)
+    with pytest.raises(UserError, match="there is too little memory to decode"):
+        list(loader.epoch(0))
+    assert loader.skipped == []
 
 
 def test_what_dali_refuses_and_pillow_reads_is_read(damaged: Path) -> None:
