@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 
 # Before torch is imported, here and in every process that a test starts: what tests compute is small, and a second
 # thread that waits for the first by spinning takes minutes where cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +20,20 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from vimfast.shards.format import MANIFEST
+
+# Of tests/test_faults.py; the processes of pytest-xdist inherit it.
+os.environ.setdefault("FAULTS_SEED", str(random.SystemRandom().randrange(10**6)))
+
 # The same few examples on every machine, however slow it is, and no files left in the checkout.
 settings.register_profile("vimfast", derandomize=True, deadline=None, max_examples=60, database=None)
 settings.load_profile("vimfast")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "faults" not in config.getoption("markexpr"):  # minutes, and no two times the same
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("faults")])
+        items[:] = [item for item in items if not item.get_closest_marker("faults")]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         if item.get_closest_marker("gpus") and count < 2:
@@ -37,6 +48,58 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 48), mode: s
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse.convert(mode).save(path, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else None)
+
+
+def enlarged(jpeg: bytes) -> bytes:
+    """A JPEG whose header, damaged, says 65,500 pixels a side."""
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + b"\xff\xdc\xff\xdc" + jpeg[at + 4 :]
+
+
+def visible(out: Path) -> dict[str, bytes]:
+    """Of a shards folder, the files by name, without the line of the manifest that contains the time."""
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    if manifest := files.get(MANIFEST):
+        files[MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
+    return files
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if "faults" in config.getoption("markexpr"):
+        terminalreporter.write_line(f"FAULTS_SEED={os.environ['FAULTS_SEED']} draws the same again")
+
+
+@contextmanager
+def deep_folder(top: Path, depth: int) -> Iterator[str]:
+    """In the block, folders inside one another, with an empty image in the last; the way to it."""
+    top.mkdir(parents=True)
+    before = os.getcwd()
+    try:
+        os.chdir(top)
+        for _ in range(depth):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("1.jpg").touch()
+    finally:
+        os.chdir(before)
+    try:
+        yield "/".join("d" * depth)
+    finally:
+        subprocess.run(["rm", "-r", str(top)], check=True)  # shutil, which pytest uses, does not get so deep
+
+
+@contextmanager
+def forbidden(folder: Path) -> Iterator[None]:
+    """In the block, this process has no permission to look into `folder`."""
+    mode, user = folder.stat().st_mode, os.geteuid()
+    folder.chmod(0)
+    if user == 0:
+        os.seteuid(65534)  # nobody: root may look everywhere
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(mode)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ _stored = writer.stored
 
 def held(*args: Any) -> Any:
     shared = workers._shared  # None in the process that leads
-    while shared is not None and shared.written.value > HOLD and not shared.stop.is_set():
+    while shared is not None and shared.images() > HOLD and not shared.stop.is_set():
         time.sleep(0.01)
     return _stored(*args)
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_image
+from conftest import deep_folder, enlarged, forbidden, write_image
 from loaders import make_loader
 from PIL import Image
 from timm.data import ImageNetInfo
 
 from vimfast import check_data
+from vimfast.checks import findings as findings_module
 from vimfast.checks.findings import ClassCheck, Finding, imagenet_wnids, run_tasks
 from vimfast.checks.sample_grid import class_captions, to_pixels
 from vimfast.config import AugmentConfig
@@ -261,6 +262,68 @@ def test_only_regular_files_are_read(check: Check, root: Path, shards: Path) -> 
     }
 
 
+def test_links_to_nowhere_and_in_circles(check: Check, root: Path) -> None:
+    """They were warnings, and an error that ended the check."""
+    (root / "train" / "n02").rename(root / "away")
+    (root / "train" / "n02").symlink_to("nowhere")
+    (root / "train" / "n03" / "more").symlink_to("nowhere")
+    (root / "train" / "n01" / "loop").symlink_to(".")
+    (root / "train" / "n01" / "self").symlink_to("self")
+    status, report = check(root)
+    assert status == 1
+    found = {(f["severity"], f["file"], f["what"]) for f in report["findings"]}
+    for name, what in (
+        ("n02", "a link to nowhere"),
+        ("n03/more", "a link to nowhere"),
+        ("n01/loop", "a link to a folder that it is in"),
+        ("n01/self", "cannot be read: Too many levels of symbolic links"),
+    ):
+        assert ("error", str(root / "train" / name), what) in found
+
+
+def test_deep_folders_are_checked(check: Check, root: Path) -> None:
+    with deep_folder(root / "train" / "n01" / "deep", 1000):
+        status, report = check(root)
+    assert (status, only(report)["what"]) == (1, "empty (0 bytes)")
+
+
+def test_files_and_frames_larger_than_images_are(check: Check, root: Path) -> None:
+    """A sparse file of 100 GB was a MemoryError. A header that is damaged in its size passed."""
+    (root / "train" / "n01" / "x.JPEG").touch()
+    os.truncate(root / "train" / "n01" / "x.JPEG", 100 << 30)
+    status, report = check(root)
+    assert (status, only(report)["what"]) == (1, "107,374,182,400 bytes, which is more than 1,073,741,824")
+    (root / "train" / "n01" / "x.JPEG").write_bytes(enlarged((root / "train" / IMAGE).read_bytes()))
+    status, report = check(root)
+    assert status == 1
+    assert "exceeds limit" in only(report)["what"]
+
+
+def test_a_tree_with_files_named_nearly_as_of_shards(check: Check, root: Path) -> None:
+    """Each made it a conversion that is not finished, or a damaged one, for the trainer too."""
+    for name in (MANIFEST, "train-images.tar", "val-1.tar.gz"):
+        (root / name).write_bytes(b"{}")
+        status, report = check(root)
+        assert (status, report["kind"]) == (0, "folder tree"), name
+        assert len(open_source(root, "train")) == 36
+
+
+def test_a_folder_that_may_not_be_looked_into(check: Check, root: Path) -> None:
+    with forbidden(root):
+        status, report = check(root)
+    assert status == 1
+    assert "Permission denied" in only(report)["what"]
+
+
+def test_a_name_with_a_line_end_is_on_one_line(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "train" / "n01" / "a\nb.JPEG").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["check_data", str(root)])
+    assert check_data.main() == 1
+    assert "n01/a\\nb.JPEG: empty (0 bytes)\n" in capsys.readouterr().out
+
+
 def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
     shutil.rmtree(root / "val")
     (root / "val").mkdir()
@@ -269,6 +332,15 @@ def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
     status, report = check(root)
     assert status == 1
     assert {f["file"] for f in report["findings"]} == {str(root / "val"), str(root / "train" / "n03")}
+
+
+def test_an_empty_split_after_findings_in_another(check: Check, root: Path) -> None:
+    """It was fit to train on."""
+    (root / "train" / ".DS_Store").write_bytes(b"x")
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    status, report = check(root)
+    assert (status, report["errors"]) == (1, 1)
 
 
 def test_the_number_of_classes(check: Check, tree: Path) -> None:
@@ -419,6 +491,18 @@ def test_a_label_that_differs(check: Check, shards: Path) -> None:
     finding = only(check(shards)[1])
     assert finding["file"] == open_source(shards, "val").name(2)
     assert "label 7" in finding["what"]
+
+
+@pytest.mark.parametrize("place", ["image", "label", "end"])
+def test_a_flipped_byte_between_the_members(check: Check, shards: Path, place: str) -> None:
+    """Nobody reads it, but it is a sign of a disk or a copy that cannot be trusted."""
+    row, tar = np.load(shards / "val.index.npy")[2], shards / "val-000000.tar"
+    end = int(row["offset"] + row["size"])
+    assert end % 512
+    overwrite(tar, {"image": end, "label": end + -end % 512 + 512 + 9, "end": tar.stat().st_size - 1}[place], b"x")
+    finding = only(check(shards)[1])
+    assert finding["file"] == (str(tar) if place == "end" else open_source(shards, "val").name(2))
+    assert "has something" in finding["what"]
 
 
 def test_a_truncated_tar(check: Check, shards: Path) -> None:
@@ -572,6 +656,21 @@ def test_the_table_caps_long_lists(
     assert "and 7 more; --json" in text
     assert "download the file again" in text
     assert "not fit to train on: 12 error(s), 0 warning(s)" in text
+
+
+def test_findings_beyond_a_limit_are_counted(
+    root: Path, check: Check, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(findings_module, "_KEPT", 10)
+    for path in (root / "train" / "n01").iterdir():
+        path.write_bytes(b"")
+    status, report = check(root)
+    assert (status, report["errors"], report["not_listed"], len(report["findings"])) == (1, 12, 2, 10)
+    sys.argv.remove("--json")
+    assert check_data.main() == 1
+    text = capsys.readouterr().out
+    assert "and 7 more; --json lists some" in text
+    assert "12 error(s)" in text
 
 
 def test_from_the_command_line(root: Path) -> None:

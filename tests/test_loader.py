@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from vimfast.data.order import Order
 from vimfast.data.source import Images, Source, open_source
 from vimfast.data.views import Batch
 from vimfast.errors import UserError
+from vimfast.shards import jpeg
 
 SIZE = 48
 
@@ -79,9 +81,15 @@ class Counted:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def will_need(self, ids: np.ndarray) -> None:
+        self._source.will_need(ids % len(self._source))
+
     def read(self, ids: np.ndarray) -> Images:
         self._read.append(ids)
         return self._source.read(ids % len(self._source))
+
+    def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
+        self._source.verify(ids % len(self._source), encoded)
 
     def name(self, i: int) -> str:
         return self._source.name(i % len(self._source))
@@ -234,10 +242,16 @@ def test_encoded_images_are_let_go(train: Source) -> None:
         def __len__(self) -> int:
             return len(train)
 
+        def will_need(self, ids: np.ndarray) -> None:
+            train.will_need(ids)
+
         def read(self, ids: np.ndarray) -> Images:
             images = train.read(ids)
             read.extend(weakref.ref(data) for data in images.encoded)
             return images
+
+        def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
+            train.verify(ids, encoded)
 
         def name(self, i: int) -> str:
             return train.name(i)
@@ -356,6 +370,23 @@ def test_evaluation_of_bad_images_only_ends(worse: Path) -> None:
         list(skipping(worse, reported).epoch(0))
 
 
+@pytest.mark.parametrize("kind", ["png", "broken jpeg"])
+def test_too_little_memory_is_no_bad_image(damaged: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Where an image is converted as it is read, and where it is looked for what DALI failed on."""
+    if kind == "png":
+        write_image(damaged / "train" / "a" / "5.png", 5)
+        (damaged / "train" / "a" / "5.png").rename(damaged / "train" / "a" / "5.JPEG")
+    loader = skipping(damaged, [])
+
+    def short(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(jpeg, "to_rgb_jpeg", short)
+    with pytest.raises(UserError, match="there is too little memory to decode"):
+        list(loader.epoch(0))
+    assert loader.skipped == []
+
+
 def test_what_dali_refuses_and_pillow_reads_is_read(damaged: Path) -> None:
     file = damaged / "train" / "a" / "5.JPEG"
     write_image(file, 5)
@@ -443,7 +474,7 @@ def test_graphs_let_go_take_their_threads_along(train: Source) -> None:
     try:
         for _ in range(4):
             assert len(list(loader.epoch(0))) == loader.steps
-            threads.append(len(os.listdir("/proc/self/task")))
+            threads.append(len(os.listdir("/proc/self/task")) - threading.active_count())  # not those that read
     finally:
         gc.enable()
     assert max(threads[1:]) <= threads[0]

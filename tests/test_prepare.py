@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_image
+from conftest import enlarged, forbidden, visible, write_image
 from PIL import Image
 
 from vimfast import prepare
@@ -42,14 +44,6 @@ def run(*words: object, status: int = 0, **options: object) -> str:
     assert done.returncode == status, done.stdout
     assert "Traceback" not in done.stdout
     return done.stdout
-
-
-def visible(out: Path) -> dict[str, bytes]:
-    """The folder's files by name, without the line of the manifest that contains the time."""
-    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    if manifest := files.get(MANIFEST):
-        files[MANIFEST] = b"\n".join(line for line in manifest.split(b"\n") if b'"created"' not in line)
-    return files
 
 
 def members(tar: Path) -> dict[str, bytes]:
@@ -362,6 +356,37 @@ def test_a_replaced_image_is_noticed_when_resuming(tree: Path, out: Path, tmp_pa
     assert found["n02/n02_3.jpg"] == file.read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["dangling tar", "manifest is a folder", "record is a folder", "tmp is a folder"])
+def test_what_is_no_file_in_the_folder_is_a_sentence(tree: Path, out: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    name = {"dangling": "train-000001.tar", "manifest": MANIFEST, "record": ".prepare/val-000000.npz", "tmp": "x"}
+    path = copy / name[damage.split()[0]]
+    if damage.startswith("tmp"):
+        (copy / MANIFEST).unlink()
+        path = copy / f"{MANIFEST}.tmp"
+    else:
+        path.unlink()
+    path.symlink_to("nowhere") if damage.startswith("dangling") else path.mkdir()
+    if damage.startswith("dangling"):
+        run(tree, "--out", copy, "--shard-samples", 10)
+        assert visible(copy) == visible(out)
+    else:
+        said = run(tree, "--out", copy, "--shard-samples", 10, status=2)
+        assert "cannot be written (Is a directory); fix that and run again, it resumes" in said.splitlines()[-1]
+
+
+def test_what_a_conversion_keeps_for_itself_may_be_a_fifo(tree: Path, out: Path, tmp_path: Path) -> None:
+    """It was waited for without end."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    for name in ("plan.json", "source.txt"):
+        (copy / ".prepare" / name).unlink()
+        os.mkfifo(copy / ".prepare" / name)
+    run(tree, "--out", copy, "--shard-samples", 10, timeout=TIMEOUT)
+    (copy / MANIFEST).unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        read_manifest(copy)
+
+
 def edit_index(out: Path) -> None:
     rows = np.load(out / "train.index.npy")
     rows["offset"][5] = 10**9
@@ -381,6 +406,88 @@ def test_a_damaged_index_is_made_again(tree: Path, out: Path, tmp_path: Path) ->
     shutil.rmtree(copy / ".prepare")
     run(tree, "--out", copy, "--shard-samples", 10)
     assert visible(copy) == visible(out)
+
+
+@pytest.mark.parametrize("column", ["label", "height", "shard"])
+def test_an_index_that_is_wrong_with_a_checksum_that_is_right_is_made_again(
+    tree: Path, out: Path, tmp_path: Path, column: str
+) -> None:
+    """The trainer refused it, and said to run what called it complete."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    rows = np.load(copy / "train.index.npy")
+    rows[column][5] = 0 if column == "height" else 77
+    np.save(copy / "train.index.npy", rows)
+    raw = json.loads((copy / MANIFEST).read_text())
+    raw["splits"]["train"]["index_crc32"] = zlib.crc32((copy / "train.index.npy").read_bytes())
+    del raw["crc32"]
+    (copy / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"train\.index\.npy is damaged: it .*run vimfast-prepare again"):
+        open_source(copy, "train")
+    assert "differs from the records of its shards: it is made again" in run(tree, "--out", copy, "--shard-samples", 10)
+    assert visible(copy) == visible(out)
+
+
+def spoil_index(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-30] ^= 1
+    path.write_bytes(data)
+
+
+INDEXES = ("train.index.npy", "val.index.npy", "train-000002.idx")
+
+
+@pytest.mark.parametrize("spoil", [spoil_index, Path.unlink, lambda path: path.write_bytes(b""), None])
+@pytest.mark.parametrize("records", [True, False])
+def test_indexes_are_rebuilt_from_the_tars_alone(
+    out: Path, tmp_path: Path, spoil: Callable[[Path], None] | None, records: bool
+) -> None:
+    """Where the images are gone, the trainer's advice could not be followed."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    if not records:
+        shutil.rmtree(copy / ".prepare")
+    for name in INDEXES if spoil else ():
+        spoil(copy / name)
+    if spoil:
+        with pytest.raises(UserError, match=rf"train\.index\.npy .*rebuild it with vimfast-prepare --reindex {copy}"):
+            open_source(copy, "train")
+    said = run("--reindex", copy)
+    assert visible(copy) == visible(out)
+    listed = "wrote train.index.npy, train-000002.idx, val.index.npy" if spoil else "every index is what is in the tars"
+    assert said == f"{copy}: {listed}\n"
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_indexes_are_not_rebuilt_from_other_tars(out: Path, tmp_path: Path, records: bool) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    if not records:
+        shutil.rmtree(copy / ".prepare")
+    spoil_index(copy / "train.index.npy")
+    before = visible(copy)
+    row = np.load(out / "train.index.npy")[9]
+    tar = copy / "train-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[int(row["offset"]) + 300] ^= 2
+    tar.write_bytes(data)
+    said = run("--reindex", copy, status=2)
+    which = "train-000001.tar" if records else "the train tars"
+    assert f"manifest.json is of other images than those in {which}; " in said
+    data[int(row["offset"]) - 512] ^= 2
+    tar.write_bytes(data)
+    os.truncate(copy / "val-000001.tar", 1000)
+    said = run("--reindex", copy, status=2)
+    assert "has damaged tars: train-000001.tar is damaged (the tar header at byte" in said
+    assert "; val-000001.tar has 1,000 bytes, the manifest says" in said
+    (copy / "val-000001.tar").unlink()
+    assert "val-000001.tar cannot be read (No such file" in run("--reindex", copy, status=2)
+    assert {name: data for name, data in visible(copy).items() if not name.endswith(".tar")} == {
+        name: data for name, data in before.items() if not name.endswith(".tar")
+    }
+
+
+def test_an_unfinished_folder_has_no_indexes_to_rebuild(out: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    (copy / MANIFEST).unlink()
+    assert "is not finished; run the same vimfast-prepare" in run("--reindex", copy, status=2)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -428,6 +535,32 @@ def test_only_shards_of_other_images_are_made_again(tree: Path, out: Path, tmp_p
     assert sum(path.stat().st_mtime_ns != time for path, time in times.items()) == 1
     found = {name: data for tar in copy.glob("train-*.tar") for name, data in members(tar).items()}
     assert found["n02/n02_3.jpg"] == bytes(data)
+
+
+def test_an_image_replaced_by_one_of_the_same_size_and_time_is_noticed(tree: Path, tmp_path: Path) -> None:
+    """As copying it back from a backup does: a damaged image stayed in the shards."""
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    shutil.copytree(tree, root)
+    file = root / "train/n02/n02_3.JPEG"
+    whole, times = file.read_bytes(), file.stat()
+    file.write_bytes(whole[:300] + bytes(9) + whole[309:])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    run(root, "--out", copy, "--shard-samples", 10)
+    file.write_bytes(whole)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "was made from another n02/n02_3.JPEG: it is made again" in run(root, "--out", copy, "--shard-samples", 10)
+    assert "is complete already" in run(root, "--out", copy, "--shard-samples", 10)
+
+
+@pytest.mark.parametrize("year", [1600, 1900, 2300])
+def test_images_of_any_date(odd: Path, tmp_path: Path, year: int) -> None:
+    """Some archives have such; it was an OverflowError."""
+    file = odd / "train/n1/good_0.JPEG"
+    subprocess.run(["touch", "-d", f"{year}-01-01", str(file)], check=True)
+    run(odd, "--out", tmp_path / "out")
+    assert "is complete already" in run(odd, "--out", tmp_path / "out")
+    file.write_bytes((odd / "train/n1/good_1.JPEG").read_bytes())
+    assert "made from another n1/good_0.JPEG" in run(odd, "--out", tmp_path / "out")
 
 
 def test_an_image_that_was_skipped_is_taken_in_once_it_is_fixed(odd: Path, tmp_path: Path) -> None:
@@ -546,6 +679,15 @@ def test_a_full_disk_is_reported_and_resumed_from(tree: Path, out: Path, tmp_pat
     assert visible(tmp_path / "out") == visible(out)
 
 
+def test_a_disk_that_is_full_at_once_is_reported(tree: Path, tmp_path: Path) -> None:
+    """Before there are workers; it was a traceback."""
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))}
+    said = run(tree, "--out", tmp_path / "out", status=2, **limit)
+    assert said.splitlines()[-1].startswith(f"error: {tmp_path / 'out'} cannot be written (File too large); fix that")
+    assert visible(tmp_path / "out") == {}
+    run(tree, "--out", tmp_path / "out")
+
+
 def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(tree, root)
@@ -553,8 +695,73 @@ def test_a_source_that_went_away_is_not_skipped(tree: Path, tmp_path: Path) -> N
     shutil.rmtree(root)
     (tmp_path / "out/.prepare").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot be read .*resumes"):
-        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
+        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda name: None)
     assert visible(tmp_path / "out") == {}
+
+
+def test_links_to_a_disk_that_went_away_are_not_skipped(odd: Path, tmp_path: Path) -> None:
+    """A tree of links lost all its images under --skip-bad when their disk did, without an error."""
+    (tmp_path / "disk").mkdir()
+    for i in range(4):
+        (odd / f"train/n1/good_{i}.JPEG").rename(tmp_path / f"disk/{i}.JPEG")
+        (odd / f"train/n1/good_{i}.JPEG").symlink_to(tmp_path / f"disk/{i}.JPEG")
+    (tmp_path / "disk").rename(tmp_path / "away")
+    said = run(odd, "--out", tmp_path / "out", "--skip-bad", status=2)
+    assert "JPEG cannot be read (No such file or directory); once the source folder is back, run again" in said
+    (tmp_path / "away").rename(tmp_path / "disk")
+    (tmp_path / "disk/0.JPEG").unlink()
+    assert "6 train images in 1 shard(s), 2 changed, 1 skipped" in run(odd, "--out", tmp_path / "out", "--skip-bad")
+    (tmp_path / "disk").rename(tmp_path / "away")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "lock"}
+    said = run(odd, "--out", tmp_path / "out", "--skip-bad", status=2)
+    assert "cannot be read (No such file or directory); once the source folder is back" in said
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "what is complete stays complete"
+
+
+def test_files_that_may_no_longer_be_read_are_not_skipped(odd: Path) -> None:
+    """As when a ticket for a network file system expires; one file alone, in a folder that can be listed, is bad."""
+    file = odd / "train/n1/good_0.JPEG"
+    with forbidden(odd), pytest.raises(UserError, match=r"good_0\.JPEG cannot be read \(Permission denied\); once"):
+        writer.read_source(file)
+    with tempfile.TemporaryDirectory() as name:  # what is in pytest's folders is for their owner only
+        os.chmod(name, 0o755)
+        alone = Path(shutil.copy(file, name))
+        with forbidden(alone), pytest.raises(ValueError, match=r"cannot be opened: Permission denied"):
+            writer.read_source(alone)
+
+
+KILLED_BY_AN_IMAGE = """
+import os, signal
+from vimfast.prepare import main
+from vimfast.shards import writer
+
+read_source = writer.read_source
+
+def read(path):
+    if path.name == "good_2.JPEG":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_source(path)
+
+writer.read_source = read  # in each worker too: they import this file
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_the_image_that_kills_a_worker_is_named(odd: Path, tmp_path: Path) -> None:
+    """One of a million, which makes its decoder crash or takes all memory, each time."""
+    (tmp_path / "killed.py").write_text(KILLED_BY_AN_IMAGE)
+    command = [sys.executable, str(tmp_path / "killed.py"), str(odd), "--out", str(tmp_path / "out"), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2, done.stderr
+    assert "a worker process was killed, perhaps for lack of memory, with n1/good_2.JPEG in work; " in done.stderr
+
+
+def test_a_log_that_is_full_does_not_end_a_conversion(odd: Path, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        subprocess.run([*COMMAND, str(odd), "--out", str(tmp_path / "out")], stderr=full, stdout=subprocess.DEVNULL)
+    assert read_manifest(tmp_path / "out").splits["train"].samples == 7
 
 
 def test_too_little_memory_is_not_skipped(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,7 +774,7 @@ def test_too_little_memory_is_not_skipped(odd: Path, tmp_path: Path, monkeypatch
     (tmp_path / "out/.prepare").mkdir(parents=True)
     monkeypatch.setattr(jpeg, "to_rgb_jpeg", short)
     with pytest.raises(UserError, match=r"too little memory to decode .*is_(png|cmyk)\.JPEG; free some.*resumes"):
-        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda: None)
+        writer.write_shard(part, tmp_path / "out", skip_bad=True, tick=lambda name: None)
     assert visible(tmp_path / "out") == {}
 
 
@@ -599,6 +806,45 @@ def test_formats_that_pillow_reads_are_converted_and_other_files_counted(odd: Pa
     assert {note.file[3:] for note in entry.changed} >= {"a.gif", "b.jp2", "c.avif", "d.tiff"}
 
 
+def test_what_is_passed_over_is_said(odd: Path, tmp_path: Path) -> None:
+    """A class archive that was not unpacked, images beside the class folders, and a class without any."""
+    (odd / "train/n2").mkdir()
+    (odd / "train/n3.tar").touch()
+    shutil.copy(odd / "train/n1/good_0.JPEG", odd / "train/loose.JPEG")
+    said = run(odd, "--out", tmp_path / "out")
+    assert f"{odd}/train: 7 images of 2 classes\n{odd}/train: 1 of them have no images, such as n2\n" in said
+    assert f"{odd}/train: not converted, since the names are not of images: 1 .tar" in said
+    assert f"{odd}/train: not converted, since they are in no class folder: 1 images" in said
+
+
+def test_files_and_frames_larger_than_images_are(odd: Path, tmp_path: Path) -> None:
+    """A sparse file was too little space, too little memory or an OverflowError; a damaged header passed."""
+    good = (odd / "train/n1/good_0.JPEG").read_bytes()
+    for name, size in (("x.JPEG", 100 << 30), ("y.JPEG", 5 << 30)):
+        (odd / f"train/n1/{name}").write_bytes(good)
+        os.truncate(odd / f"train/n1/{name}", size)
+    (odd / "train/n1/z.JPEG").write_bytes(enlarged(good))
+    for extra in ([], ["--resize", 32]):
+        said = run(odd, "--out", tmp_path / "out", *extra, status=2)
+        assert "x.JPEG: 107,374,182,400 bytes, which is more than 1,073,741,824" in said
+        assert "y.JPEG: 5,368,709,120 bytes, which is more" in said
+        assert "z.JPEG: Image size (4290250000 pixels) exceeds limit" in said
+        run(odd, "--out", tmp_path / "out", *extra, "--skip-bad")
+        assert read_manifest(tmp_path / "out").splits["train"].samples == 7
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_name_with_a_line_end_is_on_one_line(odd: Path, tmp_path: Path) -> None:
+    (odd / "train/n1/a\nb.JPEG").write_bytes(b"")
+    assert f"\n{odd}/train/n1/a\\nb.JPEG: the file is empty\n" in run(odd, "--out", tmp_path / "out", status=2)
+
+
+def test_a_folder_that_may_not_be_looked_into(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["vimfast-prepare", str(odd), "--out", str(tmp_path / "out")])
+    with forbidden(odd), pytest.raises(UserError, match=r"odd/train cannot be read \(Permission denied\)"):
+        prepare.run()
+
+
 def test_only_regular_files_are_read(odd: Path, tmp_path: Path) -> None:
     """A FIFO was waited for without end, and 5 GB were read of a link to /dev/zero."""
     folder = odd / "train/n1"
@@ -626,7 +872,7 @@ def test_home_is_known_in_every_path(tree: Path, tmp_path: Path) -> None:
 
 
 def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
-    with convert._lock(tmp_path):
+    with convert.locked(tmp_path):
         assert "another vimfast-prepare" in run(tree, "--out", tmp_path, status=2)
 
 
@@ -636,7 +882,10 @@ def test_two_at_once_are_kept_apart(tree: Path, tmp_path: Path) -> None:
         (["{tree}", "--uot", "x"], "unknown flag --uot; did you mean '--out'?"),
         (["{tree}", "--out", "x", "--resise=256"], "unknown flag --resise; did you mean '--resize'?"),
         (["{tree}", "extra", "--out", "x"], "unrecognized arguments: extra"),
-        (["{tree}"], "--out"),
+        (["{tree}"], "--out is missing"),
+        (["--out", "x"], "IMAGENET_ROOT is missing"),
+        (["--reindex", "x", "--out", "y"], "--reindex takes the folder of shards alone"),
+        (["--reindex", "nowhere"], "nowhere is not a folder"),
         (["{tree}", "--out", "x", "--resize", "big"], "'big' is not an integer (must be >= 1)"),
         (["{tree}", "--out", "x", "--resize", "0"], "must be >= 1, not 0"),
         (["{tree}", "--out", "x", "--quality", "90"], "--quality needs --resize"),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import deep_folder, forbidden
 
+from vimfast.data.source import open_source
 from vimfast.errors import UserError
 from vimfast.shards.tree import scan_split
 
@@ -117,3 +119,50 @@ def test_a_loop_of_links_is_reported(tmp_path: Path) -> None:
     (tmp_path / "train/n1/loop").symlink_to("loop")
     with pytest.raises(UserError, match="loop cannot be read"):
         scan_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_that_is_a_link_to_nowhere_is_no_class_less(tmp_path: Path, split: str) -> None:
+    """A disk that is not mounted: the class was dropped without a word, and those after it had other labels."""
+    touch(tmp_path, "train/a/1.jpg", "train/c/1.jpg", "val/a/1.jpg", "val/c/1.jpg")
+    (tmp_path / "train/b").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"train/b is a link to nowhere; bring back what it leads to, or delete it"):
+        open_source(tmp_path, split)
+    touch(tmp_path, "elsewhere/1.jpg")
+    assert open_source(tmp_path, split).labels.tolist() == ([0, 1, 2] if split == "train" else [0, 2])
+
+
+def test_a_folder_inside_a_class_that_is_a_link_to_nowhere(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg")
+    (tmp_path / "train/a/more").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"train/a/more is a link to nowhere"):
+        scan_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("to", [".", ".."])
+def test_a_link_to_a_folder_above_is_reported(tmp_path: Path, to: str) -> None:
+    touch(tmp_path, "train/a/b/1.jpg")
+    (tmp_path / "train/a/b/up").symlink_to(to)
+    with pytest.raises(UserError, match=r"train/a/b/up is a link to a folder that it is in; delete it"):
+        scan_split(tmp_path, "train")
+
+
+def test_folders_may_be_deep(tmp_path: Path) -> None:
+    """It was a RecursionError."""
+    with deep_folder(tmp_path / "train" / "a", 1000) as inside:
+        assert scan_split(tmp_path, "train").name(0) == f"a/{inside}/1.jpg"
+
+
+def test_what_lies_beside_the_class_folders_is_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.jpg", "train/b.tar", "train/a/c.tar", "train/2.jpg", "train/.hidden.jpg")
+    files = scan_split(tmp_path, "train")
+    assert (files.others, files.loose, len(files)) == ({".tar": 2}, 1, 1)
+
+
+def test_a_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
+    """It was a PermissionError."""
+    touch(tmp_path, "root/train/a/1.jpg")
+    with forbidden(tmp_path / "root"):
+        for look in (scan_split, open_source):
+            with pytest.raises(UserError, match=r"root.* cannot be read \(Permission denied\)"):
+                look(tmp_path / "root", "train")

@@ -226,7 +226,7 @@ def _parent(pid: int) -> int:
 
 
 def _memory(folder: Path) -> float:
-    """A process's resident memory without what others have too, such as mapped shards.
+    """A process's resident memory without what others have too, such as libraries.
 
     Their proportional share (PSS) would take the kernel a walk through all pages, 20 ms for 6 GiB, in which the process
     can neither map nor unmap any: sampled four times a second, that slows the run it is to watch.

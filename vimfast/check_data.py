@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vimfast.checks.findings import CheckOptions, Finding, Report
+from vimfast.checks.findings import CheckOptions, Finding, Findings, Report
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
 from vimfast.cli import Parser, path, run_main, whole
-from vimfast.errors import UserError
+from vimfast.errors import UserError, one_line
 from vimfast.shards.format import SPLITS, is_shards_folder
 
 _LINES_PER_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
@@ -49,11 +49,11 @@ def main() -> int:
     try:
         report = check(args.path, options)
     except UserError as error:
-        report = Report(str(args.path), "nothing", findings=[Finding.of(error, "", args.path)])
+        report = Report(str(args.path), "nothing", findings=Findings([Finding.of(error, "", args.path)]))
     except OSError as error:
         fix = "fix its permissions, or the disk, and check again"
         finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", fix)
-        report = Report(str(args.path), "nothing", findings=[finding])
+        report = Report(str(args.path), "nothing", findings=Findings([finding]))
     if args.sample_grid is not None and report.kind != "nothing":
         _draw_samples(report, args)
     if args.json:
@@ -77,14 +77,14 @@ def _draw_samples(report: Report, args: argparse.Namespace) -> None:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report in plain values, with all findings."""
-    severities = [finding.severity for finding in report.findings]
+    """The report in plain values, with all findings that were kept."""
     return {
         "path": report.path,
         "kind": report.kind,
         "fit": report.fit,
-        "errors": severities.count("error"),
-        "warnings": severities.count("warning"),
+        "errors": report.findings.errors,
+        "warnings": report.findings.warnings,
+        "not_listed": report.findings.dropped,
         "splits": [split._asdict() for split in report.splits],
         "findings": [asdict(finding) for finding in report.findings],
     }
@@ -106,14 +106,13 @@ def _print(report: Report, console: Console) -> None:
     for (severity, split, fix), findings in groups[:_GROUPS]:
         say(f"{severity}{split and f' in {split}'}", "bold red" if severity == "error" else "bold yellow")
         for finding in findings[:_LINES_PER_GROUP]:
-            say(f"  {finding.file}: {finding.what}")
-        if len(findings) > _LINES_PER_GROUP:
-            say(f"  and {len(findings) - _LINES_PER_GROUP:,} more; --json lists all")
+            say(one_line(f"  {finding.file}: {finding.what}"))
+        if (total := report.findings.of_kind((severity, split, fix))) > _LINES_PER_GROUP:
+            say(f"  and {total - _LINES_PER_GROUP:,} more; --json lists {'all' if total == len(findings) else 'some'}")
         say(f"  -> {fix}\n" if fix else "", "cyan")
     if len(groups) > _GROUPS:
         say(f"and {len(groups) - _GROUPS:,} more kinds of findings; --json lists all\n")
-    errors = sum(finding.severity == "error" for finding in report.findings)
-    counts = f"{errors:,} error(s), {len(report.findings) - errors:,} warning(s)"
+    counts = f"{report.findings.errors:,} error(s), {report.findings.warnings:,} warning(s)"
     say(f"{'fit to train on' if report.fit else 'not fit to train on'}: {counts}", "green" if report.fit else "red")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -19,7 +20,12 @@ class UserError(Exception):
         self.problem, self.fix = problem, fix
 
     def __str__(self) -> str:
-        return self.problem if self.fix is None else f"{self.problem}; {self.fix}"
+        return one_line(self.problem if self.fix is None else f"{self.problem}; {self.fix}")
+
+
+def one_line(text: str) -> str:
+    """With control characters spelled out: names of files may have line ends in them."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -18,11 +18,12 @@ READ_BYTES = _BUFFER_BYTES = 1 << 20
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES})  # what some network file systems answer
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, most: int | None = None) -> bytes:
     """All bytes of a regular file; three times as fast as ``Path.read_bytes`` for one of 100 KB that is in memory.
 
     Raises:
-        ValueError: a FIFO, a socket, a device or a folder, which may never end or never answer; the message says so.
+        ValueError: a FIFO, a socket, a device or a folder, which may never end or never answer, or a file of more than
+            `most` bytes; the message says so.
         OSError: the file cannot be read.
     """
     try:
@@ -36,6 +37,8 @@ def read_file(path: Path) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"not a regular file, but {_kind(found.st_mode)}")
         wanted = found.st_size
+        if most is not None and wanted > most:
+            raise ValueError(f"{wanted:,} bytes, which is more than {most:,}")
         data = os.read(descriptor, wanted)
         while len(data) < wanted and (more := os.read(descriptor, wanted - len(data))):
             data += more

@@ -1,6 +1,7 @@
 """vimfast-prepare: an ImageNet folder becomes shards that every loader reads fast.
 
     vimfast-prepare imagenet_data/ --out shards/
+    vimfast-prepare --reindex shards/
 
 The same as ``python -m vimfast.prepare``. Run again after a crash it resumes; the manifest is written last.
 """
@@ -13,8 +14,10 @@ import sys
 
 from vimfast import __version__
 from vimfast.cli import Parser, path, run_main, whole
+from vimfast.errors import one_line
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions
+from vimfast.shards.reindex import reindex
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -25,29 +28,39 @@ def _parse(words: list[str]) -> argparse.Namespace:
         epilog="example: vimfast-prepare imagenet_data/ --out shards/",
     )
     add = parser.add_argument
-    add("root", metavar="IMAGENET_ROOT", type=path, help="folder that holds train/ and val/ (or one of them)")
-    add("--out", metavar="FOLDER", type=path, required=True, help="folder to write the shards into")
+    text = "folder that holds train/ and val/ (or one of them)"
+    add("root", metavar="IMAGENET_ROOT", type=path, nargs="?", help=text)
+    add("--out", metavar="FOLDER", type=path, help="folder to write the shards into")
     add("--resize", metavar="N", type=whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")
     add("--quality", metavar="Q", type=whole(1, 100), help="JPEG quality of resized images, 1 to 100 [90]")
     add("--seed", type=whole(0), default=0, help="of the training set's shuffle [0]")
     add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
     add("--shard-samples", metavar="S", type=whole(1), default=4096, help="most images in a shard [4096]")
     add("--skip-bad", action="store_true", help="leave unreadable images out and record them in the manifest")
+    text = "only rebuild damaged or missing indexes of these finished shards, from their tars; needs no images"
+    add("--reindex", metavar="SHARDS", type=path, help=text)
     add("--overwrite", action="store_true", help="delete the shards that lie in --out first")
     add("--version", action="version", version=f"vimfast {__version__}")
     args = parser.parse_args(words)
+    if args.reindex is not None and (args.root is not None or args.out is not None):
+        parser.error("--reindex takes the folder of shards alone, without IMAGENET_ROOT and --out")
+    if args.reindex is None and (args.root is None or args.out is None):
+        parser.error(f"{'IMAGENET_ROOT' if args.root is None else '--out'} is missing")
     if args.quality is not None and args.resize is None:
         parser.error("--quality needs --resize: without it images keep their bytes")
     return args
 
 
 def run() -> None:
-    """Convert as the command line says."""
+    """Do as the command line says."""
     args = _parse(sys.argv[1:])
+    if args.reindex is not None:
+        print(one_line(reindex(args.reindex, workers=args.workers)))
+        return
     quality = None if args.resize is None else args.quality or 90
     options = ConversionOptions(args.seed, args.resize, quality, args.shard_samples)
     done = convert(args.root, args.out, options, workers=args.workers, skip_bad=args.skip_bad, overwrite=args.overwrite)
-    print(done)
+    print(one_line(done))
 
 
 def main() -> None:

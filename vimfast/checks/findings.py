@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +34,7 @@ WNID = re.compile(r"(?<![A-Za-z0-9])n\d{8}(?!\d)")
 
 # Of images of other formats, only decoding shows whether they can be read.
 _KNOWN_BY_HEADER = {"jpeg", "png", "webp", "bmp", "tiff", "ppm"}
+_KEPT, _KEPT_IN_ALL = 2_000, 50_000  # findings in memory: of the same severity, split and fix, and of all
 _FEW = 1000  # images that are checked before other processes have started
 
 Severity = Literal["error", "warning"]
@@ -61,6 +62,50 @@ class Finding:
         return cls("error", split, file, what.removeprefix(f"{file} ").removeprefix("is "), error.fix or "")
 
 
+class Findings(list[Finding]):
+    """Findings, of which the first thousands of each kind are kept and the others counted: a data set on a disk that
+    failed has a million.
+
+    Attributes:
+        errors, warnings: how many there were.
+    """
+
+    def __init__(self, findings: Iterable[Finding] = ()) -> None:
+        super().__init__()
+        self.errors = self.warnings = 0
+        self._kinds: Counter[tuple[str, str, str]] = Counter()
+        self.extend(findings)
+
+    def append(self, finding: Finding) -> None:
+        kind = finding.severity, finding.split, finding.fix
+        self._kinds[kind] += 1
+        self.errors += finding.severity == "error"
+        self.warnings += finding.severity == "warning"
+        if self._kinds[kind] <= _KEPT and len(self) < _KEPT_IN_ALL:
+            super().append(finding)
+
+    def extend(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            self.append(finding)
+
+    def __iadd__(self, findings: Iterable[Finding]) -> Findings:  # type: ignore[override, misc]
+        self.extend(findings)
+        return self
+
+    def of_kind(self, kind: tuple[str, str, str]) -> int:
+        """How many there were of this severity, split and fix."""
+        return self._kinds[kind]
+
+    @property
+    def dropped(self) -> int:
+        """Those that are counted only."""
+        return self.total - len(self)
+
+    @property
+    def total(self) -> int:
+        return self.errors + self.warnings
+
+
 class SplitSummary(NamedTuple):
     """What a split holds; `least` and `most` are images per class, `bytes` is the size of all images."""
 
@@ -79,11 +124,11 @@ class Report:
     path: str
     kind: Literal["folder tree", "shards", "nothing"]
     splits: list[SplitSummary] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
 
     @property
     def fit(self) -> bool:
-        return not any(finding.severity == "error" for finding in self.findings)
+        return not self.findings.errors
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from vimfast.checks.findings import (
     CheckOptions,
     ClassCheck,
     Finding,
+    Findings,
     Report,
     Severity,
     SplitSummary,
@@ -22,9 +23,8 @@ from vimfast.checks.findings import (
     run_tasks,
 )
 from vimfast.errors import UserError
-from vimfast.files import read_file
 from vimfast.shards.format import SPLITS
-from vimfast.shards.tree import is_image_name, scan_split
+from vimfast.shards.tree import Ancestors, identity, is_dead_link, is_folder, is_image_name, read_image, scan_split
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip", ".rar", ".7z")
 _UNPACK = "put the class's images there: unpack its archive again"
@@ -53,7 +53,7 @@ def check_folder(root: Path, options: CheckOptions) -> Report:
     report = Report(str(root), "folder tree")
     folders: dict[str, list[_ClassFolder]] = {}
     for split in options.splits:
-        if (root / split).is_dir():
+        if is_folder(root / split):
             folders[split] = _Lister(root / split, split, report.findings).list_classes()
         else:
             report.findings.append(_missing_split(root, split))
@@ -98,7 +98,7 @@ def _missing_split(root: Path, split: str) -> Finding:
 class _Lister:
     """Lists the class folders of a split, and notes what else is in there."""
 
-    def __init__(self, folder: Path, split: str, findings: list[Finding]) -> None:
+    def __init__(self, folder: Path, split: str, findings: Findings) -> None:
         self.folder, self.split, self.findings = folder, split, findings
 
     def _note(self, severity: Severity, path: Path, what: str, fix: str) -> None:
@@ -106,15 +106,16 @@ class _Lister:
 
     def list_classes(self) -> list[_ClassFolder]:
         folders, loose = [], []
-        for entry in self._entries(self.folder):
-            if entry.name.startswith("."):
-                self._hidden(self.folder / entry.name)
-            elif entry.is_dir():
-                folders.append(entry.name)
-            elif is_image_name(entry.name):
-                loose.append(entry.name)
+        before = self.findings.total
+        for name, leads_on in self._entries(self.folder)[0]:
+            if name.startswith("."):
+                self._hidden(self.folder / name)
+            elif leads_on:
+                folders.append(name)
+            elif is_image_name(name):
+                loose.append(name)
             else:
-                self._stray(self.folder / entry.name, unpacked=False)
+                self._stray(self.folder / name, unpacked=False)
         if loose:
             what = f"holds {len(loose):,} image(s) outside class folders, the first is {loose[0]}"
             self._note("error", self.folder, what, _SORT)
@@ -122,7 +123,7 @@ class _Lister:
             fix = f"move its contents up into {self.folder}/ and delete it, then check again"
             self._note("error", self.folder / name, "a level too many: class folders belong here", fix)
             folders.remove(name)
-        if not folders and not self.findings:
+        if not folders and self.findings.total == before:
             self._note("error", self.folder, "empty", "put one folder of images per class there")
         classes = [self._list_class(name, set(folders)) for name in folders]
         if len(classes) == 1:
@@ -133,7 +134,7 @@ class _Lister:
         folder = self.folder / name
         paths: list[str] = []
         others: list[str] = []
-        for path in self._walk(folder, ""):
+        for path in self._walk(folder):
             (paths if is_image_name(os.path.basename(path)) else others).append(path)
         for path in others:
             self._stray(folder / path, unpacked=bool(paths))
@@ -149,23 +150,43 @@ class _Lister:
             what = f"the only class folder, with {len(inner):,} folders in it: a level too many?"
             self._note("error", self.folder / only.name, what, f"move its folders up into {self.folder}/")
 
-    def _walk(self, folder: Path, inside: str) -> Iterator[str]:
+    def _walk(self, folder: Path) -> Iterator[str]:
         """Paths, relative to `folder`, of all files that are not hidden."""
-        for entry in self._entries(folder / inside):
-            if entry.name.startswith("."):
-                self._hidden(folder / inside / entry.name)
-            elif entry.is_dir():
-                yield from self._walk(folder, f"{inside}{entry.name}/")
-            else:
-                yield inside + entry.name
+        waiting: list[tuple[str, Ancestors]] = [("", ())]
+        while waiting:
+            inside, above = waiting.pop()
+            entries, here = self._entries(folder / inside, above)
+            for name, leads_on in entries:
+                if name.startswith("."):
+                    self._hidden(folder / inside / name)
+                elif leads_on:
+                    waiting.append((f"{inside}{name}/", here))
+                else:
+                    yield inside + name
 
-    def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
+    def _entries(self, folder: Path, above: Ancestors = ()) -> tuple[list[tuple[str, bool]], Ancestors]:
+        """What is in there, sorted: names, and whether they are folders; and `above` with this folder."""
+        found: list[tuple[str, bool]] = []
         try:
+            known = identity(folder)
+            if known in above:
+                self._note("error", folder, "a link to a folder that it is in", "delete it")
+                return found, above
+            above = *above, known
             with os.scandir(folder) as entries:
-                return sorted(entries, key=lambda entry: entry.name)
+                found += [(entry.name, self._leads_on(entry)) for entry in entries]
         except OSError as error:
             self._note("error", folder, f"cannot be listed: {error.strerror}", "fix its permissions, or the disk")
-            return []
+        return sorted(found), above
+
+    def _leads_on(self, entry: os.DirEntry[str]) -> bool:
+        """Whether it is a folder."""
+        try:
+            return entry.is_dir()
+        except OSError as error:
+            fix = "delete it, or fix the link or the disk"
+            self._note("error", Path(entry.path), f"cannot be read: {error.strerror}", fix)
+            return False
 
     def _hidden(self, path: Path) -> None:
         self._note("warning", path, "hidden, so not read", "delete it, or rename it if it is an image")
@@ -177,6 +198,8 @@ class _Lister:
             else:
                 fix = "unpack it into a class folder of the same name, and delete it"
                 self._note("error", path, "an archive that is not unpacked", fix)
+        elif is_dead_link(path):
+            self._note("error", path, "a link to nowhere", "bring back what it leads to, or delete it")
         else:
             fix = "delete it, or rename it if it is an image"
             self._note("warning", path, "does not have an image's extension, so is not read", fix)
@@ -203,10 +226,12 @@ def _check_files(folder: str, split: str, name: str, paths: list[bytes], decode:
             what = f"has the name of class {others.pop()}"
             findings.append(Finding("error", split, file, what, "move it to the folder of its class"))
         try:
-            data = read_file(Path(file))
+            data = read_image(Path(file))
         except ValueError as error:
             findings.append(Finding("error", split, file, str(error), "delete it"))
             continue
+        except MemoryError:
+            raise UserError(f"there is too little memory to read {file}", "free some, or lower --workers") from None
         except OSError as error:
             fix = "fix the link, the permissions or the disk, or delete it"
             findings.append(Finding("error", split, file, f"cannot be read: {error.strerror}", fix))

@@ -16,6 +16,7 @@ from vimfast.checks.findings import (
     CheckOptions,
     ClassCheck,
     Finding,
+    Findings,
     Flaw,
     Report,
     SplitSummary,
@@ -44,6 +45,8 @@ _BLOCK = tarfile.BLOCKSIZE
 
 def _again(name: str) -> str:
     """The fix for a damaged file."""
+    if not name.endswith(".tar"):
+        return f"copy {name} again, or rebuild it with vimfast-prepare --reindex"
     return f"copy {name} again, or delete it and run the same vimfast-prepare again: it writes what is missing"
 
 
@@ -67,7 +70,7 @@ def check_shards(folder: Path, options: CheckOptions) -> Report:
             fix = f"run vimfast-prepare on a folder that has {split}/, or pass --splits if {split} is not needed"
             report.findings.append(Finding("error", split, str(manifest_path), f"has no {split} split", fix))
             continue
-        check = _SplitCheck(folder, split, manifest, options)
+        check = _SplitCheck(folder, split, manifest, options, report.findings)
         tars = check.find_tars()
         rows = check.read_index()
         if rows is not None:
@@ -77,7 +80,6 @@ def check_shards(folder: Path, options: CheckOptions) -> Report:
             check.check_shards(rows, tars)
             size = int(rows["size"].sum(dtype=np.int64))
             report.splits.append(SplitSummary(split, len(held), len(rows), min(held), max(held), size))
-        report.findings += check.findings
     if counts:
         place = lambda split, name: f"{folder / index_name(split)}{name and ': '}{name}"  # noqa: E731
         report.findings += ClassCheck(counts, options.classes, place, _COMPLETE).run()
@@ -102,13 +104,13 @@ def _leftovers(folder: Path, manifest: Manifest) -> Iterator[Finding]:
 
 
 class _SplitCheck:
-    """The checks of one split; `findings` is what they have found."""
+    """The checks of one split, which add what they find to `findings`."""
 
-    def __init__(self, folder: Path, split: str, manifest: Manifest, options: CheckOptions) -> None:
+    def __init__(self, folder: Path, split: str, manifest: Manifest, options: CheckOptions, findings: Findings) -> None:
         self.folder, self.split, self.options = folder, split, options
         self.classes = len(manifest.classes)
         self.entry = manifest.splits[split]
-        self.findings: list[Finding] = []
+        self.findings = findings
 
     def _error(self, name: str, what: str) -> None:
         self.findings.append(Finding("error", self.split, str(self.folder / name), what, _again(name)))
@@ -161,7 +163,14 @@ class _SplitCheck:
                 todo.append((str(self.folder / shard.name), mine))
         total = sum(len(mine) for _, mine in todo)
         tasks = (
-            (tar, self.split, np.array(mine[at : at + _CHUNK]), self.classes, self.options.decode)
+            (
+                tar,
+                self.split,
+                np.array(mine[at : at + _CHUNK]),
+                self.classes,
+                self.options.decode,
+                at + _CHUNK >= len(mine),
+            )
             for tar, mine in todo
             for at in range(0, len(mine), _CHUNK)
         )
@@ -194,8 +203,8 @@ def _padded(size: int) -> int:
     return size + -size % _BLOCK
 
 
-def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode: bool) -> Tally:
-    """Check some samples of a shard, in a worker process."""
+def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode: bool, last: bool) -> Tally:
+    """Check some samples of a shard, and what follows the `last`, in a worker process."""
     findings: list[Finding] = []
     try:
         with open(tar, "rb") as file:
@@ -209,6 +218,9 @@ def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode:
                     name = f"the sample at byte {offset}"
                     flaws = [_damaged(tar, f"is outside the tar's {end:,} bytes")]
                 findings += [Finding(flaw.severity, split, f"{tar}: {name}", flaw.what, flaw.fix) for flaw in flaws]
+            if last and not findings and file.read().strip(b"\0"):
+                flaw = _damaged(tar, "has something behind its last sample")
+                findings.append(Finding(flaw.severity, split, tar, flaw.what, flaw.fix))
     except OSError as error:
         flaw = _damaged(tar, f"cannot be read: {error.strerror}")
         findings.append(Finding(flaw.severity, split, tar, flaw.what, flaw.fix))
@@ -248,6 +260,8 @@ def _check_sample(tar: str, block: bytes, row: np.void, classes: int, decode: bo
         ]
     if not 0 <= label < classes:
         return name, [_damaged(tar, f"has label {label}, the manifest has {classes:,} classes")]
+    if (block[_BLOCK + size : _BLOCK + _padded(size)] + second[_BLOCK + label_header.size :]).strip(b"\0"):
+        return name, [_damaged(tar, "has something between its members")]
     info, flaws = check_image(image, None, decode)
     flaws = [Flaw(flaw.severity, flaw.what, _SOURCE) for flaw in flaws]
     if info is not None and not jpeg.is_plain(info):

@@ -40,7 +40,7 @@ class LoaderSettings:
             the rest), ``"cuda"`` or ``"cpu"``.
         threads: decoding threads; default: as many as help, of the cores this process may use.
         prefetch: batches decoded ahead.
-        readahead: batches read (of shards: requested from the disk) ahead of those.
+        readahead: batches read ahead of those.
         steps_at_once: batches that DALI decodes together; default: what fits the decoder.
         engine_share: of the images, for the JPEG engine; default: what fits the GPU and the threads.
         on_bad_image: ``"stop"`` at an image that does not decode, or ``"skip"`` it (:class:`Reader`).
@@ -297,14 +297,20 @@ class Loader:
 
     def _works(self, epoch: int, start: int) -> Iterator[Work]:
         """What comes from a place on: without end in training, else to the end of the epoch."""
-        while True:
-            for step in range(start, self.steps):
-                work = self.view.draw(epoch, step, self._reader.read)
-                if len(work.ids):
-                    yield work
-            if not self.view.training:
-                return
-            epoch, start = epoch + 1, 0
+        places = itertools.chain([None], self._places(epoch, start), [None])
+        for place, following in itertools.pairwise(places):
+            if following is not None:  # so that the disk has the next batch to fetch while this one is read
+                self.source.will_need(self.order.decoded(*following)[1])
+            if place is not None and len((work := self.view.draw(*place, self._reader.read)).ids):
+                yield work
+
+    def _places(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
+        for step in range(start, self.steps):
+            yield epoch, step
+        while self.view.training:
+            epoch += 1
+            for step in range(self.steps):
+                yield epoch, step
 
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
         """Find the images that DALI failed on, to continue without them; what that cannot help is raised."""

@@ -70,10 +70,12 @@ class Reader:
             Whether an image was found.
 
         Raises:
-            UserError: it was, and bad ones are not to be skipped; the sentence names it.
+            UserError: it was, and bad ones are not to be skipped, or it is not what was stored; the sentence names it.
         """
         batches = list(batches)
         for ids, encoded in batches:
+            stored = np.flatnonzero(~np.isin(ids, list(self._reencoded)))
+            self.source.verify(ids[stored], [encoded[place] for place in stored.tolist()])
             why = {int(i): reason for i, data in zip(ids, encoded, strict=True) if (reason := _why_unreadable(data))}
             if why:
                 self._accuse(why)

@@ -1,4 +1,4 @@
-"""The bytes of image i, from shards (memory-mapped, nothing copied) or straight from a folder tree.
+"""The bytes of image i, from shards or straight from a folder tree.
 
 Both hand out the same bytes for the same image: what ``vimfast-prepare`` does once to an odd file (a PNG named
 .JPEG, a CMYK JPEG), the folder source does in memory each time. So training works before conversion, and the same.
@@ -6,7 +6,7 @@ Both hand out the same bytes for the same image: what ``vimfast-prepare`` does o
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
 import resource
 import stat
@@ -14,7 +14,7 @@ import tarfile
 import time
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +23,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from vimfast.errors import UserError
-from vimfast.files import read_file
 from vimfast.shards import jpeg
 from vimfast.shards.format import check_rows, index_name, is_shards_folder, read_index, read_manifest
-from vimfast.shards.tree import FileList, scan_split
+from vimfast.shards.tree import FileList, class_folders, read_image, scan_split
 
 _TAR_BLOCK = 512
 _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
@@ -38,6 +37,7 @@ _FEWEST_READERS, _MOST_READERS = 2, 32
 
 _MEMORY = "free some, or run with fewer --num-workers"
 _AGAIN = "copy it again or run vimfast-prepare again"
+_RESUME = "copy it again or run vimfast-prepare again, then resume"
 
 
 class BadImage(UserError):
@@ -53,7 +53,7 @@ class BadImage(UserError):
 class Images(NamedTuple):
     """A batch of encoded images."""
 
-    encoded: list[np.ndarray]  # n arrays of uint8, each a JPEG; may be read-only views of a mapped file
+    encoded: list[np.ndarray]  # n arrays of uint8, each a JPEG; read-only
     sizes: np.ndarray  # int32 [n, 2]: height, width in pixels
     labels: np.ndarray  # int64 [n]
 
@@ -75,12 +75,22 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def will_need(self, ids: np.ndarray) -> None:
+        """Have the disk begin on the images of these ids (int64 [n]), which are read next."""
+
     def read(self, ids: np.ndarray) -> Images:
         """The images of these ids (int64 [n]). Safe to call from several threads.
 
         Raises:
             BadImage: a file is not an image, or is cut off; the sentence names it.
             UserError: a file is gone or cannot be read, which may have nothing to do with the image in it.
+        """
+
+    def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
+        """Look whether these images, of these ids, are what was stored, if that is known.
+
+        Raises:
+            UserError: one is not, so it is not the image that is bad, but its disk or the copy of its file.
         """
 
     def name(self, i: int) -> str:
@@ -109,19 +119,12 @@ def open_source(path: str | Path, split: str) -> Source:
     root = Path(path)
     if is_shards_folder(root):
         return ShardSource(root, split)
-    classes = _class_folders(root / "train") if split != "train" else None
+    classes = class_folders(root / "train") if split != "train" else None
     return FolderSource(scan_split(root, split, classes or None))
 
 
-def _class_folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
 class ShardSource:
-    """Images of one split of a shards folder: one mapped file per shard, opened when first read."""
+    """Images of one split of a shards folder."""
 
     def __init__(self, folder: Path, split: str) -> None:
         manifest = read_manifest(folder)
@@ -135,41 +138,35 @@ class ShardSource:
         self._index = read_index(folder, split, entry.samples, entry.index_crc32)
         if wrong := check_rows(self._index, entry, len(self.classes)):
             raise UserError(f"{folder / index_name(split)} is damaged: it {wrong}", _AGAIN)
-        self._shards = [folder / shard.name for shard in entry.shards]
-        for path, shard in zip(self._shards, entry.shards, strict=True):
-            _check_size(path, shard.bytes)
-        _allow_open_files(len(self._shards))
-        self._opened: list[_Shard | None] = [None] * len(self._shards)
+        _allow_open_files(len(entry.shards))
+        self._shards = [_Shard(folder / shard.name, shard.bytes) for shard in entry.shards]
         self.labels: np.ndarray = self._index["label"]
         self.identity = f"shards {entry.samples} {entry.index_crc32:08x}"
+        self._verified = np.zeros(len(self._index), bool)
 
     def __len__(self) -> int:
         return len(self._index)
 
+    def will_need(self, ids: np.ndarray) -> None:
+        for number, offset, size in _places(self._index[np.unique(ids)]):
+            self._shards[number].will_need(offset, size)
+
     def read(self, ids: np.ndarray) -> Images:
         rows = self._index[ids]
-        places = zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
+        encoded = [
+            np.frombuffer(self._shards[number].read(offset, size), np.uint8) for number, offset, size in _places(rows)
+        ]
+        # At first; then they come from memory, or from a disk that was right before.
+        fresh = np.flatnonzero(~self._verified[ids])
+        self.verify(ids[fresh], [encoded[place] for place in fresh.tolist()])
+        self._verified[ids] = True
         sizes = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int32)
-        return Images([self._image(*place) for place in places], sizes, rows["label"].astype(np.int64))
+        return Images(encoded, sizes, rows["label"].astype(np.int64))
 
-    def _image(self, number: int, offset: int, size: int) -> np.ndarray:
-        shard = self._shard(number)
-        if offset + size > len(shard.content):
-            raise UserError(
-                f"{self._shards[number]} ends before an image that the index holds", "run vimfast-prepare again"
-            )
-        shard.read_ahead(offset, size)
-        return shard.content[offset : offset + size]
-
-    def _shard(self, number: int) -> _Shard:
-        known = self._opened[number]
-        if known is None:
-            path = self._shards[number]
-            try:
-                known = self._opened[number] = _Shard(path)
-            except OSError as error:
-                raise UserError(f"{path} cannot be opened ({error.strerror})", "run vimfast-prepare again") from None
-        return known
+    def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
+        for i, data, stored in zip(ids.tolist(), encoded, self._index["crc32"][ids].tolist(), strict=True):
+            if zlib.crc32(data.data) != stored:
+                raise UserError(f"{self.name(i)} is damaged: it differs from its checksum in the index", _RESUME)
 
     def mean_bytes(self) -> float:
         """Of an image, from a few of them; 0 where there is none."""
@@ -182,47 +179,94 @@ class ShardSource:
 
     def name(self, i: int) -> str:
         """The tar and the member in it: ``train-000003.tar: n01440764/x.jpg``."""
-        shard, offset = int(self._index["shard"][i]), int(self._index["offset"][i])
-        header = self._shard(shard).content[offset - _TAR_BLOCK : offset].tobytes()
+        shard, offset = self._shards[int(self._index["shard"][i])], int(self._index["offset"][i])
         try:
+            header = shard.read(offset - _TAR_BLOCK, _TAR_BLOCK)
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except tarfile.HeaderError:
             member = f"the image at byte {offset}"
-        return f"{self._shards[shard]}: {member}"
+        return f"{shard.path}: {member}"
+
+
+def _places(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Shard, offset and size of each."""
+    return zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
 
 
 class _Shard:
-    """One mapped file."""
+    """One tar. It is read rather than mapped: a map whose file is cut off, or whose disk fails, ends the process with
+    a signal and without a word, in whatever thread happens to decode.
 
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._file)
-        self.content = np.frombuffer(mmap.mmap(self._file, 0, access=mmap.ACCESS_READ), np.uint8)
+    It is opened once and stays open, so that a run reads the tars that it began with whatever becomes of their names;
+    where too few open files are allowed, it is opened for each image.
 
-    def read_ahead(self, offset: int, size: int) -> None:
-        """Ask for these bytes. On a cold disk the kernel then fetches the batches to come all at once, not page by
-        page as each image is decoded. (``mmap.madvise`` asks the same, but keeps Python's lock while the disk's
-        queue is full.)"""
-        for start in range(offset, offset + size, _AHEAD_BYTES):
-            os.posix_fadvise(self._file, start, min(_AHEAD_BYTES, offset + size - start), os.POSIX_FADV_WILLNEED)
+    Raises:
+        UserError: it cannot be read, or does not have its `size`.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self._kept: int | None = None
+        file = self._open()
+        # A new file has the lowest free number, so this leaves half of the limit to everybody else.
+        if file < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            self._kept = file
+            weakref.finalize(self, os.close, file).atexit = False  # threads may be reading still
+        found = os.fstat(file)
+        self._let_go(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is not a regular file", _AGAIN)
+        if found.st_size != size:
+            raise UserError(f"{path} has {found.st_size} bytes, the manifest says {size}", _AGAIN)
+
+    def _open(self) -> int:
+        if self._kept is not None:
+            return self._kept
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing", _AGAIN) from None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be opened ({error.strerror})", _opening(error)) from None
+
+    def _let_go(self, file: int) -> None:
+        if file != self._kept:
+            os.close(file)
+
+    def will_need(self, offset: int, size: int) -> None:
+        """Ask for these bytes: a cold disk then fetches a batch at once, not image by image as they are read."""
+        file = self._open()
+        with suppress(OSError):  # reported when it is read
+            for start in range(offset, offset + size, _AHEAD_BYTES):
+                os.posix_fadvise(file, start, min(_AHEAD_BYTES, offset + size - start), os.POSIX_FADV_WILLNEED)
+        self._let_go(file)
+
+    def read(self, offset: int, size: int) -> bytes:
+        file = self._open()
+        try:
+            data = os.pread(file, size, offset)
+            while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror})", _RESUME) from None
+        finally:
+            self._let_go(file)
+        if len(data) < size:
+            raise UserError(
+                f"{self.path} was cut off while it was in use: it ends before byte {offset + size}", _RESUME
+            )
+        return data
 
 
-def _check_size(path: Path, expected: int) -> None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing", _AGAIN) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", _AGAIN) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path} is not a regular file", _AGAIN)
-    size = found.st_size
-    if size != expected:
-        raise UserError(f"{path} has {size} bytes, the manifest says {expected}", _AGAIN)
+def _opening(error: OSError) -> str:
+    """What to do about a shard that cannot be opened."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    return "fix its permissions, or the disk" if error.errno in (errno.EACCES, errno.EPERM, errno.EIO) else _AGAIN
 
 
 def _allow_open_files(count: int) -> None:
-    """A map takes two open files, ours and Python's, and 1,024 is a common limit that any process may raise."""
+    """1,024 is a common limit, which any process may raise."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -250,6 +294,9 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
+    def will_need(self, ids: np.ndarray) -> None:
+        """Nothing: files are read by as many threads as their disk takes to be quick."""
+
     def read(self, ids: np.ndarray) -> Images:
         begin = time.perf_counter()
         shares = np.array_split(ids, self._readers)  # a task for each image would cost as much as reading it
@@ -257,6 +304,9 @@ class FolderSource:
         self._adapt((time.perf_counter() - begin) / max(len(ids), 1))
         sizes = np.array([size for _, size in read], np.int32).reshape(-1, 2)
         return Images([data for data, _ in read], sizes, self.labels[ids].astype(np.int64))
+
+    def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
+        """Nothing is known of files."""
 
     def _adapt(self, seconds: float) -> None:
         if seconds > _SLOW:
@@ -270,7 +320,7 @@ class FolderSource:
     def _image(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
         path = self._files.path(i)
         try:
-            data = read_file(path)
+            data = read_image(path)
             info = jpeg.inspect(data)
             if jpeg.is_plain(info) and info.complete:
                 return np.frombuffer(data, np.uint8), (info.height, info.width)

@@ -10,18 +10,21 @@ import fcntl
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from vimfast import __version__
 from vimfast.errors import UserError
 from vimfast.files import TEMPORARY, write_bytes
 from vimfast.shards.format import (
     FORMAT,
+    INDEX_DTYPE,
     MANIFEST,
     PLAN,
     SOURCE,
@@ -34,8 +37,8 @@ from vimfast.shards.format import (
     PlanDigest,
     ShardEntry,
     SplitEntry,
+    index_header,
     index_name,
-    is_shards_folder,
     read_index,
     read_manifest,
     read_plan_digests,
@@ -44,9 +47,9 @@ from vimfast.shards.format import (
     write_manifest,
 )
 from vimfast.shards.plan import ShardPlan
-from vimfast.shards.tree import scan_split
+from vimfast.shards.tree import is_folder, scan_split
 from vimfast.shards.workers import report, verify_shards, write_shards
-from vimfast.shards.writer import estimate_bytes, read_record, write_index
+from vimfast.shards.writer import estimate_bytes, join_rows, read_record
 
 
 def convert(
@@ -69,34 +72,54 @@ def convert(
     _check_out(root, out)
     plans = _make_plans(root, options)
     digests = {plan.split: plan.digest() for plan in plans}
-    with _lock(out):
-        kept = verify_shards(plans, out, workers) if not overwrite and _is_continued(out, digests) else {}
-        if len(kept) == sum(plan.shards for plan in plans) and _is_finished(out, digests):
-            _report_others(plans)
-            return f"{out} is complete already: {_summarize(read_manifest(out))}"
-        _check_space(plans, out)
-        if overwrite:
-            _delete_shards(out)
-        (out / MANIFEST).unlink(missing_ok=True)
-        write_json(out / STATE_FOLDER / PLAN, digests)
-        write_bytes(out / STATE_FOLDER / SOURCE, os.fsencode(root.absolute()))
-        begin = time.monotonic()
-        written = write_shards(plans, out, workers, skip_bad, kept)
-        manifest = _finish(plans, out, digests)
+    with locked(out):
+        try:
+            return _convert(root, plans, digests, out, workers, skip_bad, overwrite)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or out} cannot be written ({error.strerror})", "fix that and run again, it resumes"
+            ) from None
+
+
+def _convert(
+    root: Path,
+    plans: list[ShardPlan],
+    digests: dict[str, PlanDigest],
+    out: Path,
+    workers: int,
+    skip_bad: bool,
+    overwrite: bool,
+) -> str:
+    kept = verify_shards(plans, out, workers) if not overwrite and _is_continued(out, digests) else {}
+    if len(kept) == sum(plan.shards for plan in plans) and (found := _finished(plans, out, digests)):
         _report_others(plans)
-        rate = f"; {written / (time.monotonic() - begin):,.0f} images/s" if written else ""
-        return f"{out} is complete: {_summarize(manifest)}{rate}"
+        return f"{out} is complete already: {_summarize(found)}"
+    _check_space(plans, out)
+    if overwrite:
+        _delete_shards(out)
+    (out / MANIFEST).unlink(missing_ok=True)
+    write_json(out / STATE_FOLDER / PLAN, digests)
+    write_bytes(out / STATE_FOLDER / SOURCE, os.fsencode(root.absolute()))
+    begin = time.monotonic()
+    written = write_shards(plans, out, workers, skip_bad, kept)
+    manifest = _finish(plans, out, digests)
+    _report_others(plans)
+    rate = f"; {written / (time.monotonic() - begin):,.0f} images/s" if written else ""
+    return f"{out} is complete: {_summarize(manifest)}{rate}"
 
 
 def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
     """One plan for each split that exists; the training set determines the classes."""
     plans: list[ShardPlan] = []
-    for split in [s for s in SPLITS if (root / s).is_dir()] or ["train"]:
+    for split in [s for s in SPLITS if is_folder(root / s)] or ["train"]:
         files = scan_split(root, split, plans[0].files.classes if plans else None)
         plans.append(ShardPlan(split, files, options))
         report(f"{root / split}: {len(files):,} images of {len(files.classes):,} classes")
+        empty = np.flatnonzero(np.bincount(files.labels, minlength=len(files.classes)) == 0).tolist()
+        if empty:
+            report(f"{root / split}: {len(empty):,} of them have no images, such as {files.classes[empty[0]]}")
     for split in SPLITS:
-        if not (root / split).is_dir():
+        if not is_folder(root / split):
             report(f"{root} has no {split}/: only {plans[0].split} is converted")
     return plans
 
@@ -107,6 +130,8 @@ def _report_others(plans: Sequence[ShardPlan]) -> None:
         if others := plan.files.others:
             counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
             report(f"{plan.files.folder}: not converted, since the names are not of images: {counts}")
+        if loose := plan.files.loose:
+            report(f"{plan.files.folder}: not converted, since they are in no class folder: {loose:,} images")
 
 
 # The folder to write to
@@ -118,18 +143,20 @@ def _check_out(root: Path, out: Path) -> None:
     target = out.resolve()
     if target == inside[0] or any(target == folder or folder in target.parents for folder in inside[1:]):
         raise UserError(f"--out {out} is inside the images of {root}", "give a folder of its own")
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not os.path.isdir(target):  # Path's own raise where nothing may be looked up
         raise UserError(f"--out {out} is a file", "give a folder")
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Keep a second vimfast-prepare out of the folder; the system releases the lock however this process ends."""
     try:
         (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
         file = open(out / STATE_FOLDER / "lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written to ({error.strerror})", "choose another folder") from None
+        raise UserError(
+            f"{out} cannot be written to ({error.strerror})", "choose another folder, or fix its permissions"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +172,7 @@ def _lock(out: Path) -> Iterator[None]:
 def _is_continued(out: Path, digests: dict[str, PlanDigest]) -> bool:
     """Whether `out` was started with these plans; False if it holds no shards, an error if it holds others."""
     known = read_plan_digests(out / STATE_FOLDER / PLAN) or _manifest_plan(out)
-    if not known and not is_shards_folder(out):
+    if not known and not _our_files(out):
         return False
     fix = "add --overwrite to delete them, or give another --out"
     if not known or not set(known) <= set(digests):
@@ -173,8 +200,8 @@ def _flags(options: ConversionOptions) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
 
 
-def _is_finished(out: Path, digests: dict[str, PlanDigest]) -> bool:
-    """Whether there is a manifest of these splits, and indexes that it knows."""
+def _finished(plans: Sequence[ShardPlan], out: Path, digests: dict[str, PlanDigest]) -> Manifest | None:
+    """The manifest, if it and the indexes are what follows from the records of the shards."""
     try:
         manifest = read_manifest(out)
         for split, entry in manifest.splits.items():
@@ -182,8 +209,16 @@ def _is_finished(out: Path, digests: dict[str, PlanDigest]) -> bool:
     except UserError as error:
         if (out / MANIFEST).exists():
             report(f"{error.problem}: it is made again")
-        return False
-    return set(manifest.splits) == set(digests)
+        return None
+    if set(manifest.splits) != set(digests):
+        return None
+    expected = _make_manifest(
+        plans, digests, [_split_entry(plan, out, join_rows(out, plan.split, plan.shards)) for plan in plans]
+    )
+    if msgspec.structs.replace(expected, vimfast=manifest.vimfast, created=manifest.created) != manifest:
+        report(f"{out / MANIFEST} differs from the records of its shards: it is made again")
+        return None
+    return manifest
 
 
 def _our_files(out: Path) -> list[Path]:
@@ -201,7 +236,7 @@ def _delete_shards(out: Path) -> None:
 
 def _check_space(plans: Sequence[ShardPlan], out: Path) -> None:
     needed = sum(estimate_bytes(plan) for plan in plans)
-    there = sum(path.stat().st_size for path in _our_files(out))
+    there = sum(path.lstat().st_size for path in _our_files(out))
     free = shutil.disk_usage(out).free
     if needed > free + there:
         raise UserError(
@@ -215,8 +250,24 @@ def _check_space(plans: Sequence[ShardPlan], out: Path) -> None:
 
 def _finish(plans: Sequence[ShardPlan], out: Path, digests: dict[str, PlanDigest]) -> Manifest:
     """Write the index of each split, then the manifest, from the records of the shards; returns the manifest."""
+    entries = []
+    for plan in plans:
+        index = join_rows(out, plan.split, plan.shards)
+        entries.append(_split_entry(plan, out, index))
+        write_bytes(out / index_name(plan.split), index)
+    manifest = _make_manifest(plans, digests, entries)
+    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*")]:
+        if path.suffix == TEMPORARY:  # of a run that was killed
+            path.unlink()
+    write_manifest(out, manifest)
+    return manifest
+
+
+def _make_manifest(
+    plans: Sequence[ShardPlan], digests: dict[str, PlanDigest], entries: Sequence[SplitEntry]
+) -> Manifest:
     options = plans[0].options
-    manifest = Manifest(
+    return Manifest(
         format=FORMAT,
         version=VERSION,
         vimfast=__version__,
@@ -225,23 +276,18 @@ def _finish(plans: Sequence[ShardPlan], out: Path, digests: dict[str, PlanDigest
         seed=options.seed,
         resize=options.resize,
         quality=options.quality,
-        splits={plan.split: _finish_split(plan, out) for plan in plans},
+        splits={plan.split: entry for plan, entry in zip(plans, entries, strict=True)},
         plan=digests,
     )
-    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*")]:
-        if path.suffix == TEMPORARY:  # of a run that was killed
-            path.unlink()
-    write_manifest(out, manifest)
-    return manifest
 
 
-def _finish_split(plan: ShardPlan, out: Path) -> SplitEntry:
-    """Write the split's index; returns its entry in the manifest."""
+def _split_entry(plan: ShardPlan, out: Path, index: bytes) -> SplitEntry:
+    """A split's entry in the manifest, from the records of its shards and the index that follows from them."""
     read = [read_record(out, plan.split, number) for number in range(plan.shards)]
     records = [record for record in read if record]
-    if len(records) < plan.shards:
-        raise UserError(f"{out / STATE_FOLDER} changed while it was used", "run again, it resumes")
     samples = sum(record.samples for record in records)
+    if len(records) < plan.shards or len(index) != len(index_header(samples)) + samples * INDEX_DTYPE.itemsize:
+        raise UserError(f"{out / STATE_FOLDER} changed while it was used", "run again, it resumes")
     if not all(record.samples for record in records):
         raise UserError(
             f"a whole shard of {plan.files.folder} is unreadable, {len(plan) - samples} of {len(plan)} images in all, "
@@ -255,7 +301,7 @@ def _finish_split(plan: ShardPlan, out: Path) -> SplitEntry:
             ShardEntry(shard_name(plan.split, number), record.samples, record.tar_bytes)
             for number, record in enumerate(records)
         ],
-        index_crc32=write_index(out, plan.split, plan.shards, samples),
+        index_crc32=zlib.crc32(index),
         changed=_notes(pair for record in records for pair in record.changed),
         skipped=_notes(pair for record in records for pair in record.skipped),
     )

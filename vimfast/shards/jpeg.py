@@ -17,6 +17,7 @@ Buffer: TypeAlias = "bytes | memoryview | np.ndarray"
 # What is tried on bytes that are not a JPEG. Pillow's full list includes stubs and formats that run other programs.
 _OTHER_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 
+_MOST_PIXELS = 2 * 89_478_485  # above which Pillow takes an image for an attack
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])  # markers that no length follows: TEM, RST0-7
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _JFIF, _ADOBE = 0xE0, 0xEE  # application segments that name the colour space
@@ -36,7 +37,8 @@ class ImageInfo(NamedTuple):
     are not YCbCr but RGB, which GPUs decode to wrong colours; ``"jpeg-12bit"``, ``"jpeg-lossless"``,
     ``"jpeg-arithmetic"`` or ``"jpeg-hierarchical"`` for the others; else Pillow's name in lower case. `height` and
     `width` are the stored frame's, in pixels, whatever EXIF says about rotation. `complete` is False for a JPEG that
-    looks damaged, with junk between markers or no end marker: only decoding shows whether it is.
+    looks damaged, with junk between markers, no end marker, or more pixels than Pillow decodes: only decoding shows
+    whether it is.
     """
 
     format: str
@@ -103,7 +105,7 @@ def _read_frame(view: bytes | memoryview, at: int, clean: bool, rgb: bool | None
         kind = "jpeg-rgb"
     # Entropy-coded data never holds FF D9, so one anywhere after the header is the end (some files carry a tail).
     ended = view[-2:] == b"\xff\xd9" or bytes(view[at:]).rfind(b"\xff\xd9") >= 0
-    return ImageInfo(kind, height, width, components, clean and ended)
+    return ImageInfo(kind, height, width, components, clean and ended and height * width <= _MOST_PIXELS)
 
 
 def _named_rgb(view: bytes | memoryview, at: int) -> bool:

@@ -5,14 +5,16 @@ class among the sorted folder names.
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from vimfast.errors import UserError
+from vimfast.files import read_file
 
 _SPLITS = ("train", "val")
 # The file name extensions of each format that is read (see jpeg.py).
@@ -28,6 +30,7 @@ EXTENSIONS = {
     "avif": {".avif"},
 }
 IMAGE_EXTENSIONS = frozenset().union(*EXTENSIONS.values())
+MOST_BYTES = 1 << 30  # of an image's file: beyond any, and below what an index can hold
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class FileList:
         names: uint8 [bytes], the paths inside their class folders, one after the other.
         offsets: int64 [N + 1], the start of each path in `names`.
         others: how many files were passed over that are not hidden, by extension.
+        loose: how many images lie beside the class folders, which were passed over too.
     """
 
     folder: Path
@@ -49,6 +53,7 @@ class FileList:
     names: np.ndarray
     offsets: np.ndarray
     others: Mapping[str, int] = field(default_factory=dict)
+    loose: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,6 +73,34 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
+def read_image(path: Path) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+        ValueError: not a regular file, or larger than an image can be; the message says so.
+        OSError: it cannot be read.
+    """
+    return read_file(path, most=MOST_BYTES)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder.
+
+    Raises:
+        UserError: that cannot be found out, for lack of a permission or because of a failing disk.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"{error.filename} cannot be read ({error.strerror})", "fix that and run again")
+
+
 def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> FileList:
     """List the images of `root`/`split`.
 
@@ -79,23 +112,66 @@ def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> 
             among them is an error, a missing one is not.
 
     Raises:
-        UserError: no such folder, no class folders, a doubled level, an unknown class, or no images at all.
+        UserError: no such folder, no class folders, a doubled level, an unknown class, a link that may have led to a
+            class, or no images at all.
     """
-    if not (root / split).is_dir():
+    if not is_folder(root / split):
         raise _missing(root, split)
     try:
         return _scan(root, split, classes)
     except OSError as error:  # no permission, a loop of links, a failing disk
-        raise UserError(f"{error.filename} cannot be read ({error.strerror})", "fix that and run again") from None
+        raise _unreadable(error) from None
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the classes of a split, sorted; none where there is no such folder.
+
+    Raises:
+        UserError: it cannot be read, or has a link that may have led to a class.
+    """
+    if not is_folder(folder):
+        return []
+    try:
+        return _class_folders(folder)[0]
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the folders in `folder`, and of what else is there, sorted."""
+    with os.scandir(folder) as entries:
+        found = sorted((e.name, _is_folder(e)) for e in entries if not e.name.startswith("."))
+    return [name for name, is_folder in found if is_folder], [name for name, is_folder in found if not is_folder]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Without a class that is a link to a disk that went away, all classes after it would have other labels."""
+    if entry.is_dir():
+        return True
+    if is_dead_link(entry.path) and not is_image_name(entry.name):
+        raise UserError(f"{entry.path} is a link to nowhere", "bring back what it leads to, or delete it")
+    return False
+
+
+Identity = tuple[int, int]
+Ancestors = tuple[Identity, ...]
+
+
+def identity(folder: Path) -> Identity:
+    """What a folder is recognized by, whatever links led to it."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def is_dead_link(path: str | Path) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
     folder = root / split
-    with os.scandir(folder) as entries:
-        found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
-    folders = [name for name, is_folder in found if is_folder]
+    folders, rest = _class_folders(folder)
+    flat = sum(map(is_image_name, rest))
     if not folders:
-        flat = sum(is_image_name(name) for name, _ in found)
         if flat:
             raise UserError(
                 f"{folder} holds {flat} images and no class folders",
@@ -110,17 +186,17 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
             f"{folder / unknown[0]} is not a training class ({len(unknown)} of {len(folders)} folders are not)",
             f"remove it, or add the class to {root / 'train'}",
         )
-    files = _list(folder, folders, known)
+    others = Counter(_kind(name) for name in rest if not is_image_name(name))
+    files = replace(_list(folder, folders, known, others), loose=flat)
     if not len(files):
         raise UserError(f"no images in the {len(folders)} class folders of {folder}", "unpack the class archives there")
     return files
 
 
-def _list(folder: Path, folders: list[str], classes: list[str]) -> FileList:
+def _list(folder: Path, folders: list[str], classes: list[str], others: Counter[str]) -> FileList:
     """The arrays, grown class by class: at most one class's names are Python objects at a time."""
     places = {name: i for i, name in enumerate(classes)}
     blobs, lengths, counts = [], [], []
-    others: Counter[str] = Counter()
     for name in folders:
         encoded = [os.fsencode(inside) for inside in sorted(_images(folder / name, others))]
         blobs.append(b"".join(encoded))
@@ -131,17 +207,28 @@ def _list(folder: Path, folders: list[str], classes: list[str]) -> FileList:
     return FileList(folder, classes, labels, np.frombuffer(b"".join(blobs), np.uint8), offsets, others)
 
 
-def _images(folder: Path, others: Counter[str], inside: str = "") -> Iterator[str]:
-    """Paths of the images below `folder`, relative to it, in the file system's order. Counts the other files."""
-    with os.scandir(folder / inside) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from _images(folder, others, f"{inside}{entry.name}/")
-            elif is_image_name(entry.name):
-                yield inside + entry.name
-            elif not entry.name.startswith("."):
-                others[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
+def _images(folder: Path, others: Counter[str]) -> Iterator[str]:
+    """Paths of the images below `folder`, relative to it, in no order. Counts the other files."""
+    waiting: list[tuple[str, Ancestors]] = [("", ())]
+    while waiting:
+        inside, above = waiting.pop()
+        known = identity(folder / inside)
+        if known in above:
+            raise UserError(f"{folder / inside} is a link to a folder that it is in", "delete it")
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    waiting.append((f"{inside}{entry.name}/", (*above, known)))
+                elif is_image_name(entry.name):
+                    yield inside + entry.name
+                else:
+                    others[_kind(entry.name)] += 1
+
+
+def _kind(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "no extension"
 
 
 def _missing(root: Path, split: str) -> UserError:

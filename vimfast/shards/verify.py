@@ -24,6 +24,7 @@ from vimfast.shards.writer import (
     dali_index,
     read_record,
     read_rows,
+    read_source,
     read_sources,
     record_path,
     stat_sources,
@@ -37,14 +38,15 @@ class Differs(Exception):
     """Why a shard has to be made again."""
 
 
-def verify_shard(part: Part, out: Path, tick: Callable[[], None]) -> Record:
+def verify_shard(part: Part, out: Path, tick: Callable[[str], None]) -> Record:
     """The record of a shard that holds.
 
     Args:
-        tick: called before each image.
+        tick: called with the name of each image, before it.
 
     Raises:
         Differs: it was never finished, was damaged, or a source image is another than was converted.
+        UserError: source images cannot be read, which is no fault of theirs.
     """
     record = read_record(out, part.split, part.number)
     if record is None:
@@ -76,7 +78,7 @@ def verify_shard(part: Part, out: Path, tick: Callable[[], None]) -> Record:
 
 
 def _verify_sources(part: Part, out: Path, record: Record) -> None:
-    """Compare the source files with those that were converted, by size and time, and by content where the time alone
+    """Compare the source files with those that were converted, by size and times, and by content where only a time
     differs (a tree that was copied)."""
     now = stat_sources(part)
     before = read_sources(out, part.split, part.number)
@@ -87,19 +89,18 @@ def _verify_sources(part: Part, out: Path, record: Record) -> None:
     touched = False
     for i, name in enumerate(part.names):
         was, found = before[i], now[i]
-        if was["size"] != found["size"]:
-            raise Differs(f"was made from another {name}")
-        if was["read"] and was["mtime"] == found["mtime"]:
+        same_times = was["read"] and (was["mtime"], was["ctime"]) == (found["mtime"], found["ctime"])
+        if same_times and was["size"] == found["size"]:
             continue
         try:
-            checksum = zlib.crc32(read_file(Path(part.folder, name)))
-        except (OSError, ValueError):
+            checksum = zlib.crc32(read_source(Path(part.folder, name)))
+        except ValueError:
             if was["read"]:
                 raise Differs(f"was made from another {name}") from None
             continue  # as unreadable as it was
-        if not was["read"] or checksum != was["crc32"]:
+        if not was["read"] or was["size"] != found["size"] or checksum != was["crc32"]:
             raise Differs(f"was made from another {name}")
-        before[i]["mtime"] = found["mtime"]
+        before[i]["mtime"], before[i]["ctime"] = found["mtime"], found["ctime"]
         touched = True
     if touched:
         path, rows = record_path(out, part.split, part.number), read_rows(out, part.split, part.number)
@@ -107,13 +108,13 @@ def _verify_sources(part: Part, out: Path, record: Record) -> None:
 
 
 def read_tar(
-    path: Path, number: int, tick: Callable[[], None] = lambda: None, keys: list[str] | None = None
+    path: Path, number: int, tick: Callable[[str], None] = lambda name: None, keys: list[str] | None = None
 ) -> tuple[np.ndarray, list[str]]:
     """A shard as its members tell: its rows of the index, and the lines of DALI's index.
 
     Args:
         number: of the shard, as the rows have it.
-        tick: called before each image.
+        tick: called with the name of each image, before it.
         keys: those that the samples have to have, in this order; None: any.
 
     Raises:
@@ -123,14 +124,15 @@ def read_tar(
     rows: list[tuple[int, ...]] = []
     lines: list[str] = []
     with open(path, "rb", buffering=1 << 20, opener=_open_regular) as file:
-        while (header := _member(file)) is not None:
-            tick()
+        end = os.fstat(file.fileno()).st_size
+        while (header := _member(file, end)) is not None:
+            tick(header.name)
             key, extension = os.path.splitext(header.name)
             if extension != ".jpg" or (keys is not None and (len(rows) >= len(keys) or key != keys[len(rows)])):
                 raise ValueError(f"{header.name} is not the member that belongs there")
             at = file.tell()
             image = _content(file, header)
-            second = _member(file)
+            second = _member(file, end)
             if second is None or second.name != f"{key}.cls":
                 raise ValueError(f"{header.name} is not followed by its .cls")
             label_at = file.tell()
@@ -155,8 +157,8 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def _member(file: BinaryIO) -> tarfile.TarInfo | None:
-    """The next member's header; None at the end of the archive."""
+def _member(file: BinaryIO, end: int) -> tarfile.TarInfo | None:
+    """The next member's header; None at the end of the archive, which has `end` bytes."""
     block = file.read(_BLOCK)
     if block == bytes(_BLOCK):
         return None
@@ -166,6 +168,8 @@ def _member(file: BinaryIO) -> tarfile.TarInfo | None:
         raise ValueError(f"the tar header at byte {file.tell() - len(block):,}: {error}") from None
     if not header.isreg() or header.size < 0:
         raise ValueError(f"{header.name} is not a plain member")
+    if header.size > end - file.tell():
+        raise ValueError(f"it is cut off in {header.name}")
     return header
 
 

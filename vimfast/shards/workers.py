@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -11,24 +12,25 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vimfast.cli import end_with_parent
-from vimfast.errors import UserError
+from vimfast.errors import UserError, one_line
 from vimfast.shards.format import shard_name
 from vimfast.shards.plan import Part, ShardPlan
 from vimfast.shards.verify import Differs, verify_shard
 from vimfast.shards.writer import Record, record_path, write_shard
 
+P = TypeVar("P")
 T = TypeVar("T")
 Place: TypeAlias = tuple[str, int]  # a shard: its split and number
 
@@ -46,8 +48,8 @@ def verify_shards(plans: Sequence[ShardPlan], out: Path, workers: int) -> dict[P
     kept: dict[Place, Record] = {}
     if not todo:
         return kept
-    pace = _Pace(sum(plan.samples(number) for plan, number in todo), "images verified")
-    for (plan, number), outcome in _run(_verify, todo, out, workers, pace):
+    pace = Pace(sum(plan.samples(number) for plan, number in todo), "images verified")
+    for (plan, number), outcome in run(_verify, todo, lambda place: (place[0].part(place[1]), out), workers, pace):
         if isinstance(outcome, Record):
             kept[plan.split, number] = outcome
         else:
@@ -63,11 +65,12 @@ def write_shards(
     Raises:
         UserError: unreadable images (all are listed first), or a worker cannot continue.
     """
-    pace = _Pace(sum(map(len, plans)), "images", sum(r.samples + len(r.skipped) for r in kept.values()))
+    pace = Pace(sum(map(len, plans)), "images", sum(r.samples + len(r.skipped) for r in kept.values()))
     folders = {plan.split: plan.files.folder for plan in plans}
     todo = [(plan, number) for plan in plans for number in range(plan.shards) if (plan.split, number) not in kept]
     bad = [(folders[split] / file, why) for (split, _), record in kept.items() for file, why in record.skipped]
-    for (plan, _), record in _run(partial(_write, skip_bad=skip_bad), todo, out, workers, pace):
+    write = partial(_write, skip_bad=skip_bad)
+    for (plan, _), record in run(write, todo, lambda place: (place[0].part(place[1]), out), workers, pace):
         bad += [(folders[plan.split] / file, why) for file, why in record.skipped]
     for path, why in bad:
         report(f"{path}: {why}")
@@ -79,89 +82,118 @@ def write_shards(
     return pace.done
 
 
-def _run(
-    function: Callable[[Part, Path], T], todo: Sequence[tuple[ShardPlan, int]], out: Path, workers: int, pace: _Pace
-) -> Iterator[tuple[tuple[ShardPlan, int], T]]:
-    """Do `function` for the part of each shard, in worker processes; what came of them, as they are done."""
+def run(
+    function: Callable[..., T], todo: Sequence[P], arguments: Callable[[P], tuple[Any, ...]], workers: int, pace: Pace
+) -> Iterator[tuple[P, T]]:
+    """Do `function` for each shard, in worker processes; what came of them, as they are done.
+
+    Args:
+        arguments: of `function`, for one of `todo`; asked for only as workers become free, as they may be large.
+
+    Raises:
+        UserError: a worker was killed, or cannot continue.
+    """
     if not todo:
         return
     following = iter(todo)
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the caller's threads
-    shared = Shared(context.Value("q", 0), context.Event())
-    running: dict[Future[T], tuple[ShardPlan, int]] = {}
     workers = min(workers, len(todo))
+    shared = Shared(
+        context.Value("q", 0),
+        context.RawArray("q", workers),
+        context.RawArray("c", workers * _NAME_BYTES),
+        context.Event(),
+    )
+    running: dict[Future[T], P] = {}
     with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool, _progress(pace) as show:
         try:
             while True:
-                # Only a few parts ahead of the workers: parts are lists of names.
                 with _interrupts_held():
-                    while len(running) < 2 * workers and (place := next(following, None)):
-                        plan, number = place
-                        running[pool.submit(function, plan.part(number), out)] = place
+                    while len(running) < 2 * workers and (place := next(following, None)) is not None:
+                        running[pool.submit(function, *arguments(place))] = place
                 if not running:
                     break
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
-                pace.done = shared.written.value
+                pace.done = shared.images()
                 show()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for lack of memory", "run again with fewer --workers, it resumes"
+                f"a worker process was killed, perhaps for lack of memory, with {', '.join(shared.in_work())} in work",
+                "run again with fewer --workers, it resumes; if one image is always among these, remove it",
             ) from None
         finally:
             shared.stop.set()
             pool.shutdown(cancel_futures=True)
-            pace.done = shared.written.value
+            pace.done = shared.images()
 
 
 def report(line: str) -> None:
-    """Print a line for the user, on stderr: stdout has only the result."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line for the user, on stderr: stdout has only the result. Where nobody can hear it, the work goes on."""
+    with suppress(OSError):
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 # In a worker
 
 
 class Shared(NamedTuple):
-    """What workers share with the run: images done, and whether to stop."""
+    """What workers share with the run. Each has a place of its own in the arrays, which need no lock: a worker that is
+    killed would keep it."""
 
-    written: Synchronized[int]
+    started: Synchronized[int]  # workers
+    done: Any  # of each, the images
+    names: Any  # of each, the image that it is at, in _NAME_BYTES bytes
     stop: Event
+
+    def images(self) -> int:
+        """How many are done."""
+        return sum(self.done)
+
+    def in_work(self) -> list[str]:
+        """The names of the images that workers are at."""
+        slots = [bytes(self.names[at : at + _NAME_BYTES]) for at in range(0, len(self.names), _NAME_BYTES)]
+        return [os.fsdecode(slot.rstrip(b"\0")) for slot in slots if slot.strip(b"\0")]
 
 
 class _Stopped(Exception):
     """Ends a worker's task when the run is being stopped."""
 
 
+_NAME_BYTES = 256  # the end of a longer one says enough
 _shared: Shared | None = None
+_place = 0  # of this worker in the arrays
 
 
 def _start_worker(shared: Shared) -> None:
-    global _shared
+    global _shared, _place
     _shared = shared
+    with shared.started.get_lock():
+        _place = shared.started.value
+        shared.started.value += 1
     warnings.simplefilter("ignore")  # Pillow's, on odd metadata of images that decode
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _write(part: Part, out: Path, *, skip_bad: bool) -> Record:
-    return write_shard(part, out, skip_bad, _tick)
+    return write_shard(part, out, skip_bad, tick)
 
 
 def _verify(part: Part, out: Path) -> Record | str:
     """The record of a shard that holds, or why it has to be made again."""
     try:
-        return verify_shard(part, out, _tick)
+        return verify_shard(part, out, tick)
     except Differs as why:
         return str(why)
 
 
-def _tick() -> None:
-    """Count an image, and end here if the run is being stopped."""
+def tick(name: str) -> None:
+    """Count an image and note its name, and end here if the run is being stopped."""
     assert _shared is not None
-    written, stop = _shared
-    with written.get_lock():
-        written.value += 1
-    if stop.is_set():
+    _shared.done[_place] += 1
+    end = (_place + 1) * _NAME_BYTES
+    _shared.names[end - _NAME_BYTES : end] = os.fsencode(name)[-_NAME_BYTES:].ljust(_NAME_BYTES, b"\0")
+    if _shared.stop.is_set():
         raise _Stopped
 
 
@@ -179,7 +211,7 @@ def _interrupts_held() -> Iterator[None]:
 # Progress
 
 
-class _Pace:
+class Pace:
     """Progress, rate and time left. What was there already counts as progress but not towards the rate."""
 
     def __init__(self, total: int, what: str, found: int = 0) -> None:
@@ -195,7 +227,7 @@ class _Pace:
 
 
 @contextmanager
-def _progress(pace: _Pace) -> Iterator[Callable[[], None]]:
+def _progress(pace: Pace) -> Iterator[Callable[[], None]]:
     """A function to call often: a bar on a terminal, otherwise an occasional line."""
     console = Console(stderr=True)
     if not console.is_terminal:

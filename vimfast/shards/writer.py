@@ -33,21 +33,23 @@ from vimfast.shards.format import (
     Count,
     dali_index_name,
     index_header,
-    index_name,
     shard_name,
 )
 from vimfast.shards.plan import Part, ShardPlan
+from vimfast.shards.tree import MOST_BYTES, read_image
 
 _FLUSH_BYTES = 8 << 20
 
-# What opening a file answers when the fault is the file's own. Other errors (a network file system that went away)
-# would hit the next file as well and must not empty the data set under --skip-bad.
+# What opening a file answers when the fault may be the file's own. Other errors (a network file system that went away)
+# would hit the next file as well and must not empty the data set under --skip-bad. Nor must these, where the file's
+# folder cannot be listed any more either: a link's disk that is gone, a ticket that has expired.
 _FILE_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP})
 
 
 # One row for each source file of a shard, whether it was kept or skipped: what a later run compares. `size` is -1 for
-# one that is not there; `crc32` is of the whole file where `read` says that it could be read.
-SOURCE_DTYPE = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("crc32", "<u4"), ("read", "?")])
+# one that is not there; `crc32` is of the whole file where `read` says that it could be read. The time of the last
+# change, `ctime`, is there because what brings back a damaged file often brings back its `mtime` too.
+SOURCE_DTYPE = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("crc32", "<u4"), ("read", "?")])
 
 
 class Record(Struct, frozen=True):
@@ -103,18 +105,20 @@ def estimate_bytes(plan: ShardPlan) -> int:
     for i in rng.choice(len(plan), count, replace=False).tolist():
         path = plan.files.path(i)
         with suppress(OSError, ValueError, MemoryError):  # reported when its turn comes
-            total += len(stored(read_file(path), plan.options)[0]) if resized else path.stat().st_size
+            size = path.stat().st_size
+            if size <= MOST_BYTES:
+                total += len(stored(read_image(path), plan.options)[0]) if resized else size
     each = total / count + 3.5 * tarfile.BLOCKSIZE + 2 * INDEX_DTYPE.itemsize + 100  # two headers, padding, indexes
     return round(len(plan) * each) + plan.shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE // 2)
 
 
-def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[], None]) -> Record:
+def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[str], None]) -> Record:
     """Write one shard, its DALI index and its record.
 
     Args:
         skip_bad: leave unreadable images out. Otherwise one is enough to leave the shard unwritten, and the rest is
             only checked for more.
-        tick: called before each image.
+        tick: called with the name of each image, before it.
 
     Returns:
         The record, whose `skipped` lists all unreadable images.
@@ -186,7 +190,7 @@ class _Tar:
 
 
 def _write_samples(
-    part: Part, tar: _Tar, sources: np.ndarray, skip_bad: bool, tick: Callable[[], None]
+    part: Part, tar: _Tar, sources: np.ndarray, skip_bad: bool, tick: Callable[[str], None]
 ) -> tuple[Record, np.ndarray, list[str]]:
     """The tar's content; returns the shard's record, its rows of the index, and the lines of DALI's index. Notes in
     `sources` what was read."""
@@ -196,10 +200,10 @@ def _write_samples(
     skipped: list[tuple[str, str]] = []
     lines: list[str] = []
     for i, (name, key, label) in enumerate(zip(part.names, part.keys, part.labels, strict=True)):
-        tick()
+        tick(name)
         path = Path(part.folder, name)
         try:
-            data = _read(path)
+            data = read_source(path)
             checksum = zlib.crc32(data)
             sources[i]["crc32"], sources[i]["read"] = checksum, True
             image, (height, width), why = stored(data, part.options)
@@ -228,16 +232,30 @@ def _write_samples(
     return record, rows[:samples], lines
 
 
-def _read(path: Path) -> bytes:
-    """The file's bytes; a ValueError if the file itself is at fault, a UserError if it is more than that."""
+def read_source(path: Path) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+        ValueError: they cannot be read, and the file itself is at fault.
+        UserError: they cannot, and it is more than that.
+    """
     try:
-        return read_file(path)
+        return read_image(path)
     except OSError as error:
-        if error.errno in _FILE_ERRORS or path.is_symlink():
+        if (error.errno in _FILE_ERRORS or path.is_symlink()) and _can_list(path):
             raise ValueError(f"cannot be opened: {error.strerror}") from None
         raise UserError(
             f"{path} cannot be read ({error.strerror})", "once the source folder is back, run again, it resumes"
         ) from None
+
+
+def _can_list(path: Path) -> bool:
+    """Whether the folder can be listed that a file, or what it is a link to, would be in."""
+    try:
+        with os.scandir(os.path.dirname(os.path.realpath(path))):
+            return True
+    except OSError:
+        return False
 
 
 def stat_sources(part: Part) -> np.ndarray:
@@ -247,8 +265,14 @@ def stat_sources(part: Part) -> np.ndarray:
     for i, name in enumerate(part.names):
         with suppress(OSError):  # reported when it is read
             stat = os.stat(f"{part.folder}/{name}")
-            sources[i]["size"], sources[i]["mtime"] = stat.st_size, stat.st_mtime_ns
+            times = _in_range(stat.st_mtime_ns), _in_range(stat.st_ctime_ns)
+            sources[i]["size"], (sources[i]["mtime"], sources[i]["ctime"]) = stat.st_size, times
     return sources
+
+
+def _in_range(nanoseconds: int) -> int:
+    """Of a time beyond the year 2262 or before 1677, a number that stands for it."""
+    return (nanoseconds + 2**63) % 2**64 - 2**63
 
 
 def checksum_sources(sources: np.ndarray) -> int:
@@ -304,17 +328,7 @@ def _read_table(out: Path, split: str, number: int, name: str) -> np.ndarray | N
         return None
 
 
-def write_index(out: Path, split: str, shards: int, samples: int) -> int:
-    """Join the rows of all finished shards into ``<split>.index.npy``; returns the crc32 of the whole file."""
-    header = index_header(samples)
-    checksum = zlib.crc32(header)
-    expected = len(header) + samples * INDEX_DTYPE.itemsize
-    with atomic_write(out / index_name(split)) as file:
-        file.write(header)
-        for number in range(shards):
-            rows = read_rows(out, split, number).tobytes()
-            file.write(rows)
-            checksum = zlib.crc32(rows, checksum)
-        if file.tell() != expected:
-            raise UserError(f"{out / STATE_FOLDER} changed while it was used", "run again, it resumes")
-    return checksum
+def join_rows(out: Path, split: str, shards: int) -> bytes:
+    """The content of ``<split>.index.npy``: the rows of all finished shards."""
+    rows = [read_rows(out, split, number) for number in range(shards)]
+    return index_header(sum(map(len, rows))) + b"".join(part.tobytes() for part in rows)
