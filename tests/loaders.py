@@ -13,7 +13,7 @@ from vimfast.config import AugmentConfig
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.source import Source
-from vimfast.data.views import Copies, Evaluation, Regions, View, training_view
+from vimfast.data.views import Copies, CutRegions, Evaluation, View, training_view
 
 SETTINGS = {field.name for field in fields(LoaderSettings)}
 
@@ -42,7 +42,7 @@ def make_loader(
         view = training_view(order, device, augmentation, normalization=normalization, **options)
         if regions:
             assert isinstance(view, Copies)
-            view = Regions(**{field.name: getattr(view, field.name) for field in fields(view)})
+            view = CutRegions(**{field.name: getattr(view, field.name) for field in fields(view)})
     else:
         view = Evaluation(order, device, crop=CentreCrop(crop_ratio), normalization=normalization, **options)
     return Loader(source, view, settings)

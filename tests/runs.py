@@ -16,6 +16,7 @@ from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.config import load_config
+from vimfast.data.views import Stages
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
@@ -76,9 +77,9 @@ def assert_gone(run: Watched, within: float) -> None:
     run.wait(TIMEOUT)
 
 
-def train(*flags: str, hooks: Hooks | None = None, control: Control | None = None) -> Any:
+def train(*flags: str, hooks: Hooks | None = None, control: Control | None = None, stage: Stages | None = None) -> Any:
     """A run inside this process: a TrainingRun or an EvaluationRun, closed."""
-    with build(load_config(list(flags)), World(), control, hooks=hooks) as run:
+    with build(load_config(list(flags)), World(), control, hooks=hooks, stage=stage) as run:
         run.run()
     return run
 

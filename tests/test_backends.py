@@ -124,6 +124,7 @@ def test_what_a_backend_lacks_runs_on_the_reference(added: Callable[..., None]) 
 
 def test_a_block_reaches_the_backend_through_the_reference(added: Callable[..., None]) -> None:
     from vimfast.models.mixer import MambaMixer
+    from vimfast.models.options import MixerOptions
 
     calls = []
 
@@ -132,7 +133,7 @@ def test_a_block_reaches_the_backend_through_the_reference(added: Callable[..., 
         return reference.scan(*inputs)
 
     added(Backend("counted", ops={"scan": counted}))
-    mixer = MambaMixer(8, d_state=4, scan_backend="counted")
+    mixer = MambaMixer(8, MixerOptions(d_state=4, scan_backend="counted"))
     bidirectional_block(torch.randn(2, 3, 8), None, torch.ones(8), None, mixer.weights(), backend="counted")
     assert calls == [(2, 2, 3, 16)]
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,9 @@ def test_a_checkpoint_exported(tmp_path: Path) -> None:
         export(str(tmp_path / "ours.pth"), "--out", str(tmp_path / weights), "--weights", weights)
         again = timm.create_model(f"local-dir:{tmp_path / weights}", pretrained=True).eval()
         assert torch.equal(again.head.bias, model.head.bias)
-        model.use_middle_cls_token = False  # where --if_random_cls_token_position leaves it for evaluation
+        model.sequence = replace(
+            model.sequence, use_middle_cls_token=False
+        )  # where --if_random_cls_token_position leaves it for evaluation
         assert torch.equal(again(images), model(images))
         assert json.loads((tmp_path / weights / "config.json").read_text())["label_names"] == ours["classes"]
     tiny = create_model(NAME, num_classes=2)

@@ -89,3 +89,24 @@ def test_only_one_module_imports_dali() -> None:
 def test_light_modules_stay_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'nvidia.dali', 'timm') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+MOST_PARAMETERS = 12
+MOST_LINES = 300  # of a class
+# Device code and registered ops have the parameters that their kernels have.
+DECORATORS = ("triton.jit", "gluon.jit", "torch.library.custom_op", ".register_fake")
+
+
+def test_parameters_and_classes_are_few_and_short() -> None:
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= MOST_LINES, f"{name}.{node.name} has {lines} lines; give it parts"
+            elif isinstance(node, ast.FunctionDef):
+                decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+                if any(word in decorator for word in DECORATORS for decorator in decorators):
+                    continue
+                known = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = len(known) - (known[:1] in (["self"], ["cls"]))
+                assert count <= MOST_PARAMETERS, f"{name}.{node.name} has {count} parameters; group them"

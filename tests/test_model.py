@@ -15,7 +15,8 @@ from vimfast.errors import UserError
 from vimfast.models import VisionMamba, create_model
 from vimfast.models.embedding import PatchEmbed
 from vimfast.models.mixer import drop_path
-from vimfast.models.pos_embed import resample_pos_embed
+from vimfast.models.options import PatchOptions
+from vimfast.models.pos_embed import resample_pos_embed, resize_pos_embed
 from vimfast.models.registry import MODELS
 
 SMALL: dict[str, Any] = {
@@ -124,7 +125,7 @@ def test_agrees_with_the_description(
 def test_patches_that_do_not_overlap_are_a_convolution(size: tuple[int, int], amp: bool) -> None:
     """Pixels that fill no patch are left out; under autocast images are cast as a convolution would."""
     torch.manual_seed(0)
-    embed = PatchEmbed(size, 8, 8, 3, 20)
+    embed = PatchEmbed(PatchOptions(size, patch_size=8, stride=8), 20)
     images = torch.randn(2, 3, *size).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         got, want = embed(images), embed.proj(images).flatten(2).transpose(1, 2)
@@ -334,7 +335,7 @@ def test_features_and_head_as_in_timm(options: dict[str, Any]) -> None:
     features = model.forward_head(tokens, pre_logits=True)
     assert model.get_classifier() is model.head
     model.reset_classifier(0)
-    want = features if model.if_cls_token else features.amax(1)
+    want = features if model.sequence.if_cls_token else features.amax(1)
     assert torch.equal(model(images), want)
     model.reset_classifier(7)
     assert (model(images).shape, model.num_classes) == ((2, 7), 7)
@@ -379,6 +380,12 @@ def test_other_models_on_the_same_rails() -> None:
         ("vim_tny_patch16_224", {}, "no model named 'vim_tny_patch16_224'; did you mean 'vim_tiny_patch16_224'"),
         ("vim_tiny_patch16_224", {"if_devide_out": True}, "no option 'if_devide_out'; did you mean 'if_divide_out'?"),
         ("vim_tiny_patch16_224", {"ssm_cfg": {"d_con": 3}}, "no option 'd_con'; did you mean 'd_conv'?"),
+        (
+            "vim_tiny_patch16_224",
+            {"initializer_cfg": {"n_residual_per_layer": 2}},
+            "initializer_cfg has no option 'n_residual_per_layer'; did you mean 'n_residuals_per_layer'?",
+        ),
+        ("vim_tiny_patch16_224", {"d_conv": 3}, "no option 'd_conv'"),  # of ssm_cfg, as in hustvl/Vim
         ("vim_tiny_patch16_224", {"pretrained": True}, "no published weights"),
         ("vim_tiny_patch16_224", {"scan_backend": "fast"}, "unknown scan backend 'fast'"),
         ("vim_tiny_patch16_224", {"bimamba_type": "v3"}, "bimamba_type is 'v3'; it must be one of none, v1, v2"),
@@ -431,6 +438,57 @@ def test_position_embedding_of_its_own_size_is_untouched() -> None:
     assert "pos_embed" not in model.fit_pos_embed({})
     with pytest.raises(UserError, match="not a square grid"):
         resample_pos_embed(torch.zeros(1, 16, 4), (2, 2), model.class_places)
+
+
+@pytest.mark.parametrize("options", [{}, FIRST, DOUBLE, NO_TOKEN])
+def test_position_embedding_resized_in_a_pass_is_the_resampled_one(options: dict[str, Any]) -> None:
+    """Larger and smaller, with its gradient; and of a grid that is not square."""
+    torch.manual_seed(0)
+    places = VisionMamba(**{**SMALL, "depth": 0}, **options).class_places
+    own = torch.randn(1, 16 + len(places(16)), 3, dtype=torch.float64, requires_grad=True)
+    for grid in ((6, 8), (3, 2), (4, 4)):
+        got = resize_pos_embed(own, (4, 4), grid, places)
+        want = resample_pos_embed(own, grid, places) if grid != (4, 4) else own
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # weights are resampled in fp32
+        seed = torch.randn_like(got)
+        grads = [torch.autograd.grad((y * seed).sum(), own)[0] for y in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+    low = resize_pos_embed(own.bfloat16(), (4, 4), (6, 8), places)
+    assert low.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        full = resize_pos_embed(own.float(), (4, 4), (6, 8), places)
+    torch.testing.assert_close(full, resize_pos_embed(own, (4, 4), (6, 8), places).float())
+    wide = torch.randn(1, 10, 3, dtype=torch.float64)  # 2 x 5
+    turned = resize_pos_embed(wide.view(2, 5, 3).transpose(0, 1).reshape(1, 10, 3), (5, 2), (7, 4), lambda patches: ())
+    want = resize_pos_embed(wide, (2, 5), (4, 7), lambda patches: ()).view(4, 7, 3).transpose(0, 1)
+    torch.testing.assert_close(turned.view(7, 4, 3), want)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {**DOUBLE, "stride": 8}, {**NO_TOKEN, "if_rope": True}, {"if_abs_pos_embed": False}]
+)
+def test_images_of_any_size(options: dict[str, Any]) -> None:
+    """The model is then the one built for that size, with positions resampled as for fine-tuning."""
+    model = small(**{"img_size": 32, **options}, dynamic_img_size=True).eval()
+    for size in ((48, 40), (20, 26), (32, 32)):
+        built = small(**{"img_size": size, **options}).eval()
+        built.load_state_dict(built.fit_pos_embed(model.state_dict()))
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(model(images), built(images))
+        maps = [m.forward_intermediates(images, [2], intermediates_only=True)[0] for m in (model, built)]
+        torch.testing.assert_close(*maps)
+    with pytest.raises(UserError, match="does not fit an image of 7 x 32"):
+        model(torch.zeros(1, 3, 7, 32))
+    with pytest.raises(UserError, match="4 x 32 x 32"):
+        model(torch.zeros(1, 4, 32, 32))
+
+
+def test_other_models_of_any_size() -> None:
+    for name in ("vim_tiny_patch16_224", "deit_tiny_patch16_224", "resnet18"):
+        model = create_model(name, img_size=64, dynamic_img_size=True, num_classes=4)
+        assert model(torch.zeros(2, 3, 96, 96)).shape == (2, 4)
+    with pytest.raises(UserError, match="mixer_s16_224 has no option 'dynamic_img_size'"):
+        create_model("mixer_s16_224", img_size=64, dynamic_img_size=True)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vimfast.config import EmaConfig, OptimConfig
 from vimfast.models import create_model
@@ -27,6 +27,7 @@ def criterion(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
 def build(drop_path: float = 0.0, accum_steps: int = 1, reducing: bool = False, compiled: bool = False) -> TrainStep:
     torch.manual_seed(0)
     options = {"img_size": 64, "depth": 3, "embed_dim": 64, "num_classes": 10, "drop_path_rate": drop_path}
+    options["dynamic_img_size"] = True
     model = create_model("vim_tiny_patch16_224", **options).to(DEVICE).train()
     if compiled:
         model.compile()
@@ -79,12 +80,51 @@ def test_a_captured_step_is_the_launched_one(accum_steps: int) -> None:
     agree(eager, graph)
 
 
+def alternate(step: TrainStep, capture: bool) -> list[float]:
+    """The losses of batches of three sizes, whose graphs are captured where they first begin a step."""
+    generator = torch.Generator("cuda").manual_seed(2)
+    losses = []
+    for i, size in enumerate((64, 64, 96, 96, 64, 64, 48, 48, 96, 96, 64, 64)):
+        images = torch.randn(8, 3, size, size, device=DEVICE, generator=generator)
+        targets = torch.rand(8, 10, device=DEVICE, generator=generator).softmax(1)
+        first, last = i % step.accum_steps == 0, (i + 1) % step.accum_steps == 0
+        if capture and first and not step.has_captured(images, targets):
+            step.capture(images, targets)
+        losses.append(step(images, targets, first=first, last=last)[0].item())
+    return losses
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_captured_steps_of_several_shapes_are_the_launched_ones(accum_steps: int) -> None:
+    eager, graph = build(accum_steps=accum_steps), build(accum_steps=accum_steps)
+    expected = alternate(eager, capture=False)
+    assert alternate(graph, capture=True) == pytest.approx(expected, rel=1e-4)
+    agree(eager, graph)
+    shared = {g.pool() for captured in graph._captured.values() for g in captured.graphs.values()}
+    assert len(shared) == 1
+
+
+def test_a_capture_in_mid_training_leaves_no_trace() -> None:
+    step = build(drop_path=0.5)
+    run(step, capture=True)
+    weights = {name: w.clone() for name, w in step.model.state_dict().items()}
+    moments = [v.clone() for state in step.optimizer.state.values() for v in state.values()]
+    random_state = torch.cuda.get_rng_state()
+    step.capture(torch.randn(8, 3, 96, 96, device=DEVICE), torch.rand(8, 10, device=DEVICE).softmax(1))
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+    assert all(torch.equal(w, weights[name]) for name, w in step.model.state_dict().items())
+    kept = [v for state in step.optimizer.state.values() for v in state.values()]
+    assert all(map(torch.equal, kept, moments))
+
+
 def test_capturing_leaves_no_trace_and_replays_draw_again() -> None:
     step = build(drop_path=0.5)
     weights = {name: w.clone() for name, w in step.model.state_dict().items()}
     random_state = torch.cuda.get_rng_state()
     images, targets = next(batches(1))
     step.capture(images, targets)
+    step.time_replays()
+    assert step.seconds is not None
     assert torch.equal(torch.cuda.get_rng_state(), random_state)
     assert all(torch.equal(w, weights[name]) for name, w in step.model.state_dict().items())
     assert not step.optimizer.state
@@ -109,6 +149,27 @@ def test_a_replayed_step_without_numbers_is_skipped() -> None:
     assert step.health().names
 
 
+def test_a_replayed_step_without_numbers_leaves_running_statistics_as_they_were() -> None:
+    """A capture and replays that are timed do too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10)).to(DEVICE).train()
+    amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    step = TrainStep(model, build_optimizer(OptimConfig(), model, 1e-3), criterion, amp=amp)
+    images, targets = next(batches(1))
+    images = images + 1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step.capture(images, targets)
+    step.time_replays()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    step(images, targets)
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not torch.equal(after["0.running_mean"], before["0.running_mean"])
+    poisoned = images.clone()
+    poisoned[0, 1] = float("nan")
+    assert step(poisoned, targets)[1].item() == 0
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+
+
 def test_the_sum_over_processes_is_in_the_graph() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     torch.distributed.init_process_group("nccl", rank=0, world_size=1)
@@ -121,7 +182,12 @@ def test_the_sum_over_processes_is_in_the_graph() -> None:
         run(halves, capture=True)
         run(whole, capture=False)
         agree(whole, halves)
-        for step in (graph, halves):
+        several = [build(reducing=True, accum_steps=accum_steps) for accum_steps in (1, 2)]
+        for step in several:
+            eager = build(accum_steps=step.accum_steps)
+            assert alternate(step, capture=True) == pytest.approx(alternate(eager, capture=False), rel=1e-4)
+            agree(eager, step)
+        for step in (graph, halves, *several):
             step.forget()  # else the group would wait for the graphs without end
     finally:
         torch.distributed.destroy_process_group()

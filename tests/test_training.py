@@ -22,8 +22,10 @@ from PIL import Image
 from runs import RECIPE, Stops, call, refused, same, train
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
+from vimfast.augment.recipe import Recipe
 from vimfast.checkpoint import load_checkpoint
-from vimfast.config import load_config
+from vimfast.config import AugmentConfig, load_config
+from vimfast.data.views import CutOut, Stage
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
@@ -87,6 +89,26 @@ def test_a_stopped_run_continues_to_the_same_bits(recipe: str, shards: Path, tmp
     assert logs[0] == logs[1]
 
 
+def test_nothing_is_drawn_in_vain_before_an_evaluation(
+    recipe: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a resumed run has only to evaluate its epoch, it begins on the next; where that was the last, on none."""
+    drawn: list[tuple[int, int]] = []
+    draw = CutOut.draw
+    monkeypatch.setattr(CutOut, "draw", lambda *args: drawn.append(args[1:3]) or draw(*args))
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path / "run"))
+    for epoch in (0, 1):
+        run = train(*flags, "--resume", "auto", control=Stops(f"epoch {epoch}, step 9 "))
+        assert run.place.step == run.place.steps == 9
+        assert drawn[0] == (epoch, 0)
+        assert len(set(drawn)) == len(drawn)
+        drawn.clear()
+    for _ in range(2):  # the evaluation, and nothing at all
+        train(*flags, "--resume", "auto")
+        assert drawn == []
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").open()] == [0, 1]
+
+
 def test_a_run_killed_before_its_evaluation_makes_up_for_it(recipe: str, shards: Path, tmp_path: Path) -> None:
     class Dies(Hook):
         def epoch_end(self, place: Place, end: EpochEnd) -> None:
@@ -125,6 +147,32 @@ def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: 
     assert [end.loss for end in seen] == [r["train_loss"] for r in records]
     assert [end.scores["ema_"].acc1 for end in seen] == [r["ema_test_acc1"] for r in records]
     assert max(end.scores[""].acc1 for end in seen) == run.place.best_acc1
+
+
+def test_size_and_strength_by_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:
+    """One function, from the images to the weights; a stopped run resumes in a later stage to the same bits."""
+
+    def stage(epoch: int) -> Stage:
+        return Stage((32, 48)[epoch], Recipe(AugmentConfig(aa=f"rand-m{3 + 6 * epoch}-mstd0.5")))
+
+    seen: dict[int, set[tuple[int, ...]]] = {}
+
+    def watch(run: TrainingRun) -> list[Hook]:
+        def note(model: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            seen.setdefault(run.place.epoch if model.training else -1, set()).add(tuple(inputs[0].shape[2:]))
+
+        run.model.register_forward_pre_hook(note)
+        return []
+
+    flags = ("--config", recipe, "--data-path", str(shards), "--input-size", "48", "--output_dir")
+    whole = train(*flags, str(tmp_path / "whole"), stage=stage, hooks=watch)
+    assert seen == {0: {(32, 32)}, 1: {(48, 48)}, -1: {(48, 48)}}
+    assert all(torch.isfinite(p).all() for p in whole.model.parameters())
+    train(*flags, str(tmp_path / "parts"), stage=stage, control=Stops("epoch 1, step 1 "))
+    parts = train(*flags, str(tmp_path / "parts"), "--resume", "auto", stage=stage)
+    assert same(whole.model.state_dict(), parts.model.state_dict())
+    with pytest.raises(UserError, match="a stage's size 45 is not a whole number of patches"):
+        train(*flags, str(tmp_path / "other"), stage=lambda epoch: Stage(45, Recipe(None)))
 
 
 def test_a_run_outlasts_its_console(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -302,6 +350,16 @@ def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
     assert "3 classes" in refused(*start, str(shards), "--num-classes", "10")
 
 
+def test_bad_training_images_are_told_before_a_model_is_built(
+    recipe: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vimfast.train.model.create_model", lambda *a, **k: pytest.fail("built"))
+    shutil.copytree(tree / "val", tmp_path / "val")
+    start = ("--config", recipe, "--data-path")
+    assert "has no train/" in refused(*start, str(tmp_path))
+    assert "36 training images do not fill one step" in refused(*start, str(tree), "--batch-size", "1000")
+
+
 def test_what_a_model_cannot_be_built_of_is_one_sentence(recipe: str, tree: Path, tmp_path: Path) -> None:
     start = ("--config", recipe, "--data-path")
     sentence = refused(*start, str(tree), "--input-size", "45")
@@ -357,6 +415,18 @@ def test_a_corrupt_image_is_named_and_nothing_is_lost(recipe: str, tree: Path, t
     assert done.returncode == 2
     assert "n02_3.JPEG" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_skipped_images_are_in_the_log(recipe: str, tree: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(tree, bad)
+    for name in ("train/n02/n02_3.JPEG", "val/n01/n01_2.JPEG"):
+        (bad / name).write_bytes((bad / name).read_bytes()[:200])
+    flags = ("--config", recipe, "--data-path", str(bad), "--output_dir", str(tmp_path / "run"), "--epochs", "1")
+    train(*flags, "--no-repeated-aug", "--on-bad-image", "skip")
+    log = (tmp_path / "run" / "train.log").read_text()
+    for name, instead in (("n02_3.JPEG", "another takes its place"), ("n01_2.JPEG", "it is not counted")):
+        assert re.search(rf"warning: .*{name}.*: {instead}; bad images so far: 1", log), log
 
 
 def test_misspelt_flag_on_the_command_line() -> None:

@@ -28,7 +28,7 @@ class World:
     size: int = 1
     local_size: int = 1
     device: torch.device = torch.device("cpu")
-    neighbours: int = 1  # consecutive ranks of this host, including this one, that can decode for each other
+    node: int = 1  # ranks of this host, including this one, that can decode for each other, as Order has it
     host: dist.ProcessGroup | None = None  # those ranks; has a communicator of its own, to run beside the step's
 
     @property
@@ -83,10 +83,10 @@ def start(device: str, timeout: float = 1800.0) -> World:
             timeout=limit,
             device_id=where if where.type == "cuda" else None,
         )
-    neighbours, host = _neighbours(rank, local_rank, size, local_size)
+    node, host = _node(rank, local_rank, size, local_size)
     if size > 1 and where.type == "cuda":
         _connect(where, host)
-    return World(rank, local_rank, size, local_size, where, neighbours, host)
+    return World(rank, local_rank, size, local_size, where, node, host)
 
 
 def _connect(device: torch.device, host: dist.ProcessGroup | None) -> None:
@@ -100,7 +100,7 @@ def _connect(device: torch.device, host: dist.ProcessGroup | None) -> None:
         dist.all_to_all_single(torch.empty_like(sent), sent, group=host)
 
 
-def _neighbours(rank: int, local_rank: int, size: int, local_size: int) -> tuple[int, dist.ProcessGroup | None]:
+def _node(rank: int, local_rank: int, size: int, local_size: int) -> tuple[int, dist.ProcessGroup | None]:
     # Asked on every process, whatever its host is like: a collective must not depend on that.
     found = set().union(*gather_objects({(local_size, rank % local_size == local_rank)}))
     if local_size == 1 or found != {(local_size, True)}:

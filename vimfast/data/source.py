@@ -13,6 +13,7 @@ import stat
 import tarfile
 import time
 import weakref
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -67,6 +68,10 @@ class Source(Protocol):
     @property
     def labels(self) -> np.ndarray:
         """int32 [N]."""
+
+    @property
+    def identity(self) -> str:
+        """Names the images and their numbering: of shards by their index, of a folder by its list of files."""
 
     def __len__(self) -> int: ...
 
@@ -136,6 +141,7 @@ class ShardSource:
         _allow_open_files(len(self._shards))
         self._opened: list[_Shard | None] = [None] * len(self._shards)
         self.labels: np.ndarray = self._index["label"]
+        self.identity = f"shards {entry.samples} {entry.index_crc32:08x}"
 
     def __len__(self) -> int:
         return len(self._index)
@@ -233,6 +239,13 @@ class FolderSource:
         self._pool = ThreadPoolExecutor(_MOST_READERS, thread_name_prefix="read")
         self.classes: list[str] = files.classes
         self.labels: np.ndarray = files.labels
+
+    @property
+    def identity(self) -> str:
+        crc = 0
+        for part in (self._files.labels, self._files.offsets, self._files.names):
+            crc = zlib.crc32(part.data, crc)
+        return f"folder {len(self)} {crc:08x}"
 
     def __len__(self) -> int:
         return len(self._files)

@@ -1,8 +1,8 @@
 """What a loader makes of the images of a step. A view owns all of it: the draws, DALI's graph, and what comes after.
 
-:class:`Regions` and :class:`Copies` train on boxes (:class:`~vimfast.augment.crops.BoxCrop`): on a GPU, where our own
-kernel cuts them from what DALI decodes, and on a CPU, where DALI does it all. :class:`CutOut` trains on squares cut out
-of resized images (:class:`~vimfast.augment.crops.SquareCrop`), and :class:`Evaluation` looks at the middle.
+:class:`CutRegions` and :class:`Copies` train on boxes (:class:`~vimfast.augment.crops.BoxCrop`): on a GPU, where a
+kernel of ours cuts them from what DALI decodes, and on a CPU, where DALI does it all. :class:`CutOut` trains on squares
+cut out of resized images (:class:`~vimfast.augment.crops.SquareCrop`), and :class:`Evaluation` looks at the middle.
 :func:`training_view` and :func:`crop_view` choose.
 """
 
@@ -51,6 +51,9 @@ class Stage(NamedTuple):
     recipe: Recipe
 
 
+Stages = Callable[[int], Stage]  # of an epoch; asked for each step, also of epochs that are only read ahead
+
+
 class Cuts(NamedTuple):
     """How :func:`vimfast.augment.resize.crop_resize` makes the crops of a batch from decoded regions."""
 
@@ -90,6 +93,9 @@ class View(Protocol):
     def most(self) -> int:
         """The most images that are decoded for a step."""
 
+    def side(self, epoch: int) -> int:
+        """Of the images that come out, in pixels."""
+
     def draw(self, epoch: int, step: int, read: Read) -> Work:
         """Read the images of a step and draw what is done to them. A function of its arguments and the data alone."""
 
@@ -121,7 +127,7 @@ class Training:
 
     order: Order
     device: torch.device
-    stage: Callable[[int], Stage]
+    stage: Stages
     flip: float = 0.5
     interpolation: Interpolation = "bicubic"
     normalization: Normalization = IMAGENET
@@ -134,6 +140,9 @@ class Training:
             raise UserError(
                 f"interpolation is {self.interpolation!r}{hint}; it must be one of {', '.join(INTERPOLATIONS)}"
             )
+
+    def side(self, epoch: int) -> int:
+        return self.stage(epoch).size
 
     def _draw(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Uniform numbers, where to mirror and which filter, for the images at these positions."""
@@ -231,7 +240,7 @@ class RegionInputs(NamedTuple):
     extent: Pair
 
 
-class Regions(_Boxes):
+class CutRegions(_Boxes):
     """DALI only decodes; a kernel of ours cuts and resizes, in less than half of DALI's time on a busy GPU."""
 
     inputs: ClassVar[type[tuple[Any, ...]]] = RegionInputs
@@ -389,6 +398,9 @@ class Evaluation:
     def most(self) -> int:
         return self.order.batch_size
 
+    def side(self, epoch: int) -> int:
+        return self.size
+
     def draw(self, epoch: int, step: int, read: Read) -> Work:
         ids, images = read(self.order.step(epoch, step)[1])
         squares = self.crop.squares(np.empty((len(ids), draws.COLUMNS)), images.sizes, self.size)
@@ -422,24 +434,26 @@ def training_view(
     interpolation: Interpolation = "bicubic",
     normalization: Normalization = IMAGENET,
     group: ProcessGroup | None = None,
+    stage: Stages | None = None,
 ) -> View:
-    """The view that a section of settings asks for, the same in the whole run.
+    """The view that a section of settings asks for.
 
     Args:
         augmentation: what is done after crop and flip, and the kind of crop; None: random resized crop and flip only.
         size: side of the square, pixels.
         scale, ratio: of :class:`~vimfast.augment.crops.RandomResizedCrop`.
         group: the processes that ``order.node`` counts; None: all.
+        stage: size and augmentation of each epoch; None: those given, in the whole run.
 
     Raises:
         UserError: a setting out of its range.
     """
-    crop, stage = training_crop(augmentation, size, scale, ratio), Stage(size, Recipe(augmentation, interpolation))
+    crop, whole = training_crop(augmentation, size, scale, ratio), Stage(size, Recipe(augmentation, interpolation))
     return crop_view(
         order,
         device,
         crop,
-        lambda epoch: stage,
+        stage or (lambda epoch: whole),
         flip=flip,
         interpolation=interpolation,
         normalization=normalization,
@@ -451,7 +465,7 @@ def crop_view(
     order: Order,
     device: torch.device,
     crop: BoxCrop | SquareCrop,
-    stage: Callable[[int], Stage],
+    stage: Stages,
     *,
     flip: float = 0.5,
     interpolation: Interpolation = "bicubic",
@@ -463,4 +477,4 @@ def crop_view(
     if isinstance(crop, SquareCrop):
         return CutOut(*common, crop=crop)
     exchange = Exchange(order, group) if order.node > 1 else None
-    return (Regions if device.type == "cuda" else Copies)(*common, crop=crop, exchange=exchange)
+    return (CutRegions if device.type == "cuda" else Copies)(*common, crop=crop, exchange=exchange)

@@ -10,41 +10,58 @@ from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
+from vimfast.models.options import PatchOptions
 from vimfast.models.pos_embed import insert_tokens, rotary_tables
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, channels, H, W] -> patches [B, rows * columns, C], row by row. Patches overlap if stride < size."""
+    """Images [B, channels, H, W] -> patches [B, rows * columns, C], row by row. Patches overlap if stride < size.
 
-    def __init__(
-        self, img_size: tuple[int, int], patch_size: int, stride: int, channels: int, dim: int, **to: Any
-    ) -> None:
+    Args:
+        options: of the images and the patches.
+        dim: C.
+        to: device and dtype.
+    """
+
+    def __init__(self, options: PatchOptions, dim: int, **to: Any) -> None:
         super().__init__()
-        if patch_size > min(img_size) or stride < 1:
-            raise UserError(
-                f"a patch of {patch_size} pixels every {stride} does not fit an image of"
-                f" {img_size[0]} x {img_size[1]}; give a larger img_size or a smaller patch_size"
-            )
-        self.img_size, self.channels = img_size, channels
-        self.grid_size = (img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1
+        self.img_size, self.dynamic = options.size, options.dynamic_img_size
+        self.channels, self.patch_size, self.stride = options.channels, options.patch_size, options.stride
+        self.grid_size = self.grid(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(channels, dim, patch_size, stride, **to)
+        self.proj = nn.Conv2d(self.channels, dim, self.patch_size, self.stride, **to)
         assert self.proj.bias is not None
         lecun_normal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches of images of this height and width.
+
+        Raises:
+            UserError: not one patch fits.
+        """
+        if self.patch_size > min(size) or self.stride < 1:
+            raise UserError(
+                f"a patch of {self.patch_size} pixels every {self.stride} does not fit an image of"
+                f" {size[0]} x {size[1]}",
+                "give a larger img_size or a smaller patch_size",
+            )
+        return (size[0] - self.patch_size) // self.stride + 1, (size[1] - self.patch_size) // self.stride + 1
+
     def forward(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != (self.channels, *self.img_size):
+        channels, *given = x.shape[1:]
+        if channels != self.channels or (not self.dynamic and tuple(given) != self.img_size):
             raise UserError(
                 f"images are {' x '.join(map(str, x.shape[1:]))} (channels, height, width), the model was built for"
-                f" {self.channels} x {self.img_size[0]} x {self.img_size[1]}; build it with that size (--input-size)"
+                f" {self.channels} x {self.img_size[0]} x {self.img_size[1]}",
+                "build it with that size (--input-size), or for any size with dynamic_img_size=True",
             )
-        size = self.proj.kernel_size[0]
-        if self.proj.stride[0] != size:
+        rows, columns = self.grid((x.shape[2], x.shape[3]))
+        size = self.patch_size
+        if self.stride != size:
             maps: Tensor = self.proj(x)
             return maps.flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
         # Patches that do not overlap are rows of a matrix: one copy, which also casts, and one product.
-        rows, columns = self.grid_size
         x = x[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
         x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, channels, size, size]
         if torch.is_autocast_enabled(x.device.type):
@@ -59,14 +76,22 @@ class Rotary(nn.Module):
         self, grid: tuple[int, int], dim: int, pretraining_side: int, device: torch.device | str | None
     ) -> None:
         super().__init__()
+        self.grid, self.dim, self.pretraining_side = grid, dim, pretraining_side
         cos, sin = rotary_tables(grid, dim, pretraining_side)
         self.freqs_cos: Tensor
         self.freqs_sin: Tensor
         self.register_buffer("freqs_cos", cos.to(device))
         self.register_buffer("freqs_sin", sin.to(device))
 
-    def forward(self, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(cos, sin) [M, C] of patches and, at ``places``, class tokens, which do not turn."""
-        cos, sin = self.freqs_cos[None], self.freqs_sin[None]  # [1, P, C]
-        still = cos.new_ones(1, len(places), cos.shape[2])
-        return insert_tokens(cos, still, places)[0], insert_tokens(sin, torch.zeros_like(still), places)[0]
+    def forward(self, places: tuple[int, ...], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [M, C] of a grid of patches and, at ``places``, class tokens, which do not turn."""
+        cos, sin = self._tables(grid)  # [P, C]
+        still = cos.new_ones(1, len(places), cos.shape[1])
+        return insert_tokens(cos[None], still, places)[0], insert_tokens(sin[None], torch.zeros_like(still), places)[0]
+
+    def _tables(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        own = self.freqs_cos
+        if grid == self.grid:
+            return own, self.freqs_sin
+        cos, sin = rotary_tables(grid, self.dim, self.pretraining_side, own.device)
+        return cos.to(own.dtype), sin.to(own.dtype)

@@ -49,10 +49,12 @@ def save_for_hub(
     """
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
     if "architecture" not in cfg:
-        raise UserError("a model without a name cannot be built again; make it with vimfast.models.create_model")
+        raise UserError("a model without a name cannot be built again", "make it with vimfast.models.create_model")
     num_classes: Any = model.num_classes
     if classes and len(classes) != num_classes:
-        raise UserError(f"there are {len(classes)} class names for a head of {num_classes} classes; give one for each")
+        raise UserError(
+            f"there are {len(classes)} class names for a head of {num_classes} classes", "give one for each"
+        )
     options = dict(getattr(model, "model_args", {}) if model_args is None else model_args) | {
         "num_classes": num_classes
     }
@@ -76,7 +78,9 @@ def save_for_hub(
     try:
         text = json.dumps(config, indent=2)
     except TypeError as error:
-        raise UserError(f"a constructor option cannot be written as JSON ({error}); pass it as a plain value") from None
+        raise UserError(
+            f"a constructor option cannot be written as JSON ({error})", "pass it as a plain value"
+        ) from None
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or model.state_dict()).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)

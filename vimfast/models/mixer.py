@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
+from vimfast.models.options import MixerOptions, ScanOptions
 from vimfast_kernels import (
     Direction,
     MixerWeights,
@@ -27,8 +28,6 @@ from vimfast_kernels import (
 
 __all__ = ["AddLayerNorm", "AddRMSNorm", "Block", "MambaMixer", "drop_path"]
 
-BIMAMBA_TYPES = ("none", "v1", "v2")
-
 
 class MambaMixer(nn.Module):
     """Input projection, causal convolution, selective scan with a gate, output projection: [B, L, C] -> [B, L, C].
@@ -43,81 +42,68 @@ class MambaMixer(nn.Module):
     def __init__(
         self,
         dim: int,
+        options: MixerOptions,
         *,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
-        dt_rank: int | Literal["auto"] = "auto",
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
-        dt_init: Literal["random", "constant"] = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        conv_bias: bool = True,
-        bias: bool = False,
-        bimamba_type: str = "v2",
-        if_divide_out: bool = True,
-        init_layer_scale: float | None = None,
-        scan_backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if bimamba_type not in BIMAMBA_TYPES:
-            raise UserError(f"bimamba_type is {bimamba_type!r}; it must be one of {', '.join(BIMAMBA_TYPES)}")
-        if dt_init not in ("random", "constant"):
-            raise UserError(f"dt_init is {dt_init!r}; it must be 'random' or 'constant'")
         try:
-            self.scan_backend = check_backend(scan_backend)
+            self.scan_backend = check_backend(options.scan_backend)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self.bimamba_type = bimamba_type
-        self.scale = 0.5 if bimamba_type == "v2" and if_divide_out else 1.0
-        self.d_state = d_state
-        self.dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
-        inner = expand * dim
+        scan = options.scan
+        self.bimamba_type = options.kind
+        self.scale = 0.5 if self.bimamba_type == "v2" and options.if_divide_out else 1.0
+        self.d_state = options.d_state
+        self.dt_rank = math.ceil(dim / 16) if scan.dt_rank == "auto" else scan.dt_rank
+        inner = scan.expand * dim
 
         def linear(fan_in: int, fan_out: int, bias: bool) -> nn.Linear:
             return nn.Linear(fan_in, fan_out, bias=bias, device=device, dtype=dtype)
 
         def conv() -> nn.Conv1d:
-            return nn.Conv1d(inner, inner, d_conv, groups=inner, bias=conv_bias, device=device, dtype=dtype)
+            return nn.Conv1d(inner, inner, scan.d_conv, groups=inner, bias=scan.conv_bias, device=device, dtype=dtype)
 
         def fp32(x: Tensor) -> nn.Parameter:
             return nn.Parameter(x.to(device=device, dtype=torch.float32, copy=True))
 
         # The order of these lines is hustvl/Vim's: optimizer states in its checkpoints depend on it.
         self.gamma: nn.Parameter | None = None
-        if init_layer_scale is not None:
-            self.gamma = nn.Parameter(torch.full((dim,), init_layer_scale, device=device, dtype=dtype))
-        rates = torch.arange(1, d_state + 1).log().repeat(inner, 1)  # A = -1 .. -N in every channel
-        self.in_proj = linear(dim, 2 * inner, bias)
+        if options.init_layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((dim,), options.init_layer_scale, device=device, dtype=dtype))
+        rates = torch.arange(1, self.d_state + 1).log().repeat(inner, 1)  # A = -1 .. -N in every channel
+        self.in_proj = linear(dim, 2 * inner, scan.bias)
         self.conv1d = conv()
-        self.x_proj = linear(inner, self.dt_rank + 2 * d_state, False)
+        self.x_proj = linear(inner, self.dt_rank + 2 * self.d_state, False)
         self.dt_proj = linear(self.dt_rank, inner, True)
         self.A_log = fp32(rates)
         self.D = fp32(torch.ones(inner))
-        if bimamba_type != "none":
+        if self.bimamba_type != "none":
             self.A_b_log = fp32(rates)
-        if bimamba_type == "v2":
+        if self.bimamba_type == "v2":
             self.conv1d_b = conv()
-            self.x_proj_b = linear(inner, self.dt_rank + 2 * d_state, False)
+            self.x_proj_b = linear(inner, self.dt_rank + 2 * self.d_state, False)
             self.dt_proj_b = linear(self.dt_rank, inner, True)
             self.D_b = fp32(torch.ones(inner))
             nn.init.zeros_(self.dt_proj_b.bias)  # hustvl/Vim's, unlike dt_proj's: its steps start at softplus(0)
-        self.out_proj = linear(inner, dim, bias)
-
-        bound = dt_scale * self.dt_rank**-0.5
-        if dt_init == "random":
-            nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        else:
-            nn.init.constant_(self.dt_proj.weight, bound)
-        dt = torch.empty(inner).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_(min=dt_init_floor)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
-        if bias:
+        self.out_proj = linear(inner, dim, scan.bias)
+        self._init_time_steps(scan)
+        if scan.bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
+
+    def _init_time_steps(self, scan: ScanOptions) -> None:
+        weight, bias = self.dt_proj.weight, self.dt_proj.bias
+        bound = scan.dt_scale * self.dt_rank**-0.5
+        if scan.dt_init == "random":
+            nn.init.uniform_(weight, -bound, bound)
+        else:
+            nn.init.constant_(weight, bound)
+        dt = torch.empty(len(bias)).uniform_(math.log(scan.dt_min), math.log(scan.dt_max)).exp_()
+        dt = dt.clamp_(min=scan.dt_init_floor)
+        with torch.no_grad():
+            bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
 
     def kernels(self, dtype: torch.dtype) -> str:
         """Which kernels run in this dtype where the weights are, and why not faster ones."""

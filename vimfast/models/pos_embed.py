@@ -35,7 +35,8 @@ def resample_pos_embed(
     if side == 0 or side * side != patches:
         raise UserError(
             f"the position embedding has {pos_embed.shape[1]} entries, which is not a square grid of patches and"
-            f" {len(class_places(0))} class tokens; load it into a model with the same class token options"
+            f" {len(class_places(0))} class tokens",
+            "load it into a model with the same class token options",
         )
     old = list(class_places(patches))
     tokens = pos_embed[:, old]  # [1, T, C]
@@ -45,6 +46,27 @@ def resample_pos_embed(
     image = F.interpolate(image.float(), size=grid, mode="bicubic", align_corners=False)  # [1, C, rows, columns]
     resampled = image.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # [1, rows * columns, C]
     return insert_tokens(resampled, tokens, class_places(grid[0] * grid[1]))
+
+
+def resize_pos_embed(
+    pos_embed: Tensor,  # [1, M, C], any float dtype
+    old: tuple[int, int],
+    new: tuple[int, int],
+    class_places: Callable[[int], tuple[int, ...]],
+) -> Tensor:  # [1, new[0] * new[1] + T, C], same dtype
+    """The position embedding of ``old`` = (rows, columns) patches for ``new`` ones, differentiable.
+
+    What :func:`resample_pos_embed` makes of weights, in each step. Resampling is a product with a matrix, whose rows
+    are the resampled unit vectors. The backward pass of a product is deterministic, interpolation's is not on a GPU.
+    """
+    places = class_places(old[0] * old[1])
+    tokens = torch.cat([pos_embed[:, :0], *(pos_embed[:, place : place + 1] for place in places)], dim=1)  # [1, T, C]
+    wide = torch.promote_types(pos_embed.dtype, torch.float32)
+    with torch.autocast(pos_embed.device.type, enabled=False):
+        units = torch.eye(old[0] * old[1], dtype=wide, device=pos_embed.device)  # [P, P]
+        matrix = F.interpolate(units.view(-1, 1, *old), size=new, mode="bicubic", align_corners=False)
+        patches = matrix.flatten(1).T @ remove_tokens(pos_embed, places).to(wide)  # [1, new P, C]
+    return insert_tokens(patches.to(pos_embed.dtype), tokens, class_places(new[0] * new[1]))
 
 
 def insert_tokens(patches: Tensor, tokens: Tensor, places: tuple[int, ...]) -> Tensor:
@@ -62,15 +84,17 @@ def remove_tokens(x: Tensor, places: tuple[int, ...]) -> Tensor:
     return torch.cat([x[:, a + 1 : b] for a, b in itertools.pairwise(bounds)], dim=1)
 
 
-def rotary_tables(grid: tuple[int, int], channels: int, pretraining_side: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    grid: tuple[int, int], channels: int, pretraining_side: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
     """(cos, sin) [rows * columns, channels] of EVA-02's two-dimensional rotary embedding, theta 10000.
 
     The first half of the channels turns with the row, the second with the column, in neighbouring pairs. Positions are
     scaled so that any grid spans ``pretraining_side``.
     """
     half = channels // 2
-    speeds = 10000.0 ** -(torch.arange(0, half, 2) / half)  # [half / 2]
-    rows, columns = (torch.outer(torch.arange(n) / n * pretraining_side, speeds) for n in grid)
+    speeds = 10000.0 ** -(torch.arange(0, half, 2, device=device) / half)  # [half / 2]
+    rows, columns = (torch.outer(torch.arange(n, device=device) / n * pretraining_side, speeds) for n in grid)
     rows, columns = (angles.repeat_interleave(2, dim=1) for angles in (rows, columns))  # [n, half]
     angles = torch.cat(
         [rows[:, None].expand(*grid, half), columns[None].expand(*grid, half)], dim=-1

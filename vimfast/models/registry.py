@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from typing import Any
 
@@ -12,8 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
-from vimfast.errors import UserError, did_you_mean
-from vimfast.models.mixer import MambaMixer
+from vimfast.errors import UserError
 from vimfast.models.vision_mamba import VisionMamba
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
@@ -52,7 +50,7 @@ default_cfgs = generate_default_cfgs(
 
 
 # What belongs to a run and not to the weights.
-RUN_OPTIONS = ("drop_rate", "drop_path_rate", "scan_backend", "device", "dtype")
+RUN_OPTIONS = ("drop_rate", "drop_path_rate", "scan_backend", "dynamic_img_size", "device", "dtype")
 
 
 def _vision_mamba(in_chans: int = 3, **kwargs: Any) -> VisionMamba:
@@ -86,14 +84,22 @@ for _name, (_embed_dim, _, _stride) in MODELS.items():
     _register(_name, _embed_dim, _stride)
 
 
-def create_model(name: str, *, img_size: int | None = None, scan_backend: str = "auto", **kwargs: Any) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    img_size: int | None = None,
+    dynamic_img_size: bool = False,
+    scan_backend: str = "auto",
+    **kwargs: Any,
+) -> nn.Module:
     """A model of timm's registry, those of this package included, freshly initialized.
 
     Args:
         name: ``vim_tiny_patch16_224`` and so on, or any timm model.
         img_size: side of the images in pixels; None for the named one. Handed to a model built for one size only.
+        dynamic_img_size: images may be of other sizes too. Handed to a model built for one size only.
         scan_backend: of a Vision Mamba's scan, see :mod:`vimfast_kernels.backends`; other models have none.
-        kwargs: constructor options, those of :class:`~vimfast.models.VisionMamba` for a Vision Mamba.
+        kwargs: constructor options, those of :mod:`vimfast.models.options` for a Vision Mamba.
 
     Raises:
         UserError: the name or an option does not exist (with the closest ones), or a value is invalid.
@@ -102,27 +108,25 @@ def create_model(name: str, *, img_size: int | None = None, scan_backend: str = 
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         fix = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
-        raise UserError(f"there is no model named {name!r}; {fix}")
+        raise UserError(f"there is no model named {name!r}", fix)
     if ours:
         kwargs["scan_backend"] = scan_backend
     elif scan_backend != "auto":
-        raise UserError(f"{name} has no selective scan for the scan backend {scan_backend!r}; leave that option out")
+        raise UserError(f"{name} has no selective scan for the scan backend {scan_backend!r}", "leave that option out")
     cfg = get_pretrained_cfg(name)
     if cfg is not None and cfg.fixed_input_size:
-        kwargs["img_size"] = img_size
+        kwargs |= {"img_size": img_size, **({"dynamic_img_size": True} if dynamic_img_size else {})}
     try:
         return timm.create_model(name, **kwargs)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if not unknown:
             raise
-        options = [p for c in (VisionMamba, MambaMixer) for p in inspect.signature(c).parameters] if ours else []
-        word = unknown[1]
-        raise UserError(f"{name} has no option {word!r}{did_you_mean(word, options)}") from None
+        raise UserError(f"{name} has no option {unknown[1]!r}") from None
     except (AssertionError, ValueError) as error:  # such as heads that do not divide the width
         why = " ".join(str(error).split()) or "its own check failed"
-        raise UserError(f"{name} cannot be built with these options ({why}); change --model-kwargs") from None
+        raise UserError(f"{name} cannot be built with these options ({why})", "change --model-kwargs") from None
     except RuntimeError as error:
         if "No pretrained weights" not in str(error):
             raise
-        raise UserError(f"there are no published weights of {name} to download; give a checkpoint instead") from None
+        raise UserError(f"there are no published weights of {name} to download", "give a checkpoint instead") from None

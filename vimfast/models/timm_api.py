@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from vimfast.errors import UserError
 from vimfast.models.embedding import PatchEmbed
 from vimfast.models.mixer import Block, drop_path
+from vimfast.models.options import known_pool
 from vimfast.models.pos_embed import remove_tokens
-
-FINAL_POOL_TYPES = ("none", "mean", "max", "all")
 
 
 class TimmModel(nn.Module):
@@ -62,8 +61,10 @@ class TimmModel(nn.Module):
             intermediates_only: return the list of them alone, else (:meth:`forward_features`, the list).
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise UserError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
+            raise UserError(f"output_fmt is {output_fmt!r}", "it must be NCHW or NLC")
+        height, width = x.shape[2:]
         x, turns, places, order = self._embed(x)
+        grid = self.patch_embed.grid((height, width))
         streams: list[Tensor] = []
         x, residual, noise = self._mix(x, turns, streams)
         last = drop_path(x, noise, self.drop_path_rate)
@@ -74,7 +75,6 @@ class TimmModel(nn.Module):
             if order is not None:
                 stream = stream[:, torch.tensor(order).argsort().to(x.device, non_blocking=True)]
             stream = remove_tokens(stream, places)  # [B, P, C]
-            grid = self.patch_embed.grid_size
             maps.append(stream.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else stream)
         return maps if intermediates_only else (self.norm_f(last, residual)[0], maps)
 
@@ -128,12 +128,6 @@ class TimmModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", *self.class_token_names()}
-
-
-def known_pool(name: str) -> str:
-    if name not in FINAL_POOL_TYPES:
-        raise UserError(f"final_pool_type is {name!r}; it must be one of {', '.join(FINAL_POOL_TYPES)}")
-    return name
 
 
 def _known_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:

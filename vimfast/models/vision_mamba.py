@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,170 +14,78 @@ from torch.utils.checkpoint import checkpoint
 from vimfast.errors import UserError
 from vimfast.models.embedding import PatchEmbed, Rotary
 from vimfast.models.mixer import AddLayerNorm, AddRMSNorm, Block, MambaMixer
-from vimfast.models.pos_embed import RESAMPLE, insert_tokens, resample_pos_embed, rotate
-from vimfast.models.timm_api import TimmModel, known_pool, new_head
+from vimfast.models.options import InitialValues, VimOptions
+from vimfast.models.pos_embed import RESAMPLE, insert_tokens, resample_pos_embed, resize_pos_embed, rotate
+from vimfast.models.timm_api import TimmModel, new_head
 
 
 class VisionMamba(TimmModel):
-    """Vision Mamba with the constructor options and state-dict keys of hustvl/Vim. An unknown option is an error.
+    """Vision Mamba with the constructor options and state-dict keys of hustvl/Vim.
 
     Args:
-        img_size: height and width of the images, or the one number for both; fixed for the life of the model.
-        patch_size, stride: of the patch embedding, in pixels.
-        depth, embed_dim, d_state: blocks, width C, state size N of the scan.
-        channels: of the images.
-        num_classes: of the head; 0 for features.
-        ssm_cfg: further options of :class:`~vimfast.models.mixer.MambaMixer`.
-        drop_rate: dropout after the position embedding, and only with one.
-        drop_path_rate: stochastic depth: block i drops the output of the one before at linspace(0, rate)[i - 1], the
-            last norm that of the last block at the full rate.
-        norm_epsilon, rms_norm: of the norms; LayerNorm if not rms_norm.
-        initializer_cfg: ``rescale_prenorm_residual``, ``n_residuals_per_layer`` of ``out_proj``'s initialization.
-        fused_add_norm, residual_in_fp32, ft_seq_len: accepted as in hustvl/Vim, and ignored: add and norm are
-            always one op, the residual is always fp32, and the grid follows from the sizes.
-        pt_hw_seq_len: patches per side for which rotary positions are counted.
-        if_bidirectional: even blocks read the sequence forward, odd ones backward, and each pair is summed.
-        final_pool_type: what the head reads without a class token: ``none`` the last token, ``mean`` their mean,
-            ``max`` the largest logit over all, ``all`` each of them (logits [B, M, K]).
-        if_abs_pos_embed: learned position embedding, class tokens included.
-        if_rope, if_rope_residual: rotary position before each block, on the residual too; class tokens do not turn.
-        flip_img_sequences_ratio: how often the whole sequence is reversed, in evaluation too.
-        if_bimamba: the same as ``bimamba_type="v1"``.
-        bimamba_type: ``none``, ``v1`` or ``v2``, see the mixer.
-        if_cls_token: one class token, which the head reads; in the middle with ``use_middle_cls_token``, else first.
-        use_double_cls_token: one at either end instead; the head reads their mean.
-        if_divide_out: halve the sum of v2's directions.
-        init_layer_scale: start value of a learned scale on each mixer's output; None for none.
-        if_random_cls_token_position: in training, insert the class token anywhere (a new place each step); needs
-            ``use_middle_cls_token=False``.
-        if_random_token_rank: in training, shuffle the sequence each step.
-        scan_backend: one of :func:`vimfast_kernels.backend_names`, for all ops of the blocks.
         device, dtype: of the parameters; A_log and D stay fp32.
+        options: by name, those of the groups in :mod:`vimfast.models.options`.
 
     Raises:
-        UserError: an option's value is not one of those that exist, or options contradict each other.
+        UserError: an option does not exist, its value is not one of those that do, or options contradict each other.
     """
 
     def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        stride: int = 16,
-        depth: int = 24,
-        embed_dim: int = 192,
-        d_state: int = 16,
-        channels: int = 3,
-        num_classes: int = 1000,
-        ssm_cfg: Mapping[str, Any] | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.1,
-        norm_epsilon: float = 1e-5,
-        rms_norm: bool = True,
-        initializer_cfg: Mapping[str, Any] | None = None,
-        fused_add_norm: bool = True,
-        residual_in_fp32: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        ft_seq_len: int | None = None,
-        pt_hw_seq_len: int = 14,
-        if_bidirectional: bool = False,
-        final_pool_type: str = "none",
-        if_abs_pos_embed: bool = True,
-        if_rope: bool = False,
-        if_rope_residual: bool = False,
-        flip_img_sequences_ratio: float = -1.0,
-        if_bimamba: bool = False,
-        bimamba_type: str = "v2",
-        if_cls_token: bool = True,
-        if_divide_out: bool = True,
-        init_layer_scale: float | None = None,
-        use_double_cls_token: bool = False,
-        use_middle_cls_token: bool = True,
-        if_random_cls_token_position: bool = False,
-        if_random_token_rank: bool = False,
-        scan_backend: str = "auto",
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **options: Any
     ) -> None:
         super().__init__()
-        single_token = if_cls_token and not use_double_cls_token
-        if if_random_cls_token_position and (use_middle_cls_token or not single_token):
-            raise UserError(
-                "if_random_cls_token_position needs a single class token that is not held in the middle;"
-                " add use_middle_cls_token=False"
-            )
-        if if_bidirectional and depth % 2:
-            raise UserError(f"if_bidirectional pairs the blocks, and depth {depth} is odd; make it even")
-        if if_rope and embed_dim % 4:
-            raise UserError(f"if_rope turns pairs of half the channels: embed_dim {embed_dim} must be a multiple of 4")
+        given = VimOptions.of(options)
+        patches, positions, stack = given.patches, given.positions, given.stack
+        dim = stack.embed_dim
         to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.model_args: dict[str, Any] = {}  # of a named model, by the registry
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.final_pool_type = known_pool(final_pool_type)
-        self.if_cls_token, self.use_double_cls_token = if_cls_token, use_double_cls_token
-        self.use_middle_cls_token = use_middle_cls_token
-        self.if_bidirectional, self.if_rope_residual = if_bidirectional, if_rope_residual
-        self.flip_img_sequences_ratio = flip_img_sequences_ratio
-        self.if_random_cls_token_position = if_random_cls_token_position
-        self.if_random_token_rank = if_random_token_rank
+        self.sequence = given.sequence
+        self.num_classes, self.final_pool_type = given.head.num_classes, given.head.final_pool_type
+        self.num_features = self.head_hidden_size = self.embed_dim = dim
+        self.if_bidirectional, self.if_rope_residual = stack.if_bidirectional, positions.if_rope_residual
         self.grad_checkpointing = False
 
         # The order of these lines is hustvl/Vim's: optimizer states in its checkpoints depend on it.
-        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         for name in self.class_token_names():
-            self.register_parameter(name, _small_normal(1, 1, embed_dim, **to))
-        self.patch_embed = PatchEmbed(size, patch_size, stride, channels, embed_dim, **to)
+            self.register_parameter(name, _small_normal(1, 1, dim, **to))
+        self.patch_embed = PatchEmbed(patches, dim, **to)
         tokens = self.patch_embed.num_patches + len(self.class_token_names())
-        self.pos_embed = _small_normal(1, tokens, embed_dim, **to) if if_abs_pos_embed else None
-        self.pos_drop = nn.Dropout(drop_rate if if_abs_pos_embed else 0.0)
-        self.rope = Rotary(self.patch_embed.grid_size, embed_dim, pt_hw_seq_len, device) if if_rope else None
-        self.head = new_head(embed_dim, num_classes, **to)
-        rates = [0.0, *torch.linspace(0, drop_path_rate, depth).tolist()]
-        norm = AddRMSNorm if rms_norm else AddLayerNorm
-        self.layers = nn.ModuleList(
-            Block(
-                MambaMixer(
-                    embed_dim,
-                    d_state=d_state,
-                    bimamba_type="v1" if if_bimamba else bimamba_type,
-                    if_divide_out=if_divide_out,
-                    init_layer_scale=init_layer_scale,
-                    scan_backend=scan_backend,
-                    **(ssm_cfg or {}),
-                    **to,
-                ),
-                norm(embed_dim, norm_epsilon, scan_backend, **to),
-                rates[i],
-            )
-            for i in range(depth)
+        self.pos_embed = _small_normal(1, tokens, dim, **to) if positions.if_abs_pos_embed else None
+        self.pos_drop = nn.Dropout(positions.drop_rate if positions.if_abs_pos_embed else 0.0)
+        self.rope: Rotary | None = None
+        if positions.if_rope:
+            self.rope = Rotary(self.patch_embed.grid_size, dim, positions.pt_hw_seq_len, device)
+        self.head = new_head(dim, self.num_classes, **to)
+        rates = [0.0, *torch.linspace(0, stack.drop_path_rate, stack.depth).tolist()]
+        norm = partial(
+            AddRMSNorm if stack.rms_norm else AddLayerNorm, dim, stack.norm_epsilon, given.mixer.scan_backend, **to
         )
-        self.drop_path_rate = drop_path_rate
-        self.norm_f = norm(embed_dim, norm_epsilon, scan_backend, **to)
-        self._init_out_projections(**(initializer_cfg or {}))
+        self.layers = nn.ModuleList(
+            Block(MambaMixer(dim, given.mixer, **to), norm(), rate) for rate in rates[: stack.depth]
+        )
+        self.drop_path_rate = stack.drop_path_rate
+        self.norm_f = norm()
+        self._init_out_projections(stack.initial)
 
-    def _init_out_projections(
-        self,
-        initializer_range: float = 0.02,  # of embedding tables, which this model has none of
-        rescale_prenorm_residual: bool = True,
-        n_residuals_per_layer: int = 1,
-    ) -> None:
-        """Kaiming uniform over sqrt(blocks), so that the residual's variance does not grow with depth."""
+    def _init_out_projections(self, initial: InitialValues) -> None:
+        """Kaiming uniform over sqrt(blocks)."""
         for name, weight in self.named_parameters():
-            if rescale_prenorm_residual and name.endswith("out_proj.weight"):
+            if initial.rescale_prenorm_residual and name.endswith("out_proj.weight"):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-                weight.data.div_(math.sqrt(n_residuals_per_layer * len(self.layers)))
+                weight.data.div_(math.sqrt(initial.n_residuals_per_layer * len(self.layers)))
 
     def class_token_names(self) -> tuple[str, ...]:
-        if not self.if_cls_token:
+        if not self.sequence.if_cls_token:
             return ()
-        return ("cls_token_head", "cls_token_tail") if self.use_double_cls_token else ("cls_token",)
+        return ("cls_token_head", "cls_token_tail") if self.sequence.use_double_cls_token else ("cls_token",)
 
     def class_places(self, patches: int) -> tuple[int, ...]:
         """The positions of the class tokens in a sequence with this many patches."""
-        if not self.if_cls_token:
+        if not self.sequence.if_cls_token:
             return ()
-        if self.use_double_cls_token:
+        if self.sequence.use_double_cls_token:
             return (0, patches + 1)
-        return (patches // 2,) if self.use_middle_cls_token else (0,)
+        return (patches // 2,) if self.sequence.use_middle_cls_token else (0,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, channels, H, W] -> logits [B, K]; [B, M, K] with final_pool_type ``all`` and no class token."""
@@ -205,16 +114,18 @@ class VisionMamba(TimmModel):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, ...], list[int] | None]:
         """(tokens [B, M, C] in scan order, rotary tables, places of the class tokens before ordering, the order)."""
+        height, width = x.shape[2:]
         x = self.patch_embed(x)  # [B, P, C]
+        grid = self.patch_embed.grid((height, width))
         places = self.class_places(x.shape[1])
-        if self.training and self.if_random_cls_token_position:
+        if self.training and self.sequence.if_random_cls_token_position:
             places = (int(torch.randint(x.shape[1] + 1, ())),)
-        turns = None if self.rope is None else self.rope(places)  # 2 x [M, C]
+        turns = None if self.rope is None else self.rope(places, grid)  # 2 x [M, C]
         if places:
             class_tokens = torch.cat([getattr(self, name) for name in self.class_token_names()], dim=1)
             x = insert_tokens(x, class_tokens.expand(len(x), -1, -1), places)  # [B, M, C]
         if self.pos_embed is not None:
-            x = self.pos_drop(x + self.pos_embed)
+            x = self.pos_drop(x + self._positions(self.pos_embed, grid))
         order = self._draw_order(x.shape[1])
         if order is not None:
             index = torch.tensor(order).to(x.device, non_blocking=True)
@@ -222,10 +133,18 @@ class VisionMamba(TimmModel):
             turns = None if turns is None else (turns[0][index], turns[1][index])
         return x, turns, places, order
 
+    def _positions(self, own: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The position embedding [1, M, C] of a grid of patches."""
+        of = self.patch_embed.grid_size
+        return own if grid == of else resize_pos_embed(own, of, grid, self.class_places)
+
     def _draw_order(self, length: int) -> list[int] | None:
         """A permutation of the sequence drawn for this step (on the CPU, so that no GPU is waited for), or None."""
-        order = torch.randperm(length).tolist() if self.training and self.if_random_token_rank else None
-        if self.flip_img_sequences_ratio > 0 and torch.rand(()).item() < self.flip_img_sequences_ratio:
+        order = torch.randperm(length).tolist() if self.training and self.sequence.if_random_token_rank else None
+        if (
+            self.sequence.flip_img_sequences_ratio > 0
+            and torch.rand(()).item() < self.sequence.flip_img_sequences_ratio
+        ):
             order = [*reversed(range(length) if order is None else order)]
         return order
 
@@ -282,12 +201,16 @@ class VisionMamba(TimmModel):
 
     def _classify(self, x: Tensor) -> Tensor:
         x = self.head(x)
-        return x.amax(1) if self.final_pool_type == "max" and not self.if_cls_token else x
+        return x.amax(1) if self.final_pool_type == "max" and not self.sequence.if_cls_token else x
 
     @property
     def capturable(self) -> bool:
         """Whether a CUDA graph of a training step can be replayed for the next one: nothing is drawn on the host."""
-        on_host = self.if_random_cls_token_position or self.if_random_token_rank or self.flip_img_sequences_ratio > 0
+        on_host = (
+            self.sequence.if_random_cls_token_position
+            or self.sequence.if_random_token_rank
+            or self.sequence.flip_img_sequences_ratio > 0
+        )
         return not on_host
 
     def kernels(self, dtype: torch.dtype) -> str:
@@ -303,7 +226,9 @@ class VisionMamba(TimmModel):
         are. What is of this model's size stays as it is.
         """
         if how not in RESAMPLE:
-            raise UserError(f"position embeddings cannot be resampled by {how!r}; it must be {' or '.join(RESAMPLE)}")
+            raise UserError(
+                f"position embeddings cannot be resampled by {how!r}", f"it must be {' or '.join(RESAMPLE)}"
+            )
         state = dict(state_dict)
         if "pos_embed" in state:
             first = tuple(range(len(self.class_token_names())))

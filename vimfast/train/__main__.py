@@ -14,25 +14,27 @@ from vimfast.errors import UserError
 from vimfast.processes.starting import Starting
 
 if TYPE_CHECKING:
+    from vimfast.data.views import Stages
     from vimfast.train.build import Hooks
 
 
-def main(hooks: Hooks | None = None) -> int:
+def main(hooks: Hooks | None = None, stage: Stages | None = None) -> int:
     """Train or evaluate by the flags of the command line; returns the exit status.
 
     Args:
         hooks: makes hooks of the caller's for a run (:class:`vimfast.train.loop.Hook`).
+        stage: input size and augmentation of each epoch (:class:`vimfast.data.views.Stage`), instead of the settings'.
     """
     with Starting() as starting:  # before all that takes time
-        return _run(starting, hooks)
+        return _run(starting, hooks, stage)
 
 
-def _run(starting: Starting, hooks: Hooks | None) -> int:
+def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
     from vimfast.config import load_config
 
     cfg = load_config(sys.argv[1:])
     if not cfg.data.data_path:
-        raise UserError("--data-path is missing; give the folder of shards, or of train/ and val/")
+        raise UserError("--data-path is missing", "give the folder of shards, or of train/ and val/")
     # After the flags, so that --help and a misspelt one answer at once. Looking for garbage among the modules again and
     # again takes a fifth of the imports' time.
     gc.disable()
@@ -55,7 +57,7 @@ def _run(starting: Starting, hooks: Hooks | None) -> int:
         gc.freeze()
         gc.enable()
         start_up.done("imports")
-        with build(cfg, world, control, start_up, hooks) as training:
+        with build(cfg, world, control, start_up, hooks, stage) as training:
             training.run()
     return control.status
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vimfast.config import Config
-from vimfast.data.source import FolderSource, Source
 from vimfast.errors import UserError
-from vimfast.shards.format import read_manifest
 
 State = Mapping[str, Any]
 
@@ -25,7 +21,7 @@ def check_classes(classes: Sequence[str], wanted: int | None, state: State | Non
     if count < 2:
         raise UserError(f"{data} has one class, {classes[0]!r}", "give a --data-path with two or more")
     if wanted is not None and wanted != count:
-        raise UserError(f"--num-classes is {wanted} and the data has {count} classes; drop the flag")
+        raise UserError(f"--num-classes is {wanted} and the data has {count} classes", "drop the flag")
     head = state["model"].get("head.weight") if state is not None else None
     fix = "point --data-path at the data it belongs to"
     if head is not None and len(head) != count:
@@ -38,23 +34,11 @@ def check_classes(classes: Sequence[str], wanted: int | None, state: State | Non
             )
 
 
-def images_id(source: Source, data_path: str) -> str:
-    """Names the images of a split and their numbering: of shards by their index, of a folder by its list of files."""
-    if isinstance(source, FolderSource):
-        files = source._files
-        crc = 0
-        for part in (files.labels, files.offsets, files.names):
-            crc = zlib.crc32(part.data, crc)
-        return f"folder {len(files)} {crc:08x}"
-    entry = read_manifest(Path(data_path)).splits["train"]
-    return f"shards {entry.samples} {entry.index_crc32:08x}"
-
-
 def order_changes(state: State, cfg: Config, images: str) -> list[str]:
     """What makes the images of this run come in another order than the checkpoint's; a phrase each.
 
     Args:
-        images: the :func:`images_id` of this run.
+        images: :attr:`~vimfast.data.source.Source.identity` of those that this run trains on.
     """
     changes = []
     if state.get("images", images) != images:

@@ -86,5 +86,5 @@ def _scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, int
 def _scores(total: dict[str, float]) -> Scores:
     count = round(total["count"])
     if count == 0:
-        raise UserError("the validation split holds no images; check it with python -m vimfast.check_data")
+        raise UserError("the validation split holds no images", "check it with python -m vimfast.check_data")
     return Scores(100 * total["top1"] / count, 100 * total["top5"] / count, total["loss"] / count, count)

@@ -30,7 +30,7 @@ def freeze(model: nn.Module, cfg: FinetuneConfig) -> str:
     trained = set(names)
     if cfg.attn_only:
         if not any(MIXING.search(name) for name in names):
-            raise UserError("--attn-only trains mixers or attention, and this model has neither; use --freeze-layers")
+            raise UserError("--attn-only trains mixers or attention, and this model has neither", "use --freeze-layers")
         head = {name for name in names if _is_of_head(model, name)}
         trained &= head | {name for name in names if MIXING.search(name) or name == "pos_embed"}
     if cfg.freeze_layers:
@@ -47,13 +47,15 @@ def freeze(model: nn.Module, cfg: FinetuneConfig) -> str:
 def _first_layers(model: nn.Module, count: int) -> set[str]:
     matcher = getattr(model, "group_matcher", None)
     if matcher is None:
-        raise UserError("--freeze-layers needs a model whose layers timm numbers, and this one's it does not; drop it")
+        raise UserError(
+            "--freeze-layers needs a model whose layers timm numbers, and this one's it does not", "drop it"
+        )
     layers = group_parameters(model, matcher(coarse=False))  # number -> names: the embedding, each block, norm, head
     ordered = [layers[number] for number in sorted(layers)]
     after = {i for i, names in enumerate(ordered) if any(_is_of_head(model, name) for name in names)}
     blocks = min(after, default=len(ordered)) - 1
     if count > blocks:
-        raise UserError(f"--freeze-layers is {count} and the model has {blocks} layers before its head; give no more")
+        raise UserError(f"--freeze-layers is {count} and the model has {blocks} layers before its head", "give no more")
     return {name for names in ordered[: count + 1] for name in names}
 
 

@@ -13,7 +13,7 @@ from vimfast.errors import UserError
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.pace import Stretch
 from vimfast.train.report import Reporter, duration, memory_gib
-from vimfast.train.resume import save_run
+from vimfast.train.run_state import save_run
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import Health
 from vimfast.train.sums import Mark, Reading
@@ -67,8 +67,8 @@ class GradientHealth:
             own = self._folder / CHECKPOINT if self._folder else None
             kept = f"; {own} is from before" if own is not None and own.exists() else ""
             raise UserError(
-                f"the gradients of {health.in_a_row} steps in a row are non-finite, by {where}; "
-                f"try a lower --lr, --clip-grad 1 or --no_amp{kept}"
+                f"the gradients of {health.in_a_row} steps in a row are non-finite, by {where}",
+                f"try a lower --lr, --clip-grad 1 or --no_amp{kept}",
             )
         if health.skipped > self._skipped:
             count = health.skipped - self._skipped

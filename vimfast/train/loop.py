@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vimfast import dist
 from vimfast.data.loader import Loader
 from vimfast.data.views import Batch
 from vimfast.dist import World
@@ -112,7 +113,7 @@ class Evaluated:
     report: Reporter
     control: Control
 
-    def scores(self) -> dict[str, Scores]:
+    def score(self) -> dict[str, Scores]:
         for model in self.models.values():
             copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with memory_for(self.loader, "--eval-batch-size"):
@@ -156,7 +157,7 @@ class EvaluationRun(_Closed):
     def run(self) -> bool:
         """Returns: whether it got to the end; False: it was told to stop."""
         try:
-            self.evaluated.scores()
+            self.evaluated.score()
             self.control.promise = "all is done; ending"
         except Stopped:
             self.report.say("stopped before the evaluation was complete; there is nothing to save, start it again")
@@ -208,6 +209,18 @@ class TrainingRun(_Closed):
     def __post_init__(self) -> None:
         self.sums, self.pace = Sums(("loss", "steps"), self.world.device), Pace(self.world.device)
 
+    @property
+    def global_batch(self) -> int:
+        """Images of an update, on all processes."""
+        return self.loader.order.global_batch * self.accum_steps
+
+    @property
+    def next_step(self) -> tuple[int, int] | None:
+        """(epoch, step) of the next step that is trained; None: nothing is left but an evaluation, or nothing."""
+        place = self.place
+        epoch, step = (place.epoch, place.step) if place.step < place.steps else (place.epoch + 1, 0)
+        return (epoch, step) if epoch < self.epochs else None
+
     def run(self) -> bool:
         """Train to the last epoch.
 
@@ -217,7 +230,10 @@ class TrainingRun(_Closed):
         begin = time.perf_counter()
         try:
             while self.place.epoch < self.epochs:
-                self._train_epoch()
+                if self.place.step < self.place.steps:  # else it was stopped in the evaluation
+                    self._train_epoch()
+                for hook in self.hooks:
+                    hook.epoch_trained(self.place)
                 self._evaluate_epoch()
                 self.place.epoch, self.place.step = self.place.epoch + 1, 0
                 self.sums.values.zero_()
@@ -254,18 +270,32 @@ class TrainingRun(_Closed):
                 self.report.advance()
                 for hook in self.hooks:
                     hook.after_step(place)
-        for hook in self.hooks:
-            hook.epoch_trained(place)
 
     def _evaluate_epoch(self) -> None:
         place, trained = self.place, self.sums.read()
-        scores = self.evaluated.scores()
+        scores = self.evaluated.score()
         best = scores[""].acc1 > place.best_acc1
         place.best_acc1 = max(place.best_acc1, scores[""].acc1)
         loss = trained["loss"] / trained["steps"] if trained["steps"] else math.nan
         end = EpochEnd(place.epoch, self.rate.value, loss, scores, best)
         for hook in self.hooks:
             hook.epoch_end(place, end)
+
+    def capture(self, images: Tensor, targets: Tensor) -> None:
+        """Record the step for batches of this shape as a CUDA graph.
+
+        Every process must call it at the same place. Graphs hold collectives: if one process fails, none has graphs.
+        """
+        self.model.train()
+        try:
+            self.train_step.capture(images, targets)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            why = " ".join(str(error).split())
+            self.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
+        if not all(dist.gather_objects(self.train_step.has_captured(images, targets))):
+            self.train_step.forget()
 
     def memory(self) -> AbstractContextManager[None]:
         """For what needs a training step's memory."""
@@ -289,7 +319,12 @@ class TrainingRun(_Closed):
         place, last = self.place, part == self.accum_steps - 1
         number = (place.epoch * place.steps + place.step) * self.accum_steps + part
         images, targets = self.mixup(batch.images, batch.labels, number)
-        loss, sound = self.train_step(self.objective.prepare(images), targets, first=part == 0, last=last)
+        images = self.objective.prepare(images)
+        if part == 0 and self.train_step.captured and not self.train_step.has_captured(images, targets):
+            self.control.doing("capturing the training step for another size")
+            self.capture(images, targets)
+            self.control.doing("training step")
+        loss, sound = self.train_step(images, targets, first=part == 0, last=last)
         self.sums.add(torch.where(sound > 0, loss, 0), sound)
 
     def close(self, failing: bool = False) -> None:
@@ -317,7 +352,7 @@ def memory_for(loader: Loader, flag: str, more: str = "") -> Iterator[None]:
     except torch.OutOfMemoryError:
         batch = loader.order.batch_size
         raise UserError(
-            f"{loader.device} has too little memory for {batch} images a step; try {flag} {max(batch // 2, 1)}{more}"
+            f"{loader.device} has too little memory for {batch} images a step", f"try {flag} {max(batch // 2, 1)}{more}"
         ) from None
 
 

@@ -92,18 +92,23 @@ def check(cfg: DistillConfig) -> None:
     if cfg.distillation_type == "none":
         return
     if cfg.cosub:
-        raise UserError(f"--cosub and --distillation-type {cfg.distillation_type} are two losses; choose one")
+        raise UserError(f"--cosub and --distillation-type {cfg.distillation_type} are two losses", "choose one")
     if not cfg.teacher_path:
-        raise UserError(f"--distillation-type {cfg.distillation_type} needs a teacher; give its --teacher-path")
+        raise UserError(f"--distillation-type {cfg.distillation_type} needs a teacher", "give its --teacher-path")
     if cfg.distillation_alpha > 1 or cfg.distillation_tau <= 0:
         raise UserError(
-            f"--distillation-alpha is {cfg.distillation_alpha} and --distillation-tau {cfg.distillation_tau};"
-            " the share must be at most 1 and the temperature above 0"
+            f"--distillation-alpha is {cfg.distillation_alpha} and --distillation-tau {cfg.distillation_tau}",
+            "the share must be at most 1 and the temperature above 0",
         )
 
 
-def build_teacher(cfg: DistillConfig, num_classes: int, input_size: int) -> nn.Module | None:
+def build_teacher(
+    cfg: DistillConfig, num_classes: int, input_size: int, dynamic_img_size: bool = False
+) -> nn.Module | None:
     """The teacher with its weights, on the CPU and never trained; None without distillation.
+
+    Args:
+        dynamic_img_size: it sees images of other sizes too.
 
     Raises:
         UserError: there is no such model, or the checkpoint is of another one or runs code.
@@ -111,10 +116,12 @@ def build_teacher(cfg: DistillConfig, num_classes: int, input_size: int) -> nn.M
     check(cfg)
     if cfg.distillation_type == "none":
         return None
-    teacher = create_model(cfg.teacher_model, num_classes=num_classes, img_size=input_size)
+    teacher = create_model(
+        cfg.teacher_model, num_classes=num_classes, img_size=input_size, dynamic_img_size=dynamic_img_size
+    )
     path = Path(cfg.teacher_path)
     try:
         load_weights(teacher, load_checkpoint(path)["model"], str(path), resample="patches")
     except UserError as error:
-        raise UserError(f"--teacher-path: {error}") from None
+        raise UserError(f"--teacher-path: {error.problem}", error.fix) from None
     return teacher.requires_grad_(False).eval()

@@ -42,7 +42,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module, lr: float) -> Optimizer:
         known = [str(name) for name in list_optimizers()]
         if cfg.opt in known:
             raise UserError(
-                f"--opt {cfg.opt} does not take these options ({error}); change --opt-eps or --opt-betas"
+                f"--opt {cfg.opt} does not take these options ({error})", "change --opt-eps or --opt-betas"
             ) from None
         raise UserError(f"--opt {cfg.opt!r} is not an optimizer of timm's{did_you_mean(cfg.opt, known)}") from None
 
@@ -81,7 +81,7 @@ class LearningRate:
             )[0]
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"timm cannot build --sched {cfg.sched!r} ({error or 'unknown name'}); try cosine"
+                f"timm cannot build --sched {cfg.sched!r} ({error or 'unknown name'})", "try cosine"
             ) from None
 
     def set(self, epoch: int, step: int) -> None:

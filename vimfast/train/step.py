@@ -38,15 +38,28 @@ class Health(NamedTuple):
     names: list[str]  # the parameters that went first, in the model's order
 
 
-class TrainStep:
-    """Trains `model` on batches of one size and dtype; the host waits for nothing in a step but the GPU's lead.
+class _Captured(NamedTuple):
+    """Forward and backward for batches of one shape."""
 
-    With :meth:`capture`, forward and backward are recorded once as a CUDA graph and replayed from then on, with the
-    all-reduces in it: hundreds of launches become one. The update stays outside, so that any optimizer and any learning
-    rate will do; it is queued while the GPU still works on the graph.
+    inputs: tuple[Tensor, Tensor]  # images and targets, as the graphs read them
+    graphs: dict[bool, torch.cuda.CUDAGraph]  # by whether the batch is the last of its step
+    gradients: list[Tensor | None]  # of each parameter, where the graphs leave them
+
+
+def _shape(images: Tensor, targets: Tensor) -> tuple[object, ...]:
+    return images.shape, images.dtype, targets.shape, targets.dtype
+
+
+class TrainStep:
+    """Trains `model` on batches; the host waits for nothing in a step but the GPU's lead.
+
+    With :meth:`capture`, forward and backward are recorded once for each shape of batches as a CUDA graph and replayed
+    from then on, with the all-reduces in it: hundreds of launches become one. The update stays outside, so that any
+    optimizer and any learning rate will do; it is queued while the GPU still works on the graph. What has no graph is
+    launched.
 
     A step whose gradients hold an infinity or a NaN, which after the all-reduce is so on all processes or on none,
-    leaves weights and optimizer state as they are, and is counted.
+    leaves weights, buffers (running statistics, say) and optimizer state as they are, and is counted.
 
     Args:
         model: images [B, 3, S, S] to logits [B, K]; compiled or not.
@@ -77,11 +90,13 @@ class TrainStep:
         self._parts = accum_steps * (1 if gradients is None else gradients.processes)  # batches that make an update
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
+        self._buffers = [*self.model.buffers()]  # changed in place, by replays too
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]  # as of before the step in progress
         device = self._parameters[0].device
         self._on_gpu = device.type == "cuda"
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._in_place: _Captured | None = None  # whose gradients the parameters have
         self.seconds: float | None = None  # of a captured forward and backward pass on the GPU, once it was timed
-        self._inputs: tuple[Tensor, Tensor] | None = None
         self._loss = torch.zeros((), device=device)
         self._skipped = torch.zeros(3, device=device)  # in all, in a row up to now, longest row
         self._first_bad = torch.zeros(len(named), dtype=torch.bool, device=device)
@@ -91,65 +106,86 @@ class TrainStep:
     # Capturing
 
     def capture(self, images: Tensor, targets: Tensor) -> None:
-        """Record the graph. Weights, optimizer, average and random state are what they were before.
+        """Record the graph of batches of this shape, between two steps. Weights, buffers, optimizer, average and random
+        state are what they were before.
 
         Call it with any batch of the size, dtype and memory layout to come; other threads may use the GPU meanwhile.
         Captured is what the model does for it: nothing in it may depend on draws or branches of the host.
 
         Raises:
-            RuntimeError: something in the step cannot be captured; the step then stays eager.
+            RuntimeError: something in the step cannot be captured; for this shape it then stays eager.
         """
-        self._inputs = images.clone(), targets.clone()
+        inputs = images.clone(), targets.clone()
         random_state = torch.cuda.get_rng_state(images.device)
-        updates = [True] if self.accum_steps == 1 else [False, True]
+        self._keep_buffers()
         side = side_stream(images.device)
         side.wait_stream(torch.cuda.current_stream(images.device))
         try:
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
-                    self._drop_gradients()
-                    self._forward_backward(*self._inputs, True)
+                    self._clear_gradients()
+                    self._forward_backward(*inputs, True)
             torch.cuda.synchronize(images.device)
-            if self.accum_steps == 1:
-                self._drop_gradients()  # backward makes them, in the graph's memory
-            else:
-                self._zero_gradients()  # to be added to, in their buckets where there are any
+            self._clear_gradients()
             torch.cuda.empty_cache()  # what warming up took is free for the graph's own pool
-            for update in updates:
-                graph = torch.cuda.CUDAGraph()
-                pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    self._loss.copy_(self._forward_backward(*self._inputs, update))
-                self._graphs[update] = graph
+            graphs = self._record(inputs, side)
         except BaseException:
-            self._graphs, self._inputs = {}, None
             torch.cuda.synchronize(images.device)
             self._drop_gradients()
             raise
         finally:
             torch.cuda.current_stream(images.device).wait_stream(side)
             torch.cuda.set_rng_state(random_state, images.device)
+            self._restore_buffers()
+        self._in_place = _Captured(inputs, graphs, [p.grad for p in self._parameters])
+        self._captured[_shape(*inputs)] = self._in_place
+
+    def _record(self, inputs: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> dict[bool, torch.cuda.CUDAGraph]:
+        """The graphs share their memory with all others: they run one after another, and what one leaves, its
+        gradients, is used before the next runs."""
+        known = [graph for captured in self._captured.values() for graph in captured.graphs.values()]
+        graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        for last in [True] if self.accum_steps == 1 else [False, True]:
+            graph = torch.cuda.CUDAGraph()
+            pool = next((other.pool() for other in [*known, *graphs.values()]), None)
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                self._loss.copy_(self._forward_backward(*inputs, last))
+            graphs[last] = graph
+        return graphs
 
     @property
     def captured(self) -> bool:
-        return bool(self._graphs)
+        """Whether there is any graph."""
+        return bool(self._captured)
+
+    def has_captured(self, images: Tensor, targets: Tensor) -> bool:
+        """Whether there is a graph for batches of this shape."""
+        return _shape(images, targets) in self._captured
 
     def forget(self) -> None:
         """Drop the graphs; the step is launched from then on. NCCL's communicator neither ends nor aborts before: it
         waits for every graph that captured one of its collectives."""
-        self._graphs, self._inputs = {}, None
+        self._captured, self._in_place = {}, None
         gc.collect()
 
     def time_replays(self) -> None:
-        """Measure `seconds`; every process must have captured, as they replay together."""
+        """Measure `seconds` of the first graph; every process must have captured, as they replay together.
+
+        Buffers and random state are what they were before, or a resumed run would not draw what the first one drew.
+        """
         device, times = self._loss.device, []
+        (captured,) = self._captured.values()
+        random_state = torch.cuda.get_rng_state(device)
+        self._keep_buffers()
         for _ in range(TIMED):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            self._graphs[True].replay()
+            captured.graphs[True].replay()
             end.record()
             torch.cuda.synchronize(device)
             times.append(float(begin.elapsed_time(end)) / 1000)
+        torch.cuda.set_rng_state(random_state, device)
+        self._restore_buffers()
         self.seconds = statistics.median(times)
 
     # Running
@@ -167,14 +203,11 @@ class TrainStep:
             the batch's loss, and 1.0 where its step counts, 0.0 where it was skipped (before the `last` of several
             batches: where its loss is finite); fp32 scalars on the device that the next call overwrites.
         """
-        if self._graphs:
-            assert self._inputs is not None
-            for own, given in zip(self._inputs, (images, targets), strict=True):
-                own.copy_(given)
-            if first and self.accum_steps > 1:
-                self._zero_gradients()
-            self._graphs[last].replay()
-            loss = self._loss
+        if first:
+            self._keep_buffers()
+        captured = self._captured.get(_shape(images, targets))
+        if captured is not None:
+            loss = self._replay(captured, images, targets, first, last)
         else:
             if first:
                 self._drop_gradients()
@@ -182,6 +215,18 @@ class TrainStep:
         sound = self._update() if last else torch.isfinite(loss).float()
         self._keep_pace()
         return loss, sound
+
+    def _replay(self, captured: _Captured, images: Tensor, targets: Tensor, first: bool, last: bool) -> Tensor:
+        for own, given in zip(captured.inputs, (images, targets), strict=True):
+            own.copy_(given)
+        if captured is not self._in_place:
+            for parameter, gradient in zip(self._parameters, captured.gradients, strict=True):
+                parameter.grad = gradient
+            self._in_place = captured
+        if first and self.accum_steps > 1:
+            self._zero_gradients()
+        captured.graphs[last].replay()
+        return self._loss
 
     def _forward_backward(self, images: Tensor, targets: Tensor, last: bool) -> Tensor:
         with self.amp:
@@ -202,6 +247,8 @@ class TrainStep:
         total = norms.norm()
         bad = (~torch.isfinite(total)).float()
         self._note(bad, norms, parameters)
+        for own, before in zip(self._buffers, self._buffers_before, strict=True):
+            torch.where(bad > 0, before, own, out=own)
         if self.clip_grad is not None:
             torch._foreach_mul_(gradients, (self.clip_grad / (total + 1e-6)).clamp(max=1.0))
         if self.optimizer.defaults.get("fused"):
@@ -222,11 +269,30 @@ class TrainStep:
         row.add_(bad).mul_(bad)
         torch.maximum(longest, row, out=longest)
 
+    def _keep_buffers(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
+
+    def _restore_buffers(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._buffers_before)
+
+    def _clear_gradients(self) -> None:
+        """For a capture. Backward makes gradients anew, in the graph's memory; those of several batches are added up in
+        memory that is the same for all graphs, where batches of one step may then have any shapes."""
+        if self.accum_steps == 1:
+            self._drop_gradients()
+        else:
+            self._zero_gradients()
+
     def _drop_gradients(self) -> None:
+        self._in_place = None
         self.optimizer.zero_grad(set_to_none=True)
 
     def _zero_gradients(self) -> None:
-        torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
 
     def _keep_pace(self) -> None:
         """Let the host be no further ahead: batches in flight hold memory, and signals must be heard."""

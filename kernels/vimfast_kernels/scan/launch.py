@@ -230,12 +230,15 @@ def _scan_grad(
     D: Tensor,
     z: Tensor | None,
     delta_bias: Tensor,
-    y: Tensor,
-    states: Tensor,
+    saved: Sequence[Tensor],
     reverse: Sequence[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias); z's is empty where there is no z."""
+    """Gradients of (u, delta, A, B, C, D, z, delta_bias); z's is empty where there is no z.
+
+    ``saved``: the sum before the gate and the states, as forward leaves them.
+    """
+    y, states = saved
     dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
     dz = None if z is None else u.new_empty(z.shape)
     inputs = _readable(Inputs(u, delta, A, B, C, D, z, delta_bias, reverse, scale))
@@ -266,7 +269,7 @@ def _backward(ctx: Any, dout: Tensor | None, _dy: None, _dstates: None) -> tuple
     if dout is None:
         return (None,) * 11
     *tensors, y, states = ctx.saved_tensors
-    du, ddelta, dA, dB, dC, dD, dz, dbias = _scan_grad(dout, *tensors, y, states, ctx.reverse, ctx.scale)
+    du, ddelta, dA, dB, dC, dD, dz, dbias = _scan_grad(dout, *tensors, [y, states], ctx.reverse, ctx.scale)
     dz = None if tensors[6] is None else dz
     return du, ddelta, dA, dB, dC, dD, dz, dbias, None, None, None
 

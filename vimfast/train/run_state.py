@@ -1,4 +1,4 @@
-"""Where a run resumes from, and what is saved of it."""
+"""The state of a run: what is saved of it, and what it resumes from."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Origin | 
     names = dist.gather_objects(found.path.name if found else "none")
     if len(set(names)) > 1:
         raise UserError(
-            f"processes find different checkpoints to resume from: {', '.join(sorted(set(names)))}; "
-            "give an --output_dir that all hosts see"
+            f"processes find different checkpoints to resume from: {', '.join(sorted(set(names)))}",
+            "give an --output_dir that all hosts see",
         )
     return found
 
@@ -92,20 +92,20 @@ def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None)
     """
     if run.resume == "auto":
         if folder is None:
-            raise UserError("--resume auto looks in --output_dir, which is not given; add it")
+            raise UserError("--resume auto looks in --output_dir, which is not given", "add it")
         return next(iter(kept_checkpoints(folder)), None)
     path = Path(run.resume) if run.resume else None
     if run.eval:
         if path is None and finetune:
             path = Path(finetune)
         if path is None:
-            raise UserError("--eval has nothing to evaluate; add --resume CHECKPOINT")
+            raise UserError("--eval has nothing to evaluate", "add --resume CHECKPOINT")
         return path
     kept = kept_checkpoints(folder) if folder else []
     if kept and (path is None or path.resolve() not in [own.resolve() for own in kept]):
         raise UserError(
-            f"{kept[0]} holds an earlier run, which would be overwritten; continue it with --resume auto, "
-            "or choose another --output_dir"
+            f"{kept[0]} holds an earlier run, which would be overwritten",
+            "continue it with --resume auto, or choose another --output_dir",
         )
     return path
 
@@ -140,9 +140,7 @@ def load_models(
     return average
 
 
-def load_place(
-    run: TrainingRun, state: State, origin: str, cfg: Config, global_batch: int, changes: Sequence[str]
-) -> None:
+def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes: Sequence[str]) -> None:
     """Load optimizer, place in the data, sums and random states; a file with weights alone starts a new run.
 
     Args:
@@ -155,15 +153,16 @@ def load_place(
     then, now = _optimizer_name(state), cfg.optim.opt
     if then is not None and then.lower() != now.lower():
         raise UserError(
-            f"{origin} was trained with --opt {then} and this run has --opt {now}; give --opt {then}, or start from "
-            f"its weights alone with --finetune {origin}"
+            f"{origin} was trained with --opt {then} and this run has --opt {now}",
+            f"give --opt {then}, or start from its weights alone with --finetune {origin}",
         )
     try:
         load_optimizer(run.optimizer, run.model, state)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"the optimizer's state in {origin} does not fit this run ({error}); keep --opt, --decay-a-log and what is "
-            f"frozen as they were, or start from its weights alone with --finetune {origin}"
+            f"the optimizer's state in {origin} does not fit this run ({error})",
+            f"keep --opt, --decay-a-log and what is frozen as they were, or start from its weights alone with "
+            f"--finetune {origin}",
         ) from None
     place.best_acc1 = float(state.get("best_acc1", NO_ACC1))
     place.epoch, place.step = int(state["epoch"]), int(state.get("step", place.steps))
@@ -173,16 +172,17 @@ def load_place(
         place.best_acc1 = NO_ACC1
     if start_epoch is not None:
         place.epoch, place.step = start_epoch, 0
-    if place.step and (state["steps"], state["global_batch"]) != (place.steps, global_batch):
+    if place.step and (state["steps"], state["global_batch"]) != (place.steps, run.global_batch):
         fix = "the data and --steps-per-epoch as they were"
-        if state["global_batch"] != global_batch:
+        if state["global_batch"] != run.global_batch:
             fix = (
                 "processes x --batch-size x --accum-steps as it was, "
                 f"or give --global-batch-size {state['global_batch']}"
             )
         raise UserError(
             f"the checkpoint stands inside an epoch of {state['steps']} steps of {state['global_batch']} images, "
-            f"this run has {place.steps} of {global_batch}; keep {fix}"
+            f"this run has {place.steps} of {run.global_batch}",
+            f"keep {fix}",
         )
     if 0 < place.step < place.steps:
         check_order(changes, str(place), place.epoch)
@@ -233,7 +233,6 @@ def save_run(
     keep: int,
     best: bool,
     evaluated: bool,
-    global_batch: int,
     classes: Sequence[str],
     images: str,
     config: dict[str, Any],
@@ -243,7 +242,7 @@ def save_run(
     Args:
         keep: so many checkpoints, this one included.
         best: it is the best one too.
-        images: the :func:`images_id` of the training images.
+        images: :attr:`~vimfast.data.source.Source.identity` of the training images.
         evaluated: the epoch that the run stands at the end of has been.
     """
     world, place = run.world, run.place
@@ -258,7 +257,7 @@ def save_run(
             "epoch": place.epoch,
             "step": place.step,
             "steps": place.steps,
-            "global_batch": global_batch,
+            "global_batch": run.global_batch,
             "accum_steps": run.accum_steps,
             "evaluated": evaluated,
             "best_acc1": place.best_acc1,

@@ -1,0 +1,56 @@
+"""Before the first step: kernels tuned, batches begun, the step captured, a decoder chosen by what it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vimfast import dist
+from vimfast.config import ModelConfig
+from vimfast.train.loop import TrainingRun
+from vimfast.train.start_up import StartUp
+from vimfast_kernels.tune import tune_once
+from vimfast_kernels.tuning import read_again
+
+
+def kernels(run: TrainingRun) -> str:
+    """Which run; empty for a model that has no choice of them."""
+    explain = getattr(run.model, "kernels", None)
+    return "" if explain is None else explain(run.precision.dtype)
+
+
+def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> None:
+    """Tune kernels, begin the first batches, capture the step, and choose the decoder by what it takes."""
+    if run.world.device.type == "cuda":
+        _tune(run)
+        start_up.done("kernels")
+    if run.next_step is None:
+        return
+    run.control.doing("preparing the training step")
+    epoch, step = run.next_step
+    run.loader.begin(epoch, step * run.accum_steps)
+    if run.world.device.type == "cuda" and cfg.cuda_graph and getattr(run.model, "capturable", False):
+        with run.memory():
+            run.capture(*_blank_batch(run, epoch))
+        if run.train_step.captured:
+            run.train_step.time_replays()
+            run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
+
+
+def _tune(run: TrainingRun) -> None:
+    """Once for a kind of GPU: a process of each host times the kernels, the others wait and read what it found."""
+    if kernels(run) == "gluon" and run.world.local_rank == 0:
+        run.control.doing("tuning kernels")
+        tune_once(torch.cuda.current_device(), run.report.say)
+    else:
+        run.control.doing("waiting for rank 0 of its host to tune kernels")
+    dist.barrier()
+    read_again()
+
+
+def _blank_batch(run: TrainingRun, epoch: int) -> tuple[Tensor, Tensor]:
+    """Images and targets of the shape that a step of this epoch has."""
+    device, batch, size = run.world.device, run.loader.order.batch_size, run.loader.view.side(epoch)
+    images = torch.zeros(batch, 3, size, size, device=device)
+    images, targets = run.mixup(images, torch.zeros(batch, dtype=torch.int64, device=device), 0)
+    return run.objective.prepare(images), targets

@@ -1,0 +1,113 @@
+"""The loaders of a run, made from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vimfast.augment.crops import CentreCrop
+from vimfast.augment.recipe import LARGEST_PADDED
+from vimfast.config import Batches, Config, DataConfig
+from vimfast.data.loader import Loader, LoaderSettings
+from vimfast.data.order import Order
+from vimfast.data.source import Source, open_source
+from vimfast.data.views import Evaluation, Stages, training_view
+from vimfast.dist import World
+from vimfast.errors import UserError
+from vimfast.train.continuity import check_classes
+from vimfast.train.report import Reporter
+from vimfast.train.run_state import Origin
+
+
+def open_validation(cfg: Config, batch_size: int, world: World, start: Origin | None, report: Reporter) -> Loader:
+    """The loader of the validation images; they are of the classes of the checkpoint that the run starts from.
+
+    Raises:
+        UserError: they are not, or the data cannot be used.
+    """
+    data, size = cfg.data, cfg.model.input_size
+    source = open_source(data.data_path, "val")
+    state, origin = (None, "") if start is None else (start.state, str(start.path))
+    check_classes(source.classes, cfg.model.num_classes, state, origin, data.data_path)
+    order = Order(
+        samples=len(source),
+        batch_size=data.eval_batch_size or batch_size,
+        world=world.size,
+        rank=world.rank,
+        seed=cfg.run.seed,
+        shuffle=False,
+        drop_last=False,
+        limit=cfg.run.eval_steps,
+    )
+    # The original evaluates small inputs as they are; images of another size are resized by their short side.
+    crop = CentreCrop(1.0 if size <= LARGEST_PADDED else data.eval_crop_ratio)
+    return Loader(source, Evaluation(order, world.device, size, crop), _settings(data, report))
+
+
+def open_training(
+    cfg: Config, batches: Batches, world: World, classes: Sequence[str], stage: Stages | None, report: Reporter
+) -> Loader:
+    """The loader of the training images.
+
+    Args:
+        classes: of the validation images.
+        stage: of an epoch; None: the settings', in all epochs.
+
+    Raises:
+        UserError: the training images are of others, or too few, or cannot be used.
+    """
+    data = cfg.data
+    source = open_source(data.data_path, "train")
+    if list(source.classes) != list(classes):
+        raise UserError(
+            f"train has {len(source.classes)} classes and val {len(classes)}, or with other names",
+            f"check them with python -m vimfast.check_data {data.data_path}",
+        )
+    last = cfg.schedule.epochs - 1  # beyond which batches are still read ahead
+    view = training_view(
+        _training_order(cfg, source, batches, world),
+        world.device,
+        cfg.augment,
+        size=cfg.model.input_size,
+        scale=data.scale,
+        ratio=data.ratio,
+        flip=data.hflip,
+        interpolation=data.train_interpolation,
+        group=world.host,
+        stage=stage and (lambda epoch: stage(min(epoch, last))),
+    )
+    return Loader(source, view, _settings(data, report))
+
+
+def _training_order(cfg: Config, source: Source, batches: Batches, world: World) -> Order:
+    """Of whole updates only."""
+    data, accum = cfg.data, batches.accum_steps
+    order = Order(
+        samples=len(source),
+        batch_size=batches.batch_size,
+        world=world.size,
+        rank=world.rank,
+        seed=cfg.run.seed,
+        repeats=3 if data.repeated_aug else 1,
+        neighbours=data.repeated_aug_on == "one-rank",
+        node=world.node if data.repeated_aug and data.repeated_aug_on == "all-ranks" else 1,
+        bounds=source.bounds() if data.order == "window" else None,
+        window=data.order_window,
+    )
+    updates = order.steps // accum
+    if updates == 0 < order.steps:
+        count = f"{order.steps} batch{'es' * (order.steps != 1)}"
+        raise UserError(f"--accum-steps {accum} is more than the {count} of an epoch", "lower it")
+    limit = cfg.run.steps_per_epoch
+    return replace(order, limit=accum * (updates if limit is None else min(limit, updates)))
+
+
+def _settings(data: DataConfig, report: Reporter) -> LoaderSettings:
+    return LoaderSettings(
+        data.decoder,
+        data.num_workers,
+        data.prefetch,
+        data.readahead,
+        on_bad_image=data.on_bad_image,
+        report=report.warn if report.active else None,  # others than rank 0 have stderr alone
+    )

@@ -1,0 +1,130 @@
+"""The model of a run: built, given the weights that it starts from, and averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vimfast.checkpoint import load_checkpoint, load_for_finetuning
+from vimfast.config import Config, ModelConfig
+from vimfast.errors import UserError
+from vimfast.models import create_model
+from vimfast.train.freezing import freeze
+from vimfast.train.loop import Precision
+from vimfast.train.losses import build_teacher
+from vimfast.train.optim import WeightAverage, build_ema
+from vimfast.train.report import Reporter
+from vimfast.train.run_state import Origin, load_models
+
+
+class Models(NamedTuple):
+    """The models of a run, on its device, and what they compute in."""
+
+    model: nn.Module
+    average: WeightAverage | None  # of its weights; None: there is none to keep, or none to evaluate
+    teacher: nn.Module | None
+    precision: Precision
+
+    @property
+    def evaluated(self) -> dict[str, nn.Module]:
+        """Under the names by which the record of an epoch knows them."""
+        return {"": self.model, **({"ema_": self.average.module} if self.average is not None else {})}
+
+
+def build_models(
+    cfg: Config,
+    num_classes: int,
+    start: Origin | None,
+    device: torch.device,
+    report: Reporter,
+    sizes: Collection[int] = (),
+) -> Models:
+    """The models that the settings describe, with the weights of the checkpoint, if there is one.
+
+    Args:
+        sizes: of the images that are trained on, pixels; none in evaluation.
+    """
+    dynamic = any(size != cfg.model.input_size for size in sizes)
+    torch.manual_seed(cfg.run.seed)
+    model = build_model(cfg.model, num_classes, dynamic)
+    if not cfg.run.eval:
+        check_patches(model, cfg.model.input_size, "--input-size")
+        for size in sorted(sizes):
+            check_patches(model, size, "a stage's size")
+        _begin_with(model, cfg, cfg.finetune.finetune if start is None else "", report)
+    model.to(device)
+    average = build_ema(cfg.ema, model)
+    precision = choose_precision(cfg.run.amp, device, report)
+    if start is not None:
+        resample = cfg.finetune.pos_embed_resample if cfg.run.eval else None
+        average = load_models(
+            start.state, str(start.path), model, average, report, resample=resample, evaluating=cfg.run.eval
+        )
+    teacher = None if cfg.run.eval else build_teacher(cfg.distill, num_classes, cfg.model.input_size, dynamic)
+    return Models(model, average, None if teacher is None else teacher.to(device), precision)
+
+
+def build_model(cfg: ModelConfig, num_classes: int, dynamic_img_size: bool) -> nn.Module:
+    """The model, on the CPU, with initial weights."""
+    options = {"dynamic_img_size": dynamic_img_size} | cfg.options()
+    model: nn.Module = create_model(
+        cfg.model,
+        num_classes=num_classes,
+        img_size=cfg.input_size,
+        drop_rate=cfg.drop,
+        drop_path_rate=cfg.drop_path,
+        scan_backend=cfg.scan_backend,
+        **options,
+    )
+    if cfg.use_checkpoint:
+        switch = getattr(model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise UserError(f"{cfg.model} cannot recompute its activations", "drop --use-checkpoint")
+        switch()
+    return model
+
+
+def check_patches(model: nn.Module, size: int, name: str) -> None:
+    """Whether the patches cover the whole of images of this size, where a model is made of patches.
+
+    Raises:
+        UserError: some rows and columns are in none, and the model would never see them.
+    """
+    conv = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(conv, nn.Conv2d):
+        return
+    patch, stride = conv.kernel_size[0], conv.stride[0]
+    if rest := (size + 2 * int(conv.padding[0]) - patch) % stride:
+        raise UserError(
+            f"{name} {size} is not a whole number of patches of {patch} pixels every {stride}: the last {rest} "
+            f"rows and columns would never be seen",
+            f"give {size - rest} or {size - rest + stride}",
+        )
+
+
+def choose_precision(amp: bool, device: torch.device, report: Reporter) -> Precision:
+    """bf16 where it is wanted and the GPU has it; else a context that does nothing. Sets cuDNN's flags on a GPU."""
+    on_gpu = device.type == "cuda"
+    enabled = amp and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch leaves this one on
+        if amp and not enabled:
+            report.warn("this GPU has no bf16, so the run is in fp32; --no_amp says so without this line")
+    # A cache of cast weights would outlive the step that it was made in, in a CUDA graph's memory.
+    context = torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
+    return Precision(context, torch.bfloat16 if enabled else torch.float32)
+
+
+def _begin_with(model: nn.Module, cfg: Config, finetune: str, report: Reporter) -> None:
+    """Weights of another run, if there are any, and which of them are not to be trained."""
+    if finetune:
+        weights = load_checkpoint(Path(finetune))["model"]
+        for line in load_for_finetuning(model, weights, finetune, resample=cfg.finetune.pos_embed_resample):
+            report.say(line)
+    if line := freeze(model, cfg.finetune):
+        report.say(line)
