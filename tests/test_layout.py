@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        *("vimfast_kernels", "vimfast.errors", "vimfast.files"),
+        *("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.limits"),
         *("vimfast.augment.draws", "vimfast.augment.plan", "vimfast.config.choices"),
     ),
     ("vimfast.cli", "vimfast.augment.crops", "vimfast.augment.randaugment"),  # crops and policies check themselves
