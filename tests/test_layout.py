@@ -20,7 +20,7 @@ FLOORS = (
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
     ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint"),
     ("vimfast.data", "vimfast.processes"),
-    ("vimfast.train", "vimfast.checks"),
+    ("vimfast.train", "vimfast.checks", "vimfast.doctor"),
     ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.commands"),
     ("vimfast.__main__",),
 )
