@@ -142,6 +142,18 @@ def test_an_exported_folder(run: Path, tree: Path, tmp_path: Path, monkeypatch: 
         load_classifier(out)
 
 
+def test_an_exported_model_is_evaluated_as_it_was_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever timm says of its own weights of that name."""
+    model = create_model("resnet18", num_classes=3)
+    config = {"model": {"model": "resnet18", "input_size": 64}, "data": {"eval_crop_ratio": 0.8}}
+    torch.save({"model": model.state_dict(), "config": config}, tmp_path / "run.pth")
+    monkeypatch.setattr(sys, "argv", ["vimfast export", str(tmp_path / "run.pth"), "--out", str(tmp_path / "out")])
+    export.main()
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert (told["crop_pct"], told["interpolation"], told["mean"]) == (0.8, "bicubic", [0.485, 0.456, 0.406])
+    assert load_classifier(tmp_path / "out").view == load_classifier(tmp_path / "run.pth").view
+
+
 def test_a_published_checkpoint(tmp_path: Path) -> None:
     """Weights alone are recognized by their shapes; 1,000 classes are ImageNet's, in English."""
     torch.manual_seed(0)

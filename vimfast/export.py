@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vimfast.checkpoint import described, load_checkpoint, load_weights
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
+from vimfast.augment.recipe import evaluation_crop
+from vimfast.checkpoint import Description, described, load_checkpoint, load_weights
 from vimfast.cli import Parser, run_main
 from vimfast.errors import UserError
 from vimfast.inference import rebuild
@@ -36,12 +38,20 @@ def main() -> None:
     model = rebuild(told, weights, str(args.checkpoint), model=args.model or "", input_size=args.input_size)
     load_weights(model, weights, str(args.checkpoint))
     cfg: Any = model.pretrained_cfg
-    name, model_args = cfg["architecture"], None  # a Vision Mamba knows its own
-    if name not in MODELS:
-        size = {"img_size": args.input_size or told.input_size} if cfg.get("fixed_input_size") else {}
-        model_args = {**told.options, **size}
+    name, size, model_args = cfg["architecture"], args.input_size or told.input_size, None
+    if name not in MODELS:  # those know their own
+        model_args = {**told.options, **({"img_size": size} if cfg.get("fixed_input_size") else {})}
+    if told.model:  # else the model's own is the best guess
+        cfg.update({"input_size": (cfg["input_size"][0], size, size), **_preprocessing(told, size)})
     save_for_hub(model, args.out, model_args=model_args, classes=told.classes)
     print(f"{args.out}: {name}, {args.weights} weights of {args.checkpoint}")
+
+
+def _preprocessing(told: Description, size: int) -> dict[str, Any]:
+    """What the model was evaluated with, by timm's names."""
+    ratio = evaluation_crop(size, told.crop_ratio).ratio
+    trained = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop_mode": "center"}
+    return {**trained, "crop_pct": ratio, **told.preprocessing}
 
 
 if __name__ == "__main__":
