@@ -51,16 +51,17 @@ class Sheet:
     """What is on it.
 
     Attributes:
-        title, subtitle: above all; the subtitle is broken into lines, the title is cut where it is too long.
+        title: above all; cut where it is too long.
+        subtitle: paragraphs below it.
         panels: images that belong together, as many in each.
         across: panels beside each other.
         headings: above the images of a panel, one each; equal ones beside each other are written once.
-        legend: below all.
+        legend: paragraphs below all.
         side: of an image, pixels.
     """
 
     title: str
-    subtitle: str
+    subtitle: Sequence[str]
     panels: Sequence[Sequence[Tile]]
     across: int
     headings: Sequence[str] = ()
@@ -75,7 +76,7 @@ class Sheet:
         rows = [self.panels[i : i + across] for i in range(0, len(self.panels), across)]
         heights = [self._panel_height(row) for row in rows]
         subtitle = _wrap(self.subtitle, _TEXT, width - 2 * _MARGIN)
-        legend = [line for text in self.legend for line in _wrap(text, _SMALL, width - 2 * _MARGIN)]
+        legend = _wrap(self.legend, _SMALL, width - 2 * _MARGIN)
         top = _MARGIN + _TITLE + 12 + _LINE * len(subtitle) + _GAP
         headings = _LINE + 4 if self.headings else 0
         bottom = top + headings + sum(heights) + _GAP * len(heights)
@@ -197,13 +198,15 @@ def _shorten(text: str, size: int, space: float) -> str:
     return text.rstrip() + "…"
 
 
-def _wrap(text: str, size: int, space: float) -> list[str]:
+def _wrap(paragraphs: Sequence[str], size: int, space: float) -> list[str]:
     """The text in lines that fit, broken between words."""
-    width: Callable[[str], float] = _font(text, size).getlength
     lines: list[str] = []
-    for word in text.split():
-        if lines and width(f"{lines[-1]} {word}") <= space:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+    for text in paragraphs:
+        lines.append("")
+        for word in text.split():
+            longer = f"{lines[-1]} {word}".lstrip()
+            if lines[-1] and _font(longer, size).getlength(longer) > space:
+                lines.append(word)
+            else:
+                lines[-1] = longer
     return [_shorten(line, size, space) for line in lines]

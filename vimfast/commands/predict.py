@@ -162,7 +162,7 @@ def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:
     which = f"{total} image{'s' * (total > 1)}" if total <= _MOST else f"the first {_MOST} of {total:,} images"
     return Sheet(
         title=_printable(str(classifier.origin)),
-        subtitle=f"{_weights(classifier)} weights · {which}, as the model gets them: {size} x {size} pixels",
+        subtitle=[f"{_weights(classifier)} weights · {which}, as the model gets them: {size} x {size} pixels"],
         panels=[[tile] for tile in tiles],
         across=_ACROSS,
         side=176,

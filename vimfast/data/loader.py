@@ -178,6 +178,10 @@ class Loader:
         """Of the images in a batch that was handed out; where one was left out, of the one that took its place."""
         return self._reader.without_bad(self.order.step(epoch, step)[1])
 
+    def work(self, epoch: int, step: int) -> Work:
+        """What is done for a batch that was handed out."""
+        return self.view.draw(epoch, step, self._reader.read)
+
     # Batches
 
     def begin(self, epoch: int, start: int = 0) -> None:
