@@ -22,8 +22,10 @@ from runs import ROOT, call
 
 from vimfast.data.files import FilesSource
 from vimfast.data.source import BadImage
+from vimfast.doctor.gpus import _describe, look_at_dali, look_at_gpus
 from vimfast.doctor.isolation import Failed, isolated
 from vimfast.doctor.machine import look_at_shared_memory
+from vimfast.doctor.results import Driver, Gpu, Torch, Usable
 from vimfast.doctor.software import REQUIRED, _fits
 from vimfast.doctor.storage import look_at_data
 from vimfast.shards.convert import convert
@@ -185,6 +187,70 @@ def test_any_files_are_a_source(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=why) as error:
             source.read(np.array([0, i]))
         assert error.value.image == i
+
+
+DRIVER = Driver("580.82.07", (13, 0), 1)
+H200 = Gpu("NVIDIA H200", (9, 0), 140 << 30, 139 << 30, True, "")
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "state", "found"),
+    [
+        (DRIVER._replace(cuda=(12, 4)), "13.0", "red", "too old for this torch, which is built for CUDA 13.0"),
+        (DRIVER, None, "red", "this torch is built without CUDA"),
+    ],
+)
+def test_a_driver_and_a_torch_that_do_not_fit(driver: Driver, cuda: str | None, state: str, found: str) -> None:
+    (line,), usable = look_at_gpus(driver, Torch("2.9.0", cuda, None))
+    assert (line.what, line.state, usable) == ("driver", state, Usable())
+    assert found in line.found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to see")
+@pytest.mark.parametrize(("visible", "state"), [("", "yellow"), ("-1", "yellow"), ("7", "red"), (None, "red")])
+def test_gpus_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch, visible: str | None, state: str) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (driver, line), usable = look_at_gpus(DRIVER, Torch("2.9.0", "13.0", None))
+    assert (driver.state, line.state, usable) == ("green", state, Usable())
+    assert ("CUDA_VISIBLE_DEVICES" in line.fix) == (visible is not None)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "state", "found"),
+    [
+        (H200, "green", "NVIDIA H200, compute capability 9.0, 139 of 140 GiB free, JPEG engine"),
+        (H200._replace(free=20 << 30), "yellow", "20 of 140 GiB free"),
+        (H200._replace(capability=(7, 5), engine=False), "yellow", "no JPEG engine; the fast kernels need 8.0"),
+        (H200._replace(trouble="no kernel image"), "red", "does not compute (no kernel image)"),
+    ],
+)
+def test_gpus_are_described(gpu: Gpu, state: str, found: str) -> None:
+    line = _describe(0, gpu)
+    assert line.state == state
+    assert found in line.found
+
+
+@pytest.mark.parametrize(
+    ("installed", "found", "fix"),
+    [
+        ([], "not installed", "pip install 'vimfast[cuda12]'"),
+        (["120", "130"], "they overwrite each other's files", "pip uninstall nvidia-dali-cuda120 nvidia-dali-cuda130"),
+    ],
+)
+def test_the_dali_that_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: list[str], found: str, fix: str
+) -> None:
+    for cuda in installed:
+        folder = tmp_path / f"nvidia_dali_cuda{cuda}-2.1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-dali-cuda{cuda}\nVersion: 2.1.0\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    line = look_at_dali(DRIVER._replace(cuda=(12, 8)), Torch("2.9.0", "12.8", None), Usable())
+    assert line.state == "red"
+    assert found in line.found
+    assert fix in line.fix
 
 
 def test_shared_memory_matters_to_several_gpus(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ PART = "GPUs and decoding"
 _SECONDS = 120.0  # the first use of a GPU may compile code for it
 OLDEST_GPU = (8, 0)  # that the kernels serve
 _FREE = 0.9  # of a GPU's memory; with less, another process holds some
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _INSTALL_TORCH = "pytorch.org has the pip command"
 
 
@@ -60,11 +61,7 @@ def look_at_gpus(driver: Driver | None, torch: Torch) -> tuple[list[Line], Usabl
     try:
         gpus = isolated(_see_gpus, _SECONDS)
     except Failed as error:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        fix = "run nvidia-smi; if it fails too, restart the machine or its driver"
-        if hidden is not None:
-            fix = f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or name GPUs that are there"
-        return [*lines, Line(PART, "GPU", "red", f"torch cannot use any ({error})", fix)], none
+        return [*lines, _unusable(str(error))], none
     lines += [_describe(number, gpu) for number, gpu in enumerate(gpus)]
     fit = [number for number, gpu in enumerate(gpus) if not gpu.trouble]
     return lines, Usable(tuple(fit), gpus[fit[0]].capability) if fit else none
@@ -77,6 +74,16 @@ def _no_driver() -> Line:
         return Line(PART, "driver", "red", found, "run nvidia-smi; restart the machine if the driver was updated")
     fix = "nothing to do without a GPU; else install its driver, or start the container with --gpus all"
     return Line(PART, "driver", "yellow", found, fix)
+
+
+def _unusable(why: str) -> Line:
+    visible = os.environ.get(_VISIBLE)
+    if visible is not None and visible.strip() in ("", "-1"):
+        return Line(PART, "GPU", "yellow", f"hidden by {_VISIBLE}={visible}", f"unset {_VISIBLE} to use it")
+    fix = "run nvidia-smi; if it fails too, restart the machine or its driver"
+    if visible is not None:
+        fix = f"{_VISIBLE} is {visible!r}: unset it, or name GPUs that are there"
+    return Line(PART, "GPU", "red", f"torch cannot use any ({why})", fix)
 
 
 def _see_gpus() -> list[Gpu]:
