@@ -196,8 +196,11 @@ def test_a_checkpoint_exported(tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{tmp_path / 'vim'}", pretrained=True).num_classes == 2
     with pytest.raises(UserError, match="holds no averaged weights"):
         export(str(tmp_path / "vim.pth"), "--out", str(tmp_path / "vim"), "--weights", "ema")
+    export(str(tmp_path / "raw"), "--out", str(tmp_path / "again"))
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "raw" / "config.json").read_text()
+    torch.save({"model": raw.state_dict()}, tmp_path / "nameless.pth")
     with pytest.raises(UserError, match="does not say which model it is of; give its --model"):
-        export(str(tmp_path / "vim"), "--out", str(tmp_path / "again"))
+        export(str(tmp_path / "nameless.pth"), "--out", str(tmp_path / "again"))
 
 
 def test_layer_decay_knows_the_depth() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from vimfast.data import hardware
 from vimfast.data.hardware import Demand, available_cores, choose_decoding, next_decoder
 from vimfast.errors import UserError
 
@@ -17,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def no_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(hardware, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("vimfast.limits.CGROUPS", tmp_path)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     return tmp_path / "cpu.max"
 

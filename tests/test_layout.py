@@ -13,14 +13,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        *("vimfast_kernels", "vimfast.errors", "vimfast.files"),
+        *("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.limits"),
         *("vimfast.augment.draws", "vimfast.augment.plan", "vimfast.config.choices"),
     ),
-    ("vimfast.cli", "vimfast.augment.crops", "vimfast.augment.randaugment"),  # crops and policies check themselves
+    (
+        *("vimfast.cli", "vimfast.class_names", "vimfast.sheet"),
+        *("vimfast.augment.crops", "vimfast.augment.randaugment"),  # crops and policies check themselves
+    ),
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
     ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint"),
     ("vimfast.data", "vimfast.processes"),
-    ("vimfast.train", "vimfast.checks"),
+    ("vimfast.train", "vimfast.doctor"),
+    ("vimfast.inference", "vimfast.samples"),
+    ("vimfast.checks",),
     ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.commands"),
     ("vimfast.__main__",),
 )

@@ -126,7 +126,8 @@ def main() -> None:
     torchrun = [python, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     train = ["-m", "vimfast.train", "--config", str(CONFIG), "--data-path", str(shards)]
     run(python, "-m", "vimfast.prepare", str(digits), "--out", str(shards))
-    run(python, "-m", "vimfast.check_data", str(shards), "--sample-grid", str(out / "samples.png"))
+    run(python, "-m", "vimfast.check_data", str(shards))
+    run(python, "-m", "vimfast", "show", str(shards), "--config", str(CONFIG), "--out", str(out / "samples.png"))
     run(*torchrun, *train, "--output_dir", str(folder))
     run(python, *train, "--eval", "--resume", str(folder / "best_checkpoint.pth"))
     draw_curve(folder / "log.txt", out / "curve.png")

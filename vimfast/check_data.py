@@ -146,7 +146,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add("--decode", action="store_true", help="decode every image: slow, finds what headers do not show")
     add("--json", action="store_true", help="print a JSON object, with all findings, instead of a table")
     add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
-    text = "draw labelled samples as the trainer will see them"
+    text = "draw samples as the trainer sees them with its default settings; vimfast show takes its flags"
     add("--sample-grid", metavar="PNG", type=path, help=text)
     add("--input-size", metavar="S", type=whole(1), default=224, help="side of those samples in training, pixels [224]")
     add("--seed", type=whole(0), default=0, help="of those samples [0]")

@@ -8,17 +8,16 @@ The model is the one that the checkpoint says it is of; --model and the flags of
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vimfast.checkpoint import load_checkpoint, load_weights
+from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
+from vimfast.augment.recipe import evaluation_crop
+from vimfast.checkpoint import Description, described, load_checkpoint, load_weights
 from vimfast.cli import Parser, run_main
-from vimfast.config import ModelConfig
 from vimfast.errors import UserError
-from vimfast.models import create_model
+from vimfast.inference import rebuild
 from vimfast.models.hub import save_for_hub
 from vimfast.models.registry import MODELS
 
@@ -35,33 +34,24 @@ def main() -> None:
     weights = state["model"] if args.weights == "raw" else state.get("model_ema")
     if weights is None:
         raise UserError(f"{args.checkpoint} holds no averaged weights; write the raw ones (--weights raw)")
-    name, size, options = described(state)
-    name, size = args.model or name, args.input_size or size
-    if not name:
-        raise UserError(f"{args.checkpoint} does not say which model it is of; give its --model")
-    head = weights.get("head.weight", weights.get("fc.weight"))
-    if head is not None:
-        options["num_classes"] = len(head)
-    model = create_model(name, img_size=size, **options)
+    told = described(state)
+    model = rebuild(told, weights, str(args.checkpoint), model=args.model or "", input_size=args.input_size)
     load_weights(model, weights, str(args.checkpoint))
-    model_args = None if name in MODELS else {**options, **({"img_size": size} if fixed_size(model) else {})}
-    save_for_hub(model, args.out, model_args=model_args, classes=state.get("classes", ()))
+    cfg: Any = model.pretrained_cfg
+    name, size, model_args = cfg["architecture"], args.input_size or told.input_size, None
+    if name not in MODELS:  # those know their own
+        model_args = {**told.options, **({"img_size": size} if cfg.get("fixed_input_size") else {})}
+    if told.model:  # else the model's own is the best guess
+        cfg.update({"input_size": (cfg["input_size"][0], size, size), **_preprocessing(told, size)})
+    save_for_hub(model, args.out, model_args=model_args, classes=told.classes)
     print(f"{args.out}: {name}, {args.weights} weights of {args.checkpoint}")
 
 
-def described(state: dict[str, Any]) -> tuple[str, int, dict[str, Any]]:
-    """(name, input size, constructor options) as found in a checkpoint of ours or of hustvl/Vim."""
-    if isinstance(state.get("config"), dict):
-        known = {f.name for f in fields(ModelConfig)}
-        model = ModelConfig(**{name: value for name, value in state["config"]["model"].items() if name in known})
-        return model.model, model.input_size, model.options()
-    if isinstance(state.get("args"), argparse.Namespace):
-        return getattr(state["args"], "model", ""), getattr(state["args"], "input_size", 224), {}
-    return "", 224, {}
-
-
-def fixed_size(model: Any) -> bool:
-    return bool(model.pretrained_cfg.get("fixed_input_size"))
+def _preprocessing(told: Description, size: int) -> dict[str, Any]:
+    """What the model was evaluated with, by timm's names."""
+    ratio = evaluation_crop(size, told.crop_ratio).ratio
+    trained = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop_mode": "center"}
+    return {**trained, "crop_pct": ratio, **told.preprocessing}
 
 
 if __name__ == "__main__":

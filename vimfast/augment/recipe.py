@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vimfast.augment import randaugment
-from vimfast.augment.crops import BoxCrop, PaddedCrop, RandomResizedCrop, ShortSideCrop, SquareCrop
+from vimfast.augment.crops import BoxCrop, CentreCrop, PaddedCrop, RandomResizedCrop, ShortSideCrop, SquareCrop
 from vimfast.augment.draws import uniforms
 from vimfast.augment.erasing import Erasing
 from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
@@ -31,6 +31,15 @@ def training_crop(
     if cfg.src:
         return ShortSideCrop()
     return PaddedCrop() if size <= LARGEST_PADDED and not cfg.three_augment else usual
+
+
+def evaluation_crop(size: int, ratio: float) -> CentreCrop:
+    """The crop of evaluation, for inputs of `size` pixels: small images are evaluated as they are.
+
+    Args:
+        ratio: ``--eval-crop-ratio``, of larger ones.
+    """
+    return CentreCrop(1.0 if size <= LARGEST_PADDED else ratio)
 
 
 class Recipe:

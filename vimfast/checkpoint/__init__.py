@@ -1,7 +1,8 @@
 """Checkpoints: files, weights that fit or are made to, and those of hustvl/Vim."""
 
 from vimfast.checkpoint.background import Background, copied
-from vimfast.checkpoint.files import DamagedCheckpoint, load_checkpoint, save_checkpoint, weights_held
+from vimfast.checkpoint.description import Description, described
+from vimfast.checkpoint.files import HUB_WEIGHTS, DamagedCheckpoint, load_checkpoint, save_checkpoint, weights_held
 from vimfast.checkpoint.fitting import head_names, load_for_finetuning, load_weights
 from vimfast.checkpoint.hustvl import load_optimizer
 from vimfast.checkpoint.kept import ASIDE, CHECKPOINT, kept_checkpoints, load_last, save_last, set_aside
@@ -9,9 +10,12 @@ from vimfast.checkpoint.kept import ASIDE, CHECKPOINT, kept_checkpoints, load_la
 __all__ = [
     "ASIDE",
     "CHECKPOINT",
+    "HUB_WEIGHTS",
     "Background",
     "DamagedCheckpoint",
+    "Description",
     "copied",
+    "described",
     "head_names",
     "kept_checkpoints",
     "load_checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from vimfast.errors import UserError
 from vimfast.files import atomic_write
 
 RAW, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the original's names and ours, then timm's
+HUB_WEIGHTS = "model.safetensors"  # in a folder in the hub's layout
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before each name
 
 
@@ -54,8 +56,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             Hugging Face hub's layout.
 
     Returns:
-        a dict with ``model``, a state dict, and whatever else the file holds; averaged weights are under ``model_ema``.
-        The names that DDP and torch.compile prefix are cleaned.
+        a dict with ``model``, a state dict, and whatever else the file holds; averaged weights are under ``model_ema``,
+        the hub's ``config.json`` is under ``hub``. The names that DDP and torch.compile prefix are cleaned.
 
     Raises:
         DamagedCheckpoint: the file is no checkpoint, or its bytes have changed since it was written.
@@ -64,10 +66,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if "://" in str(path) or str(path).startswith(("https:/", "http:/")):  # a Path has lost one slash
         raise UserError(f"{path} is an address; download the file and give its path")
     if path.is_dir():
-        path = path / "model.safetensors"
+        path = path / HUB_WEIGHTS
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if _is_state_dict(state):
-        return {"model": _unwrapped(state)}
+        return {"model": _unwrapped(state), **_read_hub_config(path)}
     raw = next((state[name] for name in RAW if _is_state_dict(state.get(name))), None)
     if raw is None:
         raise UserError(f"{path} holds no model weights; it must be a state dict, or a dict with one under 'model'")
@@ -82,6 +84,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; give the path of a checkpoint") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no safetensors file, or a damaged one ({error}); use an earlier one") from None
+
+
+def _read_hub_config(weights: Path) -> dict[str, Any]:
+    """What lies beside weights in the hub's layout."""
+    path = weights.with_name("config.json")
+    if weights.name != HUB_WEIGHTS or not path.exists():
+        return {}
+    try:
+        return {"hub": json.loads(path.read_bytes())}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})", "export or download the folder again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", "check its disk and permissions") from None
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:

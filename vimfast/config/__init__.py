@@ -6,7 +6,7 @@
 """
 
 from vimfast.config.batches import Batches, plan_batches
-from vimfast.config.loading import load_config
+from vimfast.config.loading import load_config, resolve
 from vimfast.config.recipes import find_recipe, recipes
 from vimfast.config.schema import (
     AugmentConfig,
@@ -39,4 +39,5 @@ __all__ = [
     "load_config",
     "plan_batches",
     "recipes",
+    "resolve",
 ]

@@ -23,9 +23,17 @@ def load_config(argv: list[str]) -> Config:
         UserError: an unknown flag, key, recipe or choice (with the known ones that come close), or a value of the wrong
             type or out of its range.
     """
-    given = vars(flag_parser().parse_args(argv))
+    return resolve(vars(flag_parser().parse_args(argv)))
+
+
+def resolve(given: dict[str, Any]) -> Config:
+    """The settings that were given, by name, over those of the recipe under :data:`~vimfast.config.flags.CONFIG`.
+
+    Raises:
+        UserError: as :func:`load_config` does.
+    """
     config = Config()
-    recipe = given.pop(CONFIG, None)
+    recipe = given.get(CONFIG)
     if recipe is not None:
         _apply_yaml(config, find_recipe(recipe))
     for section in fields(Config):

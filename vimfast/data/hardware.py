@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
 
 from vimfast.config.choices import Decoder
 from vimfast.errors import UserError, did_you_mean
+from vimfast.limits import cpu_quota
 
 DECODERS = get_args(Decoder)
 
@@ -40,8 +40,6 @@ _FEW_THREADS = 6  # fewer than these leave the JPEG engine most of the work in t
 # it; on the CPU, threads idle at the end of a batch until its largest image is done.
 _STEPS_AT_ONCE = 4
 _MOST_AT_ONCE = 512  # images
-
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class Decoding(NamedTuple):
@@ -85,7 +83,7 @@ def choose_decoding(wanted: str, threads: int | None, device: torch.device, dema
         if wanted in ("hardware", "cuda"):
             raise UserError(f"--decoder {wanted} needs a GPU, and this run is on {device.type}; use --decoder auto")
         return Decoding("cpu", threads or cores, 0.0)
-    engine = _ENGINES.get(torch.cuda.get_device_capability(device), 0)
+    engine = engine_rate(device)
     decoder = wanted
     if wanted == "auto":
         own = threads or cores - _OWN_CORES
@@ -105,8 +103,12 @@ def next_decoder(decoder: str, device: torch.device) -> str | None:
     """What to try where `decoder` turned out too slow: more of the GPU's help; None where there is no more."""
     if device.type != "cuda":
         return None
-    engine = torch.cuda.get_device_capability(device) in _ENGINES
-    return {"cpu": "cuda", "cuda": "hardware" if engine else None}.get(decoder)
+    return {"cpu": "cuda", "cuda": "hardware" if engine_rate(device) else None}.get(decoder)
+
+
+def engine_rate(device: torch.device) -> int:
+    """Images a second that the JPEG engine of a GPU decodes; 0: it has none."""
+    return _ENGINES.get(torch.cuda.get_device_capability(device), 0)
 
 
 def _keeps_up(threads: int, demand: Demand, engine: bool) -> bool:
@@ -124,8 +126,9 @@ def available_cores() -> int:
     Where each process has cores of its own (:mod:`vimfast.affinity`, ``numactl``, ``taskset``), they are not shared out
     again; a container's share of their time is.
     """
-    mine, ranks = os.sched_getaffinity(0), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(len(mine) // (1 if _pinned(mine) else ranks), _quota() // ranks))
+    mine, ranks, quota = os.sched_getaffinity(0), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), cpu_quota()
+    own = len(mine) // (1 if _pinned(mine) else ranks)
+    return max(1, own if quota is None else min(own, round(quota) // ranks))
 
 
 def _pinned(mine: set[int]) -> bool:
@@ -134,12 +137,3 @@ def _pinned(mine: set[int]) -> bool:
         return "LOCAL_WORLD_SIZE" in os.environ and mine < os.sched_getaffinity(os.getppid())
     except OSError:
         return False
-
-
-def _quota() -> int:
-    """The cores' time that a container may use, which the set of its cores does not show."""
-    try:
-        limit, period = _QUOTA.read_text().split()
-        return max(1, round(int(limit) / int(period)))
-    except (OSError, ValueError):  # none, or "max"
-        return 1 << 20

@@ -11,7 +11,7 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,7 +173,20 @@ class Loader:
     @property
     def skipped(self) -> list[str]:
         """The images left out so far by this process, a sentence each."""
-        return sorted(self._reader.bad.values())
+        return sorted(self.bad.values())
+
+    @property
+    def bad(self) -> Mapping[int, str]:
+        """The same by their ids."""
+        return self._reader.bad
+
+    def ids(self, epoch: int, step: int) -> np.ndarray:
+        """Of the images in a batch that was handed out; where one was left out, of the one that took its place."""
+        return self._reader.without_bad(self.order.step(epoch, step)[1])
+
+    def work(self, epoch: int, step: int) -> Work:
+        """What is done for a batch that was handed out."""
+        return self.view.draw(epoch, step, self._reader.read)
 
     # Batches
 

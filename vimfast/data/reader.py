@@ -40,7 +40,7 @@ class Reader:
             UserError: a file cannot be read, or is bad and bad ones are not to be skipped; the sentence names it.
         """
         while True:
-            wanted = self._without_bad(ids)
+            wanted = self.without_bad(ids)
             try:
                 images = self.source.read(wanted)
             except BadImage as bad:
@@ -105,7 +105,8 @@ class Reader:
             instead = "another takes its place" if self._stand_in else "it is not counted"
             self._report(f"{sentence}: {instead}; bad images so far: {len(self.bad)}")
 
-    def _without_bad(self, ids: np.ndarray) -> np.ndarray:
+    def without_bad(self, ids: np.ndarray) -> np.ndarray:
+        """The ids of those that come for these, as far as bad ones are known."""
         if not self.bad:
             return ids
         if self._stand_in:

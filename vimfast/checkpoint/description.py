@@ -1,0 +1,48 @@
+"""What a checkpoint says of its model, whoever wrote it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from vimfast.config import DataConfig, ModelConfig
+
+_SIZE, _CROP_RATIO = ModelConfig.input_size, DataConfig.eval_crop_ratio
+
+
+class Description(NamedTuple):
+    """A model, and the images that it is evaluated on."""
+
+    model: str = ""  # its name; empty: the checkpoint does not say
+    input_size: int = _SIZE  # pixels
+    options: Mapping[str, Any] = {}  # of its constructor
+    classes: tuple[str, ...] = ()  # their names; empty: the checkpoint does not say
+    crop_ratio: float = _CROP_RATIO  # of the evaluation
+    preprocessing: Mapping[str, Any] = {}  # the hub's, by timm's names: ``mean``, ``std``, ``interpolation``
+
+
+def described(state: Mapping[str, Any]) -> Description:
+    """What is found in a checkpoint of ours or of hustvl/Vim, or in a folder in the hub's layout.
+
+    Args:
+        state: as :func:`~vimfast.checkpoint.load_checkpoint` returns it.
+    """
+    classes = tuple(state.get("classes") or ())
+    if isinstance(state.get("config"), dict):
+        config = state["config"]
+        known = {f.name for f in fields(ModelConfig)}
+        model = ModelConfig(**{name: value for name, value in config["model"].items() if name in known})
+        ratio = config.get("data", {}).get("eval_crop_ratio", _CROP_RATIO)
+        return Description(model.model, model.input_size, model.options(), classes, ratio)
+    if isinstance(args := state.get("args"), argparse.Namespace):
+        size, ratio = getattr(args, "input_size", _SIZE), getattr(args, "eval_crop_ratio", _CROP_RATIO)
+        return Description(getattr(args, "model", ""), size, {}, classes, ratio)
+    if isinstance(hub := state.get("hub"), dict) and "architecture" in hub:
+        options = {name: value for name, value in hub.get("model_args", {}).items() if name != "img_size"}
+        told = hub.get("pretrained_cfg", {})
+        size, ratio = told.get("input_size", (_SIZE,))[-1], told.get("crop_pct", _CROP_RATIO)
+        names = {name: told[name] for name in ("mean", "std", "interpolation") if name in told}
+        return Description(hub["architecture"], size, options, tuple(hub.get("label_names") or ()), ratio, names)
+    return Description(classes=classes)

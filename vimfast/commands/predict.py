@@ -1,0 +1,186 @@
+"""``vimfast predict``: what a trained model sees in images.
+
+    vimfast predict runs/tiny cat.jpg photos/
+
+Exit status 0: all images were looked at. 1: some could not be read. (2: the checkpoint cannot be used.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from vimfast.cli import Parser, path, whole
+from vimfast.errors import UserError
+from vimfast.files import atomic_write
+from vimfast.sheet import Caption, Sheet, Tile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vimfast.inference import Classifier, Predictions, Seen
+
+_ACROSS, _MOST, _BARS = 6, 48, 3  # images of a grid's row, of a grid, and classes of an image in it
+
+
+def main() -> int:
+    """Predict as the command line says; returns the exit status."""
+    args = _parse(sys.argv[1:])
+    from vimfast import dist
+    from vimfast.inference import load_classifier
+
+    with dist.processes(args.device) as world:
+        classifier = load_classifier(
+            args.checkpoint,
+            weights=args.weights,
+            model=args.model,
+            input_size=args.input_size,
+            device=world.device,
+        )
+        for note in classifier.notes:
+            print(f"warning: {note}", file=sys.stderr)
+        predictions = _predict(classifier, args)
+        if args.json:
+            print(json.dumps(to_json(classifier, predictions), indent=1))
+        else:
+            _print(classifier, predictions)
+        for _, why in predictions.unreadable:
+            print(f"warning: {_printable(why)}", file=sys.stderr)
+        if args.grid is not None and predictions.images:
+            _save(draw(classifier, predictions), args.grid)
+    return int(bool(predictions.unreadable))
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        "vimfast predict",
+        "Say what a trained model sees in images, which are resized and cut as in its evaluation.",
+        epilog="example: vimfast predict runs/tiny cat.jpg photos/ --grid seen.png",
+    )
+    add = parser.add_argument
+    text = (
+        "a run folder (its best checkpoint, else its last), a checkpoint of ours or of hustvl/Vim, an exported folder"
+    )
+    add("checkpoint", metavar="CKPT", type=path, help=f"{text}, or weights alone")
+    add("images", metavar="IMAGE", nargs="+", type=path, help="images, and folders of images at any depth")
+    add("--top", metavar="K", type=whole(1), default=5, help="classes to list for each image [5]")
+    add("--json", action="store_true", help="print a JSON object instead of a table")
+    add("--grid", metavar="PNG", type=path, help=f"draw the images, up to {_MOST}, with what is seen in them")
+    text = "the trained ones, or their average; default: the average where there is one"
+    add("--weights", choices=("raw", "ema"), help=text)
+    add("--model", metavar="NAME", default="", help="name of the model, where the checkpoint does not say")
+    add("--input-size", metavar="S", type=whole(1), help="side of the images, pixels; default: the checkpoint's")
+    add("--batch-size", metavar="N", type=whole(1), default=64, help="images at once [64]")
+    add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
+    return parser.parse_args(words)
+
+
+def _predict(classifier: Classifier, args: argparse.Namespace) -> Predictions:
+    """With a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vimfast.inference import find_images, predict
+
+    images, missing = find_images(args.images)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("images", total=len(images))
+        found = predict(
+            classifier,
+            images,
+            top=args.top,
+            batch_size=args.batch_size,
+            report=lambda done: progress.update(bar, completed=done),
+        )
+    return found._replace(unreadable=missing + found.unreadable)
+
+
+def to_json(classifier: Classifier, predictions: Predictions) -> dict[str, Any]:
+    """The predictions in plain values."""
+    return {
+        "checkpoint": str(classifier.origin),
+        "weights": classifier.weights,
+        "images": [
+            {"image": str(image.path), "guesses": [guess._asdict() for guess in image.guesses]}
+            for image in predictions.images
+        ],
+        "unreadable": [{"image": str(path), "why": why} for path, why in predictions.unreadable],
+    }
+
+
+def _print(classifier: Classifier, predictions: Predictions) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"{classifier.origin}, {_weights(classifier)} weights"
+    table = Table(title=_printable(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("image", overflow="fold")
+    table.add_column("label", overflow="fold")
+    table.add_column("probability", justify="right")
+    if named := classifier.labels != classifier.classes:
+        table.add_column("class")
+    for image in predictions.images:
+        for place, guess in enumerate(image.guesses):
+            style = "" if place else "bold"
+            row = [Text("" if place else _printable(str(image.path))), Text(_printable(guess.label), style)]
+            row.append(Text(f"{guess.probability:.1%}", style))
+            table.add_row(*row, *([Text(guess.name, "dim")] if named else []))
+        table.add_section()
+    if predictions.images:
+        Console(highlight=False).print(table)
+
+
+def _weights(classifier: Classifier) -> str:
+    return "averaged" if classifier.weights == "ema" else "raw"
+
+
+def _printable(text: str) -> str:
+    """File names need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:
+    """A sheet of the first images as the model gets them, with its first few guesses."""
+    from vimfast.augment.colours import to_pixels
+
+    shown = predictions.images[:_MOST]
+    loader = classifier.loader([image.path for image in shown])
+    batches = [to_pixels(batch.images, classifier.view.normalization) for batch in loader.epoch(0)]
+    tiles = [
+        Tile(Image.fromarray(pixels), [Caption(_printable(image.path.name), faint=True), *_captions(image)])
+        for image, pixels in zip(shown, itertools.chain.from_iterable(batches), strict=True)
+    ]
+    size, total = classifier.view.size, len(predictions.images)
+    which = f"{total} image{'s' * (total > 1)}" if total <= _MOST else f"the first {_MOST} of {total:,} images"
+    return Sheet(
+        title=_printable(str(classifier.origin)),
+        subtitle=[f"{_weights(classifier)} weights · {which}, as the model gets them: {size} x {size} pixels"],
+        panels=[[tile] for tile in tiles],
+        across=_ACROSS,
+        side=176,
+    ).draw()
+
+
+def _captions(image: Seen) -> list[Caption]:
+    return [
+        Caption(_printable(guess.label), f"{guess.probability:.0%}", guess.probability)
+        for guess in image.guesses[:_BARS]
+    ]
+
+
+def _save(sheet: Image.Image, out: Path) -> None:
+    try:
+        with atomic_write(out) as file:
+            sheet.save(file, "PNG")
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror})", "give --grid a file in a folder that exists"
+        ) from None

@@ -1,0 +1,123 @@
+"""Functions called where they can neither crash nor hang the program: in a forked process, for a limited time."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import struct
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+
+_LENGTH = struct.Struct("<Q")  # comes before an answer, as what a child has started may keep the pipe open after it
+_GRACE = 2.0  # seconds; a process that waits for a dead disk does not even end when it is killed
+
+
+class Failed(Exception):
+    """What was called raised an error, crashed or gave no answer; the message says which, in a few words."""
+
+
+def isolated(function: Callable[[], T], seconds: float) -> T:
+    """What `function` returns, which must be picklable. Whatever it prints is lost.
+
+    Call it before anything initializes CUDA or computes gradients: neither survives a fork.
+
+    Raises:
+        Failed: it raised an exception, its process died, or it took longer than this.
+    """
+    ours, theirs = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # numpy's threads, which it can fork
+        child = os.fork()
+    if child == 0:
+        _answer(function, theirs)
+    os.close(theirs)
+    with suppress(OSError):
+        os.setpgid(child, child)  # so that what it starts ends with it
+    try:
+        answer = _read(ours, time.monotonic() + seconds)
+        status = None if answer else _wait(child)
+    except TimeoutError:
+        raise Failed(f"no answer within {seconds:.0f} s") from None
+    finally:
+        os.close(ours)
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        _wait(child)
+    if not answer:
+        raise Failed(_why(status))
+    succeeded, value = pickle.loads(answer)
+    if not succeeded:
+        raise Failed(value)
+    result: T = value
+    return result
+
+
+def _why(status: int | None) -> str:
+    if status is not None and os.WIFSIGNALED(status):
+        return f"crashed ({signal.Signals(os.WTERMSIG(status)).name})"
+    return "ended without an answer"
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a line: ``ImportError: libcudart.so.11.0: cannot open shared object file``."""
+    if isinstance(error, Failed):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _answer(function: Callable[[], Any], to: int) -> NoReturn:
+    """What the child does."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        try:
+            answer = pickle.dumps((True, function()))
+        except BaseException as error:  # also SystemExit, which a package may raise when it is imported
+            answer = pickle.dumps((False, describe(error)))
+        answer = _LENGTH.pack(len(answer)) + answer
+        while answer:
+            answer = answer[os.write(to, answer) :]
+    finally:
+        os._exit(0)
+
+
+def _read(descriptor: int, until: float) -> bytes:
+    """An answer; nothing if the process ends before it is whole.
+
+    Raises:
+        TimeoutError: it does not come until then.
+    """
+    read, wanted = b"", _LENGTH.size
+    while len(read) < wanted:
+        if not select.select([descriptor], [], [], max(0.0, until - time.monotonic()))[0]:
+            raise TimeoutError
+        part = os.read(descriptor, 1 << 16)
+        if not part:
+            return b""
+        read += part
+        if len(read) >= _LENGTH.size:
+            wanted = _LENGTH.size + _LENGTH.unpack_from(read)[0]
+    return read[_LENGTH.size :]
+
+
+def _wait(child: int) -> int | None:
+    """Its status; None where it was waited for before, or does not end."""
+    until = time.monotonic() + _GRACE
+    while time.monotonic() < until:
+        try:
+            ended, status = os.waitpid(child, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if ended:
+            return status
+        time.sleep(0.005)
+    return None

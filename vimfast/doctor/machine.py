@@ -1,0 +1,73 @@
+"""What of the machine this process may use: cores, memory, shared memory, open files."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+from vimfast.doctor.lines import Line, State
+from vimfast.limits import cpu_quota, memory
+
+PART = "machine"
+_CORES = 6  # for each GPU; fewer leave most of the decoding to the GPU
+_MEMORY = 4 << 30  # bytes, for each process of a run
+_SHARED = 1 << 30  # bytes, for NCCL
+_FILES = 4096  # of which ImageNet's shards need half
+
+
+def look_at_cores(gpus: int) -> Line:
+    """Those that the affinity of this process, or its container, allows."""
+    allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    cores = allowed if quota is None else min(float(allowed), quota)
+    found = f"{allowed} of {os.cpu_count()}" + ("" if quota is None else f", {quota:g} cores' time in this container")
+    figures = {"cores": cores, "allowed": allowed, "machine": os.cpu_count(), "quota": quota}
+    if cores < _CORES * gpus:
+        fix = (
+            "give the job more (--cpus-per-task, --cpus), or make shards that are quick to decode: "
+            "vimfast prepare DATA --out small/ --resize 256"
+        )
+        return Line(PART, "cores", "yellow", f"{found}; few for {gpus} GPU{'s' * (gpus > 1)}", fix, figures)
+    return Line(PART, "cores", "green", found, figures=figures)
+
+
+def look_at_memory(gpus: int) -> Line:
+    """What is free, of the machine's or the container's."""
+    total, available = memory()
+    found = f"{available / 2**30:.1f} of {total / 2**30:.1f} GiB available"
+    figures = {"available": available, "total": total}
+    wanted = _MEMORY * max(gpus, 1)
+    if available < wanted:
+        fix = f"free some, or give the job more: {wanted >> 30} GiB are enough; fewer --num-workers take less"
+        return Line(PART, "memory", "yellow", found, fix, figures)
+    return Line(PART, "memory", "green", found, figures=figures)
+
+
+def look_at_shared_memory(gpus: int, folder: Path = Path("/dev/shm")) -> Line:
+    """What NCCL exchanges through."""
+    fix = "start the container with --shm-size 8g or --ipc host"
+    try:
+        there = os.statvfs(folder)
+    except OSError as error:
+        state: State = "red" if gpus > 1 else "yellow"
+        return Line(PART, str(folder), state, f"cannot be used ({error.strerror})", fix)
+    free = there.f_bavail * there.f_frsize
+    found = f"{free / 2**30:.1f} of {there.f_blocks * there.f_frsize / 2**30:.1f} GiB free"
+    if gpus > 1 and free < _SHARED:
+        return Line(PART, str(folder), "yellow", f"{found}; {gpus} GPUs may need more", fix, {"free": free})
+    return Line(PART, str(folder), "green", found, figures={"free": free})
+
+
+def look_at_open_files() -> Line:
+    """How many a process may open, which it may raise to the second limit by itself."""
+    soft, hard = (_number(limit) for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    found = f"{soft}, which vimfast may raise to {hard}" if soft != hard else soft
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most != resource.RLIM_INFINITY and most < _FILES:
+        fix = "raise it: ulimit -n, LimitNOFILE of systemd, or --ulimit nofile of docker"
+        return Line(PART, "open files", "yellow", f"{found}; ImageNet's shards need 2,000", fix, {"limit": most})
+    return Line(PART, "open files", "green", found, figures={"limit": most})
+
+
+def _number(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
