@@ -250,7 +250,7 @@ def test_the_command(main: Callable[..., tuple[int, str, str]], run: Path, tree:
         assert grid.width > 5 * 176
     status, out, err = main(run, images[0], tmp_path / "none.jpg", "--weights", "raw")
     assert (status, err) == (1, f"warning: {tmp_path / 'none.jpg'} does not exist\n")
-    assert "best_checkpoint.pth, raw weights" in out
+    assert "best_checkpoint.pth, raw weights" in " ".join(out.split())  # the table may be narrower than a path
     assert out.count("%") == 3
     with pytest.raises(UserError, match=r"no/grid.png cannot be written .*; give --grid a file in a folder"):
         main(run, images[0], "--grid", tmp_path / "no" / "grid.png")
