@@ -106,6 +106,24 @@ def test_a_run_goes_around_what_it_failed_at(flags: tuple[str, ...], tmp_path: P
     assert len(np.unique(seen)) == len(seen)  # no image twice in the epoch as it was trained
 
 
+def test_an_epoch_that_is_begun_again_knows_nothing_of_the_one_given_up(
+    flags: tuple[str, ...], tmp_path: Path, capfd: Any
+) -> None:
+    """A loss of a million at step 4 of epoch 1, with checkpoints at epoch ends alone."""
+
+    class Blown(Poison):
+        def before_step(self, place: Place) -> None:
+            if (place.epoch, place.step) >= self.at and self.times > 0:
+                self.run.train_step.criterion = lambda *inputs: 1e6 + 0 * self.sound(*inputs)
+
+    def hooks(run: TrainingRun) -> list[Hook]:
+        return [Blown(run, (1, 4), 1)]
+
+    train(*flags, "--save-every", "99", "--output_dir", str(tmp_path), hooks=hooks)
+    assert capfd.readouterr().err.count("rolled back") == 1
+    assert [record["train_loss"] < 9 for record in records(tmp_path)] == [True, True]
+
+
 def test_it_resumes_to_the_same_bits(flags: tuple[str, ...], tmp_path: Path) -> None:
     def hooks(run: TrainingRun) -> list[Hook]:
         return [Poison(run, (0, 4), 1)]

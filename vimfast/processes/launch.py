@@ -31,8 +31,8 @@ def launch(program: Callable[[], None], processes: int, *, restarts: int = 0) ->
     Call it before anything initializes CUDA or starts threads: neither survives a fork.
 
     Args:
-        program: ends its process with the exit status of its rank.
-        restarts: how often to start again after a failure; bad input and signals are none.
+        program: ends its process with the exit status of its rank; signals are blocked until it listens to them.
+        restarts: how often to start again after a failure; bad input and signals do not count as one.
 
     Returns:
         0, or the status of the rank that failed first; docs/stopping.md lists them.
@@ -51,9 +51,11 @@ def launch(program: Callable[[], None], processes: int, *, restarts: int = 0) ->
 
 class _Attempt:
     def __init__(self, program: Callable[[], None], processes: int, number: int) -> None:
-        self.told = False  # by a signal, to stop
+        self.told = False  # a signal has asked the run to stop
         self._failed = 0  # the first status that is not 0
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGCHLD})
+        # What is ignored, such as SIGHUP under nohup, is left alone: sigtimedwait would return it.
+        self._heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self._heard, signal.SIGCHLD})
         gc.freeze()  # a collection in a fork would copy every page
         reading, writing = os.pipe()
         self._alive: set[int] = set()
@@ -61,21 +63,22 @@ class _Attempt:
             pid = os.fork()
             if pid == 0:
                 os.close(writing)
-                self._be(rank, processes, number, reading, program)
+                self._run_rank(rank, processes, number, reading, program)
             self._alive.add(pid)
         os.close(reading)
-        # Only now, because it has threads.
+        # After the forks: it starts threads, which do not survive a fork.
         from torch.distributed import TCPStore
 
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.write(writing, f"{self._store.port:{_PORT}}".encode() * processes)
         os.close(writing)
 
-    def _be(self, rank: int, processes: int, number: int, reading: int, program: Callable[[], None]) -> NoReturn:
+    def _run_rank(self, rank: int, processes: int, number: int, reading: int, program: Callable[[], None]) -> NoReturn:
         """Run the program as this rank."""
         try:
             os.setsid()  # the terminal's Ctrl-C comes from the launcher, once
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            # The others stay blocked until the program listens to them, lest one arrives before.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
             port = os.read(reading, _PORT)
             if not port:  # the launcher is gone
                 os._exit(STOPPED["launcher"])
@@ -98,15 +101,15 @@ class _Attempt:
         os._exit(1)  # a program that ends as it should has ended its process by now
 
     def wait(self) -> int:
-        """The status of the run; no process is left."""
+        """Wait for all processes; returns the status of the run."""
         kill_at = None
         while self._alive:
-            heard = signal.sigtimedwait({*SIGNALS, signal.SIGCHLD}, 1.0)
+            heard = signal.sigtimedwait({*self._heard, signal.SIGCHLD}, 1.0)
             if heard is not None and heard.si_signo != signal.SIGCHLD:
                 self.told = True
                 self._send(signal.Signals(heard.si_signo))
             self._reap()
-            if self._failed not in (0, *STOPPED.values()) and kill_at is None:
+            if self._failed and kill_at is None:
                 self._send(signal.SIGTERM)
                 kill_at = time.monotonic() + PATIENCE
             if kill_at is not None and time.monotonic() > kill_at:
@@ -121,9 +124,10 @@ class _Attempt:
                 os.kill(pid, number)
 
     def _reap(self) -> None:
-        for pid in list(self._alive):
-            ended, state = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                self._alive.remove(pid)
-                status = os.waitstatus_to_exitcode(state)
-                self._failed = self._failed or (status if status >= 0 else RANK_LOST)
+        while self._alive:
+            pid, state = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            self._alive.discard(pid)
+            status = os.waitstatus_to_exitcode(state)
+            self._failed = self._failed or (status if status >= 0 else RANK_LOST)

@@ -31,6 +31,7 @@ def listen(waker: socket.socket) -> None:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is respected
             signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # as a fork of a launcher begins with them blocked
 
 
 def wake_sockets() -> tuple[socket.socket, socket.socket]:

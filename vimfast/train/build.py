@@ -212,8 +212,6 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     health = GradientHealth(run, cfg.optim.skip_limit, folder)
     losses = LossHealth(run, raises=cfg.optim.on_divergence == "rollback")
     if cfg.optim.on_divergence == "rollback":
-        if not cfg.run.output_dir:
-            raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
         run.recover = Rollback(run, cfg, Path(cfg.run.output_dir), losses)
     saving: Hook = NoCheckpoints(run)
     if folder is not None:
@@ -247,7 +245,7 @@ def _take_over(held: RunFolder, cfg: Config, start: Origin | None, place: Place,
     """
     if start is not None:
         for note in start.notes:
-            report.warn(f"{note}; resuming from {start.path}, the one before")
+            report.warn(f"{note}; resuming from {start.path}, the newest intact one")
     try:
         for path in set_aside(held.path, start.path) if start is not None and report.active else ():
             report.say(f"{path} is not used any more, and is kept as {held.path / ASIDE}")

@@ -14,7 +14,7 @@ from vimfast_kernels.tuning import read_again
 
 
 def kernels(run: TrainingRun) -> str:
-    """Which run; empty for a model that has no choice of them."""
+    """Names of the kernels in use; empty for a model that has no choice of them."""
     explain = getattr(run.model, "kernels", None)
     return "" if explain is None else explain(run.precision.dtype)
 

@@ -48,7 +48,7 @@ def _first_layers(model: nn.Module, count: int) -> set[str]:
     matcher = getattr(model, "group_matcher", None)
     if matcher is None:
         raise UserError(
-            "--freeze-layers needs a model whose layers timm numbers, and this one's it does not", "drop it"
+            "--freeze-layers needs a model with timm's group_matcher, which this one does not have", "drop it"
         )
     layers = group_parameters(model, matcher(coarse=False))  # number -> names: the embedding, each block, norm, head
     ordered = [layers[number] for number in sorted(layers)]

@@ -1,4 +1,4 @@
-"""Whether training still goes somewhere: by its gradients, and by its loss."""
+"""Whether training still makes progress: by its gradients, and by its loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from vimfast.checkpoint import CHECKPOINT
 from vimfast.train.loop import Diverged, Place, TrainingRun
 from vimfast.train.step import Health
 
-_BLOWN_UP = 2.0  # times the loss at the beginning
-_LEARNED, _UNLEARNED = 0.3, 0.7  # shares of it: gone at the lowest; of what was gone, come back
+# Far beyond the noise of a mean over 50 steps, and reached within one or two reports where weights are ruined.
+_BLOWN_UP = 2.0  # times the first loss
+_LEARNED, _UNLEARNED = 0.3, 0.7  # share of the first loss that must have been gained; share of that gain to lose
 
 
 class GradientHealth:
@@ -64,7 +65,7 @@ class GradientHealth:
 
 
 class LossHealth:
-    """Notices a loss that has blown up or has gone back most of the way that it had come, and up to where it was well.
+    """Notices a loss that has blown up or lost most of its gain, and remembers the last place that was sound.
 
     The losses are means over the steps between two reports, which are the same on all processes.
 

@@ -109,6 +109,7 @@ class Progress(Hook):
         return share
 
     def returned(self, place: Place) -> None:
+        self._asked = None
         self._health.reset()
         self._losses.returned(place)
 

@@ -59,10 +59,12 @@ def open_training(
     data = cfg.data
     source = open_source(data.data_path, "train")
     if list(source.classes) != list(classes):
-        raise UserError(
-            f"train has {len(source.classes)} classes and val {len(classes)}, or with other names",
-            f"check them with python -m vimfast.check_data {data.data_path}",
-        )
+        problem = f"train has {len(source.classes)} classes and val has {len(classes)}"
+        if len(source.classes) == len(classes):
+            pairs = zip(source.classes, classes, strict=True)
+            number, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            problem = f"class {number} is {here!r} in train and {there!r} in val"
+        raise UserError(problem, f"check them with vimfast check {data.data_path}")
     last = cfg.schedule.epochs - 1  # beyond which batches are still read ahead
     view = training_view(
         _training_order(cfg, source, batches, world),

@@ -36,7 +36,7 @@ NO_ACC1 = -1.0  # below any accuracy, so that the first evaluation is the best s
 
 
 class Diverged(UserError):
-    """Training leads nowhere; raised on all processes at the same place."""
+    """Training has diverged; raised on all processes at the same place."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Hook:
         """Its batch is ready."""
 
     def after_step(self, place: Place) -> None:
-        """It is queued on the device; `place` is the one after it."""
+        """It has been queued on the device; `place` already points past it."""
 
     def bad_data(self, place: Place) -> None:
         """An image of the next step cannot be read; the run ends with an error."""
@@ -94,7 +94,7 @@ class Hook:
         """The run is about to return to an earlier place."""
 
     def returned(self, place: Place) -> None:
-        """It has; the next event is that of an epoch that begins, or that was trained."""
+        """The run is back at this place; `epoch_begin` or `epoch_trained` follows."""
 
     def close(self, failing: bool) -> None:
         """The run is over; no other event follows."""
@@ -197,7 +197,7 @@ class TrainingRun(_Closed):
         accum_steps: batches of a step.
         hooks: act on its events, in this order.
         recover: makes a run that has diverged ready to continue, or raises the error.
-        turns: (epoch, step) at which it did.
+        turns: the places (epoch, step) that it was rolled back to.
     """
 
     place: Place
@@ -217,7 +217,7 @@ class TrainingRun(_Closed):
     control: Control
     world: World
     hooks: Sequence[Hook] = ()
-    folder: RunFolder | None = None  # held to the end
+    folder: RunFolder | None = None  # held to the end, so that no other run writes to it
     recover: Callable[[Diverged], None] | None = None
     turns: Sequence[tuple[int, int]] = ()
     sums: Sums = field(init=False)
@@ -263,12 +263,20 @@ class TrainingRun(_Closed):
             self.report.say(f"Training time {duration(time.perf_counter() - begin)}")
             self.control.promise = "all is done; ending"
         except Stopped:
-            for hook in self.hooks:
-                hook.stopped(self.place)
+            self._stop()
             return False
         finally:
             self.report.close()
         return True
+
+    def _stop(self) -> None:
+        try:
+            for hook in self.hooks:
+                hook.stopped(self.place)
+        except Diverged as error:
+            if self.recover is None:
+                raise
+            self.report.warn(f"{error.problem}; stopped at {self.place} without saving, the checkpoint before it stays")
 
     def _train_epoch(self) -> None:
         place = self.place
@@ -321,7 +329,7 @@ class TrainingRun(_Closed):
             self.train_step.forget()
 
     def memory(self) -> AbstractContextManager[None]:
-        """For what needs a training step's memory."""
+        """Reports too little memory with the flags that help."""
         return memory_for(self.loader, "--batch-size", ", or --use-checkpoint")
 
     def _next(self, batches: Iterator[Batch], part: int) -> Batch:

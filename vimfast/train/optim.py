@@ -56,15 +56,11 @@ class LearningRate:
     """
 
     def __init__(self, cfg: ScheduleConfig, optimizer: Optimizer, steps_per_epoch: int) -> None:
-        self.on_updates, self.steps_per_epoch, self.optimizer = (
-            cfg.sched_on_updates,
-            steps_per_epoch,
-            optimizer,
-        )
+        self.on_updates, self.steps_per_epoch, self.optimizer = cfg.sched_on_updates, steps_per_epoch, optimizer
         self._fixed = [float(group["lr"]) for group in optimizer.param_groups]  # where there is no schedule
         noise: Any = None if cfg.lr_noise is None else list(cfg.lr_noise)  # shares of the schedule, or None
         try:
-            self.scheduler: Scheduler = create_scheduler_v2(
+            self.scheduler: Scheduler | None = create_scheduler_v2(
                 optimizer,
                 cfg.sched,
                 num_epochs=cfg.epochs,
@@ -97,7 +93,7 @@ class LearningRate:
     def scale(self, factor: float) -> None:
         """Multiply the schedule's rates by `factor` from now on."""
         for group, fixed in zip(self.optimizer.param_groups, self._fixed, strict=True):
-            group["lr_scale"] = factor  # timm's word for it
+            group["lr_scale"] = factor  # timm's schedulers multiply by it
             if self.scheduler is None:
                 group["lr"] = factor * fixed
 

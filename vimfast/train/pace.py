@@ -57,7 +57,7 @@ class Pace:
         self, end: torch.cuda.Event | None, asked: torch.cuda.Event | None, ready: torch.cuda.Event | None
     ) -> None:
         """The end of a step, and the moments at which the batch of the next was asked for and was ready."""
-        # Before the first step, other things were done.
+        # The gap before the first step is start-up, not waiting for data.
         if self._begun and end is not None and asked is not None and ready is not None:
             self._stretch.idle.append((end, asked, ready))
 

@@ -31,7 +31,7 @@ def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
 def _model(run: TrainingRun, cfg: Config) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
-    averaged = f", averaged by {cfg.ema.model_ema_decay}" if run.average is not None else ""
+    averaged = f", EMA of decay {cfg.ema.model_ema_decay}" if run.average is not None else ""
     return f"{cfg.model.model}, {trained:,} parameters{(frozen and f' and {frozen:,} frozen ones') or ''}{averaged}"
 
 
@@ -78,7 +78,7 @@ def _length(run: TrainingRun) -> str:
     text = f"{run.epochs} epochs of {run.place.steps:,} steps"
     if run.train_step.seconds is not None:
         steps = (run.epochs - run.place.epoch) * run.place.steps - run.place.step
-        text += f"; {duration(steps * run.accum_steps * run.train_step.seconds)} at least, by the step alone"
+        text += f"; at least {duration(steps * run.accum_steps * run.train_step.seconds)} of GPU time for the steps"
     return text
 
 
@@ -93,7 +93,7 @@ def _output(run: TrainingRun, cfg: Config) -> str:
     if not cfg.run.output_dir:
         return "nothing: there is no --output_dir"
     if cfg.run.dry_run:
-        return f"{cfg.run.output_dir}, but not with --dry-run"
+        return "nothing, because of --dry-run"
     every = [f"every {cfg.run.save_every} steps"] if cfg.run.save_every else []
     every += [f"every {cfg.run.save_minutes:g} minutes"] if cfg.run.save_minutes is not None else []
     return f"{cfg.run.output_dir}, checkpoints {', '.join([*every, 'after each epoch'])}"

@@ -1,4 +1,4 @@
-"""Back to the last good checkpoint where training diverges, at most so many times."""
+"""Back to the last good checkpoint where training diverges, at most ``--max-rollbacks`` times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rollback:
 
     Args:
         folder: of the run.
-        losses: know up to where it went well.
+        losses: know the last place that is proven to be sound.
     """
 
     def __init__(self, run: TrainingRun, cfg: Config, folder: Path, losses: LossHealth) -> None:
@@ -57,7 +57,7 @@ class Rollback:
         )
 
     def _choose(self, error: Diverged) -> tuple[Path, State]:
-        """The last one that is proven, or else the first that is kept."""
+        """The newest one that is proven to be sound, or else the oldest that is kept; the same on all processes."""
         found: tuple[Path, State] | None = None
         for path in kept_checkpoints(self._folder):
             try:
@@ -66,8 +66,11 @@ class Rollback:
                 continue
             if "optimizer" in state:
                 found = path, state
-                if self._losses.is_proven(int(state["epoch"]), int(state["step"])):
+                if self._losses.is_proven(int(state["epoch"]), int(state.get("step", self._run.place.steps))):
                     break
+        names = dist.gather_objects(None if found is None else found[0].name)
         if found is None:
             raise Diverged(f"{error.problem}, before there was a checkpoint to return to", error.fix)
+        if len(set(names)) > 1:
+            raise Diverged(f"{error.problem}, and processes find different checkpoints to return to", error.fix)
         return found

@@ -33,7 +33,7 @@ from vimfast.train.report import Reporter
 from vimfast.train.sums import Mark
 
 BEST = "best_checkpoint.pth"
-FACTOR = 0.5  # of the learning rate, for each time that a run was rolled back
+FACTOR = 0.5  # of the learning rate, for each rollback; what people do by hand
 
 State = dict[str, Any]
 
@@ -43,7 +43,7 @@ class Origin(NamedTuple):
 
     path: Path
     state: State
-    notes: list[str]  # why it is not the last one
+    notes: list[str]  # why newer ones were passed over
 
 
 def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Origin | None:
@@ -152,6 +152,7 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
         changes: of the order of the images, with which a run cannot continue inside an epoch.
     """
     place, start_epoch = run.place, cfg.run.start_epoch
+    run.sums.values.zero_()  # a run that is rolled back has some
     if "optimizer" not in state or "epoch" not in state:
         place.epoch = start_epoch or 0
         return
@@ -249,7 +250,7 @@ def collect(
     """The state of the run as it is, copied to host memory; None on ranks but 0. Every process must call it.
 
     Args:
-        evaluated: the epoch that the run stands at the end of has been.
+        evaluated: whether the finished epoch has been evaluated.
         images: :attr:`~vimfast.data.source.Source.identity` of the training images.
     """
     world, place = run.world, run.place

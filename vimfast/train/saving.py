@@ -16,7 +16,7 @@ from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.run_state import collect, write
 from vimfast.train.sums import Mark, Reading
 
-ASKED_EVERY = 10  # steps between two questions whether it is time to save
+ASKED_EVERY = 10  # steps between two looks at the clock
 PATIENCE = 10.0  # seconds that a failing run waits for a checkpoint in progress
 
 
@@ -58,7 +58,7 @@ class Checkpoints(Hook):
         if state is not None:
             there, keep = Mark(run.world.device), self._wanted.keep_checkpoints
             self._background.submit(partial(write, state, there, self._folder, keep=keep, best=best))
-        self._saved, self._saved_at = (place.epoch, place.step), time.monotonic()
+        self._saved, self._saved_at, self._asked = (place.epoch, place.step), time.monotonic(), None
 
     def after_step(self, place: Place) -> None:
         self._background.check()

@@ -1,4 +1,4 @@
-"""How long a run took to start, and what with."""
+"""The time from a command to its first step, part by part."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class StartUp:
 
 def _ages() -> list[tuple[str, float]]:
     """Seconds that the launcher took to start this process, if one did, and that this process has lived."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return []  # the launcher is as old as the first attempt
     try:
         own, now = _started(os.getpid()), time.clock_gettime(time.CLOCK_BOOTTIME)
         parent = _started(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else own

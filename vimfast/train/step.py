@@ -35,7 +35,7 @@ class Health(NamedTuple):
 
     skipped: int  # of all steps
     in_a_row: int  # longest run of skipped steps
-    names: list[str]  # the parameters that went first, in the model's order
+    names: list[str]  # the parameters that were non-finite first, in the model's order
 
 
 class _Captured(NamedTuple):
