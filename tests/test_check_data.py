@@ -537,6 +537,9 @@ def test_dalis_index_of_another_shard(check: Check, shards: Path) -> None:
         str(shards / "train-000001.idx"),
         str(shards / "train-000002.idx"),
     ]
+    for old, new in (("n0", "n8"), (" cls ", " cls  "), (" 1 n0", " 2 n0"), (".cls", ".clt")):
+        (shards / "train-000001.idx").write_text(text.replace(old, new, 1))
+        assert str(shards / "train-000001.idx") in [f["file"] for f in check(shards)[1]["findings"]], old
     (shards / "train-000001.idx").write_text(text)
     (shards / "train-000002.idx").write_text("v1.2 3\n")
     assert only(check(shards)[1])["file"] == str(shards / "train-000002.idx")

@@ -179,22 +179,24 @@ class _SplitCheck:
 
     def _check_dali_index(self, name: str, rows: np.ndarray) -> None:
         try:
-            head, *lines = read_file(self.folder / name).splitlines()
+            head, *lines = read_file(self.folder / name).split(b"\n")
         except FileNotFoundError:
             self._error(name, "missing (only DALI's own webdataset reader needs it)")
             return
         except (OSError, ValueError) as error:
             self._error(name, f"cannot be read: {error}")
             return
-        if head.split() != [b"v1.2", b"%d" % len(rows)] or len(lines) != len(rows):
+        if head != b"v1.2 %d" % len(rows) or len(lines) != len(rows) + 1 or lines.pop():
             said = head[:40].decode(errors="replace")
-            self._error(name, f"begins with {said!r} and has {len(lines):,} samples, the index {len(rows):,}")
+            self._error(
+                name, f"begins with {said!r} and has {len(lines):,} lines behind, the index {len(rows):,} samples"
+            )
             return
-        places = np.stack([rows["offset"], rows["size"]], axis=1).tolist()
-        for number, (line, (offset, size)) in enumerate(zip(lines, places, strict=True), 2):
-            label_at = offset + _padded(size) + _BLOCK
-            words = line.split()
-            if words[:3] + words[4:6] != [b"jpg", b"%d" % offset, b"%d" % size, b"cls", b"%d" % label_at]:
+        places = zip(*(rows[column].tolist() for column in ("offset", "size", "label")), strict=True)
+        for number, (line, (offset, size, label)) in enumerate(zip(lines, places, strict=True), 2):
+            label_at, digits = offset + _padded(size) + _BLOCK, len(b"%d" % label)
+            key = line.split(b" ")[-1].removesuffix(b".cls")
+            if line != b"jpg %d %d %s.jpg cls %d %d %s.cls" % (offset, size, key, label_at, digits, key):
                 self._error(name, f"disagrees with {index_name(self.split)}, from line {number} on")
                 return
 
