@@ -17,6 +17,7 @@ import pytest
 import yaml
 from runs import PACED, RECIPE, TIMEOUT, Stops, assert_gone, call, environment, records, refused, start, train
 
+from vimfast.checkpoint import find_checkpoint
 from vimfast.errors import UserError
 from vimfast.train.folder import RunFolder
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
@@ -77,7 +78,7 @@ def test_a_second_run_of_several_processes_leaves_the_first_alone(flags: tuple[s
     run = tmp_path / "run"
     more = ("--output_dir", str(run), "--batch-size", "2", "--epochs", "1")
     with start(PACED, *flags, *more, processes=2, PAUSE="600") as first:
-        first.wait_for(r"step 0/0", TIMEOUT)
+        first.wait_for(r"^rank 0 .* step 0/0", TIMEOUT)
         log = (run / "train.log").read_text()
         second = call("vimfast.train", *flags, *more, processes=2, ok=False)
         assert "another run, process" in second.stderr
@@ -205,3 +206,27 @@ def test_a_kill_between_record_and_save_records_no_epoch_twice(flags: tuple[str,
     assert (whole / "log.txt").read_text() == (parts / "log.txt").read_text()
     assert len((parts / "log.dropped.txt").read_text().splitlines()) == 2
     assert json.loads((parts / "log.dropped.txt").read_text().splitlines()[0])["epoch"] == 1
+
+
+def test_a_run_folder_stands_for_its_checkpoint(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """The last one to resume from; the best one, if there is any, for all that only wants its weights."""
+    for name in ("checkpoint.pth", "best_checkpoint.pth", "checkpoint.1.pth"):
+        (tmp_path / name).touch()
+    assert find_checkpoint(tmp_path, best=True) == tmp_path / "best_checkpoint.pth"
+    assert find_checkpoint(tmp_path, best=False) == tmp_path / "checkpoint.pth"
+    (tmp_path / "best_checkpoint.pth").unlink()
+    assert find_checkpoint(tmp_path, best=True) == tmp_path / "checkpoint.pth"
+    (tmp_path / "checkpoint.pth").unlink()
+    assert find_checkpoint(tmp_path, best=False) == tmp_path / "checkpoint.1.pth"
+    (tmp_path / "model.safetensors").touch()
+    assert find_checkpoint(tmp_path, best=True) == tmp_path  # in the hub's layout
+    assert "is a folder without a checkpoint; give a run folder" in refused(*flags, "--resume", "/dev")
+
+
+def test_a_run_folder_is_resumed_evaluated_and_finetuned(flags: tuple[str, ...], tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    train(*flags, "--output_dir", run, control=Stops("epoch 1, step 1"))
+    train(*flags, "--output_dir", str(tmp_path / "again"), "--resume", run)
+    assert [record["epoch"] for record in records(tmp_path / "again")] == [1]
+    train(*flags, "--eval", "--resume", run)
+    train(*flags, "--finetune", run, "--epochs", "1")

@@ -359,7 +359,7 @@ def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "empty" in refused(*start, str(tmp_path / "empty"))
     assert "did you mean" in refused(*start, str(shards), "--model", "vim_tiny_patch16_225")
-    assert "CHECKPOINT" in refused(*start, str(shards), "--eval")
+    assert "a checkpoint or a run folder" in refused(*start, str(shards), "--eval")
     assert "--batch-size" in refused(*start, str(shards), "--batch-size", "1000")
     assert "3 classes" in refused(*start, str(shards), "--num-classes", "10")
 

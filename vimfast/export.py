@@ -14,7 +14,7 @@ from typing import Any
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import evaluation_crop
-from vimfast.checkpoint import Description, described, load_checkpoint, load_weights
+from vimfast.checkpoint import Description, described, find_checkpoint, load_checkpoint, load_weights
 from vimfast.cli import Parser, run_main
 from vimfast.errors import UserError
 from vimfast.inference import rebuild
@@ -24,12 +24,15 @@ from vimfast.models.registry import MODELS
 
 def main() -> None:
     parser = Parser("python -m vimfast.export", "Write a checkpoint's weights in the Hugging Face hub's layout.")
-    parser.add_argument("checkpoint", type=Path, help="of vimfast.train, of hustvl/Vim, or a file of weights alone")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which to write [raw]")
     parser.add_argument("--model", help="name of the model, where the checkpoint does not say")
     parser.add_argument("--input-size", type=int, help="side of its images, where the checkpoint does not say [224]")
     args = parser.parse_args(sys.argv[1:])
+    args.checkpoint = find_checkpoint(args.checkpoint, best=True)
     state = load_checkpoint(args.checkpoint)
     weights = state["model"] if args.weights == "raw" else state.get("model_ema")
     if weights is None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD, Normalization
 from vimfast.augment.recipe import evaluation_crop
 from vimfast.checkpoint import (
+    BEST,
     HUB_WEIGHTS,
     DamagedCheckpoint,
     Description,
@@ -42,7 +43,6 @@ from vimfast.errors import UserError
 from vimfast.models import create_model
 from vimfast.models.registry import MODELS
 from vimfast.shards.tree import is_image_name
-from vimfast.train.run_state import BEST
 
 Weights = Literal["raw", "ema"]
 Report = Callable[[int], None]

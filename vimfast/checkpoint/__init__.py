@@ -5,10 +5,20 @@ from vimfast.checkpoint.description import Description, described
 from vimfast.checkpoint.files import HUB_WEIGHTS, DamagedCheckpoint, load_checkpoint, save_checkpoint, weights_held
 from vimfast.checkpoint.fitting import head_names, load_for_finetuning, load_weights
 from vimfast.checkpoint.hustvl import load_optimizer
-from vimfast.checkpoint.kept import ASIDE, CHECKPOINT, kept_checkpoints, load_last, save_last, set_aside
+from vimfast.checkpoint.kept import (
+    ASIDE,
+    BEST,
+    CHECKPOINT,
+    find_checkpoint,
+    kept_checkpoints,
+    load_last,
+    save_last,
+    set_aside,
+)
 
 __all__ = [
     "ASIDE",
+    "BEST",
     "CHECKPOINT",
     "HUB_WEIGHTS",
     "Background",
@@ -16,6 +26,7 @@ __all__ = [
     "Description",
     "copied",
     "described",
+    "find_checkpoint",
     "head_names",
     "kept_checkpoints",
     "load_checkpoint",

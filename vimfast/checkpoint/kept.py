@@ -1,4 +1,4 @@
-"""The last checkpoints of a run folder: ``checkpoint.pth``, before it ``checkpoint.1.pth``, ``checkpoint.2.pth``..."""
+"""The checkpoints of a run folder: ``checkpoint.pth``, before it ``checkpoint.1.pth`` and so on, and the best one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vimfast.checkpoint.files import DamagedCheckpoint, load_checkpoint, save_checkpoint
+from vimfast.checkpoint.files import HUB_WEIGHTS, DamagedCheckpoint, load_checkpoint, save_checkpoint
+from vimfast.errors import UserError
 from vimfast.files import TEMPORARY
 
 CHECKPOINT = "checkpoint.pth"
+BEST = "best_checkpoint.pth"
 ASIDE = "checkpoint.aside.pth"  # what a run that resumed from an earlier one found in its place
 
 _EARLIER = re.compile(r"checkpoint\.([1-9]\d*)\.pth")
@@ -20,6 +22,20 @@ _EARLIER = re.compile(r"checkpoint\.([1-9]\d*)\.pth")
 def earlier_name(age: int) -> str:
     """The file of the checkpoint that is so many before the last."""
     return f"checkpoint.{age}.pth" if age else CHECKPOINT
+
+
+def find_checkpoint(path: Path, *, best: bool) -> Path:
+    """The file that a path means: itself, or of a run folder the last checkpoint, or the best one if there is one.
+
+    Raises:
+        UserError: a folder that is neither a run's nor in the hub's layout.
+    """
+    if not path.is_dir() or (path / HUB_WEIGHTS).exists():
+        return path
+    found = [path / BEST] if best and (path / BEST).exists() else kept_checkpoints(path)
+    if not found:
+        raise UserError(f"{path} is a folder without a checkpoint", "give a run folder, or the path of a checkpoint")
+    return found[0]
 
 
 def kept_checkpoints(folder: Path) -> list[Path]:

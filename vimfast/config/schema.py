@@ -230,7 +230,7 @@ class OptimConfig:
 class FinetuneConfig:
     finetune: str = option(
         "",
-        "start from these weights, whatever they were trained on: a checkpoint, or safetensors",
+        "start from these weights, whatever they were trained on: a checkpoint, a run folder, or safetensors",
         neutral=True,
         path=True,
     )
@@ -285,7 +285,7 @@ class RunConfig:
     )
     resume: str = option(
         "",
-        "checkpoint to resume from (or to evaluate); 'auto': output_dir's own if there is one",
+        "checkpoint or run folder to resume from (or to evaluate); 'auto': output_dir's own if there is one",
         neutral=True,
         path=True,
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vimfast.checkpoint import load_checkpoint, load_for_finetuning
+from vimfast.checkpoint import find_checkpoint, load_checkpoint, load_for_finetuning
 from vimfast.config import Config, ModelConfig
 from vimfast.errors import UserError
 from vimfast.models import create_model
@@ -123,8 +123,9 @@ def choose_precision(amp: bool, device: torch.device, report: Reporter) -> Preci
 def _begin_with(model: nn.Module, cfg: Config, finetune: str, report: Reporter) -> None:
     """Weights of another run, if there are any, and which of them are not to be trained."""
     if finetune:
-        weights = load_checkpoint(Path(finetune))["model"]
-        for line in load_for_finetuning(model, weights, finetune, resample=cfg.finetune.pos_embed_resample):
+        path = find_checkpoint(Path(finetune), best=True)
+        weights = load_checkpoint(path)["model"]
+        for line in load_for_finetuning(model, weights, str(path), resample=cfg.finetune.pos_embed_resample):
             report.say(line)
     if line := freeze(model, cfg.finetune):
         report.say(line)

@@ -12,8 +12,10 @@ from torch import nn
 
 from vimfast import dist
 from vimfast.checkpoint import (
+    BEST,
     DamagedCheckpoint,
     copied,
+    find_checkpoint,
     kept_checkpoints,
     load_checkpoint,
     load_last,
@@ -32,7 +34,6 @@ from vimfast.train.optim import WeightAverage
 from vimfast.train.report import Reporter
 from vimfast.train.sums import Mark
 
-BEST = "best_checkpoint.pth"
 FACTOR = 0.5  # of the learning rate, for each rollback; what people do by hand
 
 State = dict[str, Any]
@@ -99,13 +100,11 @@ def checkpoint_to_start_from(run: RunConfig, finetune: str, folder: Path | None)
         if folder is None:
             raise UserError("--resume auto looks in --output_dir, which is not given", "add it")
         return next(iter(kept_checkpoints(folder)), None)
-    path = Path(run.resume) if run.resume else None
     if run.eval:
-        if path is None and finetune:
-            path = Path(finetune)
-        if path is None:
-            raise UserError("--eval has nothing to evaluate", "add --resume CHECKPOINT")
-        return path
+        if not (run.resume or finetune):
+            raise UserError("--eval has nothing to evaluate", "add --resume with a checkpoint or a run folder")
+        return find_checkpoint(Path(run.resume or finetune), best=True)
+    path = find_checkpoint(Path(run.resume), best=False) if run.resume else None
     kept = kept_checkpoints(folder) if folder else []
     if kept and (path is None or path.resolve() not in [own.resolve() for own in kept]):
         raise UserError(

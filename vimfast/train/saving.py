@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vimfast.checkpoint import CHECKPOINT, Background
+from vimfast.checkpoint import BEST, CHECKPOINT, Background
 from vimfast.config import RunConfig
 from vimfast.train.health import GradientHealth
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
@@ -100,6 +100,8 @@ class Checkpoints(Hook):
         self.save(place, best=end.best, evaluated=True)
         if place.epoch + 1 == self._run.epochs:
             self._finish()
+            best = f"the best top-1 is {place.best_acc1:.2f}%, in {self._folder / BEST}"
+            self._run.report.say(f"{best}; label images by it with: vimfast predict {self._folder} IMAGE")
 
     def diverged(self, place: Place) -> None:
         self._finish()
