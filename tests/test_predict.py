@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -254,6 +255,19 @@ def test_the_command(main: Callable[..., tuple[int, str, str]], run: Path, tree:
     assert out.count("%") == 3
     with pytest.raises(UserError, match=r"no/grid.png cannot be written .*; give --grid a file in a folder"):
         main(run, images[0], "--grid", tmp_path / "no" / "grid.png")
+
+
+def test_names_that_are_odd(main: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path) -> None:
+    for name in (b"a\nb.jpg", b"\xff.jpg"):
+        write_image(tmp_path / "image.jpg", 1)
+        os.rename(tmp_path / "image.jpg", os.path.join(os.fsencode(tmp_path), name))
+    status, out, _ = main(run, tmp_path, "--grid", tmp_path / "grid.bin")
+    assert status == 0
+    flat = "".join(line.split("  ")[0].strip() for line in out.splitlines())
+    assert "a\\nb.jpg" in flat
+    assert "\\udcff.jpg" in flat
+    status, out, _ = main(run, tmp_path, "--json")
+    assert [Path(image["image"]).name for image in json.loads(out)["images"]] == ["a\nb.jpg", "\udcff.jpg"]
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

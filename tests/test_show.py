@@ -254,7 +254,7 @@ def test_images_keep_their_proportions_and_small_ones_their_pixels() -> None:
 
 
 def test_letters_that_pillows_own_font_lacks() -> None:
-    """Are drawn by a font of the system's where it has one, and never fail."""
-    for text in ("café × ½", "金鱼", "рыба", "\U0001f41f"):
+    """Are drawn by a font of the system's where it has one. No name is one that cannot be drawn."""
+    for text in ("café × ½", "金鱼", "рыба", "\U0001f41f", "a\nb", "\udcff"):
         drawn = Sheet(text, [text], [[tile(Caption(text, text))]], 1).draw()
         assert min(ink(drawn)) >= 20

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vimfast.cli import Parser, path, whole
-from vimfast.errors import UserError
+from vimfast.errors import UserError, one_line
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
 
@@ -143,8 +143,8 @@ def _weights(classifier: Classifier) -> str:
 
 
 def _printable(text: str) -> str:
-    """File names need not be UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """File names need be neither UTF-8 nor on one line."""
+    return one_line(text.encode("utf-8", "backslashreplace").decode())
 
 
 def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:
@@ -155,13 +155,13 @@ def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:
     loader = classifier.loader([image.path for image in shown])
     batches = [to_pixels(batch.images, classifier.view.normalization) for batch in loader.epoch(0)]
     tiles = [
-        Tile(Image.fromarray(pixels), [Caption(_printable(image.path.name), faint=True), *_captions(image)])
+        Tile(Image.fromarray(pixels), [Caption(image.path.name, faint=True), *_captions(image)])
         for image, pixels in zip(shown, itertools.chain.from_iterable(batches), strict=True)
     ]
     size, total = classifier.view.size, len(predictions.images)
     which = f"{total} image{'s' * (total > 1)}" if total <= _MOST else f"the first {_MOST} of {total:,} images"
     return Sheet(
-        title=_printable(str(classifier.origin)),
+        title=str(classifier.origin),
         subtitle=[f"{_weights(classifier)} weights · {which}, as the model gets them: {size} x {size} pixels"],
         panels=[[tile] for tile in tiles],
         across=_ACROSS,
@@ -170,10 +170,7 @@ def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:
 
 
 def _captions(image: Seen) -> list[Caption]:
-    return [
-        Caption(_printable(guess.label), f"{guess.probability:.0%}", guess.probability)
-        for guess in image.guesses[:_BARS]
-    ]
+    return [Caption(guess.label, f"{guess.probability:.0%}", guess.probability) for guess in image.guesses[:_BARS]]
 
 
 def _save(sheet: Image.Image, out: Path) -> None:
