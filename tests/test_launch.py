@@ -114,6 +114,28 @@ def test_a_killed_rank_is_named_and_the_run_starts_again(flags: tuple[str, ...],
         assert_gone(run, 5)
 
 
+def test_killed_ranks_are_named_where_none_is_left_to_do_it(flags: tuple[str, ...], tmp_path: Path) -> None:
+    with train(*flags, str(tmp_path), PAUSE="30") as run:
+        ranks = {rank: int(run.wait_for(rf"^rank {rank} pid (\d+)", TIMEOUT)[1]) for rank in (0, 1)}
+        for pid in ranks.values():
+            os.kill(pid, signal.SIGSTOP)  # so that neither can say anything
+        for pid in ranks.values():
+            os.kill(pid, signal.SIGKILL)
+        assert run.wait(TIMEOUT) == 3, run.text
+        assert re.search(r"^error: rank \d \(pid \d+\) was killed by SIGKILL$", run.err, re.MULTILINE), run.text
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75), ("SIGHUP", 75)])
+def test_a_signal_before_there_are_ranks(number: str, status: int) -> None:
+    code = "from vimfast.processes.launch import end_at_signals as f; f(); print('ready', flush=True); "
+    code += "import time\nwhile True:\n    try: time.sleep(9)\n    except BaseException: pass"
+    with Watched([sys.executable, "-c", code], env=environment()) as run:
+        run.wait_for("ready", TIMEOUT)
+        run.process.send_signal(getattr(signal, number))
+        assert run.wait(TIMEOUT) == status
+        assert run.err == f"{number} received: stopped before the first step; there is nothing to save\n"
+
+
 def test_a_failure_is_one_sentence_and_bad_input_is_not_tried_again(flags: tuple[str, ...], tmp_path: Path) -> None:
     with train(*flags, str(tmp_path), RESTARTS="3", PAUSE="0.1", FAULT="1:1:user") as run:
         assert run.wait(TIMEOUT) == 2, run.text

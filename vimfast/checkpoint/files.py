@@ -45,7 +45,8 @@ def save_checkpoint(path: Path, state: dict[str, Any], before: Callable[[], None
                 raise writer.error from None
             writer.finish()
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); the checkpoint before it is untouched") from None
+        before_it = "the checkpoint before it is untouched" if path.exists() else "there is none before it"
+        raise UserError(f"{path} cannot be written ({error.strerror})", f"make room; {before_it}") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

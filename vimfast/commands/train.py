@@ -31,8 +31,10 @@ def main() -> int:
     # OpenMP reads it when torch is imported. torchrun sets the same.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     gc.disable()  # looking for garbage among the modules again and again takes a fifth of the imports' time
+    from vimfast.processes.launch import end_at_signals, launch
+
+    end_at_signals()
     import vimfast.train.build  # noqa: F401
-    from vimfast.processes.launch import launch
 
     if cfg.run.output_dir and not cfg.run.eval:
         import torch.utils.tensorboard  # noqa: F401

@@ -15,14 +15,31 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vimfast.errors import UserError
-from vimfast.processes.hub import RANK_LOST, STOPPED, USER_ERROR
+from vimfast.processes.hub import BEFORE_FIRST_STEP, RANK_LOST, STOPPED, USER_ERROR
 from vimfast.processes.starting import LAUNCHER_NAME, SIGNALS
 
 PATIENCE = 30.0  # seconds between SIGTERM and SIGKILL for processes that are left when one has failed
 _PORT = 5  # characters of a port number
+
+
+def end_at_signals() -> None:
+    """Until :func:`launch` takes over, a signal ends this process at once, with the status that docs/stopping.md lists.
+
+    A KeyboardInterrupt would not do: raised while an extension module is imported, it can be lost.
+    """
+
+    def end(number: int, frame: Any) -> NoReturn:
+        name = signal.Signals(number).name
+        with suppress(OSError):
+            os.write(2, f"{name} received: {BEFORE_FIRST_STEP}\n".encode())
+        os._exit(STOPPED[name])
+
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def launch(program: Callable[[], None], processes: int, *, restarts: int = 0) -> int:
@@ -52,19 +69,20 @@ def launch(program: Callable[[], None], processes: int, *, restarts: int = 0) ->
 class _Attempt:
     def __init__(self, program: Callable[[], None], processes: int, number: int) -> None:
         self.told = False  # a signal has asked the run to stop
+        self._killed = ""  # by which signal the first rank was, if the run failed by that
         self._failed = 0  # the first status that is not 0
         # What is ignored, such as SIGHUP under nohup, is left alone: sigtimedwait would return it.
         self._heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self._heard, signal.SIGCHLD})
         gc.freeze()  # a collection in a fork would copy every page
         reading, writing = os.pipe()
-        self._alive: set[int] = set()
+        self._alive: dict[int, int] = {}  # ranks, by process
         for rank in range(processes):
             pid = os.fork()
             if pid == 0:
                 os.close(writing)
                 self._run_rank(rank, processes, number, reading, program)
-            self._alive.add(pid)
+            self._alive[pid] = rank
         os.close(reading)
         # After the forks: it starts threads, which do not survive a fork.
         from torch.distributed import TCPStore
@@ -114,6 +132,8 @@ class _Attempt:
                 kill_at = time.monotonic() + PATIENCE
             if kill_at is not None and time.monotonic() > kill_at:
                 self._send(signal.SIGKILL)
+        if self._killed:
+            print(f"error: {self._killed}", file=sys.stderr, flush=True)
         del self._store
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         return self._failed
@@ -128,6 +148,9 @@ class _Attempt:
             pid, state = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            self._alive.discard(pid)
-            status = os.waitstatus_to_exitcode(state)
+            rank, status = self._alive.pop(pid, None), os.waitstatus_to_exitcode(state)
+            if status < 0 and not self._failed:
+                self._killed = f"rank {rank} (pid {pid}) was killed by {signal.Signals(-status).name}"
+            elif status == RANK_LOST:
+                self._killed = ""  # this one has said so
             self._failed = self._failed or (status if status >= 0 else RANK_LOST)

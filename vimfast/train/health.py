@@ -49,9 +49,10 @@ class GradientHealth:
         if health.in_a_row >= min(self._limit, place.steps):
             own = self._folder / CHECKPOINT if self._folder else None
             kept = f"; {own} is from before" if own is not None and own.exists() else ""
+            rollback = ", --on-divergence rollback" if self._run.recover is None else ""
             raise Diverged(
                 f"the gradients of {health.in_a_row} steps in a row are non-finite, by {where}",
-                f"try a lower --lr, --clip-grad 1, --no_amp or --on-divergence rollback{kept}",
+                f"try a lower --lr, --clip-grad 1, --no_amp{rollback}{kept}",
             )
         if health.skipped > self._skipped:
             count = health.skipped - self._skipped

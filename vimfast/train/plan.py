@@ -9,6 +9,7 @@ from vimfast.train.device import kernels
 from vimfast.train.loop import TrainingRun
 from vimfast.train.optim import peak_lr
 from vimfast.train.report import duration
+from vimfast.train.run_state import FACTOR
 
 
 def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
@@ -54,7 +55,7 @@ def _augmentation(cfg: Config) -> str:
         three,
         f"erasing {augment.reprob:g}" if augment.reprob and not augment.three_augment else "",
         f"mixup {mix.mixup:g}" if mix.mixup else "",
-        f"cutmix {mix.cutmix:g}" if mix.cutmix else "",
+        f"cutmix {mix.cutmix:g}" if mix.cutmix or mix.cutmix_minmax else "",
         "three copies of each image drawn" if cfg.data.repeated_aug else "",
     ]
     return ", ".join(filter(None, parts)) or "crops and flips alone"
@@ -69,9 +70,10 @@ def _batch(run: TrainingRun) -> str:
 def _rate(run: TrainingRun, cfg: Config) -> str:
     optim, schedule = cfg.optim, cfg.schedule
     scaled = "" if optim.unscale_lr else f" = {optim.lr:g} x {run.global_batch:,} / 512"
-    epochs = schedule.warmup_epochs if schedule.sched != "none" else 0
+    epochs = min(schedule.warmup_epochs, schedule.epochs - 1) if schedule.sched != "none" else 0
     warmup = f", {epochs} epochs of warm-up" if epochs else ""
-    return f"{peak_lr(optim, run.global_batch):.3g}{scaled}, {optim.opt}, {schedule.sched}{warmup}"
+    lowered = f", x {FACTOR ** len(run.turns):g} after {len(run.turns)} rollbacks" if run.turns else ""
+    return f"{peak_lr(optim, run.global_batch):.3g}{scaled}{lowered}, {optim.opt}, {schedule.sched}{warmup}"
 
 
 def _length(run: TrainingRun) -> str:
