@@ -91,7 +91,7 @@ def assert_same(out: Path, undisturbed: Path) -> None:
 
 
 def test_conversions_killed_at_random(images: Path, undisturbed: Path, tmp_path: Path, chance: random.Random) -> None:
-    """The program alone or with its workers; the next run goes on at once, whatever workers are left."""
+    """The program alone or with its workers; the next run continues at once, whatever workers are left."""
     full = finish(images, tmp_path / "timed")
     kills = 0
     for attempt in range(10 * KILLS):

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on, hold the moment that they were asked for, and fail aloud."""
+"""Checkpoints are written while training continues, hold the moment they were asked for, and fail with a sentence."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def run(
 
 
 def report(line: str) -> None:
-    """Print a line for the user, on stderr: stdout has only the result. Where nobody can hear it, the work goes on."""
+    """Print a line for the user, on stderr: stdout has only the result. If nobody can hear it, work continues."""
     with suppress(OSError):
         print(one_line(line), file=sys.stderr, flush=True)
 

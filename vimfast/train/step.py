@@ -278,7 +278,7 @@ class TrainStep:
             torch._foreach_copy_(self._buffers, self._buffers_before)
 
     def _clear_gradients(self) -> None:
-        """For a capture. Backward makes gradients anew, in the graph's memory; those of several batches are added up in
+        """For a capture. Backward makes new gradients, in the graph's memory; those of several batches are added up in
         memory that is the same for all graphs, where batches of one step may then have any shapes."""
         if self.accum_steps == 1:
             self._drop_gradients()
