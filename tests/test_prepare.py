@@ -491,7 +491,7 @@ def test_an_unfinished_folder_has_no_indexes_to_rebuild(out: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("place", ["image", "header", "label", "padding", "end", "idx", "record"])
+@pytest.mark.parametrize("place", ["image", "header", "checksum", "label", "padding", "end", "idx", "record"])
 def test_a_shard_damaged_in_place_is_made_again(
     tree: Path, out: Path, tmp_path: Path, place: str, finished: bool
 ) -> None:
@@ -500,7 +500,14 @@ def test_a_shard_damaged_in_place_is_made_again(
     assert row["shard"] == 1
     start, end = int(row["offset"]), int(row["offset"] + row["size"])
     label = end + -end % 512 + 512
-    where = {"image": start + 300, "header": start - 512, "label": label, "padding": label + 9, "end": -1}
+    where = {
+        "image": start + 300,
+        "header": start - 512,
+        "checksum": start - 512 + 155,
+        "label": label,
+        "padding": label + 9,
+        "end": -1,
+    }
     path = {"idx": tar.with_suffix(".idx"), "record": copy / ".prepare/train-000001.npz"}.get(place, tar)
     data = bytearray(path.read_bytes())
     data[where.get(place, 60)] ^= 2

@@ -32,6 +32,7 @@ from vimfast.shards.writer import (
 )
 
 _BLOCK = tarfile.BLOCKSIZE
+_CHECKSUM = slice(148, 156)  # of a header, in it
 
 
 class Differs(Exception):
@@ -166,6 +167,8 @@ def _member(file: BinaryIO, end: int) -> tarfile.TarInfo | None:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         raise ValueError(f"the tar header at byte {file.tell() - len(block):,}: {error}") from None
+    if block[_CHECKSUM] != b"%06o\0 " % header.chksum:  # the one field that it does not cover itself
+        raise ValueError(f"the tar header at byte {file.tell() - len(block):,}: bad checksum")
     if not header.isreg() or header.size < 0:
         raise ValueError(f"{header.name} is not a plain member")
     if header.size > end - file.tell():
