@@ -474,9 +474,10 @@ def test_a_flipped_byte_in_an_image(check: Check, shards: Path) -> None:
     assert "checksum" in only(report)["what"]
 
 
-def test_a_damaged_tar_header(check: Check, shards: Path) -> None:
+@pytest.mark.parametrize("byte", [12, 155])  # the last one is of the checksum itself
+def test_a_damaged_tar_header(check: Check, shards: Path, byte: int) -> None:
     offset = int(np.load(shards / "train.index.npy")[13]["offset"])
-    overwrite(shards / "train-000001.tar", offset - 500, b"\xff")
+    overwrite(shards / "train-000001.tar", offset - 512 + byte, b"\xff" if byte == 12 else b"\x22")
     finding = only(check(shards)[1])
     assert finding["file"].startswith(str(shards / "train-000001.tar"))
     assert str(offset) in finding["file"]

@@ -36,6 +36,7 @@ from vimfast.shards.format import (
     read_index,
     read_manifest,
 )
+from vimfast.shards.verify import tar_header
 
 _COMPLETE = "complete the source folder and run vimfast-prepare on it again"
 _SOURCE = "fix the image in the source folder, or delete it there, and run vimfast-prepare again"
@@ -230,7 +231,7 @@ def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode:
 
 
 def _header(block: bytes) -> tarfile.TarInfo:
-    return tarfile.TarInfo.frombuf(block[:_BLOCK], "utf-8", "surrogateescape")
+    return tar_header(block[:_BLOCK])
 
 
 def _damaged(tar: str, what: str) -> Flaw:

@@ -158,17 +158,27 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
+def tar_header(block: bytes) -> tarfile.TarInfo:
+    """A tar header, all of its bytes verified.
+
+    Raises:
+        tarfile.HeaderError: it is damaged.
+    """
+    header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    if block[_CHECKSUM] != b"%06o\0 " % header.chksum:  # the one field that the checksum does not cover
+        raise tarfile.HeaderError("bad checksum")
+    return header
+
+
 def _member(file: BinaryIO, end: int) -> tarfile.TarInfo | None:
     """The next member's header; None at the end of the archive, which has `end` bytes."""
     block = file.read(_BLOCK)
     if block == bytes(_BLOCK):
         return None
     try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = tar_header(block)
     except tarfile.HeaderError as error:
         raise ValueError(f"the tar header at byte {file.tell() - len(block):,}: {error}") from None
-    if block[_CHECKSUM] != b"%06o\0 " % header.chksum:  # the one field that it does not cover itself
-        raise ValueError(f"the tar header at byte {file.tell() - len(block):,}: bad checksum")
     if not header.isreg() or header.size < 0:
         raise ValueError(f"{header.name} is not a plain member")
     if header.size > end - file.tell():
