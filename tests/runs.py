@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,20 @@ RECIPE = {
     "ema": {"model_ema_decay": 0.9},
     "run": {"device": "cpu", "log_every": 2},
 }
+
+# A model and steps so small that a run is nearly all start-up: for what is done to its processes.
+TINY = {
+    "model": {
+        "model": "vim_tiny_patch16_224",
+        "input_size": 40,
+        "model_kwargs": {"patch_size": 8, "stride": 8, "depth": 1, "embed_dim": 32},
+    },
+    "data": {"batch_size": 2, "num_workers": 1},
+    "augment": {"aa": "none", "reprob": 0.0},
+    "schedule": {"epochs": 100, "warmup_epochs": 0},
+    "run": {"device": "cpu", "log_every": 50},
+}
+STOPPED = r"stopped at epoch (\d+), step (\d+) of \d+; \S+ holds it, resume with"
 
 
 def environment() -> dict[str, str]:
@@ -106,6 +121,12 @@ def refused(*flags: str) -> str:
 
 def same(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def assert_holds(folder: Path, place: re.Match[str]) -> None:
+    """The last checkpoint is of the place that a match of STOPPED says."""
+    state = load_checkpoint(folder / "checkpoint.pth")
+    assert (state["epoch"], state["step"]) == tuple(map(int, place.groups()))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

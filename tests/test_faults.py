@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import visible, write_image
-from runs import ROOT, TIMEOUT, differences, environment, records, start
+from runs import ROOT, TIMEOUT, TINY, differences, environment, records, start
 from watch import Watched
 
 from vimfast import check_data
@@ -311,13 +311,8 @@ def test_conversions_onto_a_disk_that_fills(
 # Trainings
 
 RECIPE = {
-    "model": {
-        "model": "vim_tiny_patch16_224",
-        "input_size": 40,
-        "model_kwargs": {"patch_size": 8, "stride": 8, "depth": 1, "embed_dim": 32},
-    },
+    **TINY,
     "data": {"batch_size": 8, "num_workers": 1},
-    "augment": {"aa": "none", "reprob": 0.0},
     "schedule": {"epochs": 6, "warmup_epochs": 0},
     "run": {"device": "cpu", "log_every": 10, "save_every": 7},
 }

@@ -11,30 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import PACED, TIMEOUT, assert_gone, call, differences, environment, start
+from runs import PACED, STOPPED, TIMEOUT, TINY, assert_gone, assert_holds, call, differences, environment, start
 from watch import Watched
-
-from vimfast.checkpoint import load_checkpoint
-
-RECIPE = {
-    "model": {
-        "model": "vim_tiny_patch16_224",
-        "input_size": 40,
-        "model_kwargs": {"patch_size": 8, "stride": 8, "depth": 1, "embed_dim": 32},
-    },
-    "data": {"batch_size": 2, "num_workers": 1},
-    "augment": {"aa": "none", "reprob": 0.0},
-    "schedule": {"epochs": 1, "warmup_epochs": 0},
-    "run": {"device": "cpu", "log_every": 50, "steps_per_epoch": 8},
-}
-STOPPED = r"stopped at epoch (\d+), step (\d+) of \d+; \S+ holds it, resume with"
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> tuple[str, ...]:
     recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE))
-    return ("--config", str(recipe), "--data-path", str(tree), "--output_dir")
+    recipe.write_text(yaml.safe_dump(TINY))
+    short = ("--epochs", "1", "--steps-per-epoch", "8")
+    return ("--config", str(recipe), *short, "--data-path", str(tree), "--output_dir")
 
 
 def train(*flags: str, **env: str) -> Watched:
@@ -50,8 +36,7 @@ def in_step(run: Watched, attempt: int = 0) -> dict[int, int]:
 def assert_saved(run: Watched, folder: Path) -> None:
     place = re.search(STOPPED, run.text)
     assert place, run.text
-    state = load_checkpoint(folder / "checkpoint.pth")
-    assert (state["epoch"], state["step"]) == tuple(map(int, place.groups()))
+    assert_holds(folder, place)
     assert "error:" not in run.text
 
 

@@ -17,26 +17,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_image
-from runs import FORKING, PACED, TIMEOUT, TORCHRUN, assert_gone, start
+from runs import FORKING, PACED, STOPPED, TIMEOUT, TINY, TORCHRUN, assert_gone, assert_holds, start
 from watch import Watched
-
-from vimfast.checkpoint import load_checkpoint
-
-RECIPE = {
-    "model": {
-        "model": "vim_tiny_patch16_224",
-        "input_size": 40,
-        "model_kwargs": {"patch_size": 8, "stride": 8, "depth": 1, "embed_dim": 32},
-    },
-    "data": {"batch_size": 2, "num_workers": 1},
-    "augment": {"aa": "none", "reprob": 0.0},
-    "schedule": {"epochs": 100, "warmup_epochs": 0},
-    "run": {"device": "cpu", "log_every": 50},
-}
 
 TRIES = int(os.environ.get("ALL_SIGNALS", "0"))
 LAUNCHER = TORCHRUN if TRIES else FORKING
-STOPPED = r"stopped at epoch (\d+), step (\d+) of \d+; \S+ holds it, resume with"
 Hit = Callable[[Watched, dict[int, int]], None]  # with the process ids of the ranks
 
 
@@ -52,7 +37,7 @@ def kinds(every: Sequence, most_telling: Sequence) -> Sequence:
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> tuple[str, ...]:
     recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE))
+    recipe.write_text(yaml.safe_dump(TINY))
     return ("--config", str(recipe), "--data-path", str(tree), "--output_dir")
 
 
@@ -141,11 +126,6 @@ def test_the_place_is_saved(name: str, flags: tuple[str, ...], tmp_path: Path) -
         assert len(starting(answer, run)) == 1, run.text
         assert not starting("error:", run), run.text
     assert_holds(tmp_path, place)
-
-
-def assert_holds(folder: Path, place: re.Match[str]) -> None:
-    state = load_checkpoint(folder / "checkpoint.pth")
-    assert (state["epoch"], state["step"]) == tuple(map(int, place.groups()))
 
 
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 75, "SIGUSR1": 75}

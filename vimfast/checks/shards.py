@@ -230,10 +230,6 @@ def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode:
     return Tally(len(rows), int(rows["size"].sum(dtype=np.int64)), findings)
 
 
-def _header(block: bytes) -> tarfile.TarInfo:
-    return tar_header(block[:_BLOCK])
-
-
 def _damaged(tar: str, what: str) -> Flaw:
     return Flaw("error", what, _again(os.path.basename(tar)))
 
@@ -244,11 +240,11 @@ def _check_sample(tar: str, block: bytes, row: np.void, classes: int, decode: bo
     image, second = block[_BLOCK : _BLOCK + size], block[_BLOCK + _padded(size) :]
     name = f"the sample at byte {row['offset']}"
     try:
-        header = _header(block)
+        header = tar_header(block[:_BLOCK])
         name = header.name
         if header.size != size:
             return name, [_damaged(tar, f"has {header.size:,} bytes by the tar, {size:,} by the index")]
-        label_header = _header(second)
+        label_header = tar_header(second[:_BLOCK])
     except tarfile.HeaderError as error:
         return name, [_damaged(tar, f"has a damaged tar header ({error})")]
     if zlib.crc32(image) != row["crc32"]:

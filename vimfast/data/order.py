@@ -58,15 +58,17 @@ class Detour(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)
-def detoured(
+def shuffled(
     seed: int, samples: int, bounds: tuple[int, ...] | None, window: int, epoch: int, turns: tuple[tuple[int, int], ...]
 ) -> np.ndarray:
-    """:func:`permutation` (with bounds, :func:`windowed_permutation`), its tail shuffled again: int [samples].
+    """:func:`permutation` (with bounds, :func:`windowed_permutation`), its tail shuffled again at each turn.
 
     Args:
         turns: (where the tail begins, a number that makes the shuffle another one), in the order of their making.
     """
     ids = permutation(seed, epoch, samples) if bounds is None else windowed_permutation(seed, epoch, bounds, window)
+    if not turns:
+        return ids
     ids = np.array(ids)
     for first, number in turns:
         ids[first:] = np.random.default_rng((seed, epoch, number)).permutation(ids[first:])
@@ -190,8 +192,4 @@ class Order:
             for detour in self.detours
             if detour.epoch == epoch
         )
-        if turns:
-            return detoured(self.seed, self.samples, self.bounds, self.window, epoch, turns)
-        if self.bounds is None:
-            return permutation(self.seed, epoch, self.samples)
-        return windowed_permutation(self.seed, epoch, self.bounds, self.window)
+        return shuffled(self.seed, self.samples, self.bounds, self.window, epoch, turns)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vimfast.augment.crops import CentreCrop
-from vimfast.augment.recipe import LARGEST_PADDED
+from vimfast.augment.recipe import evaluation_crop
 from vimfast.config import Batches, Config, DataConfig
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
@@ -40,7 +39,7 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Origin | 
         limit=cfg.run.eval_steps,
     )
     # The original evaluates small inputs as they are; images of another size are resized by their short side.
-    crop = CentreCrop(1.0 if size <= LARGEST_PADDED else data.eval_crop_ratio)
+    crop = evaluation_crop(size, data.eval_crop_ratio)
     return Loader(source, Evaluation(order, world.device, size, crop), _settings(data, report))
 
 
