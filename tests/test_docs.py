@@ -20,6 +20,13 @@ def test_the_drawing_is_that_of_its_source(tmp_path: Path) -> None:
     assert drawn == kept, "run python tools/draw_architecture.py"
 
 
+@pytest.mark.parametrize("name", ["loader", "kernels"])
+def test_the_drawings_of_pages_are_those_of_their_source(name: str, tmp_path: Path) -> None:
+    runpy.run_path(str(ROOT / "tools" / "draw_pages.py"))[f"draw_{name}"](tmp_path / "drawn.svg")
+    drawn, kept = (tmp_path / "drawn.svg").read_text(), (ROOT / "docs" / f"{name}.svg").read_text()
+    assert drawn == kept, "run python tools/draw_pages.py"
+
+
 def test_files_in_the_drawing_exist() -> None:
     boxes = yaml.safe_load((ROOT / "docs" / "architecture.yaml").read_text())["boxes"]
     for name in {line.split()[0] for box in boxes for line in box["file"]}:
