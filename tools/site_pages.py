@@ -7,6 +7,7 @@ anything else as the file it is. A link to a folder is one to its README.md.
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ FRONT = "README.md"
 _CODE = r"(?ms)^ *(?P<fence>```|~~~).*?^ *(?P=fence)|`[^`\n]*`"
 _LINK = r"(?P<open>\]\()(?P<target>[^()\s#]+)(?P<rest>[^()\s]*\))"
 _TEXT = re.compile(f"{_CODE}|{_LINK}")
+_CELL = re.compile(r"`([^`\n]*\\\|[^`\n]*)`")  # code with a bar, in a table
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -50,7 +52,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         link = os.path.relpath(_place(target), PurePosixPath(place).parent)
         return f"{match['open']}{link}{match['rest']}"
 
-    return _TEXT.sub(point, markdown)
+    return _CELL.sub(_bars, _TEXT.sub(point, markdown))
+
+
+def _bars(match: re.Match[str]) -> str:
+    """Code in a table with an escaped bar, whose backslash Python-Markdown would show."""
+    code = html.escape(match[1]).replace(r"\|", "&#124;")
+    return f"<code>{code}</code>"
 
 
 def _place(name: str) -> str:
