@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_image
-from pages import PAGES, ROOT, Code, Command, blocks, run, steps
+from doc_steps import PAGES, ROOT, Code, Command, blocks, run, steps
 from scipy.io import savemat
 from torch.distributed.run import get_args_parser
 from torchvision.datasets.imagenet import ARCHIVE_META
