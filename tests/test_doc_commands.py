@@ -123,6 +123,8 @@ def begin(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         import_module(rest[1]).main()
     elif program == "vimfast-prepare":
         begin(["vimfast", "prepare", *rest], monkeypatch)
+    elif program == "vimfast" and rest[0].startswith("-"):
+        assert f'"{rest[0]}"' in (ROOT / "vimfast" / "__main__.py").read_text()
     elif program == "vimfast" and rest[0] == "train":
         try:
             load_config(_split(rest[1:])[1])

@@ -42,7 +42,8 @@ def differences(english: str, chinese: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_chinese_page_says_the_same(page: str) -> None:
     english, chinese = ROOT / page, ROOT / page.replace(".md", ".zh-CN.md")
-    assert differences(english.read_text(), chinese.read_text()) == []
+    found = differences(english.read_text(), chinese.read_text())
+    assert not found, "\n".join([f"{english.name} and {chinese.name} differ:", *found])
     assert f"]({chinese.name})" in english.read_text()
     assert f"]({english.name})" in chinese.read_text()
 
