@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vimfast.data.order import Order
 from vimfast.data.source import Source
@@ -13,6 +13,13 @@ from vimfast.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class EpochStep(NamedTuple):
+    """A batch, by its numbers."""
+
+    epoch: int
+    step: int
 
 
 class Epochs(ABC):
@@ -26,8 +33,8 @@ class Epochs(ABC):
 
     source: Source
     order: Order
-    _begins = (0, 0)  # (epoch, step) of the next loop
-    _place = (0, 0)  # of the next batch
+    _begins = EpochStep(0, 0)  # the next loop
+    _place = EpochStep(0, 0)
 
     @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -41,17 +48,21 @@ class Epochs(ABC):
         """Steps in an epoch, the same on every rank."""
         return self.order.steps
 
+    @property
+    def place(self) -> EpochStep:
+        """The next batch, of loops over the loader; at the end of an epoch it is the first one of the next."""
+        return self._place
+
     def __iter__(self) -> Iterator[Batch]:
         epoch, start = self._begins
-        self._begins = (epoch + 1, 0)
+        self._begins = EpochStep(epoch + 1, 0)
         for done, batch in enumerate(self.epoch(epoch, start), start + 1):
-            self._place = (epoch, done) if done < len(self) else (epoch + 1, 0)
+            self._place = EpochStep(epoch, done) if done < len(self) else self._begins
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next batch, and what the order of images depends on; numbers and strings alone."""
-        epoch, step = self._place
-        return {"epoch": epoch, "step": step, **self._ordered_by()}
+        return {**self._place._asdict(), **self._ordered_by()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the place of a :meth:`state_dict`.
@@ -71,7 +82,7 @@ class Epochs(ABC):
                 "repeated or missed",
                 "keep that as it was, or begin at the end of an epoch",
             )
-        self._begins = self._place = (epoch, step)
+        self._begins = self._place = EpochStep(epoch, step)
 
     def _ordered_by(self) -> dict[str, Any]:
         order = self.order
