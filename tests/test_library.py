@@ -155,3 +155,24 @@ def test_the_page_about_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert names["step"] == 1
     assert names["loader"].state_dict()["epoch"] == 3  # the loop that was resumed ended its epoch
     assert names["images"].shape == (4, 3, 224, 224)
+
+
+def test_the_reference_has_every_name_and_no_others() -> None:
+    """docs/api.md, read as its site reads it: by Griffe, from the files."""
+    import griffe
+    from docstring_links import DocstringLinks
+
+    described = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert set(vimfast.__all__) - {"__version__"} <= {name.rpartition(".")[2] for name in described}
+    paths, extensions = [ROOT, ROOT / "kernels"], griffe.Extensions(DocstringLinks())
+    packages = {
+        name: griffe.load(name, search_paths=paths, extensions=extensions, docstring_parser="google")
+        for name in ("vimfast_kernels", "vimfast")
+    }
+    for name in described:
+        package, _, path = name.partition(".")
+        found = packages[package][path]
+        assert found.docstring, name
+        assert not re.search(r":\w+:`", found.docstring.value), name
+    loader = packages["vimfast"]["data.epochs.Epochs"].docstring.value
+    assert '<autoref identifier="vimfast.data.loader.Loader" optional><code>Loader</code></autoref>' in loader

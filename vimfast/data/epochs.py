@@ -54,6 +54,7 @@ class Epochs(ABC):
         return self._place
 
     def __iter__(self) -> Iterator[Batch]:
+        """The next epoch, or what is left of one whose place was loaded."""
         epoch, start = self._begins
         self._begins = EpochStep(epoch + 1, 0)
         for done, batch in enumerate(self.epoch(epoch, start), start + 1):
