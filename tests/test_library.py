@@ -153,8 +153,9 @@ def test_the_page_about_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     names["loader"].close()
     assert re.search(r"epoch 1: loss \d\.\d\d\ntop-1 \d+\.\d %", capsys.readouterr().out)
     assert names["step"] == 1
-    assert names["loader"].state_dict()["epoch"] == 3  # the loop that was resumed ended its epoch
-    assert names["images"].shape == (4, 3, 224, 224)
+    assert names["loader"].state_dict()["epoch"] == 4  # the loop that was resumed ended its epoch, LoRA's had another
+    assert names["adapted"].peft_config
+    assert all(block.mixer.fused for block in names["model"].layers)
 
 
 def test_the_reference_has_every_name_and_no_others() -> None:
