@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-faults test-gpus lint types format bench clean
+.PHONY: demo test test-faults test-gpus lint types format docs bench clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -36,6 +36,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site, in site/: open site/index.html.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --quiet --strict
+	@echo "open site/index.html"
+
 bench: $(READY)
 	$(BIN)/python tools/bench_scan.py
 
@@ -46,4 +52,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo
+	rm -rf $(VENV) build dist *.egg-info demo site

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import vimfast
+
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
@@ -29,6 +31,7 @@ FLOORS = (
     ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.commands"),
     ("vimfast.__main__",),
 )
+EXPORTED = {f"vimfast.{name}" for name in vimfast.__all__ if name != "__version__"}  # for other people's code
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
@@ -67,6 +70,7 @@ def test_imports_go_downwards() -> None:
         own = room(name)
         assert own, f"{name} stands on no floor; give it one in {__file__}"
         for other in imports(path):
+            assert other not in EXPORTED, f"{name} imports {other}; import it from the room that has it"
             theirs = room(other)
             if theirs and theirs != own:
                 assert FLOOR[theirs] < FLOOR[own], f"{name} imports {other}, which is not below it"

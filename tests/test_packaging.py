@@ -38,7 +38,9 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
 
 
 def test_wheel_says_that_it_is_typed(wheel: Path) -> None:
-    assert {"vimfast/py.typed", "vimfast_kernels/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {"vimfast/py.typed", "vimfast/__init__.pyi", "vimfast_kernels/py.typed"} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
 
 
 def test_a_recipe_loads_by_name_where_only_the_wheel_is(wheel: Path, tmp_path: Path) -> None:

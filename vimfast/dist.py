@@ -36,6 +36,22 @@ class World:
         return self.rank == 0
 
 
+def ranks() -> tuple[int, int]:
+    """The rank of this process and the number of all, in the process group of whoever made one; (0, 1) without one.
+
+    Raises:
+        UserError: a launcher started several processes, and they have no group yet.
+    """
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(
+            f"WORLD_SIZE is {size}, and these processes have no process group yet: each would see all images",
+            "call torch.distributed.init_process_group first",
+        )
+    return 0, 1
+
+
 @contextmanager
 def processes(device: str, timeout: float = 1800.0) -> Iterator[World]:
     """The process group for the length of the block: closed after it, aborted on an error. Arguments as for `start`."""

@@ -169,6 +169,11 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
+    """What is done to a training image after crop and flip; by default, what Vision Mamba is trained with.
+
+    ``docs/flags.md`` explains the fields, which are flags of a run.
+    """
+
     aa: str = option("rand-m9-mstd0.5-inc1", "RandAugment in timm's words; none or '' for none")
     color_jitter: float = option(
         0.3, "change brightness, contrast and saturation by up to this; only where --aa is off", least=0

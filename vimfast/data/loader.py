@@ -23,6 +23,7 @@ import torch
 from vimfast.config.choices import Decoder, OnBadImage
 from vimfast.data import decoding
 from vimfast.data.decoding import DecodeError, Graph, GraphSettings
+from vimfast.data.epochs import Epochs
 from vimfast.data.hardware import Decoding, Demand, choose_decoding, next_decoder
 from vimfast.data.order import Order
 from vimfast.data.reader import Reader
@@ -57,7 +58,7 @@ class LoaderSettings:
     report: Callable[[str], None] | None = None
 
 
-class Loader:
+class Loader(Epochs):
     """Batches of one rank, in the order of `view.order`.
 
     A training loader reads on over epoch ends: asking for the next epoch continues without a pause, asking for any

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vimfast.errors import UserError
 from vimfast.models.options import PatchOptions
+from vimfast.models.plain import is_plain
 from vimfast.models.pos_embed import insert_tokens, rotary_tables
 
 
@@ -58,7 +59,7 @@ class PatchEmbed(nn.Module):
             )
         rows, columns = self.grid((x.shape[2], x.shape[3]))
         size = self.patch_size
-        if self.stride != size:
+        if self.stride != size or not is_plain(self.proj, nn.Conv2d):
             maps: Tensor = self.proj(x)
             return maps.flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
         # Patches that do not overlap are rows of a matrix: one copy, which also casts, and one product.

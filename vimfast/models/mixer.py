@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vimfast.errors import UserError
 from vimfast.models.options import MixerOptions, ScanOptions
+from vimfast.models.plain import is_plain, unwatched
 from vimfast_kernels import (
     Direction,
     MixerWeights,
@@ -28,6 +29,9 @@ from vimfast_kernels import (
 
 __all__ = ["AddLayerNorm", "AddRMSNorm", "Block", "MambaMixer", "drop_path"]
 
+_LINEARS = ("in_proj", "x_proj", "dt_proj", "x_proj_b", "dt_proj_b", "out_proj")
+_CONVOLUTIONS = ("conv1d", "conv1d_b")
+
 
 class MambaMixer(nn.Module):
     """Input projection, causal convolution, selective scan with a gate, output projection: [B, L, C] -> [B, L, C].
@@ -35,6 +39,10 @@ class MambaMixer(nn.Module):
     ``bimamba_type``: ``none`` scans forward; ``v1`` scans forward and backward with all but A shared; ``v2`` gives each
     direction its own convolution, projections, A and D. The directions are summed and, for v2 with ``if_divide_out``,
     halved. Source: Zhu et al., "Vision Mamba", 2024, algorithm 1.
+
+    In ``v2``, all projections and convolutions run in one op, which reads their parameters. If one of them has hooks,
+    parametrizations or an adapter around it, or another module in its place, each is called instead, at the cost of
+    speed. A ``dt_proj`` that is called adds its bias in its own precision; a convolution gets [B, E, L + taps - 1].
 
     The scan's state, A, D and time-step bias are fp32 under autocast too.
     """
@@ -55,7 +63,7 @@ class MambaMixer(nn.Module):
         scan = options.scan
         self.bimamba_type = options.kind
         self.scale = 0.5 if self.bimamba_type == "v2" and options.if_divide_out else 1.0
-        self.d_state = options.d_state
+        self.d_state, self.d_conv = options.d_state, scan.d_conv
         self.dt_rank = math.ceil(dim / 16) if scan.dt_rank == "auto" else scan.dt_rank
         inner = scan.expand * dim
 
@@ -110,10 +118,21 @@ class MambaMixer(nn.Module):
         return explain(self.scan_backend, self.A_log.device, dtype, self.d_state)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, C] -> [B, L, C]
-        if self.bimamba_type == "v2":
+        if self.fused:
             return self.scaled(bidirectional_mixer(x, self.weights(), scale=self.scale, backend=self.scan_backend))
-        y = self._shared(*self.in_proj(x).chunk(2, dim=-1))  # [B, L, E]
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # 2 x [B, L, E]
+        y = self._both(x, z) if self.bimamba_type == "v2" else self._shared(x, z)
         return self.scaled(self.out_proj(y))
+
+    @property
+    def fused(self) -> bool:
+        """Whether one op may take all parameters; looked at in each pass, since hooks and adapters come and go."""
+        own: dict[str, Any] = self._modules
+        return (
+            self.bimamba_type == "v2"
+            and all(is_plain(own[name], nn.Linear) for name in _LINEARS)
+            and all(is_plain(own[name], nn.Conv1d) for name in _CONVOLUTIONS)
+        )
 
     def scaled(self, out: Tensor) -> Tensor:
         """The output times the learned scale, if there is one."""
@@ -128,17 +147,42 @@ class MambaMixer(nn.Module):
             self.out_proj.bias,
         )  # fmt: skip
 
+    def _both(self, x: Tensor, z: Tensor) -> Tensor:
+        """``v2``, module by module: each direction has its own."""
+        u = self._convolve(self.conv1d, x), self._convolve(self.conv1d_b, x, reverse=True)
+        forth = self._project(u[0], self.x_proj, self.dt_proj)
+        back = self._project(u[1], self.x_proj_b, self.dt_proj_b)
+        delta, B, C, bias = (torch.stack(pair) for pair in zip(forth, back, strict=True))
+        A = torch.stack([_rates(self.A_log), _rates(self.A_b_log)])  # [2, E, N]
+        D = torch.stack([self.D, self.D_b])
+        return bidirectional_scan(
+            torch.stack(u), delta, A, B, C, D, z, bias, scale=self.scale, backend=self.scan_backend
+        )
+
     def _shared(self, x: Tensor, z: Tensor) -> Tensor:
         """``none`` and ``v1``: one convolution and one set of projections."""
-        u = causal_conv1d_silu(x, self.conv1d.weight[:, 0], self.conv1d.bias, backend=self.scan_backend)
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # [B, L, R], 2 x [B, L, N]
-        delta = F.linear(dt, self.dt_proj.weight)  # [B, L, E]
-        tensors = u, delta, _rates(self.A_log), B, C, self.D
+        u = self._convolve(self.conv1d, x)
+        delta, B, C, bias = self._project(u, self.x_proj, self.dt_proj)
         if self.bimamba_type == "none":
-            return selective_scan(*tensors, z, self.dt_proj.bias, backend=self.scan_backend)
+            return selective_scan(u, delta, _rates(self.A_log), B, C, self.D, z, bias, backend=self.scan_backend)
         A = torch.stack([_rates(self.A_log), _rates(self.A_b_log)])  # [2, E, N]
-        u, delta, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, delta, B, C, self.D, self.dt_proj.bias))
+        u, delta, B, C, D, bias = (t.expand(2, *t.shape) for t in (u, delta, B, C, self.D, bias))
         return bidirectional_scan(u, delta, A, B, C, D, z, bias, backend=self.scan_backend)
+
+    def _convolve(self, conv: nn.Module, x: Tensor, reverse: bool = False) -> Tensor:  # [B, L, E] -> [B, L, E]
+        """silu of the causal convolution, which looks ahead if `reverse`."""
+        if is_plain(conv, nn.Conv1d):
+            return causal_conv1d_silu(x, conv.weight[:, 0], conv.bias, reverse=reverse, backend=self.scan_backend)
+        x = F.pad((x.flip(1) if reverse else x).transpose(1, 2), (self.d_conv - 1, 0))
+        x = F.silu(conv(x)).transpose(1, 2)
+        return x.flip(1) if reverse else x
+
+    def _project(self, u: Tensor, x_proj: nn.Module, dt_proj: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the scan of u [B, L, E] takes: delta [B, L, E], B and C [B, L, N], and the bias [E] of delta."""
+        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if is_plain(dt_proj, nn.Linear):
+            return F.linear(dt, dt_proj.weight), B, C, dt_proj.bias  # which the scan adds in fp32
+        return dt_proj(dt), B, C, torch.zeros_like(self.D)
 
 
 def _direction(conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Direction:
@@ -202,7 +246,7 @@ class Block(nn.Module):
         self, x: Tensor, residual: Tensor | None, noise: Tensor | None = None, overwrite: bool = False
     ) -> tuple[Tensor, Tensor]:  # [B, M, C]
         mixer, norm = self.mixer, self.norm
-        if mixer.bimamba_type != "v2":
+        if not (unwatched(norm, AddRMSNorm, AddLayerNorm) and unwatched(mixer, MambaMixer) and mixer.fused):
             x, residual = norm(x, residual, noise, self.drop_path_rate)
             return mixer(x), residual
         x, residual = bidirectional_block(
@@ -220,3 +264,12 @@ class Block(nn.Module):
             backend=mixer.scan_backend,
         )
         return mixer.scaled(x), residual
+
+    @property
+    def unwatched(self) -> bool:
+        """Whether nobody may have kept what goes in or comes out, so that its memory can be used again."""
+        return (
+            unwatched(self, Block)
+            and unwatched(self.norm, AddRMSNorm, AddLayerNorm)
+            and unwatched(self.mixer, MambaMixer)
+        )

@@ -15,6 +15,7 @@ from vimfast.errors import UserError
 from vimfast.models.embedding import PatchEmbed, Rotary
 from vimfast.models.mixer import AddLayerNorm, AddRMSNorm, Block, MambaMixer
 from vimfast.models.options import InitialValues, VimOptions
+from vimfast.models.plain import unwatched
 from vimfast.models.pos_embed import RESAMPLE, insert_tokens, resample_pos_embed, resize_pos_embed, rotate
 from vimfast.models.timm_api import TimmModel, new_head
 
@@ -156,6 +157,8 @@ class VisionMamba(TimmModel):
         `streams` collects residuals.
         """
         residual = None
+        # What a hook has kept must stay as it was.
+        overwrite = streams is None and not torch.is_grad_enabled() and self._unwatched
         *noise, last_noise = self._draw_noise(x)
         for i in range(0, len(self.layers), 2 if self.if_bidirectional else 1):
             if turns is not None:
@@ -168,11 +171,19 @@ class VisionMamba(TimmModel):
                 stream = ahead[1]
                 x, residual = (a + b.flip(1) for a, b in zip(ahead, back, strict=True))
             else:
-                x, residual = self._run_block(i, x, residual, noise[i], overwrite=streams is None)
+                x, residual = self._run_block(i, x, residual, noise[i], overwrite=overwrite)
                 stream = residual
             if streams is not None:
                 streams.append(stream)
         return x, residual, last_noise
+
+    @property
+    def _unwatched(self) -> bool:
+        return (
+            unwatched(self.patch_embed, PatchEmbed)
+            and unwatched(self.pos_drop, nn.Dropout)
+            and all(isinstance(block, Block) and block.unwatched for block in self.layers)
+        )
 
     def _draw_noise(self, x: Tensor) -> list[Tensor | None]:
         """The noise of stochastic depth for each block and, last, for the last norm: [B] each, or None."""
