@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -107,6 +108,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         # The original's files carry their command line as a Namespace: plain data, the one class let in.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the path of a checkpoint.pth") from None
     except pickle.UnpicklingError as error:
@@ -119,7 +122,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         if error.errno == errno.EIO:
             raise _damaged(path, str(error.strerror)) from None
         raise UserError(f"{path} cannot be read ({error.strerror})", "check its disk and permissions") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's readers raise nearly anything on garbage
+        if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error):  # of torch's allocator
+            raise UserError(f"there is too little memory to read {path}", "free some, or use another machine") from None
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     return state if isinstance(state, dict) else {}
 
