@@ -17,6 +17,7 @@ import pytest
 import yaml
 from runs import PACED, RECIPE, TIMEOUT, Stops, assert_gone, call, environment, records, refused, start, train
 
+from vimfast import export
 from vimfast.checkpoint import find_checkpoint
 from vimfast.errors import UserError
 from vimfast.train.folder import RunFolder
@@ -230,3 +231,29 @@ def test_a_run_folder_is_resumed_evaluated_and_finetuned(flags: tuple[str, ...],
     assert [record["epoch"] for record in records(tmp_path / "again")] == [1]
     train(*flags, "--eval", "--resume", run)
     train(*flags, "--finetune", run, "--epochs", "1")
+
+
+def test_a_damaged_checkpoint_of_a_run_folder_is_passed_over(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best one for the last, and the last one for the one before; the home folder has its short name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = tmp_path / "run"
+    train(*flags, "--output_dir", str(run))
+    for name in ("best_checkpoint.pth", "checkpoint.pth"):
+        content = bytearray((run / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (run / name).write_bytes(content)
+    note = "warning: {} is no checkpoint, or a damaged one (its checksum does not match); taking {} instead"
+    last = note.format(run / "checkpoint.pth", run / "checkpoint.1.pth")
+    best = note.format(run / "best_checkpoint.pth", run / "checkpoint.1.pth")
+    train(*flags, "--resume", str(run))
+    assert last in capsys.readouterr().err.splitlines()
+    train(*flags, "--eval", "--resume", str(run))
+    assert {last, best} <= set(capsys.readouterr().err.splitlines())
+    train(*flags, "--finetune", str(run), "--epochs", "1")
+    assert {last, best} <= set(capsys.readouterr().err.splitlines())
+    monkeypatch.setattr(sys, "argv", ["vimfast export", "~/run", "--out=~/exported"])
+    export.main()
+    assert {last, best} <= set(capsys.readouterr().err.splitlines())
+    assert (tmp_path / "exported" / "model.safetensors").exists()

@@ -465,7 +465,10 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "checkpoint.1.pth is sound, give that one" in refused(*flags, str(run), "--resume", str(last))
     assert last.read_bytes() == content
     resumed = train(*flags, str(run), "--resume", "auto")
-    assert re.search(r"checkpoint.pth is no checkpoint, or a damaged one .*resuming from", capsys.readouterr().err)
+    assert re.search(
+        r"checkpoint.pth is no checkpoint, or a damaged one .*taking .*checkpoint.1.pth instead",
+        capsys.readouterr().err,
+    )
     assert same(whole.model.state_dict(), resumed.model.state_dict())
     assert (run / "checkpoint.aside.pth").read_bytes() == content
     assert load_checkpoint(run / "checkpoint.1.pth")["epoch"] == 1
