@@ -47,7 +47,9 @@ def save_checkpoint(path: Path, state: dict[str, Any], before: Callable[[], None
             writer.finish()
     except OSError as error:
         before_it = "the checkpoint before it is untouched" if path.exists() else "there is none before it"
-        raise UserError(f"{path} cannot be written ({error.strerror})", f"make room; {before_it}") from None
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "make room" if is_full else "check its disk and permissions"
+        raise UserError(f"{path} cannot be written ({error.strerror})", f"{fix}; {before_it}") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

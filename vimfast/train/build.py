@@ -216,9 +216,9 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     if cfg.optim.on_divergence == "rollback":
         run.recover = Rollback(run, cfg, Path(cfg.run.output_dir), losses)
     saving: Hook = NoCheckpoints(run)
-    if folder is not None:
+    if run.folder is not None:
         extra = {"classes": run.loader.source.classes, "images": images, "config": cfg.to_dict()}
-        saving = Checkpoints(run, health, folder, cfg.run, extra)
+        saving = Checkpoints(run, health, run.folder, cfg.run, extra)
     return [
         Beginning(start_up, run.report),
         Progress(run, health, losses, cfg.run.log_every),
