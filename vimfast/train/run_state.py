@@ -33,6 +33,7 @@ from vimfast.errors import UserError
 from vimfast.train.continuity import check_order
 from vimfast.train.loop import NO_ACC1, TrainingRun
 from vimfast.train.optim import WeightAverage
+from vimfast.train.randomness import RandomStates, random_states, set_random_states
 from vimfast.train.report import Reporter
 from vimfast.train.sums import Mark
 
@@ -194,9 +195,7 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
     if not same:
         return
     own = processes[world.rank]
-    torch.set_rng_state(own["torch"])
-    if own["cuda"] is not None and world.device.type == "cuda":
-        torch.cuda.set_rng_state(own["cuda"], world.device)
+    set_random_states(RandomStates(own["torch"], own["cuda"]), world.device)
 
 
 def take_turns(run: TrainingRun, turns: Sequence[tuple[int, int]]) -> None:
@@ -246,8 +245,8 @@ def collect(
         images: :attr:`~vimfast.data.source.Source.identity` of the training images.
     """
     world, place = run.world, run.place
-    cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
-    own = {"torch": torch.get_rng_state(), "cuda": cuda, "sums": run.sums.values.tolist()}
+    cpu, cuda = random_states(world.device)
+    own = {"torch": cpu, "cuda": cuda, "sums": run.sums.values.tolist()}
     processes = dist.gather_objects(own)
     if not world.is_main:
         return None
