@@ -222,7 +222,9 @@ def test_records_wait_for_room(tmp_path: Path) -> None:
     assert "ends without 1 records" in told[3]
 
 
-@pytest.mark.parametrize("tail", ['{"train_loss": 1.0, "ep', '{"epoch": 5}\n{"epo', "null\n", '{"epoch": 2}'])
+@pytest.mark.parametrize(
+    "tail", ['{"train_loss": 1.0, "ep', '{"epoch": 5}\n{"epo', "null\n", '{"epoch": 2}', "[" * 100_000]
+)
 def test_a_half_written_line_is_not_glued_to_the_next(tmp_path: Path, tail: str) -> None:
     told: list[str] = []
     path = tmp_path / "log.txt"
