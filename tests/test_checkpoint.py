@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import pickletools
 import resource
+import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -132,6 +136,37 @@ def test_rubbish_is_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.pth").write_bytes(content)
     with pytest.raises(UserError, match="no checkpoint, or a damaged one"):
         load_checkpoint(tmp_path / "c.pth")
+
+
+OPCODES = [code.code.encode("latin-1") for code in pickletools.opcodes]
+
+
+@given(st.lists(st.sampled_from([*OPCODES, b"\0", b"\1"]), max_size=6))
+def test_any_pickle_is_read_or_refused(codes: list[bytes]) -> None:
+    """In a format without checksums; torch's reader raises nearly anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.pth"
+        path.write_bytes(b"\x80\2" + b"".join(codes) + b".")
+        with pytest.raises(UserError):
+            load_checkpoint(path)
+
+
+def test_too_little_memory_is_no_damage(tmp_path: Path) -> None:
+    """Or a good checkpoint would be passed over for the one before."""
+    for size in (10, 25_000_000):
+        save_last(tmp_path, {"model": {"a": torch.zeros(size)}}, 2)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"too little memory to read .*checkpoint\.pth; free some") as caught:
+            load_last(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert not isinstance(caught.value, DamagedCheckpoint)
+    found = load_last(tmp_path)
+    assert found is not None
+    assert found.path == tmp_path / "checkpoint.pth"
 
 
 def test_a_torn_file_is_reported(tmp_path: Path) -> None:

@@ -87,6 +87,22 @@ def test_no_process_outlives_a_killed_launcher(flags: tuple[str, ...], tmp_path:
         assert_saved(run, tmp_path)
 
 
+def test_a_suspended_launcher_comes_back_to_its_run(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Ctrl-Z and, seconds later, fg: the ranks train meanwhile, and the next signal does what it always does."""
+    with train(*flags, str(tmp_path), "--epochs", "99", PAUSE="0.3") as run:
+        in_step(run)
+        run.process.send_signal(signal.SIGTSTP)
+        run.wait_for("suspended: this command alone, its processes keep training", TIMEOUT)
+        time.sleep(1.5)
+        assert "\nState:\tT " in Path(f"/proc/{run.process.pid}/status").read_text()
+        run.wait_for("^rank 0 .* step 1/", TIMEOUT)
+        run.process.send_signal(signal.SIGCONT)
+        run.wait_for("^rank 0 .* step 2/", TIMEOUT)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 143, run.text
+        assert_saved(run, tmp_path)
+
+
 def test_a_killed_rank_is_named_and_the_run_starts_again(flags: tuple[str, ...], tmp_path: Path) -> None:
     extra = ("--resume", "auto", "--save-every", "1")
     with train(*flags, str(tmp_path), *extra, RESTARTS="1", PAUSE="0.3") as run:
@@ -108,6 +124,26 @@ def test_killed_ranks_are_named_where_none_is_left_to_do_it(flags: tuple[str, ..
             os.kill(pid, signal.SIGKILL)
         assert run.wait(TIMEOUT) == 3, run.text
         assert re.search(r"^error: rank \d \(pid \d+\) was killed by SIGKILL$", run.err, re.MULTILINE), run.text
+
+
+STUBBORN = """
+import os, signal, time
+from vimfast.processes import launch
+launch.PATIENCE = 0.5
+def rank():
+    if os.environ["RANK"] == "0":
+        os._exit(3)
+    time.sleep(3600)  # and hears no signal, as they are blocked
+print("status", launch.launch(rank, 2, restarts=1), flush=True)
+os.kill(os.getpid(), signal.SIGTERM)  # it is no longer blocked, nor is a late alarm waiting
+"""
+
+
+def test_a_rank_that_outlives_another_is_killed() -> None:
+    with Watched([sys.executable, "-c", STUBBORN], env=environment()) as run:
+        assert run.wait(TIMEOUT) == -signal.SIGTERM
+        assert run.out == "status 3\n"
+        assert run.err == "exit status 3; starting again (1 of 1)\n"
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75), ("SIGHUP", 75)])

@@ -9,12 +9,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vimfast.data.order import Order
+from vimfast.data.order import Detour, Order
+
+TURNS = st.tuples(st.integers(0, 2), st.integers(0, 8))  # epoch and step
 
 
 @st.composite
 def orders(draw: st.DrawFn, *, drop_last: bool | None = None) -> Order:
-    """Rank 0 of some world, with hosts of one or more ranks, with copies or without, shuffled in any way or not."""
+    """Rank 0 of some world, with hosts of one or more ranks, with copies or without, shuffled in any way or not, in
+    another order from some steps on."""
     dropping = draw(st.booleans()) if drop_last is None else drop_last
     node, hosts = draw(st.integers(1, 4)) if dropping else 1, draw(st.integers(1, 3))
     shards = draw(st.lists(st.integers(0, 60) | st.integers(30, 60), min_size=2, max_size=8))
@@ -31,6 +34,7 @@ def orders(draw: st.DrawFn, *, drop_last: bool | None = None) -> Order:
         node=node,
         bounds=(0, *accumulate(shards)) if draw(st.booleans()) else None,
         window=draw(st.integers(1, 4)),
+        detours=tuple(Detour(*turn, number) for number, turn in enumerate(draw(st.lists(TURNS, max_size=2)), 1)),
     )
 
 
@@ -84,7 +88,7 @@ def test_a_host_decodes_what_its_ranks_are_to_see(order: Order, epoch: int) -> N
                     np.testing.assert_array_equal(seen[0][local :: order.node], rank.step(epoch, step)[0])
 
 
-@given(orders(), st.integers(1, 12), st.integers(0, 5))
+@given(orders(), st.integers(1, 12), st.integers(0, 3))
 def test_a_global_batch_is_the_same_on_any_number_of_ranks(order: Order, world: int, epoch: int) -> None:
     batch = order.batch_size * order.world
     if batch % world:

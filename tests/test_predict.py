@@ -108,12 +108,12 @@ def test_which_checkpoint_of_a_run_folder(run: Path, tmp_path: Path) -> None:
     assert classifier.origin == tmp_path / "run" / "checkpoint.pth"
     (note,) = classifier.notes
     assert note.startswith(f"{best} is no checkpoint, or a damaged one")
-    assert note.endswith("; taking the last one")
+    assert note.endswith(f"; taking {best.with_name('checkpoint.pth')} instead")
     best.unlink()
     assert load_classifier(tmp_path / "run").origin == tmp_path / "run" / "checkpoint.pth"
     for path in (tmp_path / "run").glob("checkpoint*.pth"):
         path.unlink()
-    with pytest.raises(UserError, match=r"holds neither best_checkpoint.pth nor model.safetensors; give a run folder"):
+    with pytest.raises(UserError, match=r"is a folder without a checkpoint; give a run folder"):
         load_classifier(tmp_path / "run")
 
 

@@ -9,15 +9,30 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
-from runs import PACED, RECIPE, TIMEOUT, Stops, assert_gone, call, environment, records, refused, start, train
+from runs import (
+    PACED,
+    RECIPE,
+    TIMEOUT,
+    Stops,
+    assert_gone,
+    call,
+    differences,
+    environment,
+    records,
+    refused,
+    start,
+    train,
+)
 
-from vimfast.checkpoint import find_checkpoint
+from vimfast import export
+from vimfast.checkpoint import find_checkpoint, load_checkpoint
 from vimfast.errors import UserError
 from vimfast.train.folder import RunFolder
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
@@ -58,6 +73,52 @@ def test_a_second_run_is_refused_and_changes_nothing(flags: tuple[str, ...], tmp
     assert refused(*flags, "--output_dir", str(run), "--resume", "auto", "--opt", "sgd")
     train(*flags, "--output_dir", str(run), "--resume", "auto")  # neither holds it any more
     assert [r["epoch"] for r in records(run)] == [0, 1]
+
+
+# Of its thread, whose file is gone too.
+TENSORBOARD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+class Does(Hook):
+    """Something before a step of epoch 1."""
+
+    def __init__(self, deed: Callable[[], object]) -> None:
+        self.deed = deed
+
+    def before_step(self, place: Place) -> None:
+        if (place.epoch, place.step) == (1, 1):
+            self.deed()
+
+
+@TENSORBOARD
+def test_a_folder_that_is_removed_under_a_run_is_made_again(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(*flags, "--output_dir", str(whole))
+    # At once, even if the checkpoint of the epoch before is still being written.
+    train(*flags, "--output_dir", str(run), hooks=lambda _: [Does(lambda: run.rename(tmp_path / "gone"))])
+    assert f"warning: {run} was removed or moved; made again, without what was in it" in capsys.readouterr().err
+    assert differences(run, whole) == []
+    assert records(run) == records(whole)[1:]
+
+
+@TENSORBOARD
+def test_a_folder_that_is_another_runs_by_now_is_left_alone(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """The first one is removed or moved away while its run still trains, and another run begins under its name."""
+    run, moved, others = tmp_path / "run", tmp_path / "moved", []
+
+    def begin_again() -> None:
+        while not load_checkpoint(run / "checkpoint.pth")["evaluated"]:  # it is still being written
+            time.sleep(0.05)
+        run.rename(moved)
+        others.append(RunFolder(run, is_main=True))
+
+    with pytest.raises(UserError, match=rf"^another run, process \d+ of .*, writes to {run}; wait for it"):
+        train(*flags, "--output_dir", str(run), hooks=lambda _: [Does(begin_again)])
+    assert {path.name for path in run.iterdir()} <= {".lock", "train.log"}
+    assert (moved / "checkpoint.pth").exists()
+    others[0].release()
 
 
 def test_the_folder_of_a_killed_process_is_free(tmp_path: Path) -> None:
@@ -161,7 +222,9 @@ def test_records_wait_for_room(tmp_path: Path) -> None:
     assert "ends without 1 records" in told[3]
 
 
-@pytest.mark.parametrize("tail", ['{"train_loss": 1.0, "ep', '{"epoch": 5}\n{"epo', "null\n", '{"epoch": 2}'])
+@pytest.mark.parametrize(
+    "tail", ['{"train_loss": 1.0, "ep', '{"epoch": 5}\n{"epo', "null\n", '{"epoch": 2}', "[" * 100_000]
+)
 def test_a_half_written_line_is_not_glued_to_the_next(tmp_path: Path, tail: str) -> None:
     told: list[str] = []
     path = tmp_path / "log.txt"
@@ -230,3 +293,29 @@ def test_a_run_folder_is_resumed_evaluated_and_finetuned(flags: tuple[str, ...],
     assert [record["epoch"] for record in records(tmp_path / "again")] == [1]
     train(*flags, "--eval", "--resume", run)
     train(*flags, "--finetune", run, "--epochs", "1")
+
+
+def test_a_damaged_checkpoint_of_a_run_folder_is_passed_over(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best one for the last, and the last one for the one before; the home folder has its short name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = tmp_path / "run"
+    train(*flags, "--output_dir", str(run))
+    for name in ("best_checkpoint.pth", "checkpoint.pth"):
+        content = bytearray((run / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (run / name).write_bytes(content)
+    note = "warning: {} is no checkpoint, or a damaged one (its checksum does not match); taking {} instead"
+    last = note.format(run / "checkpoint.pth", run / "checkpoint.1.pth")
+    best = note.format(run / "best_checkpoint.pth", run / "checkpoint.1.pth")
+    train(*flags, "--resume", str(run))
+    assert last in capsys.readouterr().err.splitlines()
+    train(*flags, "--eval", "--resume", str(run))
+    assert {last, best} <= set(capsys.readouterr().err.splitlines())
+    train(*flags, "--finetune", str(run), "--epochs", "1")
+    assert {last, best} <= set(capsys.readouterr().err.splitlines())
+    monkeypatch.setattr(sys, "argv", ["vimfast export", "~/run", "--out=~/exported"])
+    export.main()
+    assert {last, best} <= set(capsys.readouterr().err.splitlines())
+    assert (tmp_path / "exported" / "model.safetensors").exists()

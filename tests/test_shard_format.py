@@ -143,6 +143,7 @@ def test_what_a_later_version_adds_is_ignored(tmp_path: Path, manifest: Manifest
         (lambda m: m["splits"]["val"].update(bytes="many"), "(splits[...].bytes: expected int, got str)"),
         (lambda m: m["splits"]["val"].update(bytes=True), "(splits[...].bytes: expected int, got bool)"),
         (lambda m: m["splits"]["val"].update(index_crc32=-1), "(splits[...].index_crc32: expected int >= 0)"),
+        (lambda m: m["splits"]["val"]["shards"][0].update(bytes=2**64), "(splits[...].shards[0].bytes: expected int"),
         (lambda m: m["splits"]["val"]["shards"][1].pop("name"), "(splits[...].shards[1]: object missing required"),
         (lambda m: m["splits"]["val"].update(samples=6), "(splits[...]: its shards hold 5 samples in all, not 6)"),
         (lambda m: m["splits"]["val"]["shards"][0].update(name="../x.tar"), "(its val shards are not val-000000.tar, "),

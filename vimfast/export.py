@@ -9,13 +9,12 @@ The model is the one that the checkpoint says it is of; --model and the flags of
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import evaluation_crop
-from vimfast.checkpoint import Description, described, find_checkpoint, load_checkpoint, load_weights
-from vimfast.cli import Parser, run_main
+from vimfast.checkpoint import Description, described, load_found, load_weights
+from vimfast.cli import Parser, path, run_main
 from vimfast.errors import UserError
 from vimfast.inference import rebuild
 from vimfast.models.hub import save_for_hub
@@ -25,15 +24,16 @@ from vimfast.models.registry import MODELS
 def main() -> None:
     parser = Parser("python -m vimfast.export", "Write a checkpoint's weights in the Hugging Face hub's layout.")
     parser.add_argument(
-        "checkpoint", type=Path, help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone"
+        "checkpoint", type=path, help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=path, required=True, help="folder to write")
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which to write [raw]")
     parser.add_argument("--model", help="name of the model, where the checkpoint does not say")
     parser.add_argument("--input-size", type=int, help="side of its images, where the checkpoint does not say [224]")
     args = parser.parse_args(sys.argv[1:])
-    args.checkpoint = find_checkpoint(args.checkpoint, best=True)
-    state = load_checkpoint(args.checkpoint)
+    args.checkpoint, state, passed_over = load_found(args.checkpoint, best=True)
+    for note in passed_over:
+        print(f"warning: {note}", file=sys.stderr)
     weights = state["model"] if args.weights == "raw" else state.get("model_ema")
     if weights is None:
         raise UserError(f"{args.checkpoint} holds no averaged weights; write the raw ones (--weights raw)")

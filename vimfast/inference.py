@@ -24,14 +24,9 @@ from torch import Tensor, nn
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD, Normalization
 from vimfast.augment.recipe import evaluation_crop
 from vimfast.checkpoint import (
-    BEST,
-    HUB_WEIGHTS,
-    DamagedCheckpoint,
     Description,
     described,
-    kept_checkpoints,
-    load_checkpoint,
-    load_last,
+    load_found,
     load_weights,
 )
 from vimfast.class_names import english_names, imagenet_classes
@@ -213,7 +208,7 @@ def load_classifier(
     Raises:
         UserError: there is no checkpoint, it is of an unknown model, or does not hold these weights.
     """
-    origin, state, notes = _find_checkpoint(Path(checkpoint))
+    origin, state, notes = load_found(Path(checkpoint), best=True)
     held: dict[Weights, dict[str, Tensor] | None] = {"raw": state["model"], "ema": state.get("model_ema")}
     chosen = weights or ("raw" if held["ema"] is None else "ema")
     values = held[chosen]
@@ -293,27 +288,6 @@ def _view(told: Description, size: int, device: torch.device) -> Evaluation:
     interpolation = own.get("interpolation", Evaluation.interpolation)
     crop = evaluation_crop(size, told.crop_ratio)
     return Evaluation(Order(0, 1), device, size, crop, interpolation, Normalization(mean, std))
-
-
-def _find_checkpoint(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """Where it is, what it holds, and why it is not the one that was meant first."""
-    if not path.is_dir() or (path / HUB_WEIGHTS).exists():
-        return path, load_checkpoint(path), []
-    notes = []
-    best = path / BEST
-    if best.exists():
-        try:
-            return best, load_checkpoint(best), []
-        except DamagedCheckpoint as error:
-            if not kept_checkpoints(path):
-                raise
-            notes.append(f"{error.problem}; taking the last one")
-    last = load_last(path)
-    if last is None:
-        raise UserError(
-            f"{path} holds neither {BEST} nor {HUB_WEIGHTS}", "give a run folder, a checkpoint or an exported folder"
-        )
-    return last[0], last[1], [*notes, *(f"{note}; taking the one before" for note in last[2])]
 
 
 def _youth(state: Mapping[str, Any]) -> float:

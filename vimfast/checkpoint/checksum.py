@@ -77,7 +77,7 @@ def _damaged_record(path: Path) -> str | None:
             if archive.comment:  # ours, unless it is damaged
                 return "its checksum is damaged"
             record = archive.testzip()
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # the parser raises nearly anything on garbage
         return " ".join(str(error).split()) or type(error).__name__

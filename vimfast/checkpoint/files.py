@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,7 +47,9 @@ def save_checkpoint(path: Path, state: dict[str, Any], before: Callable[[], None
             writer.finish()
     except OSError as error:
         before_it = "the checkpoint before it is untouched" if path.exists() else "there is none before it"
-        raise UserError(f"{path} cannot be written ({error.strerror})", f"make room; {before_it}") from None
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "make room" if is_full else "check its disk and permissions"
+        raise UserError(f"{path} cannot be written ({error.strerror})", f"{fix}; {before_it}") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -107,6 +110,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         # The original's files carry their command line as a Namespace: plain data, the one class let in.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the path of a checkpoint.pth") from None
     except pickle.UnpicklingError as error:
@@ -119,7 +124,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         if error.errno == errno.EIO:
             raise _damaged(path, str(error.strerror)) from None
         raise UserError(f"{path} cannot be read ({error.strerror})", "check its disk and permissions") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's readers raise nearly anything on garbage
+        if isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error):  # of torch's allocator
+            raise UserError(f"there is too little memory to read {path}", "free some, or use another machine") from None
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     return state if isinstance(state, dict) else {}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vimfast.checkpoint.files import HUB_WEIGHTS, DamagedCheckpoint, load_checkpoint, save_checkpoint
 from vimfast.errors import UserError
@@ -44,24 +45,44 @@ def kept_checkpoints(folder: Path) -> list[Path]:
     return [path for age in sorted({0, *ages}) if (path := folder / earlier_name(age)).exists()]
 
 
-def load_last(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The last checkpoint of a run folder whose bytes are as they were written.
+class Loaded(NamedTuple):
+    """A checkpoint that was looked for."""
 
-    Returns:
-        its path, the checkpoint, and a sentence for each one after it, which is damaged; None if the folder has none.
+    path: Path
+    state: dict[str, Any]
+    notes: list[str]  # a sentence for each one that was passed over because it is damaged
+
+
+def load_found(path: Path, *, best: bool) -> Loaded:
+    """The checkpoint that a path means, as :func:`find_checkpoint` has it; of a folder, the first that is not damaged.
+
+    Raises:
+        UserError: there is none, or one that cannot be read.
+    """
+    first = find_checkpoint(path, best=best)
+    if first == path:
+        return Loaded(path, load_checkpoint(path), [])
+    return _first_sound([first, *(other for other in kept_checkpoints(path) if other != first)], "use another one")
+
+
+def load_last(folder: Path) -> Loaded | None:
+    """The last checkpoint of a run folder whose bytes are as they were written; None if the folder has none.
 
     Raises:
         UserError: all are damaged, or one is no checkpoint of a kind that can be read.
     """
+    kept = kept_checkpoints(folder)
+    return _first_sound(kept, "begin again in another --output_dir") if kept else None
+
+
+def _first_sound(paths: Sequence[Path], fix: str) -> Loaded:
     damaged: list[DamagedCheckpoint] = []
-    for path in kept_checkpoints(folder):
+    for path in paths:
         try:
-            return path, load_checkpoint(path), [error.problem for error in damaged]
+            return Loaded(path, load_checkpoint(path), [f"{error.problem}; taking {path} instead" for error in damaged])
         except DamagedCheckpoint as error:  # noqa: PERF203
             damaged.append(error)
-    if damaged:
-        raise DamagedCheckpoint("; ".join(error.problem for error in damaged), "begin again in another --output_dir")
-    return None
+    raise DamagedCheckpoint("; ".join(error.problem for error in damaged), fix)
 
 
 def save_last(folder: Path, state: dict[str, Any], count: int) -> None:

@@ -11,7 +11,6 @@ import gc
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +21,7 @@ from vimfast.processes.hub import BEFORE_FIRST_STEP, RANK_LOST, STOPPED, USER_ER
 from vimfast.processes.starting import LAUNCHER_NAME, SIGNALS
 
 PATIENCE = 30.0  # seconds between SIGTERM and SIGKILL for processes that are left when one has failed
+_OWN = {signal.SIGCHLD, signal.SIGALRM}  # what a launcher wakes up at, beside what it passes on
 _PORT = 5  # characters of a port number
 
 
@@ -66,14 +66,22 @@ def launch(program: Callable[[], None], processes: int, *, restarts: int = 0) ->
         print(f"exit status {status}; starting again ({attempt} of {restarts})", file=sys.stderr, flush=True)
 
 
+def _suspend() -> None:
+    """What Ctrl-Z does to a command. Its processes may be inside a collective, which would fail if it took too long."""
+    with suppress(OSError):
+        os.write(2, b"suspended: this command alone, its processes keep training; fg or bg brings it back\n")
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 class _Attempt:
     def __init__(self, program: Callable[[], None], processes: int, number: int) -> None:
         self.told = False  # a signal has asked the run to stop
         self._killed = ""  # by which signal the first rank was, if the run failed by that
         self._failed = 0  # the first status that is not 0
-        # What is ignored, such as SIGHUP under nohup, is left alone: sigtimedwait would return it.
-        self._heard = {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self._heard, signal.SIGCHLD})
+        # What is ignored, such as SIGHUP under nohup, is left alone: sigwait would return it.
+        heard = {number for number in (*SIGNALS, signal.SIGTSTP) if signal.getsignal(number) != signal.SIG_IGN}
+        self._heard = {*heard, *_OWN}
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._heard)
         gc.freeze()  # a collection in a fork would copy every page
         reading, writing = os.pipe()
         self._alive: dict[int, int] = {}  # ranks, by process
@@ -96,7 +104,7 @@ class _Attempt:
         try:
             os.setsid()  # the terminal's Ctrl-C comes from the launcher, once
             # The others stay blocked until the program listens to them, lest one arrives before.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_OWN, signal.SIGTSTP})
             port = os.read(reading, _PORT)
             if not port:  # the launcher is gone
                 os._exit(STOPPED["launcher"])
@@ -120,21 +128,28 @@ class _Attempt:
 
     def wait(self) -> int:
         """Wait for all processes; returns the status of the run."""
-        kill_at = None
+        ending = False
         while self._alive:
-            heard = signal.sigtimedwait({*self._heard, signal.SIGCHLD}, 1.0)
-            if heard is not None and heard.si_signo != signal.SIGCHLD:
-                self.told = True
-                self._send(signal.Signals(heard.si_signo))
-            self._reap()
-            if self._failed and kill_at is None:
-                self._send(signal.SIGTERM)
-                kill_at = time.monotonic() + PATIENCE
-            if kill_at is not None and time.monotonic() > kill_at:
+            # Not sigtimedwait: in Python, it returns any number at all if this process was suspended for longer.
+            heard = signal.Signals(signal.sigwait(self._heard))
+            if heard == signal.SIGTSTP:
+                _suspend()
+            elif heard == signal.SIGALRM:
                 self._send(signal.SIGKILL)
+            elif heard != signal.SIGCHLD:
+                self.told = True
+                self._send(heard)
+            self._reap()
+            if self._failed and not ending:
+                ending = True
+                self._send(signal.SIGTERM)
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if self._killed:
             print(f"error: {self._killed}", file=sys.stderr, flush=True)
         del self._store
+        if signal.SIGALRM in signal.sigpending():
+            signal.sigwait({signal.SIGALRM})
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         return self._failed
 

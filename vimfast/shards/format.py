@@ -56,7 +56,7 @@ _HEADER_BYTES = 1 << 14  # of an index: more than it has
 _ROWS = 1 << 14
 _LARGEST_SIDE = 65535  # of a JPEG
 
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 def shard_name(split: str, number: int) -> str:

@@ -303,7 +303,7 @@ def read_record(out: Path, split: str, number: int) -> Record | None:
     text = _read_table(out, split, number, "record")
     try:
         return None if text is None else msgspec.convert(json.loads(text.tobytes()), Record)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OverflowError):
         return None
 
 

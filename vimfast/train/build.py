@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from vimfast.checkpoint import ASIDE, CHECKPOINT, set_aside
+from vimfast.checkpoint import ASIDE, CHECKPOINT, Loaded, set_aside
 from vimfast.config import Config, plan_batches
 from vimfast.data.loader import Loader
 from vimfast.data.views import Stages
@@ -31,7 +31,7 @@ from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
 from vimfast.train.plan import plan
 from vimfast.train.report import Reporter
 from vimfast.train.rollback import Rollback
-from vimfast.train.run_state import Origin, load_origin, load_place
+from vimfast.train.run_state import load_origin, load_place
 from vimfast.train.saving import Checkpoints, NoCheckpoints
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import TrainStep
@@ -67,6 +67,8 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     report = Reporter(None, world.is_main)
     control.say = report.say
+    for note in start.notes if start is not None else ():
+        report.warn(note)
     loader = open_validation(cfg, cfg.data.batch_size, world, start, report)
     start_up.done("data")
     models = build_models(cfg, len(loader.source.classes), start, world.device, report)
@@ -195,7 +197,7 @@ def _train_step(
     )
 
 
-def _resume(run: TrainingRun, cfg: Config, start: Origin | None, images: str) -> None:
+def _resume(run: TrainingRun, cfg: Config, start: Loaded | None, images: str) -> None:
     """Bring the run to where it begins, with the same weights on all processes."""
     if start is not None:
         load_place(run, start.state, str(start.path), cfg, order_changes(start.state, cfg, images))
@@ -214,9 +216,9 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     if cfg.optim.on_divergence == "rollback":
         run.recover = Rollback(run, cfg, Path(cfg.run.output_dir), losses)
     saving: Hook = NoCheckpoints(run)
-    if folder is not None:
+    if run.folder is not None:
         extra = {"classes": run.loader.source.classes, "images": images, "config": cfg.to_dict()}
-        saving = Checkpoints(run, health, folder, cfg.run, extra)
+        saving = Checkpoints(run, health, run.folder, cfg.run, extra)
     return [
         Beginning(start_up, run.report),
         Progress(run, health, losses, cfg.run.log_every),
@@ -226,7 +228,9 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     ]
 
 
-def _introduce(run: TrainingRun, cfg: Config, start: Origin | None) -> None:
+def _introduce(run: TrainingRun, cfg: Config, start: Loaded | None) -> None:
+    for note in start.notes if start is not None else ():
+        run.report.warn(note)
     for what, how in plan(run, cfg) if run.report.active else ():
         run.report.say(f"{what:15}{how}")
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
@@ -238,14 +242,11 @@ def _introduce(run: TrainingRun, cfg: Config, start: Origin | None) -> None:
         run.report.table("changed since the checkpoint", ("setting", "then", "now"), changed)
 
 
-def _take_over(held: RunFolder, cfg: Config, start: Origin | None, place: Place, report: Reporter) -> None:
+def _take_over(held: RunFolder, cfg: Config, start: Loaded | None, place: Place, report: Reporter) -> None:
     """Nothing can refuse the run any more: from here on its folder is about this run.
 
     The checkpoint that it resumes from becomes the last one, the settings are its own, the records those before it.
     """
-    if start is not None:
-        for note in start.notes:
-            report.warn(f"{note}; resuming from {start.path}, the newest intact one")
     try:
         for path in set_aside(held.path, start.path) if start is not None and report.active else ():
             report.say(f"{path} is not used any more, and is kept as {held.path / ASIDE}")

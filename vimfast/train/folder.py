@@ -56,6 +56,31 @@ class RunFolder:
         lock.write(f"process {os.getpid()} of {socket.gethostname()}\n")
         lock.flush()
 
+    def keep(self) -> bool:
+        """Before something is written: make the folder again if it was removed or moved away meanwhile.
+
+        Returns:
+            whether that was so.
+
+        Raises:
+            UserError: another run writes to what has this name now, or it cannot be made again.
+        """
+        if not self._is_main:
+            return False
+        try:
+            if self._lock is not None and os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK)):
+                return False
+            is_there = True
+        except OSError:
+            is_there = self.path.is_dir()
+        self.release()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        return not is_there
+
     def release(self) -> None:
         """Let another run write to it."""
         if self._lock is not None:

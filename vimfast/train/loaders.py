@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vimfast.augment.recipe import evaluation_crop
+from vimfast.checkpoint import Loaded
 from vimfast.config import Batches, Config, DataConfig
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
@@ -15,10 +16,9 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.train.continuity import check_classes
 from vimfast.train.report import Reporter
-from vimfast.train.run_state import Origin
 
 
-def open_validation(cfg: Config, batch_size: int, world: World, start: Origin | None, report: Reporter) -> Loader:
+def open_validation(cfg: Config, batch_size: int, world: World, start: Loaded | None, report: Reporter) -> Loader:
     """The loader of the validation images; they are of the classes of the checkpoint that the run starts from.
 
     Raises:

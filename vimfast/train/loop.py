@@ -28,6 +28,7 @@ from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.optim import LearningRate, WeightAverage
 from vimfast.train.pace import Pace
+from vimfast.train.randomness import RandomStates, random_states, set_random_states
 from vimfast.train.report import Reporter, duration
 from vimfast.train.step import TrainStep
 from vimfast.train.sums import Sums
@@ -222,6 +223,7 @@ class TrainingRun(_Closed):
     turns: Sequence[tuple[int, int]] = ()
     sums: Sums = field(init=False)
     pace: Pace = field(init=False)
+    _before_parts: tuple[Tensor, RandomStates] = field(init=False)  # of the step in progress, if it has several batches
 
     def __post_init__(self) -> None:
         self.sums, self.pace = Sums(("loss", "steps"), self.world.device), Pace(self.world.device)
@@ -337,7 +339,9 @@ class TrainingRun(_Closed):
         try:
             batch = self.pace.wait_for(batches)
         except UserError:
-            for hook in self.hooks if part == 0 else ():  # else the step is half done, and no place to resume from
+            if part > 0:
+                self._undo_parts()
+            for hook in self.hooks:
                 hook.bad_data(self.place)
             raise
         assert batch is not None
@@ -355,8 +359,17 @@ class TrainingRun(_Closed):
             self.control.doing("capturing the training step for another size")
             self.capture(images, targets)
             self.control.doing("training step")
+        if part == 0 and not last:
+            self._before_parts = self.sums.values.clone(), random_states(self.world.device)
         loss, sound = self.train_step(images, targets, first=part == 0, last=last)
         self.sums.add(torch.where(sound > 0, loss, 0), sound)
+
+    def _undo_parts(self) -> None:
+        """Back to where the step began whose first batches are done: no weights have changed yet."""
+        self.train_step.undo()
+        sums, states = self._before_parts
+        self.sums.values.copy_(sums)
+        set_random_states(states, self.world.device)
 
     def close(self, failing: bool = False) -> None:
         """Let go of the GPU: CUDA graphs, then loaders.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vimfast.checkpoint import find_checkpoint, load_checkpoint, load_for_finetuning
+from vimfast.checkpoint import Loaded, load_for_finetuning, load_found
 from vimfast.config import Config, ModelConfig
 from vimfast.errors import UserError
 from vimfast.models import create_model
@@ -18,7 +18,7 @@ from vimfast.train.loop import Precision
 from vimfast.train.losses import build_teacher
 from vimfast.train.optim import WeightAverage, build_ema
 from vimfast.train.report import Reporter
-from vimfast.train.run_state import Origin, load_models
+from vimfast.train.run_state import load_models
 
 
 class Models(NamedTuple):
@@ -38,7 +38,7 @@ class Models(NamedTuple):
 def build_models(
     cfg: Config,
     num_classes: int,
-    start: Origin | None,
+    start: Loaded | None,
     device: torch.device,
     report: Reporter,
     sizes: Collection[int] = (),
@@ -123,9 +123,10 @@ def choose_precision(amp: bool, device: torch.device, report: Reporter) -> Preci
 def _begin_with(model: nn.Module, cfg: Config, finetune: str, report: Reporter) -> None:
     """Weights of another run, if there are any, and which of them are not to be trained."""
     if finetune:
-        path = find_checkpoint(Path(finetune), best=True)
-        weights = load_checkpoint(path)["model"]
-        for line in load_for_finetuning(model, weights, str(path), resample=cfg.finetune.pos_embed_resample):
+        path, state, passed_over = load_found(Path(finetune), best=True)
+        for note in passed_over:
+            report.warn(note)
+        for line in load_for_finetuning(model, state["model"], str(path), resample=cfg.finetune.pos_embed_resample):
             report.say(line)
     if line := freeze(model, cfg.finetune):
         report.say(line)

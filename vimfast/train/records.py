@@ -47,8 +47,8 @@ class RecordFile:
             with open(self._path.with_name(DROPPED), "ab") as file:
                 file.write(b"".join(line + b"\n" for line in dropped))
             self._warn(
-                f"{len(dropped)} lines of {self._path} are damaged or of epochs from {epoch} on, which are trained "
-                f"again; they are in {DROPPED} now"
+                f"lines of {self._path} that are damaged, or of epochs from {epoch} on, which come again, are in "
+                f"{DROPPED} now: {len(dropped)}"
             )
         write_bytes(self._path, whole)
 
@@ -85,7 +85,7 @@ class RecordFile:
 def _is_before(line: bytes, epoch: int) -> bool:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     number = record.get("epoch", -1) if isinstance(record, dict) else epoch
     return isinstance(number, int) and number < epoch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +14,12 @@ from vimfast import dist
 from vimfast.checkpoint import (
     BEST,
     DamagedCheckpoint,
+    Loaded,
     copied,
     find_checkpoint,
     kept_checkpoints,
     load_checkpoint,
+    load_found,
     load_last,
     load_optimizer,
     load_weights,
@@ -31,6 +33,7 @@ from vimfast.errors import UserError
 from vimfast.train.continuity import check_order
 from vimfast.train.loop import NO_ACC1, TrainingRun
 from vimfast.train.optim import WeightAverage
+from vimfast.train.randomness import RandomStates, random_states, set_random_states
 from vimfast.train.report import Reporter
 from vimfast.train.sums import Mark
 
@@ -39,15 +42,7 @@ FACTOR = 0.5  # of the learning rate, for each rollback; what people do by hand
 State = dict[str, Any]
 
 
-class Origin(NamedTuple):
-    """The checkpoint that a run resumes from or evaluates."""
-
-    path: Path
-    state: State
-    notes: list[str]  # why newer ones were passed over
-
-
-def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Origin | None:
+def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Loaded | None:
     """What a run resumes from or evaluates; None: it starts from nothing.
 
     Raises:
@@ -58,10 +53,9 @@ def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Origin | 
     found = None
     if path is not None and run.resume == "auto":
         assert folder is not None
-        loaded = load_last(folder)
-        found = None if loaded is None else Origin(*loaded)
+        found = load_last(folder)
     elif path is not None:
-        found = Origin(path, _load_given(path), [])
+        found = _load_given(Path(run.resume or finetune), best=run.eval)
     names = dist.gather_objects(found.path.name if found else "none")
     if len(set(names)) > 1:
         raise UserError(
@@ -71,13 +65,13 @@ def load_origin(run: RunConfig, finetune: str, folder: Path | None) -> Origin | 
     return found
 
 
-def _load_given(path: Path) -> State:
-    """The checkpoint of a path; where it is damaged, the error names one beside it that is not."""
+def _load_given(path: Path, *, best: bool) -> Loaded:
+    """The checkpoint that a path means; where it is a damaged file, the error names one beside it that is not."""
     try:
-        return load_checkpoint(path)
+        return load_found(path, best=best)
     except DamagedCheckpoint as error:
         sound = next((p for p in kept_checkpoints(path.parent) if p.name != path.name and _is_sound(p)), None)
-        if sound is None:
+        if sound is None or path.is_dir():
             raise
         raise DamagedCheckpoint(error.problem, f"{sound} is sound, give that one") from None
 
@@ -201,9 +195,7 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
     if not same:
         return
     own = processes[world.rank]
-    torch.set_rng_state(own["torch"])
-    if own["cuda"] is not None and world.device.type == "cuda":
-        torch.cuda.set_rng_state(own["cuda"], world.device)
+    set_random_states(RandomStates(own["torch"], own["cuda"]), world.device)
 
 
 def take_turns(run: TrainingRun, turns: Sequence[tuple[int, int]]) -> None:
@@ -253,8 +245,8 @@ def collect(
         images: :attr:`~vimfast.data.source.Source.identity` of the training images.
     """
     world, place = run.world, run.place
-    cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
-    own = {"torch": torch.get_rng_state(), "cuda": cuda, "sums": run.sums.values.tolist()}
+    cpu, cuda = random_states(world.device)
+    own = {"torch": cpu, "cuda": cuda, "sums": run.sums.values.tolist()}
     processes = dist.gather_objects(own)
     if not world.is_main:
         return None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vimfast.checkpoint import BEST, CHECKPOINT, Background
 from vimfast.config import RunConfig
+from vimfast.errors import UserError
+from vimfast.train.folder import RunFolder
 from vimfast.train.health import GradientHealth
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.run_state import collect, write
@@ -34,11 +36,12 @@ class Checkpoints(Hook):
         self,
         run: TrainingRun,
         health: GradientHealth,
-        folder: Path,
+        folder: RunFolder,
         wanted: RunConfig,
         extra: dict[str, Any],
     ) -> None:
-        self._run, self._health, self._folder, self._wanted, self._extra = run, health, folder, wanted, extra
+        self._run, self._health, self._wanted, self._extra = run, health, wanted, extra
+        self._held, self._folder = folder, folder.path
         self._saved: tuple[int, int] | None = None  # the place that the checkpoint holds
         self._saved_at = time.monotonic()
         self._asked: Reading | None = None
@@ -54,11 +57,30 @@ class Checkpoints(Hook):
         run = self._run
         run.control.doing("saving")
         self._health.check(place)
+        self._background.finish()
+        self._keep_folder()
         state = collect(run, evaluated=evaluated, **self._extra)
         if state is not None:
             there, keep = Mark(run.world.device), self._wanted.keep_checkpoints
-            self._background.submit(partial(write, state, there, self._folder, keep=keep, best=best))
+            self._background.submit(
+                partial(self._write, partial(write, state, there, self._folder, keep=keep, best=best))
+            )
         self._saved, self._saved_at, self._asked = (place.epoch, place.step), time.monotonic(), None
+
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except UserError:
+            if not self._keep_folder():
+                raise
+            write()  # it was removed while it was written to
+
+    def _keep_folder(self) -> bool:
+        """Returns: whether it was gone."""
+        gone = self._held.keep()
+        if gone:
+            self._run.report.warn(f"{self._folder} was removed or moved; made again, without what was in it")
+        return gone
 
     def after_step(self, place: Place) -> None:
         self._background.check()

@@ -304,6 +304,11 @@ class TrainStep:
         if len(self._ends) > IN_FLIGHT:
             self._ends.popleft().synchronize()
 
+    def undo(self) -> None:
+        """Give up a step before its `last` batch: buffers are what they were before its `first`, and nothing else has
+        changed."""
+        self._restore_buffers()
+
     # Health
 
     def forget_skips(self) -> None:
