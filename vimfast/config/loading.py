@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vimfast.config.checks import check
+from vimfast.config.compat import TIMM
 from vimfast.config.flags import CONFIG, flag_parser
 from vimfast.config.recipes import find_recipe
 from vimfast.config.schema import Config, Kind, kinds
@@ -48,30 +49,69 @@ def resolve(given: dict[str, Any]) -> Config:
 
 
 def _apply_yaml(config: Config, path: Path) -> None:
+    """Set what a file has: sections with their keys, and keys alone, as timm writes them, whose names are unique."""
+    content = _read_yaml(path)
+    sections = {f.name: getattr(config, f.name) for f in fields(Config)}
+    home = {name: section for section, part in sections.items() for name in kinds(type(part))}
+    if unknown := [key for key in content if key not in sections and key not in home]:
+        raise _unknown(path, content, unknown, [*sections, *home])
+    for key, value in content.items():
+        if key in sections and (isinstance(value, dict | None) or key not in home):  # else it is --model or --finetune
+            _apply_section(sections[key], key, value, path)
+        else:
+            _set(sections[home[key]], home[key], key, value, path)
+
+
+def _unknown(path: Path, content: dict[Any, Any], keys: list[Any], known: list[str]) -> UserError:
+    """All of them at once: timm writes many settings."""
+    if isinstance(content[keys[0]], dict):
+        sections = ", ".join(f.name for f in fields(Config))
+        return UserError(
+            f"{path}: unknown section {keys[0]!r}{did_you_mean(str(keys[0]), known)}", f"the known ones are {sections}"
+        )
+    names = ", ".join(f"{key} ({TIMM[key]} here)" if key in TIMM else str(key) for key in keys)
+    hint = did_you_mean(str(keys[0]), known) if keys[0] not in TIMM else ""
+    what = f"settings {names}" if len(keys) > 1 else f"setting {names}"
+    fix = "rename them or leave them out" if len(keys) > 1 else "rename it or leave it out"
+    return UserError(f"{path}: unknown {what}{hint}", f"{fix}; vimfast train --help lists all settings")
+
+
+def _apply_section(part: Any, section: str, values: Any, path: Path) -> None:
+    known = kinds(type(part))
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: {section} is {values!r}", f"its keys are {', '.join(known)}")
+    for name, value in (values or {}).items():
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            raise UserError(
+                f"{path}: unknown key {f'{section}.{name}'!r}{hint}", f"the known ones are {', '.join(known)}"
+            )
+        _set(part, section, name, value, path)
+
+
+def _set(part: Any, section: str, name: str, value: Any, path: Path) -> None:
+    setattr(part, name, _convert(value, kinds(type(part))[name], f"{path}: {section}.{name}"))
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    if path.is_dir():
+        inside = path / "config.yaml"
+        fix = f"did you mean {inside}?" if inside.is_file() else "give a recipe's name, or a YAML file"
+        raise UserError(f"--config {path} is a folder", fix)
     try:
-        sections = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    known_sections = [f.name for f in fields(Config)]
-    if not isinstance(sections, dict):
-        raise UserError(f"{path} holds no sections", f"the known ones are {', '.join(known_sections)}")
-    for section, values in sections.items():
-        if section not in known_sections:
-            hint = did_you_mean(str(section), known_sections)
-            raise UserError(
-                f"{path}: unknown section {section!r}{hint}", f"the known ones are {', '.join(known_sections)}"
-            )
-        part = getattr(config, section)
-        known = kinds(type(part))
-        if not isinstance(values, dict | None):
-            raise UserError(f"{path}: {section} is {values!r}", f"its keys are {', '.join(known)}")
-        for name, value in (values or {}).items():
-            if name not in known:
-                hint = did_you_mean(str(name), known)
-                raise UserError(
-                    f"{path}: unknown key {f'{section}.{name}'!r}{hint}", f"the known ones are {', '.join(known)}"
-                )
-            setattr(part, name, _convert(value, known[name], f"{path}: {section}.{name}"))
+    if content is None:
+        raise UserError(f"{path} sets nothing", "write settings there, such as epochs: 100, or drop --config")
+    if not isinstance(content, dict):
+        known = ", ".join(f.name for f in fields(Config))
+        raise UserError(f"{path} holds no settings but {_kind(content)}", f"its sections may be {known}")
+    return content
+
+
+def _kind(content: Any) -> str:
+    return "a list" if isinstance(content, list) else repr(content)
 
 
 def _convert(value: Any, kind: Kind, where: str) -> Any:
