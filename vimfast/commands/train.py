@@ -43,13 +43,11 @@ def main() -> int:
 
 def _split(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags about processes, and all others."""
+    everything = flag_parser()
+    _add_flags(everything.add_argument_group("processes of this machine"))
+    everything.parse_args(words)  # for --help, and so that these flags are suggested too
     parser = Parser("vimfast train", "", add_help=False)
     _add_flags(parser)
-    if {"-h", "--help"} & set(words):
-        everything = flag_parser()
-        _add_flags(everything.add_argument_group("processes of this machine"))
-        everything.print_help()
-        sys.exit(0)
     return parser.parse_known_args(words)
 
 
