@@ -118,10 +118,8 @@ def test_a_full_disk_refuses_a_run_in_a_sentence(flags: tuple[str, ...], tmp_pat
     assert not [path for path in (tmp_path / "run").iterdir() if path.suffix == ".tmp" or "config" in path.name]
 
 
-def test_a_folder_that_takes_no_files_is_one_sentence(flags: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path in ("/proc/self", str(tmp_path / "file")):
-        assert f"--output_dir {path} cannot be written to (" in refused(*flags, "--output_dir", path)
+def test_a_folder_that_takes_no_files_is_one_sentence(flags: tuple[str, ...]) -> None:
+    assert "--output_dir /proc/self cannot be written to (" in refused(*flags, "--output_dir", "/proc/self")
 
 
 def test_what_only_reports_does_not_end_a_run(

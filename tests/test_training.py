@@ -257,6 +257,15 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(recipe: str, shards:
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
+def test_a_dry_evaluation_says_what_it_would_do(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--steps-per-epoch", "1")
+    train(*flags, "--output_dir", str(tmp_path))
+    said = call("vimfast.train", *flags, "--eval", "--dry-run", "--resume", str(tmp_path)).stdout
+    assert f"evaluates on   15 images of 3 classes in {shards}, at 32 pixels\n" in said
+    assert "batch          1 process x 4 images\n" in said
+    assert said.endswith("\nnothing was evaluated (--dry-run)\n")
+
+
 def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--scale", "0.6", "1", "--no-repeated-aug")
     flags += ("--aa", "none", "--color-jitter", "0", "--reprob", "0", "--input-size", "40")  # 32 would be cut unresized
@@ -362,6 +371,27 @@ def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
     assert "a checkpoint or a run folder" in refused(*start, str(shards), "--eval")
     assert "--batch-size" in refused(*start, str(shards), "--batch-size", "1000")
     assert "3 classes" in refused(*start, str(shards), "--num-classes", "10")
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_folder_that_cannot_be_a_run_folder(recipe: str, tree: Path, tmp_path: Path, dry: tuple[str, ...]) -> None:
+    file, start = tmp_path / "file", ("--config", recipe, "--data-path", str(tree), *dry, "--output_dir")
+    file.touch()
+    assert refused(*start, str(file)).startswith(f"--output_dir {file} is a file; give a folder")
+    assert f"{file}/a/b: {file} is a file; give a folder" in refused(*start, f"{file}/a/b")
+    assert "a\\udcff is not UTF-8, and TensorBoard" in refused(*start, f"{tmp_path}/a\udcff")
+
+
+def test_a_class_without_images_is_not_trained(recipe: str, tree: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data\udcff"  # and a name that is not UTF-8 is printed all the same
+    shutil.copytree(tree, data)
+    (data / "train" / "n02b").mkdir()
+    start = ("--config", recipe, "--epochs", "1", "--output_dir", str(tmp_path / "run"), "--data-path", str(data))
+    assert "class 'n02b' of " in (sentence := refused(*start))
+    assert "has no training images; add them, or delete its folders" in sentence
+    (data / "train" / "n02b").rmdir()
+    train(*start, "--steps-per-epoch", "1")
+    assert "data\\udcff" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_bad_training_images_are_told_before_a_model_is_built(

@@ -18,7 +18,7 @@ from vimfast.errors import UserError
 from vimfast.processes.control import Control
 from vimfast.train.continuity import order_changes
 from vimfast.train.device import prepare_device
-from vimfast.train.folder import RunFolder, unwritable
+from vimfast.train.folder import RunFolder, check_folder, unwritable
 from vimfast.train.gradients import GradientSum, copy_from_first
 from vimfast.train.health import GradientHealth, LossHealth
 from vimfast.train.hooks import Beginning, Progress, Records
@@ -28,7 +28,7 @@ from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.model import Models, build_models
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
-from vimfast.train.plan import plan
+from vimfast.train.plan import plan, plan_evaluation
 from vimfast.train.report import Reporter
 from vimfast.train.rollback import Rollback
 from vimfast.train.run_state import Origin, load_origin, load_place
@@ -71,7 +71,9 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     start_up.done("data")
     models = build_models(cfg, len(loader.source.classes), start, world.device, report)
     evaluated = Evaluated(models.evaluated, loader, models.precision.amp, report, control)
-    return EvaluationRun(evaluated, report, control, world)
+    run = EvaluationRun(evaluated, models.precision, report, control, world)
+    _print(plan_evaluation(run, cfg), report)
+    return run
 
 
 def build_training(
@@ -83,6 +85,8 @@ def build_training(
     stage: Stages | None = None,
 ) -> TrainingRun:
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
+    if cfg.run.output_dir:
+        check_folder(Path(cfg.run.output_dir))
     if not cfg.run.output_dir or cfg.run.dry_run:
         return _build_training(cfg, world, control, start_up, hooks, stage, None)
     try:
@@ -226,9 +230,13 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     ]
 
 
+def _print(rows: Sequence[tuple[str, str]], report: Reporter) -> None:
+    for what, how in rows:
+        report.say(f"{what:15}{how}")
+
+
 def _introduce(run: TrainingRun, cfg: Config, start: Origin | None) -> None:
-    for what, how in plan(run, cfg) if run.report.active else ():
-        run.report.say(f"{what:15}{how}")
+    _print(plan(run, cfg), run.report)
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
     if warmup >= epochs and cfg.schedule.sched != "none":
         run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")

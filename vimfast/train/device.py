@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vimfast import dist
 from vimfast.config import ModelConfig
-from vimfast.train.loop import TrainingRun
+from vimfast.train.loop import Precision, TrainingRun
 from vimfast.train.start_up import StartUp
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again
 
 
-def kernels(run: TrainingRun) -> str:
+def kernels(model: nn.Module, precision: Precision) -> str:
     """Names of the kernels in use; empty for a model that has no choice of them."""
-    explain = getattr(run.model, "kernels", None)
-    return "" if explain is None else explain(run.precision.dtype)
+    explain = getattr(model, "kernels", None)
+    return "" if explain is None else explain(precision.dtype)
 
 
 def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> None:
@@ -39,7 +39,7 @@ def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> Non
 
 def _tune(run: TrainingRun) -> None:
     """Once for a kind of GPU: a process of each host times the kernels, the others wait and read what it found."""
-    if kernels(run) == "gluon" and run.world.local_rank == 0:
+    if kernels(run.model, run.precision) == "gluon" and run.world.local_rank == 0:
         run.control.doing("tuning kernels")
         tune_once(torch.cuda.current_device(), run.report.say)
     else:

@@ -163,6 +163,7 @@ class EvaluationRun(_Closed):
     """A run that only evaluates."""
 
     evaluated: Evaluated
+    precision: Precision
     report: Reporter
     control: Control
     world: World

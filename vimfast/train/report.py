@@ -34,6 +34,11 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def _encodable(text: str) -> str:
+    """Names of files need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class _Outlasted:
     """A stream that may close before the run ends, such as a pipe to ``head`` or a terminal: it then swallows the rest.
 
@@ -81,10 +86,12 @@ class Reporter:
                 self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def say(self, text: str) -> None:
+        text = _encodable(text)
         self.console.print(text, markup=False)
         self._log(text)
 
     def warn(self, text: str) -> None:
+        text = _encodable(text)
         if self.active:
             with suppress(OSError):
                 print(f"warning: {text}", file=sys.stderr)
