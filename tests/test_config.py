@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -41,6 +42,25 @@ def test_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
     cfg.save(tmp_path / "c.yaml")
     assert load_config(["--config", str(tmp_path / "c.yaml")]) == cfg
     assert cfg.model.model_kwargs == {"depth": 4, "stride": 8}
+
+
+def test_printed_settings_say_where_they_come_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, printed = tmp_path / "r.yaml", tmp_path / "printed.yaml"
+    recipe.write_text("optim:\n  lr: 3e-4\n  opt_betas: [0.9, 0.95]\nbatch_size: 32\ndrop: 0.5\n")
+    argv = ["--config", str(recipe), "--batch-size", "8", "--model-kwargs", "depth=4", "--if-amp"]
+    with pytest.raises(SystemExit) as end:
+        load_config([*argv, "--print-config"])
+    assert end.value.code == 0
+    printed.write_text(text := capsys.readouterr().out)
+    assert load_config(["--config", str(printed)]) == load_config(argv)
+    lines = {name: (value, origin) for name, value, origin in re.findall(r"^  (\w+): (.*?) +# (.+)$", text, re.M)}
+    assert lines["batch_size"] == ("8", "--batch-size")
+    assert lines["lr"] == ("0.0003", str(recipe))
+    assert lines["opt_betas"] == ("[0.9, 0.95]", str(recipe))
+    assert lines["model_kwargs"] == ("{depth: 4}", "--model-kwargs")
+    assert lines["amp"] == ("true", "--amp")
+    assert lines["epochs"] == ("300", "default")
+    assert len(lines) == sum(map(len, Config().to_dict().values()))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -1,4 +1,4 @@
-"""Errors of several processes, said once per host."""
+"""What is printed: errors of several processes once per host, and long texts as far as they are read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import socket
 import sys
 import time
 from contextlib import suppress
+
+
+def print_out(text: str) -> None:
+    """Print what its reader, such as ``head``, may have enough of before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, when the program ends
 
 
 def report_once(sentence: str) -> None:

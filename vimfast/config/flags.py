@@ -13,7 +13,7 @@ from vimfast.config.compat import add_flags
 from vimfast.config.recipes import recipes
 from vimfast.config.schema import Config, Kind, kinds
 
-CONFIG = "config"  # the flag that is no setting
+CONFIG, PRINT_CONFIG = "config", "print_config"  # the flags that are no settings
 _LETTERS = {int: "N", float: "X", str: "NAME"}  # what stands for a value
 
 
@@ -28,6 +28,8 @@ def flag_parser() -> Parser:
     parser.usage = f"{parser.prog} --data-path DATA [--config RECIPE] [FLAGS]"
     known = ", ".join(recipes())
     parser.add_argument(f"--{CONFIG}", metavar="RECIPE", help=f"start from a recipe ({known}), or a YAML file")
+    text = "print all settings as YAML, each with where it comes from, and stop"
+    parser.add_argument("--print-config", "--print_config", action="store_true", help=text)
     add_flags(parser)
     for section in fields(Config):
         group = parser.add_argument_group(section.name)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vimfast.cli import print_out
 from vimfast.config.checks import check
 from vimfast.config.compat import TIMM
-from vimfast.config.flags import CONFIG, flag_parser
+from vimfast.config.flags import CONFIG, PRINT_CONFIG, flag_parser
 from vimfast.config.recipes import find_recipe
 from vimfast.config.schema import Config, Kind, kinds
 from vimfast.errors import UserError, did_you_mean
 
+_COMMENTS_AT = 44  # columns; after longer settings they come later
+
 
 def load_config(argv: list[str]) -> Config:
-    """The settings that a command line asks for.
+    """The settings that a command line asks for. Of one that asks to see them, they are printed and the program ends.
 
     Raises:
         UserError: an unknown flag, key, recipe or choice (with the known ones that come close), or a value of the wrong
@@ -32,34 +37,63 @@ def resolve(given: dict[str, Any]) -> Config:
 
     Raises:
         UserError: as :func:`load_config` does.
+        SystemExit: they were printed, as :data:`~vimfast.config.flags.PRINT_CONFIG` asked for.
     """
     config = Config()
+    origins: dict[str, str] = {}  # of settings that are not the default, by name
     recipe = given.get(CONFIG)
     if recipe is not None:
-        _apply_yaml(config, find_recipe(recipe))
+        origins |= dict.fromkeys(_apply_yaml(config, find_recipe(recipe)), recipe)
     for section in fields(Config):
         part = getattr(config, section.name)
         for name in given.keys() & {f.name for f in fields(part)}:
             setattr(part, name, given[name])
+            origins[name] = f"--{name.replace('_', '-')}"
         for f in fields(part):
             if f.metadata["path"]:
                 setattr(part, f.name, os.path.expanduser(getattr(part, f.name)))
     check(config)
+    if given.get(PRINT_CONFIG):
+        print_out(annotated(config, origins))
+        sys.exit(0)
     return config
 
 
-def _apply_yaml(config: Config, path: Path) -> None:
-    """Set what a file has: sections with their keys, and keys alone, as timm writes them, whose names are unique."""
+def annotated(config: Config, origins: Mapping[str, str]) -> str:
+    """The settings as YAML that ``--config`` reads back, each with a comment that says where its value comes from."""
+    rows = []
+    for section, values in config.to_dict().items():
+        rows.append((f"{section}:", ""))
+        rows += [(f"  {name}: {_flow(value)}", f"  # {origins.get(name, 'default')}") for name, value in values.items()]
+    width = min(max(len(text) for text, _ in rows), _COMMENTS_AT)
+    return "\n".join(f"{text:{width}}{comment}".rstrip() for text, comment in rows)
+
+
+def _flow(value: Any) -> str:
+    """On one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).removesuffix("...\n").strip()
+
+
+def _apply_yaml(config: Config, path: Path) -> list[str]:
+    """Set what a file has: sections with their keys, and keys alone, as timm writes them, whose names are unique.
+
+    Returns:
+        the names of the settings.
+    """
     content = _read_yaml(path)
     sections = {f.name: getattr(config, f.name) for f in fields(Config)}
     home = {name: section for section, part in sections.items() for name in kinds(type(part))}
     if unknown := [key for key in content if key not in sections and key not in home]:
         raise _unknown(path, content, unknown, [*sections, *home])
+    names: list[str] = []
     for key, value in content.items():
         if key in sections and (isinstance(value, dict | None) or key not in home):  # else it is --model or --finetune
             _apply_section(sections[key], key, value, path)
+            names += value or ()
         else:
             _set(sections[home[key]], home[key], key, value, path)
+            names.append(key)
+    return names
 
 
 def _unknown(path: Path, content: dict[Any, Any], keys: list[Any], known: list[str]) -> UserError:
