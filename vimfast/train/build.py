@@ -35,6 +35,7 @@ from vimfast.train.run_state import Origin, load_origin, load_place
 from vimfast.train.saving import Checkpoints, NoCheckpoints
 from vimfast.train.start_up import StartUp
 from vimfast.train.step import TrainStep
+from vimfast.train.waiting import DataWaits
 
 Hooks = Callable[[TrainingRun], Sequence[Hook]]
 
@@ -223,7 +224,7 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
         saving = Checkpoints(run, health, folder, cfg.run, extra)
     return [
         Beginning(start_up, run.report),
-        Progress(run, health, losses, cfg.run.log_every),
+        Progress(run, health, losses, DataWaits(run, cfg.data), cfg.run.log_every),
         *(more(run) if more is not None else ()),
         Records(run),
         saving,

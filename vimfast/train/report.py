@@ -30,6 +30,14 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def watts(device: torch.device) -> float | None:
+    """Power that the GPU draws; None where nothing measures it: on a CPU, or without nvidia-ml-py."""
+    if device.type == "cuda":
+        with suppress(Exception):  # of the driver, of a virtual GPU, of a package that is missing
+            return torch.cuda.power_draw(device) / 1000
+    return None
+
+
 def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
