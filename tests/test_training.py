@@ -351,7 +351,9 @@ def test_too_little_memory_names_the_flag_of_what_ran(recipe: str, shards: Path)
         before_step = cramped
 
     flags = ("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--eval-batch-size", "2")
-    with pytest.raises(UserError, match="memory for 4 images a step; try --batch-size 2, or --use-checkpoint"):
+    with pytest.raises(
+        UserError, match="memory for 4 images a step; try --batch-size 3 --global-batch-size 4 to train"
+    ):
         train(*flags, hooks=lambda run: [Cramped()])
     trainer = build(load_config(list(flags)), World())
     assert isinstance(trainer, TrainingRun)

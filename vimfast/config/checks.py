@@ -26,7 +26,7 @@ def check(config: Config) -> None:
         of = kinds(type(part))
         for f in fields(part):
             value = getattr(part, f.name)
-            if value is None:
+            if value is None or value in of[f.name].words:
                 continue
             _check_finite(f.name, value)
             _check_range(f.name, value, f.metadata["least"], f.metadata["most"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
 
@@ -60,7 +61,24 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
         group.add_argument(*flags, dest=f.name, type=kind.base, help=text, **several)
     else:
         metavar = "|".join(kind.choices) or ("PATH" if f.metadata["path"] else _LETTERS[kind.base])
-        group.add_argument(*flags, dest=f.name, type=kind.base, help=text, metavar=metavar)
+        metavar = "|".join([metavar, *kind.words])
+        group.add_argument(*flags, dest=f.name, type=_reader(kind), help=text, metavar=metavar)
+
+
+def _reader(kind: Kind) -> Callable[[str], Any]:
+    if not kind.words:
+        return kind.base
+
+    def read(text: str) -> Any:
+        if text in kind.words:
+            return text
+        try:
+            return kind.base(text)
+        except ValueError:
+            words = " or ".join([f"of type {kind.base.__name__}", *kind.words])
+            raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {words}") from None
+
+    return read
 
 
 class _KeyValue(argparse.Action):

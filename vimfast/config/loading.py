@@ -153,6 +153,8 @@ def _convert(value: Any, kind: Kind, where: str) -> Any:
     if value is None and kind.optional:
         return None
     try:
+        if isinstance(value, str) and value in kind.words:
+            return value
         if kind.length == 1:
             return _scalar(value, kind.base)
         if not isinstance(value, list) or (kind.length and len(value) != kind.length):
@@ -160,7 +162,7 @@ def _convert(value: Any, kind: Kind, where: str) -> Any:
         return tuple(_scalar(v, kind.base) for v in value)
     except ValueError:
         several = f"a list of {kind.length} numbers" if kind.length else "a list of numbers"
-        wanted = f"of type {kind.base.__name__}" if kind.length == 1 else several
+        wanted = " or ".join([f"of type {kind.base.__name__}", *kind.words]) if kind.length == 1 else several
         raise UserError(f"{where} is {value!r}", f"it must be {wanted}") from None
 
 
