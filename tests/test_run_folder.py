@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -81,7 +82,9 @@ def test_a_second_run_of_several_processes_leaves_the_first_alone(flags: tuple[s
         first.wait_for(r"^rank 0 .* step 0/0", TIMEOUT)
         log = (run / "train.log").read_text()
         second = call("vimfast.train", *flags, *more, processes=2, ok=False)
-        assert "another run, process" in second.stderr
+        sentence = re.search("^error: another run, process .*$", second.stderr, re.MULTILINE)
+        assert sentence
+        assert second.stderr.rstrip("=\n").endswith(f"  traceback : {sentence[0]}")  # below torchrun's own report
         assert (run / "train.log").read_text() == log
         first.kill()
         assert_gone(first, 10)

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from vimfast import dist
-from vimfast.cli import backstop, exit_now, first_on_host
+from vimfast.cli import backstop, exit_now, first_on_host, leave_word
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes import farewell
@@ -155,6 +155,7 @@ class Control:
         trace = "" if kind == "user" else farewell.format_trace(error)
         self._post({"say": "failed", "kind": kind, "text": text, "trace": trace})
         time.sleep(LEAVING)
+        leave_word(f"error: {text}")
         self._report(f"error: {text}", trace)  # the hub cannot be reached
         exit_now(USER_ERROR if kind == "user" else CRASHED)
 
@@ -340,6 +341,7 @@ class Control:
         sentence = message["sentence"]
         if "stacks" in message and self.folder is not None:
             sentence += f"; the ranks' stacks are in {self.folder}/stall-rank*.txt"
+        leave_word(sentence)
         if message.get("say", self.world.is_main):
             self._report(sentence, message.get("trace", ""))
         if "stacks" in message:
