@@ -22,7 +22,8 @@ from vimfast.models.hub import save_for_hub
 from vimfast.models.registry import MODELS
 
 
-def main() -> None:
+def parser() -> Parser:
+    """Of the command line."""
     parser = Parser("python -m vimfast.export", "Write a checkpoint's weights in the Hugging Face hub's layout.")
     parser.add_argument(
         "checkpoint", type=Path, help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone"
@@ -31,7 +32,12 @@ def main() -> None:
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which to write [raw]")
     parser.add_argument("--model", help="name of the model, where the checkpoint does not say")
     parser.add_argument("--input-size", type=int, help="side of its images, where the checkpoint does not say [224]")
-    args = parser.parse_args(sys.argv[1:])
+    return parser
+
+
+def main() -> None:
+    """Export as the command line says."""
+    args = parser().parse_args(sys.argv[1:])
     args.checkpoint = find_checkpoint(args.checkpoint, best=True)
     state = load_checkpoint(args.checkpoint)
     weights = state["model"] if args.weights == "raw" else state.get("model_ema")

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from vimfast import dist
-from vimfast.cli import backstop, exit_now, first_on_host, leave_word
+from vimfast.cli import backstop, exit_now, first_on_host
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes import farewell
@@ -155,7 +155,6 @@ class Control:
         trace = "" if kind == "user" else farewell.format_trace(error)
         self._post({"say": "failed", "kind": kind, "text": text, "trace": trace})
         time.sleep(LEAVING)
-        leave_word(f"error: {text}")
         self._report(f"error: {text}", trace)  # the hub cannot be reached
         exit_now(USER_ERROR if kind == "user" else CRASHED)
 
@@ -341,9 +340,7 @@ class Control:
         sentence = message["sentence"]
         if "stacks" in message and self.folder is not None:
             sentence += f"; the ranks' stacks are in {self.folder}/stall-rank*.txt"
-        leave_word(sentence)
-        if message.get("say", self.world.is_main):
-            self._report(sentence, message.get("trace", ""))
+        self._report(sentence, message.get("trace", ""), aloud=message.get("say", self.world.is_main))
         if "stacks" in message:
             farewell.dump_stacks(me, self.folder, to_console=me == message["stacks"])
         if message.get("say"):  # the lock that makes this the one to report it is held until the others know
@@ -352,9 +349,10 @@ class Control:
         if self.world.device.type == "cuda":
             dist.abort()
 
-    def _report(self, sentence: str, trace: str = "") -> None:
+    def _report(self, sentence: str, trace: str = "", *, aloud: bool = True) -> None:
         keeps_log = self.folder is not None and self.world.is_main
-        farewell.report(sentence, trace, self.folder / "train.log" if keeps_log and self.folder else None)
+        log = self.folder / "train.log" if keeps_log and self.folder else None
+        farewell.report(sentence, trace, log, aloud=aloud)
 
     def _state(self, peer: Peer) -> str:
         return farewell.state(peer, self._links.peers[self.world.rank].host)
