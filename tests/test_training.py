@@ -186,7 +186,7 @@ def test_a_run_outlasts_its_console(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         report.say("a line")
         with report.steps("epoch 0", 2):
             report.advance()
-            report.news("epoch 0", "loss 1")
+            report.news("epoch 0", "loss 1", "1")
         Control(World()).say("SIGTERM received")
         report.close()
     assert [line.split(maxsplit=2)[2] for line in (tmp_path / "train.log").open()] == ["a line\n", "epoch 0 loss 1\n"]

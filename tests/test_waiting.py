@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from vimfast.data.source import FolderSource, Images
 from vimfast.dist import World
 from vimfast.train.build import build
 from vimfast.train.loop import TrainingRun
+from vimfast.train.report import Reporter, short_duration
 from vimfast.train.waiting import decoding_advice, reading_advice
 
 SLOW = "of its time for data: reading is slow"
@@ -62,3 +64,25 @@ def test_what_helps_depends_on_data_and_flags(flags: tuple[str, ...]) -> None:
         given = decoding_advice(DataConfig(num_workers=1), loader)
         assert given.startswith(f"--num-workers {threads} " if threads > 1 else "more cores")
         assert decoding_advice(DataConfig(), loader).startswith(f"more cores than {threads} for this process")
+
+
+def test_a_bar_and_its_figures_fit_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a long run, where they are longest."""
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    report = Reporter(None, active=True)
+    assert report.live
+    brief = f"loss 2.298 21,500 img/s, waits 21%, {short_duration(97300)} left"
+    with report.steps("epoch 299", 1251, 1250):
+        report.news("", "x" * 200, brief)
+        report.advance()
+    line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue().replace("\r", "\n")).strip().splitlines()[-1]
+    assert f"epoch 299 {'━' * 10} 1251/1251 {brief}" in line
+    before = len(shown.getvalue())
+    report.row("trains on", "20,000 images of 10 classes in " + "folder/" * 4 + ", at 224 pixels; 4,000 to validate")
+    rows = shown.getvalue()[before:].splitlines()
+    assert len(rows) == 2
+    assert all(len(row) <= 80 for row in rows)
+    assert rows[1].startswith(" " * 15)

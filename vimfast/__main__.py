@@ -85,8 +85,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "vimfast COMMAND --help explains a command; vimfast --version says which version this is;",
-            "vimfast --completion bash (or zsh, fish) prints a script that completes commands and flags.",
+            "vimfast COMMAND --help explains a command; vimfast --version says which version",
+            "this is; vimfast --completion bash (or zsh, fish) prints a script for TAB.",
             "example: vimfast prepare imagenet_data/ --out shards/",
         ]
     )

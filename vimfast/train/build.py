@@ -223,7 +223,7 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
 
 def _print(rows: Sequence[tuple[str, str]], report: Reporter) -> None:
     for what, how in rows:
-        report.say(f"{what:15}{how}")
+        report.row(what, how)
 
 
 def _introduce(run: TrainingRun, cfg: Config, start: Origin | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from vimfast.train.health import GradientHealth, LossHealth
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.pace import Stretch
-from vimfast.train.report import Reporter, duration, memory_gib, watts
+from vimfast.train.report import Reporter, duration, memory_gib, short_duration, watts
 from vimfast.train.start_up import StartUp
 from vimfast.train.sums import Mark, Reading
 from vimfast.train.waiting import DataWaits
@@ -104,6 +104,7 @@ class Progress(Hook):
             f"epoch {asked.epoch} [{asked.step}/{place.steps}]",
             f"loss {loss:.4f} lr {asked.lr:.3g} {speed:,.0f} img/s, waiting for data {share:.0%}, {memory:.1f} GiB, "
             f"{f'{power:.0f} W, ' if power is not None else ''}{duration(left * each)} left",
+            f"loss {loss:.3f} {speed:,.0f} img/s, waits {share:.0%}, {short_duration(left * each)} left",
         )
         self._foretell(left * each)
         scalars = {"loss": loss, "lr": asked.lr, "img_s": speed, "data_share": share, "memory_gib": memory}
