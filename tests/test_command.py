@@ -9,7 +9,7 @@ import pytest
 from runs import call
 
 from vimfast import __version__
-from vimfast.__main__ import COMMANDS
+from vimfast.__main__ import COMMANDS, usage
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -35,3 +35,7 @@ def test_an_unknown_command_is_one_sentence() -> None:
     done = call("vimfast", "trains", ok=False)
     assert done.returncode == 2
     assert done.stderr == "error: vimfast has no command 'trains'; did you mean 'train'?; vimfast --help lists them\n"
+
+
+def test_it_fits_into_80_columns() -> None:
+    assert max(map(len, usage().splitlines())) <= 80

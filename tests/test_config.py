@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from vimfast.config import Config, ModelConfig, load_config
+from vimfast.config.compat import TIMM
 from vimfast.errors import UserError
 from vimfast_kernels import backend_names
 
@@ -42,6 +44,25 @@ def test_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
     assert cfg.model.model_kwargs == {"depth": 4, "stride": 8}
 
 
+def test_printed_settings_say_where_they_come_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, printed = tmp_path / "r.yaml", tmp_path / "printed.yaml"
+    recipe.write_text("optim:\n  lr: 3e-4\n  opt_betas: [0.9, 0.95]\nbatch_size: 32\ndrop: 0.5\n")
+    argv = ["--config", str(recipe), "--batch-size", "8", "--model-kwargs", "depth=4", "--if-amp"]
+    with pytest.raises(SystemExit) as end:
+        load_config([*argv, "--print-config"])
+    assert end.value.code == 0
+    printed.write_text(text := capsys.readouterr().out)
+    assert load_config(["--config", str(printed)]) == load_config(argv)
+    lines = {name: (value, origin) for name, value, origin in re.findall(r"^  (\w+): (.*?) +# (.+)$", text, re.M)}
+    assert lines["batch_size"] == ("8", "--batch-size")
+    assert lines["lr"] == ("0.0003", str(recipe))
+    assert lines["opt_betas"] == ("[0.9, 0.95]", str(recipe))
+    assert lines["model_kwargs"] == ("{depth: 4}", "--model-kwargs")
+    assert lines["amp"] == ("true", "--amp")
+    assert lines["epochs"] == ("300", "default")
+    assert len(lines) == sum(map(len, Config().to_dict().values()))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_recipes_load(path: Path) -> None:
     load_config(["--config", str(path)])
@@ -67,7 +88,9 @@ def test_shipped_recipes_load(path: Path) -> None:
         (["--eval-crop-ratio", "1.5"], ["1.5", "at most 1"]),
         (["--cutmix-minmax", "0.8", "0.2"], ["cutmix_minmax", "MIN <= MAX"]),
         (["--reprob", "25"], ["reprob is 25", "<= 1"]),
-        (["--lr", "nan"], ["lr is nan"]),
+        (["--lr", "nan"], ["lr is nan", "a finite number"]),
+        (["--warmup-lr", "inf"], ["warmup_lr is inf", "a finite number"]),
+        (["--ratio", "nan", "1"], ["ratio is nan", "a finite number"]),
         (["--hflip", "3"], ["hflip is 3", "<= 1"]),
         (["--drop-path", "2"], ["drop_path is 2", "<= 1"]),
         (["--opt", "adammw"], ["--opt 'adammw'", "did you mean 'adamw'"]),
@@ -93,7 +116,11 @@ def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
         ("mix:\n  mixup_mode: true\n", ["mix.mixup_mode", "True", "str"]),
         ("augment:\n  aa: rand-x9\n", ["--aa rand-x9", "'x9'"]),
         ("mix: on\n", ["mix is True", "its keys are mixup, "]),
-        ("- a\n", ["no sections"]),
+        ("- a\n", ["holds no settings but a list", "model, data, "]),
+        ("# nothing\n", ["sets nothing", "drop --config"]),
+        ("batch_sise: 8\n", ["unknown setting batch_sise", "did you mean 'batch_size'"]),
+        ("data_dir: x\nworkers: 4\njsd_loss: false\n", ["data_dir (data_path here), workers (num_workers", "jsd_loss"]),
+        ("lr: fast\n", ["optim.lr is 'fast'", "of type float"]),
         ("a: [", ["not readable YAML"]),
     ],
 )
@@ -103,6 +130,25 @@ def test_wrong_yaml_says_the_fix(tmp_path: Path, text: str, words: list[str]) ->
     with pytest.raises(UserError) as error:
         load_config(["--config", str(path)])
     assert all(word in str(error.value) for word in words)
+
+
+def test_settings_may_stand_without_their_sections(tmp_path: Path) -> None:
+    """As timm writes them; model and finetune are names of sections too."""
+    flat, mixed = tmp_path / "args.yaml", tmp_path / "mixed.yaml"
+    flat.write_text("model: vim_small_patch16_224\nlr: 1e-3\nepochs: 7\nfinetune: a.pth\nclip_grad: null\n")
+    cfg = load_config(["--config", str(flat), "--epochs", "8"])
+    assert (cfg.model.model, cfg.finetune.finetune) == ("vim_small_patch16_224", "a.pth")
+    assert (cfg.optim.lr, cfg.schedule.epochs, cfg.optim.clip_grad) == (1e-3, 8, None)
+    mixed.write_text("model:\n  drop: 0.5\nlr: 1e-3\nmix:\n")
+    cfg = load_config(["--config", str(mixed)])
+    assert (cfg.model.drop, cfg.optim.lr, cfg.model.model) == (0.5, 1e-3, Config().model.model)
+
+
+def test_each_setting_has_a_name_of_its_own() -> None:
+    names = [name for section in Config().to_dict().values() for name in section]
+    assert len(names) == len(set(names))
+    assert not set(TIMM) & set(names)
+    assert set(TIMM.values()) <= set(names)
 
 
 def test_words_that_are_ignored_are_not_refused() -> None:
@@ -127,10 +173,15 @@ def test_help_lists_the_backends() -> None:
         ("configs/vim_tiny_1gpu.yaml", ["does not exist", "the recipe of that name is --config vim_tiny_1gpu"]),
         ("vim_tny", ["no recipe 'vim_tny'", "did you mean 'vim_tiny'", "vim_tiny_1gpu, ", "by its path"]),
         ("folder", ["no recipe 'folder'"]),
+        ("./folder", ["--config folder is a folder", "a YAML file"]),
+        ("./run", ["--config run is a folder", "did you mean run/config.yaml?"]),
+        (".", ["--config . is a folder"]),
     ],
 )
 def test_a_recipe_that_is_not_there(word: str, words: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         load_config(["--config", word])

@@ -170,6 +170,7 @@ def test_a_failure_is_one_sentence_and_bad_input_is_not_tried_again(flags: tuple
         ("--processes 0", "--processes is '0'; it must be an integer >= 1, or gpus"),
         ("--max-restarts x", "'x' is not an integer"),
         ("--lrr 1", "unknown flag --lrr; did you mean '--lr'?"),
+        ("--proceses 2", "unknown flag --proceses; did you mean '--processes'?"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_starts(words: str, sentence: str) -> None:

@@ -26,7 +26,7 @@ FLOORS = (
     ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint"),
     ("vimfast.data", "vimfast.processes"),
     ("vimfast.train", "vimfast.doctor"),
-    ("vimfast.inference", "vimfast.samples"),
+    ("vimfast.inference", "vimfast.samples", "vimfast.speed"),
     ("vimfast.checks",),
     ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.commands"),
     ("vimfast.__main__",),

@@ -378,6 +378,7 @@ def test_other_models_on_the_same_rails() -> None:
     ("name", "options", "sentence"),
     [
         ("vim_tny_patch16_224", {}, "no model named 'vim_tny_patch16_224'; did you mean 'vim_tiny_patch16_224'"),
+        ("vim_tny", {}, "no model named 'vim_tny'; did you mean 'vim_tiny_patch16_224' or 'vim_tiny_patch16_384'"),
         ("vim_tiny_patch16_224", {"if_devide_out": True}, "no option 'if_devide_out'; did you mean 'if_divide_out'?"),
         ("vim_tiny_patch16_224", {"ssm_cfg": {"d_con": 3}}, "no option 'd_con'; did you mean 'd_conv'?"),
         (

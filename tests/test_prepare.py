@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -314,11 +315,43 @@ def test_interrupted_it_stops_at_the_next_image(many: Path, tmp_path: Path) -> N
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         said = process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "interrupted"
+    assert re.fullmatch(
+        r"interrupted: no shard of \d+ is finished; the same command begins again", said.splitlines()[-1]
+    )
     assert "Traceback" not in said
     assert visible(tmp_path / "out") == {}
     with pytest.raises(UserError, match=rf"the conversion of {many} into {tmp_path / 'out'} is not finished"):
         open_source(tmp_path / "out", "train")
+
+
+def test_interrupted_it_says_what_stays(many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with held_after(60, str(many), "--shard-samples", "10", "--workers", "2", "--out", str(out)) as process:
+        wait_for(process, lambda: len(list(out.glob(".prepare/*.npz"))) >= 4)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=TIMEOUT)[1]
+    assert process.returncode == 130
+    done = len(list(out.glob(".prepare/*.npz")))
+    sentence = rf"interrupted: {done} of \d+ shards are finished and stay in {out}; the same command verifies them .*"
+    assert re.fullmatch(sentence, said.splitlines()[-1])
+
+
+def test_shards_are_not_converted_again(tree: Path, out: Path, tmp_path: Path) -> None:
+    said = run(out, "--out", tmp_path / "again", status=2)
+    assert f"error: {out} holds shards already; train on them with --data-path {out}, or give the folder" in said
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_subset_of_imagenet_is_recognized(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("n01440764", "n01443537"):
+            write_image(tmp_path / "data" / split / name / "1.JPEG", 1)
+    said = run(tmp_path / "data", "--out", tmp_path / "subset")
+    assert "data looks like a subset of ImageNet, with 2 of its 1,000 classes; " in said
+    assert "vimfast check --classes 2" in said
+    os.rename(tmp_path / "data" / "train" / "n01443537", tmp_path / "data" / "train" / "cat")
+    os.rename(tmp_path / "data" / "val" / "n01443537", tmp_path / "data" / "val" / "cat")
+    assert "subset of ImageNet" not in run(tmp_path / "data", "--out", tmp_path / "other")
 
 
 def test_a_finished_folder_is_left_alone(tree: Path, out: Path) -> None:

@@ -221,7 +221,7 @@ def assert_within(seconds: float, happens: Callable[[], bool]) -> None:
             ("1:1:crash", "error: rank 1: ValueError: a bug of ours"),
             ("1:1:user", "error: rank 1: the image is upside down; turn it"),
             ("all:1:user", "error: the image is upside down; turn it"),
-            ("1:1:memory", "error: rank 1: cpu has too little memory for 2 images a step; try --batch-size 1,"),
+            ("1:1:memory", "error: rank 1: cpu has too little memory for 2 images a step; try --batch-size 1 --global"),
         ],
         faults[:1],
     ),
@@ -237,6 +237,7 @@ def test_a_failure_is_reported_once(fault: str, sentence: str, flags: tuple[str,
         assert bool(bug) == ("crash" in fault)
         assert not bug or reported not in trace  # the sentence comes last
         assert "exitcode  : 2" in run.text or "exitcode  : 1" in run.text
+        assert f"\n  traceback : {reported}\n{'=' * 60}\n" in run.err  # torchrun's table ends in it
 
 
 def test_a_damaged_image_that_only_one_rank_reads(flags: tuple[str, ...], tmp_path: Path) -> None:

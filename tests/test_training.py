@@ -186,7 +186,7 @@ def test_a_run_outlasts_its_console(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         report.say("a line")
         with report.steps("epoch 0", 2):
             report.advance()
-            report.news("epoch 0", "loss 1")
+            report.news("epoch 0", "loss 1", "1")
         Control(World()).say("SIGTERM received")
         report.close()
     assert [line.split(maxsplit=2)[2] for line in (tmp_path / "train.log").open()] == ["a line\n", "epoch 0 loss 1\n"]
@@ -255,6 +255,15 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(recipe: str, shards:
     said = call("vimfast.train", *flags, "--dry-run", "--resume", "auto").stdout
     assert "resuming at epoch 0, step 2 of 9" in said
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_dry_evaluation_says_what_it_would_do(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--steps-per-epoch", "1")
+    train(*flags, "--output_dir", str(tmp_path))
+    said = call("vimfast.train", *flags, "--eval", "--dry-run", "--resume", str(tmp_path)).stdout
+    assert f"evaluates on   15 images of 3 classes in {shards}, at 32 pixels\n" in said
+    assert "batch          1 process x 4 images\n" in said
+    assert said.endswith("\nnothing was evaluated (--dry-run)\n")
 
 
 def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
@@ -342,7 +351,9 @@ def test_too_little_memory_names_the_flag_of_what_ran(recipe: str, shards: Path)
         before_step = cramped
 
     flags = ("--config", recipe, "--data-path", str(shards), "--epochs", "1", "--eval-batch-size", "2")
-    with pytest.raises(UserError, match="memory for 4 images a step; try --batch-size 2, or --use-checkpoint"):
+    with pytest.raises(
+        UserError, match="memory for 4 images a step; try --batch-size 3 --global-batch-size 4 to train"
+    ):
         train(*flags, hooks=lambda run: [Cramped()])
     trainer = build(load_config(list(flags)), World())
     assert isinstance(trainer, TrainingRun)
@@ -362,6 +373,27 @@ def test_bad_paths_and_names(recipe: str, shards: Path, tmp_path: Path) -> None:
     assert "a checkpoint or a run folder" in refused(*start, str(shards), "--eval")
     assert "--batch-size" in refused(*start, str(shards), "--batch-size", "1000")
     assert "3 classes" in refused(*start, str(shards), "--num-classes", "10")
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_folder_that_cannot_be_a_run_folder(recipe: str, tree: Path, tmp_path: Path, dry: tuple[str, ...]) -> None:
+    file, start = tmp_path / "file", ("--config", recipe, "--data-path", str(tree), *dry, "--output_dir")
+    file.touch()
+    assert refused(*start, str(file)).startswith(f"--output_dir {file} is a file; give a folder")
+    assert f"{file}/a/b: {file} is a file; give a folder" in refused(*start, f"{file}/a/b")
+    assert "a\\udcff is not UTF-8, and TensorBoard" in refused(*start, f"{tmp_path}/a\udcff")
+
+
+def test_a_class_without_images_is_not_trained(recipe: str, tree: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data\udcff"  # and a name that is not UTF-8 is printed all the same
+    shutil.copytree(tree, data)
+    (data / "train" / "n02b").mkdir()
+    start = ("--config", recipe, "--epochs", "1", "--output_dir", str(tmp_path / "run"), "--data-path", str(data))
+    assert "class 'n02b' of " in (sentence := refused(*start))
+    assert "has no training images; add them, or delete its folders" in sentence
+    (data / "train" / "n02b").rmdir()
+    train(*start, "--steps-per-epoch", "1")
+    assert "data\\udcff" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_bad_training_images_are_told_before_a_model_is_built(

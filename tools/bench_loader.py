@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,10 +27,10 @@ from vimfast.data.hardware import DECODERS, choose_decoding
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
-from vimfast.data.views import Batch, training_view
+from vimfast.data.views import training_view
 from vimfast.errors import UserError
+from vimfast.speed import endless, measure_batches
 
-WARM_UP_BATCHES = 8
 AUGMENTATIONS = {"crop": None, "recipe": AugmentConfig()}
 NEARLY = 0.95  # a row this near to the fastest is as good
 ROOM = 1.15  # a loader alone must be this much faster than the model, to feed it without a pause
@@ -65,7 +64,17 @@ def main() -> None:
         if not len(source):
             raise UserError(f"{data} has no images in {args.split}; name another split")
         size = min(args.batch_size, len(source))
-        show(Row(data, "reading", 1, "", 1, *measure(reading(source, Order(len(source), size)), args.seconds), None))
+        show(
+            Row(
+                data,
+                "reading",
+                1,
+                "",
+                1,
+                *measure_batches(reading(source, Order(len(source), size)), args.seconds),
+                None,
+            )
+        )
         variants = itertools.product(args.decoders, args.threads, args.augment, args.copies)
         for decoder, threads, augmentation, copies in variants:
             before = used(device)
@@ -74,7 +83,7 @@ def main() -> None:
             settings = LoaderSettings(decoder, threads, args.prefetch, engine_share=args.hw_decoder_load)
             loader = Loader(source, view, settings)
             finish = torch.cuda.synchronize if device.type == "cuda" else None
-            rate, cores = measure((len(b.labels) for b in endless(loader)), args.seconds, finish)
+            rate, cores = measure_batches((len(b.labels) for b in endless(loader)), args.seconds, finish)
             memory = None if before is None else (used(device) or 0) - before
             chosen = loader.settings
             rows.append(Row(data, chosen.decoder, chosen.threads, augmentation, copies, rate, cores, memory))
@@ -117,27 +126,6 @@ def reading(source: Source, order: Order) -> Iterator[int]:
             for encoded in images.encoded:
                 np.add.reduce(encoded[::4096])
             yield len(images.labels)
-
-
-def endless(loader: Loader) -> Iterator[Batch]:
-    """The loader's batches, epoch after epoch."""
-    for epoch in itertools.count():
-        yield from loader.epoch(epoch)
-
-
-def measure(batches: Iterator[int], seconds: float, finish: Callable[[], None] | None = None) -> tuple[float, float]:
-    """Images per second and processor cores in use, after a warm-up; `finish` waits for what is still on its way."""
-    for _ in range(WARM_UP_BATCHES):
-        next(batches)
-    if finish:
-        finish()
-    begin, processor, images = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - begin < seconds:
-        images += next(batches)
-    if finish:
-        finish()
-    wall = time.perf_counter() - begin
-    return images / wall, (time.process_time() - processor) / wall
 
 
 def used(device: torch.device) -> float | None:

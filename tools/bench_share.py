@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-from bench_loader import endless
 from comparison import cross_entropy
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from vimfast.data.source import open_source
 from vimfast.data.views import training_view
 from vimfast.errors import UserError
 from vimfast.models import create_model
+from vimfast.speed import endless
 from vimfast.train.mixing import Mixup
 from vimfast.train.optim import build_ema, build_optimizer
 from vimfast.train.step import TrainStep

@@ -16,28 +16,21 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import cross_entropy
 from floors import Gpu, step, this_gpu
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from vimfast.cli import run_main
-from vimfast.config import EmaConfig, OptimConfig
 from vimfast.errors import UserError
 from vimfast.files import write_text
-from vimfast.models import create_model
-from vimfast.train.optim import build_ema, build_optimizer
-from vimfast.train.step import TrainStep
+from vimfast.speed import Subject, inference, milliseconds, peak_gib, training
+from vimfast.speed.steps import Run
 from vimfast_kernels import backend_names
-
-Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -76,21 +69,6 @@ BASELINES = (
 WIDTHS = {"vim_tiny_patch16_224": 192, "vim_small_patch16_224": 384, "vim_base_patch16_224": 768}
 
 
-def milliseconds(run: Run, repeats: int) -> float:
-    """Median time of one call, the device's work included; calls are not waited for one by one."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(max(repeats // 5, 1)):
-            run()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) / max(repeats // 5, 1))
-    return 1000 * statistics.median(times)
-
-
 def queued_milliseconds(run: Run, calls: int = 2) -> float:
     """Median time on the GPU of one of `calls` calls that were all launched before the first of them began."""
     times: list[float] = []
@@ -107,68 +85,18 @@ def queued_milliseconds(run: Run, calls: int = 2) -> float:
     return statistics.median(times)
 
 
-def build_model(row: Row, args: argparse.Namespace, backend: str) -> torch.nn.Module:
-    options: dict[str, Any] = {"img_size": row.size}
-    if row.model.startswith("vim"):
-        options["scan_backend"] = backend
-    model = create_model(row.model, **options).cuda().train(row.training)
-    if args.compile:
-        model.compile()
-    return model
-
-
-def training(row: Row, args: argparse.Namespace, backend: str) -> tuple[Run, Run]:
-    """(launch a step, capture it)."""
-    model = build_model(row, args, backend)
-    amp = torch.autocast("cuda", torch.bfloat16, enabled=not row.fp32, cache_enabled=False)
-    average = build_ema(EmaConfig(), model)
-    train = TrainStep(model, build_optimizer(OptimConfig(), model, 5e-4), cross_entropy, amp=amp, average=average)
-    images = torch.randn(row.batch, 3, row.size, row.size, device="cuda")
-    targets = torch.rand(row.batch, 1000, device="cuda").softmax(1)
-    return lambda: train(images, targets), lambda: train.capture(images, targets)
-
-
-def inference(row: Row, args: argparse.Namespace, backend: str) -> tuple[Run, Run]:
-    model = build_model(row, args, backend)
-    images = torch.randn(row.batch, 3, row.size, row.size, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    captured = False
-
-    @torch.inference_mode()
-    def forward() -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=not row.fp32, cache_enabled=False):
-            logits: Tensor = model(images)
-            return logits
-
-    def capture() -> None:
-        nonlocal captured
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            forward()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        with torch.cuda.graph(graph, stream=side):
-            forward()
-        captured = True
-
-    return lambda: graph.replay() if captured else forward(), capture
-
-
-def peak_gib() -> float:
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return peak
-
-
 def measure(row: Row, args: argparse.Namespace, backend: str, gpu: Gpu) -> dict[str, Any]:
     gc.collect()  # the row before may have left its model in a cycle
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    run, capture = (training if row.training else inference)(row, args, backend)
-    found: dict[str, Any] = {**asdict(row), "backend": backend, "launched_ms": milliseconds(run, args.repeats)}
+    device = torch.device("cuda")
+    subject = Subject(row.model, row.batch, row.size, not row.fp32, backend, args.compile)
+    run, capture = (training if row.training else inference)(subject, device)
+    launched = milliseconds(run, device, args.repeats)
+    found: dict[str, Any] = {**asdict(row), "backend": backend, "launched_ms": launched}
     found["launched_gib"] = peak_gib()
     capture()
-    found["ms"] = milliseconds(run, args.repeats)
+    found["ms"] = milliseconds(run, device, args.repeats)
     found["gib"] = peak_gib()
     found["host_share"] = max(0.0, 1 - queued_milliseconds(run) / found["ms"])
     found["img_s"], found["launched_img_s"] = (1000 * row.batch / found[key] for key in ("ms", "launched_ms"))

@@ -14,12 +14,15 @@ from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 from vimfast import __version__
-from vimfast.cli import end_process, run_main
+from vimfast.cli import end_process, print_out, run_main
 from vimfast.errors import UserError, did_you_mean
 
 
 class Command(NamedTuple):
-    """A subcommand: the function that does it, reading ``sys.argv``; what it does, and how its process ends."""
+    """A subcommand: the function that does it, reading ``sys.argv``; what it does, and how its process ends.
+
+    The function's module has a function ``parser`` too, of its command line.
+    """
 
     function: str
     does: str
@@ -33,6 +36,7 @@ COMMANDS = {
     "show": Command("vimfast.commands.show:main", "draw what the model gets: images, augmented and mixed", end_process),
     "predict": Command("vimfast.commands.predict:main", "say what a trained model sees in images", end_process),
     "doctor": Command("vimfast.commands.doctor:main", "look for what is missing, broken or slow on this machine"),
+    "bench": Command("vimfast.commands.bench:main", "measure training, inference and loading here", end_process),
     "export": Command("vimfast.export:main", "write a checkpoint in the Hugging Face hub's layout"),
 }
 
@@ -45,6 +49,8 @@ def main() -> None:
         print(usage())
     elif name in ("-V", "--version"):
         print(f"vimfast {__version__}")
+    elif name.split("=")[0] == "--completion":
+        run_main(lambda: _complete(name.partition("=")[2] or " ".join(words[1:])))
     else:
         run_main(lambda: _run(name, words[1:]), COMMANDS[name].end if name in COMMANDS else sys.exit)
 
@@ -58,6 +64,16 @@ def _run(name: str, words: list[str]) -> int | None:
     return status
 
 
+def _complete(shell: str) -> None:
+    """Print the script that completes in this shell."""
+    from vimfast.commands.completion import SHELLS, script
+
+    if shell not in SHELLS:
+        raise UserError(f"--completion is {shell!r}", f"it must be one of {', '.join(SHELLS)}")
+    modules = {name: import_module(command.function.partition(":")[0]) for name, command in COMMANDS.items()}
+    print_out(script(shell, [(name, COMMANDS[name].does, module.parser()) for name, module in modules.items()]))
+
+
 def usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{command.does}" for name, command in COMMANDS.items()]
@@ -69,7 +85,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "vimfast COMMAND --help explains a command; vimfast --version says which version this is.",
+            "vimfast COMMAND --help explains a command; vimfast --version says which version",
+            "this is; vimfast --completion bash (or zsh, fish) prints a script for TAB.",
             "example: vimfast prepare imagenet_data/ --out shards/",
         ]
     )

@@ -44,7 +44,7 @@ def check(path: Path, options: CheckOptions) -> Report:
 
 def main() -> int:
     """Check as the command line says; returns the exit status."""
-    args = _parse(sys.argv[1:])
+    args = parser().parse_args(sys.argv[1:])
     options = CheckOptions(args.classes, tuple(args.splits), args.decode, args.workers)
     try:
         report = check(args.path, options)
@@ -131,7 +131,8 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def parser() -> Parser:
+    """Of the command line."""
     parser = Parser(
         "python -m vimfast.check_data",
         "Check a folder tree in the ImageNet layout, or shards from vimfast-prepare. "
@@ -150,7 +151,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add("--sample-grid", metavar="PNG", type=path, help=text)
     add("--input-size", metavar="S", type=whole(1), default=224, help="side of those samples in training, pixels [224]")
     add("--seed", type=whole(0), default=0, help="of those samples [0]")
-    return parser.parse_args(words)
+    return parser
 
 
 if __name__ == "__main__":

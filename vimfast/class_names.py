@@ -23,6 +23,11 @@ def english_names(classes: Sequence[str]) -> list[str]:
     return [known.label_name_to_description(name).split(",")[0] if name in wnids else name for name in classes]
 
 
+def are_imagenets(classes: Sequence[str]) -> bool:
+    """Whether all are named as ImageNet names its classes, by WordNet's numbers."""
+    return all(_WNID.fullmatch(name) for name in classes)
+
+
 def imagenet_classes() -> list[str]:
     """The 1,000 of ImageNet-1k in the order of their numbers."""
     from timm.data.imagenet_info import ImageNetInfo

@@ -21,7 +21,8 @@ from vimfast.models.hub import save_for_hub
 from vimfast.models.registry import MODELS
 
 
-def main() -> None:
+def parser() -> Parser:
+    """Of the command line."""
     parser = Parser("python -m vimfast.export", "Write a checkpoint's weights in the Hugging Face hub's layout.")
     parser.add_argument(
         "checkpoint", type=path, help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone"
@@ -30,7 +31,12 @@ def main() -> None:
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which to write [raw]")
     parser.add_argument("--model", help="name of the model, where the checkpoint does not say")
     parser.add_argument("--input-size", type=int, help="side of its images, where the checkpoint does not say [224]")
-    args = parser.parse_args(sys.argv[1:])
+    return parser
+
+
+def main() -> None:
+    """Export as the command line says."""
+    args = parser().parse_args(sys.argv[1:])
     args.checkpoint, state, passed_over = load_found(args.checkpoint, best=True)
     for note in passed_over:
         print(f"warning: {note}", file=sys.stderr)

@@ -20,7 +20,8 @@ from vimfast.shards.format import ConversionOptions
 from vimfast.shards.reindex import reindex
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def parser() -> Parser:
+    """Of the command line."""
     parser = Parser(
         "vimfast-prepare",
         "Turn a folder in the ImageNet layout into WebDataset shards with an index for random access. "
@@ -41,13 +42,17 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add("--reindex", metavar="SHARDS", type=path, help=text)
     add("--overwrite", action="store_true", help="delete the shards that lie in --out first")
     add("--version", action="version", version=f"vimfast {__version__}")
-    args = parser.parse_args(words)
+    return parser
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    args = (own := parser()).parse_args(words)
     if args.reindex is not None and (args.root is not None or args.out is not None):
-        parser.error("--reindex takes the folder of shards alone, without IMAGENET_ROOT and --out")
+        own.error("--reindex takes the folder of shards alone, without IMAGENET_ROOT and --out")
     if args.reindex is None and (args.root is None or args.out is None):
-        parser.error(f"{'IMAGENET_ROOT' if args.root is None else '--out'} is missing")
+        own.error(f"{'IMAGENET_ROOT' if args.root is None else '--out'} is missing")
     if args.quality is not None and args.resize is None:
-        parser.error("--quality needs --resize: without it images keep their bytes")
+        own.error("--quality needs --resize: without it images keep their bytes")
     return args
 
 

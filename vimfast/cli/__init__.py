@@ -2,7 +2,7 @@
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
 from vimfast.cli.parser import Parser, path, whole
-from vimfast.cli.reporting import first_on_host, report_once, was_reported
+from vimfast.cli.reporting import first_on_host, leave_word, print_out, report_once, was_reported
 from vimfast.cli.running import run_main
 
 __all__ = [
@@ -12,7 +12,9 @@ __all__ = [
     "end_with_parent",
     "exit_now",
     "first_on_host",
+    "leave_word",
     "path",
+    "print_out",
     "report_once",
     "run_main",
     "was_reported",

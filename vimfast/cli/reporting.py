@@ -1,9 +1,10 @@
-"""Errors of several processes, said once per host."""
+"""What is printed: errors of several processes once per host, and long texts as far as they are read."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import socket
 import sys
@@ -11,8 +12,17 @@ import time
 from contextlib import suppress
 
 
+def print_out(text: str) -> None:
+    """Print what its reader, such as ``head``, may have enough of before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, when the program ends
+
+
 def report_once(sentence: str) -> None:
     """Say why the run ends, outside the control: once per host, as usually all its processes have the same to say."""
+    leave_word(sentence)
     alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
     held = None if alone else first_on_host(attempt())
     if alone or held is not None:
@@ -21,6 +31,18 @@ def report_once(sentence: str) -> None:
     if held is not None:
         time.sleep(1)  # by then the others have failed too, or torchrun has ended them
         held.close()
+
+
+def leave_word(sentence: str) -> None:
+    """Where torchrun looks for it, so that its own table, which comes last, ends in the sentence.
+
+    It takes the first failure for the cause and counts in whole seconds: a process that it ended in the same second,
+    which leaves no word, must not come before this one.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}
+        with suppress(OSError), open(file, "w") as out:
+            json.dump({"message": message}, out)
 
 
 def was_reported() -> bool:

@@ -11,7 +11,7 @@ from vimfast.errors import UserError
 
 
 def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> None:
-    """Run an entry point: a ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C becomes 130.
+    """Run an entry point: a ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C one and 130.
 
     Anything else is a bug and keeps its traceback.
     """
@@ -20,7 +20,7 @@ def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sy
     except UserError as error:
         report_once(f"error: {error}")
         status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         status = 130
     end(status)

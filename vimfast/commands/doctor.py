@@ -22,8 +22,8 @@ _MARKS: Mapping[State, str] = {"green": "✓", "yellow": "!", "red": "✗"}
 _PLAIN_MARKS: Mapping[State, str] = {"green": "+", "yellow": "!", "red": "x"}
 
 
-def main() -> int:
-    """Look at everything; returns the exit status."""
+def parser() -> Parser:
+    """Of the command line."""
     parser = Parser(
         "vimfast doctor",
         "Look at the software, the GPUs, the machine and the data, and run Vim-Tiny on each backend. Green: fine; "
@@ -32,7 +32,12 @@ def main() -> int:
     )
     parser.add_argument("data", metavar="DATA", nargs="?", type=path, help="data whose speed is measured")
     parser.add_argument("--json", action="store_true", help="print a JSON object, with all figures, instead of a table")
-    args = parser.parse_args(sys.argv[1:])
+    return parser
+
+
+def main() -> int:
+    """Look at everything; returns the exit status."""
+    args = parser().parse_args(sys.argv[1:])
     live = sys.stderr.isatty()
     lines = examine(args.data, _progress if live else None)
     if live:

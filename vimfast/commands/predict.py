@@ -30,7 +30,7 @@ _ACROSS, _MOST, _BARS = 6, 48, 3  # images of a grid's row, of a grid, and class
 
 def main() -> int:
     """Predict as the command line says; returns the exit status."""
-    args = _parse(sys.argv[1:])
+    args = parser().parse_args(sys.argv[1:])
     from vimfast import dist
     from vimfast.inference import load_classifier
 
@@ -56,7 +56,8 @@ def main() -> int:
     return int(bool(predictions.unreadable))
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def parser() -> Parser:
+    """Of the command line."""
     parser = Parser(
         "vimfast predict",
         "Say what a trained model sees in images, which are resized and cut as in its evaluation.",
@@ -77,7 +78,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     add("--input-size", metavar="S", type=whole(1), help="side of the images, pixels; default: the checkpoint's")
     add("--batch-size", metavar="N", type=whole(1), default=64, help="images at once [64]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
-    return parser.parse_args(words)
+    return parser
 
 
 def _predict(classifier: Classifier, args: argparse.Namespace) -> Predictions:

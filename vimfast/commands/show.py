@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vimfast.cli import path, whole
+from vimfast.cli import Parser, path, whole
 from vimfast.config import resolve
 from vimfast.config.flags import CONFIG, flag_parser
 from vimfast.errors import UserError
@@ -18,8 +18,8 @@ from vimfast.files import atomic_write
 _OWN = ("data", "out", "split", "count")
 
 
-def main() -> None:
-    """Draw what the command line asks for."""
+def parser() -> Parser:
+    """Of the command line."""
     parser = flag_parser()
     parser.description = "Draw images beside what the loader of training makes of them, mixing included."
     parser.usage = f"{parser.prog} DATA [--out PNG] [--config RECIPE] [FLAGS OF TRAINING]"
@@ -30,7 +30,12 @@ def main() -> None:
     add("--out", metavar="PNG", type=path, default=Path("samples.png"), help="file to write [samples.png]")
     add("--split", choices=("train", "val"), default="train", help="train, or val: as the evaluation sees it [train]")
     add("--count", metavar="N", type=whole(1), default=8, help="images [8]")
-    given = vars(parser.parse_args(sys.argv[1:]))
+    return parser
+
+
+def main() -> None:
+    """Draw what the command line asks for."""
+    given = vars(parser().parse_args(sys.argv[1:]))
     own = {name: given.pop(name) for name in _OWN}
     cfg = resolve({**given, "data_path": str(own["data"])})
     from vimfast.samples import draw_samples

@@ -41,16 +41,19 @@ def main() -> int:
     return launch(lambda: run_main(train.main, end_process), processes, restarts=own.max_restarts)
 
 
+def parser() -> Parser:
+    """Of the command line."""
+    parser = flag_parser()
+    _add_flags(parser.add_argument_group("processes of this machine"))
+    return parser
+
+
 def _split(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags about processes, and all others."""
-    parser = Parser("vimfast train", "", add_help=False)
-    _add_flags(parser)
-    if {"-h", "--help"} & set(words):
-        everything = flag_parser()
-        _add_flags(everything.add_argument_group("processes of this machine"))
-        everything.print_help()
-        sys.exit(0)
-    return parser.parse_known_args(words)
+    parser().parse_args(words)  # for --help, and so that these flags are suggested too
+    own = Parser("vimfast train", "", add_help=False)
+    _add_flags(own)
+    return own.parse_known_args(words)
 
 
 def _add_flags(parser: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vimfast.config.choices import AUTO
 from vimfast.config.schema import Config
 from vimfast.errors import UserError
 
@@ -22,9 +23,11 @@ def plan_batches(config: Config, world: int) -> Batches:
     of GPUs: in ``accum_steps`` if given, else in as few equal steps as need no larger batch than ``batch_size``.
 
     Raises:
-        UserError: the global batch cannot be shared out equally.
+        UserError: ``batch_size`` is not a number yet, or the global batch cannot be shared out equally.
     """
     most, accum, wanted = config.data.batch_size, config.optim.accum_steps, config.optim.global_batch_size
+    if most == AUTO:
+        raise UserError(f"--batch-size {AUTO} is for training on a GPU", "give a number")
     if wanted is None:
         return Batches(most, accum)
     own, rest = divmod(wanted, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -25,8 +26,9 @@ def check(config: Config) -> None:
         of = kinds(type(part))
         for f in fields(part):
             value = getattr(part, f.name)
-            if value is None:
+            if value is None or value in of[f.name].words:
                 continue
+            _check_finite(f.name, value)
             _check_range(f.name, value, f.metadata["least"], f.metadata["most"])
             choices = of[f.name].choices
             if f.metadata["choices"] is not None and value != f.default:
@@ -42,10 +44,16 @@ def check(config: Config) -> None:
         raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
 
 
+def _check_finite(name: str, value: Any) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{name} is {number}", "it must be a finite number")
+
+
 def _check_range(name: str, value: Any, least: float | None, most: float | None) -> None:
-    if least is not None and not value >= least:  # nor nan
+    if least is not None and value < least:
         raise UserError(f"{name} is {value}", f"it must be >= {least}")
-    if most is not None and not value <= most:
+    if most is not None and value > most:
         raise UserError(f"{name} is {value}", f"it must be <= {most}")
 
 

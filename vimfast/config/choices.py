@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+Auto = Literal["auto"]
 Interpolation = Literal["bicubic", "bilinear", "random"]  # random: each image its own of the other two
 Decoder = Literal["auto", "hardware", "cuda", "cpu"]
 OnBadImage = Literal["stop", "skip"]
@@ -15,3 +16,5 @@ MixMode = Literal["batch", "pair", "elem"]
 PositionResampling = Literal["patches", "original"]
 Distillation = Literal["none", "soft", "hard"]
 Schedule = Literal["cosine", "tanh", "step", "multistep", "poly", "constant", "wsd", "rsqrt", "none"]
+
+AUTO: Auto = "auto"

@@ -30,6 +30,19 @@ REFUSED = {
     "dist_url": TORCHRUN,
     "local_rank": TORCHRUN,
 }
+# Settings of timm's train.py that have another name here.
+TIMM = {
+    "data_dir": "data_path",
+    "img_size": "input_size",
+    "workers": "num_workers",
+    "validation_batch_size": "eval_batch_size",
+    "grad_accum_steps": "accum_steps",
+    "grad_checkpointing": "use_checkpoint",
+    "checkpoint_hist": "keep_checkpoints",
+    "log_interval": "log_every",
+    "output": "output_dir",
+    "initial_checkpoint": "finetune",
+}
 DATA_SETS = "give a --data-path with train/<class>/ and val/<class>/; any set of images in that layout will do"
 
 

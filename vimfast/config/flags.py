@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from vimfast.config.compat import add_flags
 from vimfast.config.recipes import recipes
 from vimfast.config.schema import Config, Kind, kinds
 
-CONFIG = "config"  # the flag that is no setting
+CONFIG, PRINT_CONFIG = "config", "print_config"  # the flags that are no settings
 _LETTERS = {int: "N", float: "X", str: "NAME"}  # what stands for a value
 
 
@@ -28,6 +29,8 @@ def flag_parser() -> Parser:
     parser.usage = f"{parser.prog} --data-path DATA [--config RECIPE] [FLAGS]"
     known = ", ".join(recipes())
     parser.add_argument(f"--{CONFIG}", metavar="RECIPE", help=f"start from a recipe ({known}), or a YAML file")
+    text = "print all settings as YAML, each with where it comes from, and stop"
+    parser.add_argument("--print-config", "--print_config", action="store_true", help=text)
     add_flags(parser)
     for section in fields(Config):
         group = parser.add_argument_group(section.name)
@@ -58,7 +61,24 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
         group.add_argument(*flags, dest=f.name, type=kind.base, help=text, **several)
     else:
         metavar = "|".join(kind.choices) or ("PATH" if f.metadata["path"] else _LETTERS[kind.base])
-        group.add_argument(*flags, dest=f.name, type=kind.base, help=text, metavar=metavar)
+        metavar = "|".join([metavar, *kind.words])
+        group.add_argument(*flags, dest=f.name, type=_reader(kind), help=text, metavar=metavar)
+
+
+def _reader(kind: Kind) -> Callable[[str], Any]:
+    if not kind.words:
+        return kind.base
+
+    def read(text: str) -> Any:
+        if text in kind.words:
+            return text
+        try:
+            return kind.base(text)
+        except ValueError:
+            words = " or ".join([f"of type {kind.base.__name__}", *kind.words])
+            raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {words}") from None
+
+    return read
 
 
 class _KeyValue(argparse.Action):

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vimfast.cli import print_out
 from vimfast.config.checks import check
-from vimfast.config.flags import CONFIG, flag_parser
+from vimfast.config.compat import TIMM
+from vimfast.config.flags import CONFIG, PRINT_CONFIG, flag_parser
 from vimfast.config.recipes import find_recipe
 from vimfast.config.schema import Config, Kind, kinds
 from vimfast.errors import UserError, did_you_mean
 
+_COMMENTS_AT = 44  # columns; after longer settings they come later
+
 
 def load_config(argv: list[str]) -> Config:
-    """The settings that a command line asks for.
+    """The settings that a command line asks for. Of one that asks to see them, they are printed and the program ends.
 
     Raises:
         UserError: an unknown flag, key, recipe or choice (with the known ones that come close), or a value of the wrong
@@ -31,47 +37,115 @@ def resolve(given: dict[str, Any]) -> Config:
 
     Raises:
         UserError: as :func:`load_config` does.
+        SystemExit: they were printed, as :data:`~vimfast.config.flags.PRINT_CONFIG` asked for.
     """
     config = Config()
+    origins: dict[str, str] = {}  # of settings that are not the default, by name
     recipe = given.get(CONFIG)
     if recipe is not None:
-        _apply_yaml(config, find_recipe(recipe))
+        origins |= dict.fromkeys(_apply_yaml(config, find_recipe(recipe)), recipe)
     for section in fields(Config):
         part = getattr(config, section.name)
         for name in given.keys() & {f.name for f in fields(part)}:
             setattr(part, name, given[name])
+            origins[name] = f"--{name.replace('_', '-')}"
         for f in fields(part):
             if f.metadata["path"]:
                 setattr(part, f.name, os.path.expanduser(getattr(part, f.name)))
     check(config)
+    if given.get(PRINT_CONFIG):
+        print_out(annotated(config, origins))
+        sys.exit(0)
     return config
 
 
-def _apply_yaml(config: Config, path: Path) -> None:
+def annotated(config: Config, origins: Mapping[str, str]) -> str:
+    """The settings as YAML that ``--config`` reads back, each with a comment that says where its value comes from."""
+    rows = []
+    for section, values in config.to_dict().items():
+        rows.append((f"{section}:", ""))
+        rows += [(f"  {name}: {_flow(value)}", f"  # {origins.get(name, 'default')}") for name, value in values.items()]
+    width = min(max(len(text) for text, _ in rows), _COMMENTS_AT)
+    return "\n".join(f"{text:{width}}{comment}".rstrip() for text, comment in rows)
+
+
+def _flow(value: Any) -> str:
+    """On one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).removesuffix("...\n").strip()
+
+
+def _apply_yaml(config: Config, path: Path) -> list[str]:
+    """Set what a file has: sections with their keys, and keys alone, as timm writes them, whose names are unique.
+
+    Returns:
+        the names of the settings.
+    """
+    content = _read_yaml(path)
+    sections = {f.name: getattr(config, f.name) for f in fields(Config)}
+    home = {name: section for section, part in sections.items() for name in kinds(type(part))}
+    if unknown := [key for key in content if key not in sections and key not in home]:
+        raise _unknown(path, content, unknown, [*sections, *home])
+    names: list[str] = []
+    for key, value in content.items():
+        if key in sections and (isinstance(value, dict | None) or key not in home):  # else it is --model or --finetune
+            _apply_section(sections[key], key, value, path)
+            names += value or ()
+        else:
+            _set(sections[home[key]], home[key], key, value, path)
+            names.append(key)
+    return names
+
+
+def _unknown(path: Path, content: dict[Any, Any], keys: list[Any], known: list[str]) -> UserError:
+    """All of them at once: timm writes many settings."""
+    if isinstance(content[keys[0]], dict):
+        sections = ", ".join(f.name for f in fields(Config))
+        return UserError(
+            f"{path}: unknown section {keys[0]!r}{did_you_mean(str(keys[0]), known)}", f"the known ones are {sections}"
+        )
+    names = ", ".join(f"{key} ({TIMM[key]} here)" if key in TIMM else str(key) for key in keys)
+    hint = did_you_mean(str(keys[0]), known) if keys[0] not in TIMM else ""
+    what = f"settings {names}" if len(keys) > 1 else f"setting {names}"
+    fix = "rename them or leave them out" if len(keys) > 1 else "rename it or leave it out"
+    return UserError(f"{path}: unknown {what}{hint}", f"{fix}; vimfast train --help lists all settings")
+
+
+def _apply_section(part: Any, section: str, values: Any, path: Path) -> None:
+    known = kinds(type(part))
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: {section} is {values!r}", f"its keys are {', '.join(known)}")
+    for name, value in (values or {}).items():
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            raise UserError(
+                f"{path}: unknown key {f'{section}.{name}'!r}{hint}", f"the known ones are {', '.join(known)}"
+            )
+        _set(part, section, name, value, path)
+
+
+def _set(part: Any, section: str, name: str, value: Any, path: Path) -> None:
+    setattr(part, name, _convert(value, kinds(type(part))[name], f"{path}: {section}.{name}"))
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    if path.is_dir():
+        inside = path / "config.yaml"
+        fix = f"did you mean {inside}?" if inside.is_file() else "give a recipe's name, or a YAML file"
+        raise UserError(f"--config {path} is a folder", fix)
     try:
-        sections = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    known_sections = [f.name for f in fields(Config)]
-    if not isinstance(sections, dict):
-        raise UserError(f"{path} holds no sections", f"the known ones are {', '.join(known_sections)}")
-    for section, values in sections.items():
-        if section not in known_sections:
-            hint = did_you_mean(str(section), known_sections)
-            raise UserError(
-                f"{path}: unknown section {section!r}{hint}", f"the known ones are {', '.join(known_sections)}"
-            )
-        part = getattr(config, section)
-        known = kinds(type(part))
-        if not isinstance(values, dict | None):
-            raise UserError(f"{path}: {section} is {values!r}", f"its keys are {', '.join(known)}")
-        for name, value in (values or {}).items():
-            if name not in known:
-                hint = did_you_mean(str(name), known)
-                raise UserError(
-                    f"{path}: unknown key {f'{section}.{name}'!r}{hint}", f"the known ones are {', '.join(known)}"
-                )
-            setattr(part, name, _convert(value, known[name], f"{path}: {section}.{name}"))
+    if content is None:
+        raise UserError(f"{path} sets nothing", "write settings there, such as epochs: 100, or drop --config")
+    if not isinstance(content, dict):
+        known = ", ".join(f.name for f in fields(Config))
+        raise UserError(f"{path} holds no settings but {_kind(content)}", f"its sections may be {known}")
+    return content
+
+
+def _kind(content: Any) -> str:
+    return "a list" if isinstance(content, list) else repr(content)
 
 
 def _convert(value: Any, kind: Kind, where: str) -> Any:
@@ -79,6 +153,8 @@ def _convert(value: Any, kind: Kind, where: str) -> Any:
     if value is None and kind.optional:
         return None
     try:
+        if isinstance(value, str) and value in kind.words:
+            return value
         if kind.length == 1:
             return _scalar(value, kind.base)
         if not isinstance(value, list) or (kind.length and len(value) != kind.length):
@@ -86,7 +162,7 @@ def _convert(value: Any, kind: Kind, where: str) -> Any:
         return tuple(_scalar(v, kind.base) for v in value)
     except ValueError:
         several = f"a list of {kind.length} numbers" if kind.length else "a list of numbers"
-        wanted = f"of type {kind.base.__name__}" if kind.length == 1 else several
+        wanted = " or ".join([f"of type {kind.base.__name__}", *kind.words]) if kind.length == 1 else several
         raise UserError(f"{where} is {value!r}", f"it must be {wanted}") from None
 
 

@@ -22,7 +22,7 @@ def find_recipe(word: str) -> Path:
         UserError: there is no such recipe or no such file.
     """
     path, known = Path(word).expanduser(), recipes()
-    if "/" not in word and not path.suffix and (word in known or not path.is_file()):
+    if word not in (".", "..") and "/" not in word and not path.suffix and (word in known or not path.is_file()):
         if word not in known:
             raise UserError(f"there is no recipe {word!r}{did_you_mean(word, known)}", _known(known))
         return known[word]

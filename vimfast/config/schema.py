@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from vimfast.config.choices import (
+    Auto,
     CopiesOn,
     Decoder,
     Distillation,
@@ -70,17 +71,21 @@ class Kind(NamedTuple):
     optional: bool  # None is a value too
     length: int = 1  # so many of `base`, in a tuple unless it is 1; 0: any number
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()  # that stand for a value of `base`
 
     @classmethod
     def of(cls, annotation: Any) -> Kind:
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-        (kind,) = (o for o in options if o is not type(None))
-        optional, origin, inner = len(options) > 1, typing.get_origin(kind), typing.get_args(kind)
+        union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+        options = [o for o in typing.get_args(annotation) if o is not type(None)] if union else [annotation]
+        optional = union and type(None) in typing.get_args(annotation)
+        kind = next((o for o in options if typing.get_origin(o) is not Literal), options[0])
+        words = tuple(word for o in options if o is not kind for word in typing.get_args(o))
+        origin, inner = typing.get_origin(kind), typing.get_args(kind)
         if origin is Literal:
             return cls(str, optional, choices=inner)
         if origin is tuple:
             return cls(inner[0], optional, length=0 if inner[-1] is Ellipsis else len(inner))
-        return cls(origin or kind, optional)
+        return cls(origin or kind, optional, words=words)
 
 
 def kinds(section: type) -> dict[str, Kind]:
@@ -132,7 +137,9 @@ class DataConfig:
     data_path: str = option(
         "", "shards from vimfast-prepare, or a folder tree with train/ and val/", neutral=True, path=True
     )
-    batch_size: int = option(64, "training images a step on each GPU (or process)", least=1)
+    batch_size: int | Auto = option(
+        64, "training images a step on each GPU (or process); auto: as many as fit into its memory", least=1
+    )
     eval_batch_size: int | None = option(
         None, "validation images a step on each GPU; default: as in training", least=1, neutral=True
     )

@@ -10,6 +10,7 @@ import gc
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
@@ -101,6 +102,7 @@ class Loader(Epochs):
         self.asked: torch.cuda.Event | None = None
         self.ready: torch.cuda.Event | None = None
         self._beginning: threading.Thread | None = None
+        self.read_waits = 0.0  # seconds in which decoding had no bytes to begin on
 
     # Decoder
 
@@ -282,7 +284,9 @@ class Loader(Epochs):
         """Hands DALI the next batches to work on. DALI calls this inside ``Graph.next``."""
         if self._ahead is None:
             raise StopIteration
+        begin = time.perf_counter()
         works = next(self._ahead)
+        self.read_waits += time.perf_counter() - begin
         self._in_work.append(works)
         return _joined([work.inputs for work in works])
 

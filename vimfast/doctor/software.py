@@ -28,6 +28,7 @@ REQUIRED = (
     ("yaml", "PyYAML", "6"),
     ("rich", "rich", "13"),
     ("tensorboard", "tensorboard", "2.15"),
+    ("shtab", "shtab", "1.13"),
 )
 OPTIONAL = {  # what of a package is used, by package
     "mamba_ssm": "mamba_ssm.ops.selective_scan_interface",

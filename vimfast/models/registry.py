@@ -84,6 +84,14 @@ for _name, (_embed_dim, _, _stride) in MODELS.items():
     _register(_name, _embed_dim, _stride)
 
 
+def _close_names(name: str) -> list[str]:
+    """Up to three. What begins as a Vision Mamba's name is one of those, however much of it is missing."""
+    if name.lower().startswith("vim"):
+        short = [f"vim_{size}_{grid}" for size in WIDTHS for grid in GRIDS]
+        return sorted(short, key=lambda own: -difflib.SequenceMatcher(None, own, name.lower()).ratio())[:3]
+    return difflib.get_close_matches(name, timm.list_models(), n=3)
+
+
 def create_model(
     name: str,
     *,
@@ -106,7 +114,7 @@ def create_model(
     """
     ours = name in MODELS
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        close = _close_names(name)
         fix = f"did you mean {' or '.join(map(repr, close))}?" if close else "timm.list_models() has the names"
         raise UserError(f"there is no model named {name!r}", fix)
     if ours:

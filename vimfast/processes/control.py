@@ -340,8 +340,7 @@ class Control:
         sentence = message["sentence"]
         if "stacks" in message and self.folder is not None:
             sentence += f"; the ranks' stacks are in {self.folder}/stall-rank*.txt"
-        if message.get("say", self.world.is_main):
-            self._report(sentence, message.get("trace", ""))
+        self._report(sentence, message.get("trace", ""), aloud=message.get("say", self.world.is_main))
         if "stacks" in message:
             farewell.dump_stacks(me, self.folder, to_console=me == message["stacks"])
         if message.get("say"):  # the lock that makes this the one to report it is held until the others know
@@ -350,9 +349,10 @@ class Control:
         if self.world.device.type == "cuda":
             dist.abort()
 
-    def _report(self, sentence: str, trace: str = "") -> None:
+    def _report(self, sentence: str, trace: str = "", *, aloud: bool = True) -> None:
         keeps_log = self.folder is not None and self.world.is_main
-        farewell.report(sentence, trace, self.folder / "train.log" if keeps_log and self.folder else None)
+        log = self.folder / "train.log" if keeps_log and self.folder else None
+        farewell.report(sentence, trace, log, aloud=aloud)
 
     def _state(self, peer: Peer) -> str:
         return farewell.state(peer, self._links.peers[self.world.rank].host)

@@ -13,13 +13,18 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TextIO
 
+from vimfast.cli import leave_word
 from vimfast.processes.hub import Peer
 
 TRACE = 20_000  # last characters of a traceback that are reported
 
 
-def report(sentence: str, trace: str, log: Path | None) -> None:
-    """To the console, after the traceback, and to the run's `log`; either may be broken by now."""
+def report(sentence: str, trace: str, log: Path | None, *, aloud: bool = True) -> None:
+    """To the launcher, and, if `aloud`, to the console, after the traceback, and to the run's `log`; either may be
+    broken by now."""
+    leave_word(sentence)
+    if not aloud:
+        return
     print_at_once(f"{trace}{sentence}\n")
     if log is not None and log.parent.is_dir():
         with suppress(OSError), open(log, "a") as file:

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from vimfast import __version__
+from vimfast.class_names import are_imagenets
 from vimfast.errors import UserError
 from vimfast.files import TEMPORARY, write_bytes
 from vimfast.shards.format import (
@@ -39,6 +40,7 @@ from vimfast.shards.format import (
     SplitEntry,
     index_header,
     index_name,
+    is_shards_folder,
     read_index,
     read_manifest,
     read_plan_digests,
@@ -49,7 +51,9 @@ from vimfast.shards.format import (
 from vimfast.shards.plan import ShardPlan
 from vimfast.shards.tree import is_folder, scan_split
 from vimfast.shards.workers import report, verify_shards, write_shards
-from vimfast.shards.writer import estimate_bytes, join_rows, read_record
+from vimfast.shards.writer import estimate_bytes, join_rows, read_record, record_path
+
+_IMAGENET = 1_000  # classes
 
 
 def convert(
@@ -75,6 +79,8 @@ def convert(
     with locked(out):
         try:
             return _convert(root, plans, digests, out, workers, skip_bad, overwrite)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_what_is_kept(plans, out)) from None
         except OSError as error:
             raise UserError(
                 f"{error.filename or out} cannot be written ({error.strerror})", "fix that and run again, it resumes"
@@ -108,8 +114,22 @@ def _convert(
     return f"{out} is complete: {_summarize(manifest)}{rate}"
 
 
+def _what_is_kept(plans: Sequence[ShardPlan], out: Path) -> str:
+    """For whoever interrupts a conversion."""
+    total = sum(plan.shards for plan in plans)
+    done = sum(record_path(out, plan.split, number).exists() for plan in plans for number in range(plan.shards))
+    if done == 0:
+        return f"no shard of {total} is finished; the same command begins again"
+    kept = f"{done} of {total} shards" if done < total else f"all {total} shards"
+    return f"{kept} are finished and stay in {out}; the same command verifies them and makes the rest"
+
+
 def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
     """One plan for each split that exists; the training set determines the classes."""
+    if is_shards_folder(root):
+        raise UserError(
+            f"{root} holds shards already", f"train on them with --data-path {root}, or give the folder of images"
+        )
     plans: list[ShardPlan] = []
     for split in [s for s in SPLITS if is_folder(root / s)] or ["train"]:
         files = scan_split(root, split, plans[0].files.classes if plans else None)
@@ -118,6 +138,11 @@ def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
         empty = np.flatnonzero(np.bincount(files.labels, minlength=len(files.classes)) == 0).tolist()
         if empty:
             report(f"{root / split}: {len(empty):,} of them have no images, such as {files.classes[empty[0]]}")
+    if 1 < (count := len(plans[0].files.classes)) < _IMAGENET and are_imagenets(plans[0].files.classes):
+        report(
+            f"{root} looks like a subset of ImageNet, with {count} of its {_IMAGENET:,} classes; "
+            f"if it is meant to be whole, classes are missing; if not, check it with vimfast check --classes {count}"
+        )
     for split in SPLITS:
         if not is_folder(root / split):
             report(f"{root} has no {split}/: only {plans[0].split} is converted")

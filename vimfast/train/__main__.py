@@ -59,7 +59,8 @@ def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
         start_up.done("imports")
         with build(cfg, world, control, start_up, hooks, stage) as training:
             if cfg.run.dry_run:
-                training.report.say("nothing was trained, and nothing written (--dry-run)")
+                done = "evaluated" if run.eval else "trained, and nothing written"
+                training.report.say(f"nothing was {done} (--dry-run)")
             else:
                 training.run()
     return control.status

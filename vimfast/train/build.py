@@ -7,34 +7,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.optim import Optimizer
 
 from vimfast.checkpoint import ASIDE, CHECKPOINT, Loaded, set_aside
 from vimfast.config import Config, plan_batches
+from vimfast.config.choices import AUTO
 from vimfast.data.loader import Loader
 from vimfast.data.views import Stages
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
+from vimfast.train.batch_size import with_batch_size
 from vimfast.train.continuity import order_changes
 from vimfast.train.device import prepare_device
-from vimfast.train.folder import RunFolder, unwritable
-from vimfast.train.gradients import GradientSum, copy_from_first
+from vimfast.train.folder import RunFolder, check_folder, unwritable
+from vimfast.train.gradients import copy_from_first
 from vimfast.train.health import GradientHealth, LossHealth
 from vimfast.train.hooks import Beginning, Progress, Records
 from vimfast.train.loaders import open_training, open_validation
 from vimfast.train.loop import Evaluated, EvaluationRun, Hook, Place, TrainingRun
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
-from vimfast.train.model import Models, build_models
+from vimfast.train.model import Models, build_models, build_step
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
-from vimfast.train.plan import plan
+from vimfast.train.plan import plan, plan_evaluation
 from vimfast.train.report import Reporter
 from vimfast.train.rollback import Rollback
 from vimfast.train.run_state import load_origin, load_place
 from vimfast.train.saving import Checkpoints, NoCheckpoints
 from vimfast.train.start_up import StartUp
-from vimfast.train.step import TrainStep
+from vimfast.train.waiting import DataWaits
 
 Hooks = Callable[[TrainingRun], Sequence[Hook]]
 
@@ -69,11 +70,15 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     control.say = report.say
     for note in start.notes if start is not None else ():
         report.warn(note)
+    cfg = with_batch_size(cfg, world, start, (), report)
+    assert cfg.data.batch_size != AUTO
     loader = open_validation(cfg, cfg.data.batch_size, world, start, report)
     start_up.done("data")
     models = build_models(cfg, len(loader.source.classes), start, world.device, report)
     evaluated = Evaluated(models.evaluated, loader, models.precision.amp, report, control)
-    return EvaluationRun(evaluated, report, control, world)
+    run = EvaluationRun(evaluated, models.precision, report, control, world)
+    _print(plan_evaluation(run, cfg), report)
+    return run
 
 
 def build_training(
@@ -85,6 +90,8 @@ def build_training(
     stage: Stages | None = None,
 ) -> TrainingRun:
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
+    if cfg.run.output_dir:
+        check_folder(Path(cfg.run.output_dir))
     if not cfg.run.output_dir or cfg.run.dry_run:
         return _build_training(cfg, world, control, start_up, hooks, stage, None)
     try:
@@ -113,13 +120,15 @@ def _build_training(
     report = Reporter(folder, world.is_main)
     control.say = report.say
 
+    control.doing("looking for the largest batch")
+    cfg = with_batch_size(cfg, world, start, _sizes(cfg, stage), report)
+    control.doing("building the run")
     batches = plan_batches(cfg, world.size)
     val_loader = open_validation(cfg, batches.batch_size, world, start, report)
     loader = open_training(cfg, batches, world, val_loader.source.classes, stage, report)
     start_up.done("data")
 
-    sizes = {loader.view.side(epoch) for epoch in range(cfg.schedule.epochs)}
-    models = build_models(cfg, len(loader.source.classes), start, world.device, report, sizes)
+    models = build_models(cfg, len(loader.source.classes), start, world.device, report, _sizes(cfg, stage))
     run = _assemble(cfg, batches.accum_steps, loader, val_loader, models, world, control, report, held)
     images = loader.source.identity
     _resume(run, cfg, start, images)
@@ -135,6 +144,13 @@ def _build_training(
         _take_over(held, cfg, start, run.place, report)
     start_up.done("capture")
     return run
+
+
+def _sizes(cfg: Config, stage: Stages | None) -> set[int]:
+    """Of the images that are trained on, pixels."""
+    if stage is None:
+        return {cfg.model.input_size}
+    return {stage(epoch).size for epoch in range(cfg.schedule.epochs)}
 
 
 def _assemble(
@@ -165,7 +181,7 @@ def _assemble(
         loader=loader,
         mixup=Mixup(cfg.mix, num_classes, cfg.run.seed, world.rank),
         objective=objective,
-        train_step=_train_step(models, optimizer, objective, cfg.optim.clip_grad, accum_steps, world.size),
+        train_step=build_step(models, optimizer, objective, cfg.optim.clip_grad, accum_steps, world.size),
         rate=rate,
         evaluated=Evaluated(models.evaluated, val_loader, models.precision.amp, report, control),
         precision=models.precision,
@@ -173,27 +189,6 @@ def _assemble(
         control=control,
         world=world,
         folder=held,
-    )
-
-
-def _train_step(
-    models: Models,
-    optimizer: Optimizer,
-    objective: Objective,
-    clip_grad: float | None,
-    accum_steps: int,
-    processes: int,
-) -> TrainStep:
-    trained = {name: p for name, p in models.model.named_parameters() if p.requires_grad}
-    return TrainStep(
-        models.model,
-        optimizer,
-        objective,
-        amp=models.precision.amp,
-        average=models.average,
-        gradients=GradientSum(trained) if processes > 1 else None,
-        clip_grad=clip_grad,
-        accum_steps=accum_steps,
     )
 
 
@@ -221,18 +216,22 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
         saving = Checkpoints(run, health, run.folder, cfg.run, extra)
     return [
         Beginning(start_up, run.report),
-        Progress(run, health, losses, cfg.run.log_every),
+        Progress(run, health, losses, DataWaits(run, cfg.data), cfg.run.log_every),
         *(more(run) if more is not None else ()),
         Records(run),
         saving,
     ]
 
 
+def _print(rows: Sequence[tuple[str, str]], report: Reporter) -> None:
+    for what, how in rows:
+        report.row(what, how)
+
+
 def _introduce(run: TrainingRun, cfg: Config, start: Loaded | None) -> None:
     for note in start.notes if start is not None else ():
         run.report.warn(note)
-    for what, how in plan(run, cfg) if run.report.active else ():
-        run.report.say(f"{what:15}{how}")
+    _print(plan(run, cfg), run.report)
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
     if warmup >= epochs and cfg.schedule.sched != "none":
         run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")

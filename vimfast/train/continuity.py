@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from vimfast.config import Config
 from vimfast.errors import UserError
 
@@ -32,6 +34,23 @@ def check_classes(classes: Sequence[str], wanted: int | None, state: State | Non
             raise UserError(
                 f"{origin} was trained on other classes: class {number} is {there!r} there and {here!r} in {data}", fix
             )
+
+
+def check_every_class(classes: Sequence[str], labels: np.ndarray, data: str) -> None:
+    """Whether each class has training images: one without is never learned, and mostly a download that failed.
+
+    Args:
+        labels: int32 [N], of the training images.
+
+    Raises:
+        UserError: one has none.
+    """
+    if empty := np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0).tolist():
+        others = f" ({len(empty)} of {len(classes)} classes have none)" if len(empty) > 1 else ""
+        raise UserError(
+            f"class {classes[empty[0]]!r} of {data} has no training images{others}",
+            "add them, or delete its folders in train/ and val/ (and convert again, if these are shards)",
+        )
 
 
 def order_changes(state: State, cfg: Config, images: str) -> list[str]:

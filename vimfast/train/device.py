@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from vimfast import dist
 from vimfast.config import ModelConfig
-from vimfast.train.loop import TrainingRun
+from vimfast.train.fitting import blank_batch
+from vimfast.train.loop import Precision, TrainingRun
 from vimfast.train.start_up import StartUp
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again
 
 
-def kernels(run: TrainingRun) -> str:
+def kernels(model: nn.Module, precision: Precision) -> str:
     """Names of the kernels in use; empty for a model that has no choice of them."""
-    explain = getattr(run.model, "kernels", None)
-    return "" if explain is None else explain(run.precision.dtype)
+    explain = getattr(model, "kernels", None)
+    return "" if explain is None else explain(precision.dtype)
 
 
 def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> None:
@@ -31,7 +32,8 @@ def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> Non
     run.loader.begin(epoch, step * run.accum_steps)
     if run.world.device.type == "cuda" and cfg.cuda_graph and getattr(run.model, "capturable", False):
         with run.memory():
-            run.capture(*_blank_batch(run, epoch))
+            side = run.loader.view.side(epoch)
+            run.capture(*blank_batch(run.world.device, run.loader.order.batch_size, side, run.mixup, run.objective))
         if run.train_step.captured:
             run.train_step.time_replays()
             run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
@@ -39,18 +41,10 @@ def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> Non
 
 def _tune(run: TrainingRun) -> None:
     """Once for a kind of GPU: a process of each host times the kernels, the others wait and read what it found."""
-    if kernels(run) == "gluon" and run.world.local_rank == 0:
+    if kernels(run.model, run.precision) == "gluon" and run.world.local_rank == 0:
         run.control.doing("tuning kernels")
         tune_once(torch.cuda.current_device(), run.report.say)
     else:
         run.control.doing("waiting for rank 0 of its host to tune kernels")
     dist.barrier()
     read_again()
-
-
-def _blank_batch(run: TrainingRun, epoch: int) -> tuple[Tensor, Tensor]:
-    """Images and targets of the shape that a step of this epoch has."""
-    device, batch, size = run.world.device, run.loader.order.batch_size, run.loader.view.side(epoch)
-    images = torch.zeros(batch, 3, size, size, device=device)
-    images, targets = run.mixup(images, torch.zeros(batch, dtype=torch.int64, device=device), 0)
-    return run.objective.prepare(images), targets

@@ -108,6 +108,25 @@ class RunFolder:
             raise unwritable(self.path, error) from None
 
 
+def check_folder(path: Path) -> None:
+    """Whether a run folder can be made at this path, or is there; permissions and the disk are not looked at.
+
+    Raises:
+        UserError: a file is in the way, or TensorBoard cannot write to a folder of this name.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        name = str(path).encode(errors="backslashreplace").decode()
+        raise UserError(
+            f"--output_dir {name} is not UTF-8, and TensorBoard writes to no such folder", "choose another name"
+        ) from None
+    for part in (path, *path.parents):
+        if part.is_file():
+            where = "" if part == path else f": {part}"
+            raise UserError(f"--output_dir {path}{where} is a file", "give a folder, which is made if it is missing")
+
+
 def unwritable(folder: Path, error: OSError) -> UserError:
     """Why a run folder cannot be written to, in a sentence."""
     return UserError(

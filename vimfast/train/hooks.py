@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
-from vimfast import dist
 from vimfast.train.health import GradientHealth, LossHealth
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.pace import Stretch
-from vimfast.train.report import Reporter, duration, memory_gib
+from vimfast.train.report import Reporter, duration, memory_gib, short_duration, watts
 from vimfast.train.start_up import StartUp
 from vimfast.train.sums import Mark, Reading
+from vimfast.train.waiting import DataWaits
 
-SETTLED_AFTER = 100  # steps after which a run's pace is known
-TOLERATED = 0.03  # of the time, spent waiting for data
+FORECAST_AFTER = 50  # steps
 
 
 class Beginning(Hook):
@@ -44,14 +44,16 @@ class _Asked:
 
 
 class Progress(Hook):
-    """Reports loss and speed every `every` steps, and once finds out whether another decoder would do better.
+    """Reports loss and speed every `every` steps, once when the run will end, and what training waits for.
 
     The figures are read while the device is busy with the step after them, so a report does not hold it up.
     """
 
-    def __init__(self, run: TrainingRun, health: GradientHealth, losses: LossHealth, every: int) -> None:
-        self._run, self._health, self._losses, self._every = run, health, losses, every
-        self._steps_here, self._settled = 0, False
+    def __init__(
+        self, run: TrainingRun, health: GradientHealth, losses: LossHealth, waits: DataWaits, every: int
+    ) -> None:
+        self._run, self._health, self._losses, self._waits, self._every = run, health, losses, waits, every
+        self._steps_here, self._foretold = 0, False
         self._asked: _Asked | None = None
         self._before = (0.0, 0.0)  # sums at the last report
         self._since = Mark(run.world.device)
@@ -64,9 +66,8 @@ class Progress(Hook):
 
     def after_step(self, place: Place) -> None:
         self._steps_here += 1
-        share = self._flush(place)
-        if share is not None and place.step < place.steps:
-            self._reconsider(share)
+        self._waits.after_step()
+        self._flush(place)
         if place.step % self._every == 0 or place.step == place.steps:
             run = self._run
             reading = Reading(run.sums.values, [run.train_step.counts])
@@ -81,12 +82,15 @@ class Progress(Hook):
     def stopped(self, place: Place) -> None:
         self._flush(place)
 
-    def _flush(self, place: Place) -> float | None:
-        """Report what was asked for, if anything was; returns the share of the time spent waiting for data."""
+    def _flush(self, place: Place) -> None:
+        """Report what was asked for, if anything was."""
         asked, self._asked = self._asked, None
-        return None if asked is None else self._report(asked, place)
+        if asked is not None:
+            share = self._report(asked, place)
+            self._waits.look(share, asked.stretch, place)
 
     def _report(self, asked: _Asked, place: Place) -> float:
+        """Returns: the share of the time spent waiting for data."""
         run, (loss_before, steps_before) = self._run, self._before
         loss_sum, steps, *counts = asked.reading.get()
         self._health.check(Place(place.steps, asked.epoch, asked.step), counts, asked.lr)
@@ -95,13 +99,16 @@ class Progress(Hook):
         speed, share = asked.stretch.images * run.world.size / seconds, asked.stretch.data_share(seconds)
         left = (run.epochs - asked.epoch) * place.steps - asked.step
         each = seconds / max(asked.stretch.steps / run.accum_steps, 1)
-        memory = memory_gib(run.world.device)
+        memory, power = memory_gib(run.world.device), watts(run.world.device)
         run.report.news(
             f"epoch {asked.epoch} [{asked.step}/{place.steps}]",
             f"loss {loss:.4f} lr {asked.lr:.3g} {speed:,.0f} img/s, waiting for data {share:.0%}, {memory:.1f} GiB, "
-            f"{duration(left * each)} left",
+            f"{f'{power:.0f} W, ' if power is not None else ''}{duration(left * each)} left",
+            f"loss {loss:.3f} {speed:,.0f} img/s, waits {share:.0%}, {short_duration(left * each)} left",
         )
+        self._foretell(left * each)
         scalars = {"loss": loss, "lr": asked.lr, "img_s": speed, "data_share": share, "memory_gib": memory}
+        scalars |= {} if power is None else {"power_w": power}
         at = asked.epoch * place.steps + asked.step
         run.report.scalars({f"train/{name}": value for name, value in scalars.items()}, at)
         self._before, self._since = (loss_sum, steps), asked.reading.mark
@@ -113,20 +120,12 @@ class Progress(Hook):
         self._health.reset()
         self._losses.returned(place)
 
-    def _reconsider(self, share: float) -> None:
-        """Once, when the run has found its pace: let another decoder try if the slowest process waits for this one."""
-        if self._settled or self._steps_here < SETTLED_AFTER:
-            return
-        self._settled = True
-        waits = max(dist.gather_objects(share))
-        if waits <= TOLERATED:
-            return
-        loader = self._run.loader
-        before = loader.settings.decoder
-        if decoder := loader.reconsider():
-            self._run.report.say(
-                f"training waits {waits:.0%} of its time for --decoder {before}; {decoder} from now on"
-            )
+    def _foretell(self, seconds: float) -> None:
+        """Once, when the pace is known: the time of day of the last step."""
+        if not self._foretold and self._steps_here >= FORECAST_AFTER:
+            self._foretold = True
+            end = time.strftime("%A %d %B, %H:%M", time.localtime(time.time() + seconds))
+            self._run.report.say(f"at this pace the last step is done on {end}; evaluations come on top")
 
 
 class Records(Hook):

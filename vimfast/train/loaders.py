@@ -14,7 +14,7 @@ from vimfast.data.source import Source, open_source
 from vimfast.data.views import Evaluation, Stages, training_view
 from vimfast.dist import World
 from vimfast.errors import UserError
-from vimfast.train.continuity import check_classes
+from vimfast.train.continuity import check_classes, check_every_class
 from vimfast.train.report import Reporter
 
 
@@ -64,6 +64,7 @@ def open_training(
             number, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
             problem = f"class {number} is {here!r} in train and {there!r} in val"
         raise UserError(problem, f"check them with vimfast check {data.data_path}")
+    check_every_class(classes, source.labels, data.data_path)
     last = cfg.schedule.epochs - 1  # beyond which batches are still read ahead
     view = training_view(
         _training_order(cfg, source, batches, world),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.evaluation import Scores, evaluate
+from vimfast.train.fitting import blank_batch, largest_batch
 from vimfast.train.folder import RunFolder
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.losses import Objective
@@ -130,7 +132,7 @@ class Evaluated:
     def score(self) -> dict[str, Scores]:
         for model in self.models.values():
             copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
-        with memory_for(self.loader, "--eval-batch-size"):
+        with memory_for(self.loader, lambda: f"--eval-batch-size {max(self.loader.order.batch_size // 2, 1)}"):
             there = [_on(self.loader.device, model) for model in self.models.values()]
             found = evaluate(there, self.loader, self.amp, self.report, self.control)
         scores = dict(zip(self.models, found, strict=True))
@@ -164,6 +166,7 @@ class EvaluationRun(_Closed):
     """A run that only evaluates."""
 
     evaluated: Evaluated
+    precision: Precision
     report: Reporter
     control: Control
     world: World
@@ -332,7 +335,27 @@ class TrainingRun(_Closed):
 
     def memory(self) -> AbstractContextManager[None]:
         """Reports too little memory with the flags that help."""
-        return memory_for(self.loader, "--batch-size", ", or --use-checkpoint")
+        return memory_for(self.loader, self._smaller)
+
+    def _smaller(self) -> str:
+        """The flags for the largest batch below this one that there is memory for."""
+        batch, same = self.loader.order.batch_size, f"--global-batch-size {self.global_batch} to train the same"
+        # A step of several processes waits for the others, which may have failed too.
+        found = self._largest_below(batch) if self.world.size == 1 else batch // 2
+        return f"--batch-size {found} {same} in smaller parts, or --use-checkpoint" if found else "--use-checkpoint"
+
+    def _largest_below(self, batch: int) -> int:
+        self.control.doing("looking for a batch that fits")
+        device, size = self.world.device, self.loader.view.side(self.place.epoch)
+
+        def trial(count: int) -> None:
+            images, targets = blank_batch(device, count, size, self.mixup, self.objective)
+            for part in range(self.accum_steps):
+                self.train_step(images, targets, first=part == 0, last=part == self.accum_steps - 1)
+            _synchronize(device)
+
+        self.train_step.forget()
+        return largest_batch(trial, batch - 1)
 
     def _next(self, batches: Iterator[Batch], part: int) -> Batch:
         self.control.doing("waiting for data")
@@ -391,15 +414,14 @@ class TrainingRun(_Closed):
 
 
 @contextmanager
-def memory_for(loader: Loader, flag: str, more: str = "") -> Iterator[None]:
-    """Too little memory in the block is reported with the flag that sets `loader`'s batch."""
+def memory_for(loader: Loader, advice: Callable[[], str]) -> Iterator[None]:
+    """Too little memory in the block is reported with an advice, which is asked for once the block's own is free."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)
         batch = loader.order.batch_size
-        raise UserError(
-            f"{loader.device} has too little memory for {batch} images a step", f"try {flag} {max(batch // 2, 1)}{more}"
-        ) from None
+        raise UserError(f"{loader.device} has too little memory for {batch} images a step", f"try {advice()}") from None
 
 
 def _on(device: torch.device, model: nn.Module) -> nn.Module:

@@ -8,17 +8,20 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from vimfast.checkpoint import Loaded, load_for_finetuning, load_found
 from vimfast.config import Config, ModelConfig
 from vimfast.errors import UserError
 from vimfast.models import create_model
 from vimfast.train.freezing import freeze
+from vimfast.train.gradients import GradientSum
 from vimfast.train.loop import Precision
-from vimfast.train.losses import build_teacher
+from vimfast.train.losses import Objective, build_teacher
 from vimfast.train.optim import WeightAverage, build_ema
 from vimfast.train.report import Reporter
 from vimfast.train.run_state import load_models
+from vimfast.train.step import TrainStep
 
 
 class Models(NamedTuple):
@@ -66,6 +69,32 @@ def build_models(
         )
     teacher = None if cfg.run.eval else build_teacher(cfg.distill, num_classes, cfg.model.input_size, dynamic)
     return Models(model, average, None if teacher is None else teacher.to(device), precision)
+
+
+def build_step(
+    models: Models,
+    optimizer: Optimizer,
+    objective: Objective,
+    clip_grad: float | None,
+    accum_steps: int,
+    processes: int,
+) -> TrainStep:
+    """The step that trains the model of a run.
+
+    Args:
+        processes: that run it together; 1: it runs alone.
+    """
+    trained = {name: p for name, p in models.model.named_parameters() if p.requires_grad}
+    return TrainStep(
+        models.model,
+        optimizer,
+        objective,
+        amp=models.precision.amp,
+        average=models.average,
+        gradients=GradientSum(trained) if processes > 1 else None,
+        clip_grad=clip_grad,
+        accum_steps=accum_steps,
+    )
 
 
 def build_model(cfg: ModelConfig, num_classes: int, dynamic_img_size: bool) -> nn.Module:

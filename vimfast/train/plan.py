@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from vimfast.config import Config
+from vimfast.data.loader import Loader
+from vimfast.dist import World
 from vimfast.train.device import kernels
-from vimfast.train.loop import TrainingRun
+from vimfast.train.loop import EvaluationRun, Precision, TrainingRun
 from vimfast.train.optim import peak_lr
 from vimfast.train.report import duration
 from vimfast.train.run_state import FACTOR
@@ -16,15 +19,32 @@ def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
     """(what, how) of a run that is ready to begin, on its first rank."""
     rows = [
         ("model", _model(run, cfg)),
-        ("computes", _computes(run)),
+        ("computes", _computes(run.world, run.precision, run.model, captured=run.train_step.captured)),
         ("trains on", _images(run, cfg)),
         ("augments by", _augmentation(cfg)),
-        ("decodes by", f"decoder {run.loader.settings.decoder}, threads {run.loader.settings.threads}"),
+        ("decodes by", _decoding(run.loader)),
         ("batch", _batch(run)),
         ("learning rate", _rate(run, cfg)),
         ("length", _length(run)),
         ("memory", _memory(run.world.device)),
         ("writes to", _output(run, cfg)),
+    ]
+    return [(what, how) for what, how in rows if how]
+
+
+def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
+    """(what, how) of an evaluation that is ready to begin."""
+    loader, model = run.evaluated.loader, run.evaluated.models[""]
+    source, batch = loader.source, loader.order.batch_size
+    images = f"{len(source):,} images of {len(source.classes)} classes in {cfg.data.data_path}"
+    limit = f"; the images of {cfg.run.eval_steps} steps alone" if cfg.run.eval_steps else ""
+    rows = [
+        ("model", f"{cfg.model.model}, {sum(p.numel() for p in model.parameters()):,} parameters"),
+        ("computes", _computes(run.world, run.precision, model)),
+        ("evaluates on", f"{images}, at {cfg.model.input_size} pixels{limit}"),
+        ("decodes by", _decoding(loader)),
+        ("batch", f"{run.world.size} process{'es' * (run.world.size != 1)} x {batch} images"),
+        ("memory", _memory(run.world.device)),
     ]
     return [(what, how) for what, how in rows if how]
 
@@ -36,10 +56,14 @@ def _model(run: TrainingRun, cfg: Config) -> str:
     return f"{cfg.model.model}, {trained:,} parameters{(frozen and f' and {frozen:,} frozen ones') or ''}{averaged}"
 
 
-def _computes(run: TrainingRun) -> str:
-    explained = kernels(run)
-    parts = [f"{run.precision} on {run.world.size} x {run.world.device.type}", explained and f"kernels {explained}"]
-    return ", ".join(filter(None, [*parts, "steps as a CUDA graph" if run.train_step.captured else ""]))
+def _computes(world: World, precision: Precision, model: nn.Module, *, captured: bool = False) -> str:
+    explained = kernels(model, precision)
+    parts = [f"{precision} on {world.size} x {world.device.type}", explained and f"kernels {explained}"]
+    return ", ".join(filter(None, [*parts, "steps as a CUDA graph" if captured else ""]))
+
+
+def _decoding(loader: Loader) -> str:
+    return f"decoder {loader.settings.decoder}, threads {loader.settings.threads}"
 
 
 def _images(run: TrainingRun, cfg: Config) -> str:

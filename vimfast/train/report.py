@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,8 +31,32 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def watts(device: torch.device) -> float | None:
+    """Power that the GPU draws; None where nothing measures it: on a CPU, or without nvidia-ml-py."""
+    if device.type == "cuda":
+        with suppress(Exception):  # of the driver, of a virtual GPU, of a package that is missing
+            return torch.cuda.power_draw(device) / 1000
+    return None
+
+
 def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+def short_duration(seconds: float) -> str:
+    """``27h01m`` or ``1m05s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def _encodable(text: str) -> str:
+    """Names of files need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+_INDENT = 15  # columns before what a line of the plan says
+_WIDE = 130  # columns of a terminal that shows all figures beside its bar
 
 
 class _Outlasted:
@@ -81,10 +106,27 @@ class Reporter:
                 self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def say(self, text: str) -> None:
+        text = _encodable(text)
         self.console.print(text, markup=False)
         self._log(text)
 
+    def row(self, what: str, how: str) -> None:
+        """A line of the plan; on a terminal, what does not fit is indented below it."""
+        text = _encodable(f"{what:{_INDENT}}{how}")
+        wrapped = [text]
+        if self.live:
+            wrapped = textwrap.wrap(
+                text,
+                self.console.width,
+                subsequent_indent=" " * _INDENT,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        self.console.print("\n".join(wrapped), markup=False)
+        self._log(text)
+
     def warn(self, text: str) -> None:
+        text = _encodable(text)
         if self.active:
             with suppress(OSError):
                 print(f"warning: {text}", file=sys.stderr)
@@ -126,11 +168,11 @@ class Reporter:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10 if self.console.width < _WIDE else 20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[news]}"),
         )
-        with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True) as progress:
             self._bar = (progress, progress.add_task(title, total=total, completed=done, news=""))
             try:
                 yield
@@ -141,10 +183,14 @@ class Reporter:
         if self._bar is not None:
             self._bar[0].advance(self._bar[1])
 
-    def news(self, place: str, figures: str) -> None:
-        """The latest figures: beside the bar, which shows the place, or as a line where there is no bar."""
+    def news(self, place: str, figures: str, brief: str) -> None:
+        """The latest figures: beside the bar, which shows the place, or as a line where there is no bar.
+
+        Args:
+            brief: the most important ones, for a narrow terminal.
+        """
         if self._bar is not None:
-            self._bar[0].update(self._bar[1], news=figures)
+            self._bar[0].update(self._bar[1], news=figures if self.console.width >= _WIDE else brief)
             self._log(f"{place} {figures}")
         else:
             self.say(f"{place} {figures}")

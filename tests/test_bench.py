@@ -1,0 +1,68 @@
+"""``vimfast bench`` on a CPU, at the smallest size; compiling DeiT takes too long for a test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vimfast.commands import bench
+from vimfast.errors import UserError
+from vimfast.speed import Subject
+
+SMALL = ("--device", "cpu", "--input-size", "16", "--batch-size", "2", "--seconds", "0.05")
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["vimfast bench", *SMALL, *words])
+        bench.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_model_and_its_data(run: Run, tree: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "speed.png"
+    record = json.loads(run(str(tree), "--no-deit", "--json", "--plot", str(plot)))
+    assert record["machine"].endswith("2 images of 16 pixels a step, fp32")
+    figures = record["figures"]
+    assert [f["what"] for f in figures] == ["training", "inference", "loading"]
+    for f in figures[:2]:
+        assert f["of"] == "vim_tiny_patch16_224"
+        assert f["img_s"] == pytest.approx(2000 / f["ms"])
+    assert figures[2]["of"] == str(tree)
+    assert figures[2]["img_s"] > 0 < figures[2]["cores"]
+    with Image.open(plot) as image:
+        assert image.width > 800
+
+
+def test_deit_of_the_same_size_stands_beside_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, build = [], Subject.build
+
+    def eager(subject: Subject, device: object) -> object:
+        built.append((subject.model, subject.compiled))
+        return build(Subject("deit_tiny_patch16_224", subject.batch, subject.size, amp=False), device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Subject, "build", eager)
+    said = " ".join(run("--model", "vim_small_patch16_224").split())
+    assert built == [("vim_small_patch16_224", False), ("deit_small_patch16_224", True)] * 2
+    assert "(compiled)" in said
+    assert "training: " in said
+    assert "times the rate of compiled DeiT" in said
+    assert "here it runs its reference in plain torch" in said
+
+
+def test_what_it_refuses(run: Run, tmp_path: Path) -> None:
+    for words, sentence in (
+        (("--model", "vim_tny"), "did you mean 'vim_tiny_patch16_224'"),
+        (("--plot", str(tmp_path / "no" / "a.png")), "in a folder that does not exist"),
+        (("--batch-size", "0"), "must be >= 1"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            run(*words)

@@ -1,0 +1,88 @@
+"""What a run says of the time that it waits for data, and of the time it will end."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from runs import TINY, train
+
+from vimfast.config import DataConfig, load_config
+from vimfast.data.hardware import available_cores
+from vimfast.data.source import FolderSource, Images
+from vimfast.dist import World
+from vimfast.train.build import build
+from vimfast.train.loop import TrainingRun
+from vimfast.train.report import Reporter, short_duration
+from vimfast.train.waiting import decoding_advice, reading_advice
+
+SLOW = "of its time for data: reading is slow"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> tuple[str, ...]:
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(TINY))
+    return ("--config", str(recipe), "--data-path", str(tree), "--log-every", "2", "--eval-steps", "1")
+
+
+def test_a_run_says_when_it_ends_and_that_reading_is_slow_once(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = FolderSource.read
+
+    def read(source: FolderSource, ids: np.ndarray) -> Images:
+        time.sleep(0.2)  # a slow disk: a step takes a tenth of it
+        return fast(source, ids)
+
+    monkeypatch.setattr(FolderSource, "read", read)
+    monkeypatch.setattr("vimfast.train.waiting.SETTLED_AFTER", 4)
+    monkeypatch.setattr("vimfast.train.hooks.FORECAST_AFTER", 6)
+    train(*flags, "--epochs", "2", "--steps-per-epoch", "8")
+    said = capsys.readouterr().out
+    assert len(re.findall(rf"^training waits \d+% {SLOW}; vimfast prepare makes shards of the folder", said, re.M)) == 1
+    assert said.index("epoch 0 [4/8]") < said.index(SLOW) < said.index("epoch 1 [2/8]")
+    found = re.findall(
+        r"^at this pace the last step is done on (\w+ \d\d \w+, \d\d:\d\d); evaluations come", said, re.M
+    )
+    today = [time.strftime("%A %d %B, %H:%M", time.localtime(time.time() - 60 * back)) for back in range(-1, 5)]
+    assert len(found) == 1
+    assert found[0] in today
+
+
+def test_what_helps_depends_on_data_and_flags(flags: tuple[str, ...]) -> None:
+    threads = available_cores()
+    with build(load_config([*flags, "--num-workers", "1"]), World()) as run:
+        assert isinstance(run, TrainingRun)
+        loader = run.loader
+        assert "vimfast prepare makes shards" in reading_advice(DataConfig(), loader)
+        given = decoding_advice(DataConfig(num_workers=1), loader)
+        assert given.startswith(f"--num-workers {threads} " if threads > 1 else "more cores")
+        assert decoding_advice(DataConfig(), loader).startswith(f"more cores than {threads} for this process")
+
+
+def test_a_bar_and_its_figures_fit_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a long run, where they are longest."""
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    report = Reporter(None, active=True)
+    assert report.live
+    brief = f"loss 2.298 21,500 img/s, waits 21%, {short_duration(97300)} left"
+    with report.steps("epoch 299", 1251, 1250):
+        report.news("", "x" * 200, brief)
+        report.advance()
+    line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue().replace("\r", "\n")).strip().splitlines()[-1]
+    assert f"epoch 299 {'━' * 10} 1251/1251 {brief}" in line
+    before = len(shown.getvalue())
+    report.row("trains on", "20,000 images of 10 classes in " + "folder/" * 4 + ", at 224 pixels; 4,000 to validate")
+    rows = shown.getvalue()[before:].splitlines()
+    assert len(rows) == 2
+    assert all(len(row) <= 80 for row in rows)
+    assert rows[1].startswith(" " * 15)

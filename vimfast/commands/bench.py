@@ -1,0 +1,282 @@
+"""``vimfast bench``: how fast this machine trains, infers and loads.
+
+    vimfast bench shards/ --model vim_tiny_patch16_224
+
+Beside the model stands timm's DeiT of its size, compiled, which is what a transformer does on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vimfast.cli import Parser, path, whole
+from vimfast.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vimfast.dist import World
+    from vimfast.speed import Subject
+
+_DEIT = {"deit_tiny_patch16_224": 5.7e6, "deit_small_patch16_224": 22.1e6, "deit_base_patch16_224": 86.6e6}
+_GREEN, _GREY, _BLUE = "#2a7f62", "#8a8f98", "#4c6fa5"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table."""
+
+    what: str  # training, inference or loading
+    of: str
+    note: str
+    img_s: float
+    ms: float | None = None  # of a step
+    gib: float | None = None  # of the GPU
+    cores: float | None = None  # in use
+
+
+def parser() -> Parser:
+    """Of the command line."""
+    parser = Parser(
+        "vimfast bench",
+        "Measure training and inference of a model on synthetic images, beside timm's DeiT of its size, compiled, and "
+        "with DATA the loader by itself, with the augmentation of training.",
+        epilog="example: vimfast bench shards/ --model vim_small_patch16_224 --plot speed.png",
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", nargs="?", type=path, help="shards or a folder tree, to measure the loader")
+    name = "vim_tiny_patch16_224"
+    add("--model", metavar="NAME", default=name, help=f"a Vision Mamba or any timm model [{name}]")
+    add("--input-size", metavar="S", type=whole(1), default=224, help="side of the images, pixels [224]")
+    add("--batch-size", metavar="N", type=whole(1), help="images of a step [128; on a CPU 2]")
+    add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
+    add("--fp32", action="store_true", help="compute in fp32; default: bf16 autocast on a GPU, fp32 on a CPU")
+    add("--no-deit", action="store_true", help="leave DeiT out; compiling it takes a minute or more")
+    add("--seconds", metavar="X", type=float, default=3.0, help="about how long each measurement takes [3]")
+    add("--json", action="store_true", help="print a JSON object instead of a table")
+    add("--plot", metavar="PNG", type=path, help="draw the images per second; needs matplotlib")
+    return parser
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    args = parser().parse_args(sys.argv[1:])
+    if not 0 < args.seconds < 3600:
+        raise UserError(f"--seconds is {args.seconds:g}", "it must be above 0 and below 3600")
+    if args.plot is not None:
+        _check_plot(args.plot)
+    import torch
+
+    from vimfast.dist import processes
+
+    with processes(args.device, timeout=600) as world:
+        _settle(args, world)
+        figures = _measure(args, world)
+        where = _describe(args, world)
+    if args.json:
+        print(
+            json.dumps(
+                {"machine": where, "torch": torch.__version__, "figures": [asdict(f) for f in figures]}, indent=1
+            )
+        )
+    else:
+        _print(figures, where, args)
+    if args.plot is not None:
+        _plot(figures, where, args.plot)
+        print(args.plot, file=sys.stderr if args.json else sys.stdout)
+
+
+def _settle(args: argparse.Namespace, world: World) -> None:
+    """Fill in what depends on the device."""
+    import torch
+
+    on_gpu = world.device.type == "cuda"
+    args.batch_size = args.batch_size or (128 if on_gpu else 2)
+    args.amp = on_gpu and not args.fp32 and torch.cuda.is_bf16_supported(including_emulation=False)
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
+    import torch
+
+    from vimfast.models import create_model
+    from vimfast.speed import Subject, inference, training
+
+    model = create_model(args.model, img_size=args.input_size)
+    size = sum(p.numel() for p in model.parameters())
+    args.reference = world.device.type == "cpu" and hasattr(model, "kernels")
+    del model
+    rows = [(args.model, False)]
+    if not args.no_deit:
+        rows.append((min(_DEIT, key=lambda name: abs(_DEIT[name] - size)), True))
+    found = []
+    kinds: tuple[tuple[str, Callable[..., Any]], ...] = (("training", training), ("inference", inference))
+    for what, prepare in kinds:
+        for model, compiled in rows:
+            _progress(f"{what} of {model}")
+            subject = Subject(model, args.batch_size, args.input_size, args.amp, compiled=compiled)
+            try:
+                found.append(_figure(what, prepare, subject, world.device, args.seconds))
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{world.device} has too little memory for {what} of {model} on {args.batch_size} images",
+                    f"give --batch-size {max(args.batch_size // 2, 1)}",
+                ) from None
+    if args.data is not None:
+        _progress(f"the loader of {args.data}")
+        found.append(_loading(args, world))
+    _progress("")
+    return found
+
+
+def _figure(what: str, prepare: Callable[..., Any], subject: Subject, device: torch.device, seconds: float) -> Figure:
+    import torch
+
+    from vimfast.speed import milliseconds, peak_gib
+    from vimfast.speed.steps import repeats_for
+
+    on_gpu, notes = device.type == "cuda", ["compiled"] if subject.compiled else []
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    run, capture = prepare(subject, device)
+    try:
+        repeats = repeats_for(run, device, seconds)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not subject.compiled:
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{subject.model} cannot be compiled here ({why})", "add --no-deit") from None
+    if on_gpu:
+        capture()
+        notes.append("CUDA graph")
+    ms = milliseconds(run, device, repeats)
+    gib = peak_gib() if on_gpu else None
+    return Figure(what, subject.model, ", ".join(notes), 1000 * subject.batch / ms, ms, gib)
+
+
+def _loading(args: argparse.Namespace, world: World) -> Figure:
+    import torch
+
+    from vimfast.config import plan_batches, resolve
+    from vimfast.data.source import open_source
+    from vimfast.speed import endless, measure_batches
+    from vimfast.train.loaders import open_training
+    from vimfast.train.report import Reporter
+
+    given = {"data_path": str(args.data), "input_size": args.input_size, "batch_size": args.batch_size}
+    cfg = resolve(given)
+    classes = open_source(args.data, "train").classes
+    loader = open_training(cfg, plan_batches(cfg, 1), world, classes, None, Reporter(None, active=True))
+    finish = torch.cuda.synchronize if world.device.type == "cuda" else None
+    rate, cores = measure_batches((len(batch.labels) for batch in endless(loader)), args.seconds, finish)
+    note = f"decoder {loader.settings.decoder}, threads {loader.settings.threads}"
+    loader.close()
+    return Figure("loading", str(args.data), note, rate, cores=cores)
+
+
+def _describe(args: argparse.Namespace, world: World) -> str:
+    import torch
+
+    if world.device.type == "cuda":
+        machine = torch.cuda.get_device_name(world.device)
+    else:
+        threads = torch.get_num_threads()
+        machine = f"CPU, {threads} thread{'s' * (threads != 1)}"
+    precision = "bf16" if args.amp else "fp32"
+    return f"{machine}; {args.batch_size} images of {args.input_size} pixels a step, {precision}"
+
+
+def _progress(what: str) -> None:
+    """What is measured, in place of what was before, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what and f'measuring {what} ...'}", end="", file=sys.stderr, flush=True)
+
+
+def _print(figures: list[Figure], where: str, args: argparse.Namespace) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=where, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("what")
+    table.add_column("of", overflow="fold")
+    for column in ("img/s", "ms a step", "GiB", "cores"):
+        table.add_column(column, justify="right")
+    before = ""
+    for f in figures:
+        if before and f.what != before:
+            table.add_section()
+        before = f.what
+        numbers = [f"{f.img_s:,.0f}" if f.img_s >= 100 else f"{f.img_s:.1f}"]
+        numbers += ["" if n is None else f"{n:,.1f}" for n in (f.ms, f.gib, f.cores)]
+        table.add_row(f.what, f"{f.of}{f.note and f' ({f.note})'}", *numbers)
+    console = Console(highlight=False)
+    console.print(table)
+    for line in _verdicts(figures, args):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _verdicts(figures: list[Figure], args: argparse.Namespace) -> list[str]:
+    """What the figures say about each other."""
+    lines = []
+    for what in ("training", "inference"):
+        rates = [f.img_s for f in figures if f.what == what]
+        if len(rates) == 2:
+            lines.append(f"{what}: {rates[0] / rates[1]:.2f} times the rate of compiled DeiT")
+    if args.reference:
+        lines.append("the kernels of a Vision Mamba need an NVIDIA GPU; here it runs its reference in plain torch")
+    loading = next((f for f in figures if f.what == "loading"), None)
+    if loading is not None:
+        ratio = loading.img_s / figures[0].img_s
+        lines.append(f"the loader alone gives {ratio:.2f} times what {args.model} trains on; 1.2 and more keep it fed")
+    return lines
+
+
+def _check_plot(out: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib, which is not installed", "pip install matplotlib") from None
+    matplotlib.use("Agg")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--plot {out} is in a folder that does not exist", "give a file in one that does")
+
+
+def _plot(figures: list[Figure], where: str, out: Path) -> None:
+    """Bars of images per second."""
+    from io import BytesIO
+
+    from matplotlib import pyplot as plt
+
+    from vimfast.files import write_bytes
+
+    rows = figures[::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.55 * len(rows) + 1.3), layout="constrained")
+    colours = [_BLUE if f.what == "loading" else _GREY if "compiled" in f.note else _GREEN for f in rows]
+    bars = axes.barh(range(len(rows)), [f.img_s for f in rows], height=0.6, color=colours)
+    axes.bar_label(bars, [f"{f.img_s:,.0f}" if f.img_s >= 100 else f"{f.img_s:.1f}" for f in rows], padding=4)
+    axes.set_yticks(range(len(rows)), [f"{f.what}: {f.of}\n{f.note}".strip() for f in rows], fontsize=9)
+    axes.set(xlabel="images per second", xlim=(0, 1.12 * max(f.img_s for f in rows)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(where, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    image = BytesIO()
+    figure.savefig(image, dpi=130)
+    plt.close(figure)
+    try:
+        write_bytes(out, image.getvalue())
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror})", "give --plot a file in another folder") from None
