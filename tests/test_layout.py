@@ -17,7 +17,7 @@ FLOORS = (
         *("vimfast.augment.draws", "vimfast.augment.plan", "vimfast.config.choices"),
     ),
     (
-        *("vimfast.cli", "vimfast.class_names", "vimfast.sheet"),
+        *("vimfast.cli", "vimfast.class_names", "vimfast.pages", "vimfast.sheet"),
         *("vimfast.augment.crops", "vimfast.augment.randaugment"),  # crops and policies check themselves
     ),
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
