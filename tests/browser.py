@@ -23,25 +23,22 @@ _FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark"><style
 <script>
 addEventListener("load", () => {{
   const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
-  const images = [...page.images].map(image => {{ image.loading = "eager"; return image.decode().catch(() => 0); }});
-  Promise.all(images).then(() => {{
-    const box = element => element.getBoundingClientRect(), style = getComputedStyle;
-    const texts = [...page.querySelectorAll("svg text")].filter(text => style(text).visibility == "visible");
-    document.querySelector("pre").textContent = JSON.stringify({{
-      width: root.clientWidth,
-      content: root.scrollWidth,
-      paper: style(page.body).backgroundColor,
-      images: page.images.length,
-      broken: [...page.images].filter(image => !image.naturalWidth).length,
-      charts: page.querySelectorAll("svg.plot").length,
-      columns: new Set([...page.querySelectorAll(".chart")].map(chart => box(chart).left)).size,
-      lines: [...page.querySelectorAll(".plot > path.line")].filter(path => path.getTotalLength() > 0).length,
-      bars: [...page.querySelectorAll("rect.bar")].filter(bar => box(bar).height > 0).length,
-      outside: texts.filter(text => {{
-        const own = box(text), whole = box(text.ownerSVGElement);
-        return own.left < whole.left || own.right > whole.right || own.top < whole.top || own.bottom > whole.bottom;
-      }}).map(text => text.textContent),
-    }});
+  const box = element => element.getBoundingClientRect(), style = getComputedStyle;
+  const texts = [...page.querySelectorAll("svg text")].filter(text => style(text).visibility == "visible");
+  document.querySelector("pre").textContent = JSON.stringify({{
+    width: root.clientWidth,
+    content: root.scrollWidth,
+    paper: style(page.body).backgroundColor,
+    images: page.images.length,
+    broken: [...page.images].filter(image => !image.naturalWidth).length,
+    charts: page.querySelectorAll("svg.plot").length,
+    columns: new Set([...page.querySelectorAll(".chart")].map(chart => box(chart).left)).size,
+    lines: [...page.querySelectorAll(".plot > path.line")].filter(path => path.getTotalLength() > 0).length,
+    bars: [...page.querySelectorAll("rect.bar")].filter(bar => box(bar).height > 0).length,
+    outside: texts.filter(text => {{
+      const own = box(text), whole = box(text.ownerSVGElement);
+      return own.left < whole.left || own.right > whole.right || own.top < whole.top || own.bottom > whole.bottom;
+    }}).map(text => text.textContent),
   }});
 }});
 </script>
@@ -69,7 +66,7 @@ def look(page: Path, folder: Path, *, width: int, dark: bool) -> Seen:
 
 def screenshot(page: Path, out: Path, *, width: int, height: int, dark: bool) -> None:
     """A PNG of the page's upper end, at this width (at least 500 pixels) and height."""
-    flags = [f"--window-size={width},{height}", "--hide-scrollbars", f"--screenshot={out}"]
+    flags = [f"--window-size={width},{height}", f"--screenshot={out}"]
     _run(*flags, *_scheme(dark), page.as_uri(), folder=out.parent)
 
 
@@ -82,6 +79,12 @@ def _run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     profile = folder / "profile"
     shutil.rmtree(profile, ignore_errors=True)
     quiet = ("quic", "background-networking", "component-update", "sync", "gpu")
-    flags = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--hide-scrollbars",
+        "--no-first-run",
+        *(f"--disable-{name}" for name in quiet),
+    ]
     command = [CHROMIUM, *flags, f"--user-data-dir={profile}", *words]
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)

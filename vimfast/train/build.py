@@ -28,6 +28,7 @@ from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.model import Models, build_models
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
+from vimfast.train.page import RunPage
 from vimfast.train.plan import plan
 from vimfast.train.report import Reporter
 from vimfast.train.rollback import Rollback
@@ -213,21 +214,22 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     losses = LossHealth(run, raises=cfg.optim.on_divergence == "rollback")
     if cfg.optim.on_divergence == "rollback":
         run.recover = Rollback(run, cfg, Path(cfg.run.output_dir), losses)
-    saving: Hook = NoCheckpoints(run)
+    saving: list[Hook] = [NoCheckpoints(run)]
     if folder is not None:
         extra = {"classes": run.loader.source.classes, "images": images, "config": cfg.to_dict()}
-        saving = Checkpoints(run, health, folder, cfg.run, extra)
+        saving = [RunPage(run, folder, cfg.data.data_path), Checkpoints(run, health, folder, cfg.run, extra)]
     return [
         Beginning(start_up, run.report),
         Progress(run, health, losses, cfg.run.log_every),
         *(more(run) if more is not None else ()),
         Records(run),
-        saving,
+        *saving,
     ]
 
 
 def _introduce(run: TrainingRun, cfg: Config, start: Origin | None) -> None:
-    for what, how in plan(run, cfg) if run.report.active else ():
+    run.plan = plan(run, cfg) if run.report.active else []
+    for what, how in run.plan:
         run.report.say(f"{what:15}{how}")
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
     if warmup >= epochs and cfg.schedule.sched != "none":

@@ -92,7 +92,9 @@ class Progress(Hook):
         self._health.check(Place(place.steps, asked.epoch, asked.step), counts, asked.lr)
         loss = (loss_sum - loss_before) / (steps - steps_before) if steps > steps_before else math.nan
         seconds = max(asked.reading.mark.since(self._since), 1e-9)
-        speed, share = asked.stretch.images * run.world.size / seconds, asked.stretch.data_share(seconds)
+        images, share = asked.stretch.images * run.world.size, asked.stretch.data_share(seconds)
+        speed = images / seconds
+        run.pace.spend(images, seconds, share)
         left = (run.epochs - asked.epoch) * place.steps - asked.step
         each = seconds / max(asked.stretch.steps / run.accum_steps, 1)
         memory = memory_gib(run.world.device)

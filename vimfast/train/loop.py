@@ -21,6 +21,7 @@ from vimfast.data.views import Batch
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
+from vimfast.train.answers import Answers
 from vimfast.train.evaluation import Scores, evaluate
 from vimfast.train.folder import RunFolder
 from vimfast.train.gradients import copy_from_first
@@ -118,6 +119,7 @@ class Evaluated:
         models: the weights under ``""``, their average under ``"ema_"``, as the record of an epoch names them.
         loader: of the validation images.
         amp: the autocast context to run under.
+        answers: collects those of the weights, for whoever has set it.
     """
 
     models: dict[str, nn.Module]
@@ -125,13 +127,14 @@ class Evaluated:
     amp: torch.autocast
     report: Reporter
     control: Control
+    answers: Answers | None = None
 
     def score(self) -> dict[str, Scores]:
         for model in self.models.values():
             copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with memory_for(self.loader, "--eval-batch-size"):
             there = [_on(self.loader.device, model) for model in self.models.values()]
-            found = evaluate(there, self.loader, self.amp, self.report, self.control)
+            found = evaluate(there, self.loader, self.amp, self.report, self.control, self.answers)
         scores = dict(zip(self.models, found, strict=True))
         for whose, own in scores.items():
             self.report.say(f"{own} ({'averaged' if whose else 'raw'} weights)")
@@ -198,6 +201,7 @@ class TrainingRun(_Closed):
         hooks: act on its events, in this order.
         recover: makes a run that has diverged ready to continue, or raises the error.
         turns: the places (epoch, step) that it was rolled back to.
+        plan: what it is going to do, on rank 0: (what, how).
     """
 
     place: Place
@@ -220,6 +224,7 @@ class TrainingRun(_Closed):
     folder: RunFolder | None = None  # held to the end, so that no other run writes to it
     recover: Callable[[Diverged], None] | None = None
     turns: Sequence[tuple[int, int]] = ()
+    plan: Sequence[tuple[str, str]] = ()
     sums: Sums = field(init=False)
     pace: Pace = field(init=False)
 
@@ -256,6 +261,7 @@ class TrainingRun(_Closed):
                     if self.recover is None:
                         raise
                     self.recover(error)
+                    self.pace = Pace(self.world.device)
                     continue
                 self._evaluate_epoch()
                 self.place.epoch, self.place.step = self.place.epoch + 1, 0
