@@ -221,7 +221,7 @@ class _Run:
                 epochs,
                 "epoch",
                 [Series("at the epoch's end", scaled, _TRAINING)],
-                "{:.3g}".format,
+                lambda own: f"{own * 10.0**power:.3g}",
                 least=0,
             ),
             LineChart("Training speed, images/s", epochs, "epoch", [speed], "{:,.0f}".format, least=0),
