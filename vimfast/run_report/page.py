@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import time
@@ -20,15 +19,14 @@ from vimfast.files import atomic_write
 from vimfast.pages import LineChart, Mark, Series, render
 from vimfast.pages.charts import power_of_ten, superscript
 from vimfast.run_report.facts import Facts, read_facts
+from vimfast.run_report.records import Record, read_records
 
 PAGE = "report.html"
 
 _TEMPLATE = Path(__file__).parent / "run.html"
-_LOG, _CONFIG = "log.txt", "config.yaml"
+_CONFIG = "config.yaml"
 _TRAINING, _RAW, _AVERAGED = 2, 1, 3  # colours of the palette
 _WAITS = 0.05  # of the time: more is worth a word
-
-Record = dict[str, Any]
 
 
 def write_page(folder: Path) -> Path:
@@ -50,31 +48,9 @@ def render_page(folder: Path) -> bytes:
     Raises:
         UserError: the folder is not a run's, or what is in it is damaged.
     """
-    records, facts, config = _read_records(folder), read_facts(folder), _read_config(folder)
+    records, facts, config = read_records(folder), read_facts(folder), _read_config(folder)
     run = _Run(folder, records, facts, config)
     return render(_TEMPLATE, run=run, facts=facts, version=__version__, written=time.strftime("%Y-%m-%d %H:%M"))
-
-
-def _read_records(folder: Path) -> list[Record]:
-    """The records of ``log.txt`` by epoch; lines that are no record are passed over, as a run passes over them."""
-    path = folder / _LOG
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no {_LOG}", "give the --output_dir of a run of at least one epoch") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
-    records: dict[int, Record] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
-            records[record["epoch"]] = record
-    if not records:
-        raise UserError(f"{path} holds no epoch", "give the --output_dir of a run of at least one epoch")
-    return [records[epoch] for epoch in sorted(records)]
 
 
 def _read_config(folder: Path) -> dict[str, dict[str, Any]]:

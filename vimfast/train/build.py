@@ -16,6 +16,7 @@ from vimfast.data.views import Stages
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
+from vimfast.train.boards import WandB, check_boards
 from vimfast.train.continuity import order_changes
 from vimfast.train.device import prepare_device
 from vimfast.train.folder import RunFolder, unwritable
@@ -84,6 +85,7 @@ def build_training(
     stage: Stages | None = None,
 ) -> TrainingRun:
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
+    check_boards(cfg.run)
     if not cfg.run.output_dir or cfg.run.dry_run:
         return _build_training(cfg, world, control, start_up, hooks, stage, None)
     try:
@@ -222,7 +224,7 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
         Beginning(start_up, run.report),
         Progress(run, health, losses, cfg.run.log_every),
         *(more(run) if more is not None else ()),
-        Records(run),
+        Records(run, cfg.run.csv),
         *saving,
     ]
 
@@ -255,3 +257,5 @@ def _take_over(held: RunFolder, cfg: Config, start: Origin | None, place: Place,
     except OSError as error:
         raise unwritable(held.path, error) from None
     held.save_config(cfg)
+    if cfg.run.wandb and report.active:
+        report.add("Weights & Biases' file", WandB(held.path, cfg.to_dict(), resumed=place.epoch > 0 or place.step > 0))

@@ -1,0 +1,87 @@
+"""The figures of a run arrive where they are asked for: as a table, and in Weights & Biases' files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import RECIPE, Stops, records, refused, train
+
+from vimfast.errors import UserError
+from vimfast.run_report import write_table
+from vimfast.train.boards import WandB
+
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="needs the package wandb")
+
+
+@pytest.fixture(scope="module")
+def flags(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return ("--config", str(path), "--eval-batch-size", "8", "--data-path", str(tree))
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@needs_wandb
+def test_both_have_what_the_log_has_also_of_a_resumed_run(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    flags = (*flags, "--output_dir", str(tmp_path), "--csv", "--wandb", "--resume", "auto")
+    train(*flags, control=Stops("epoch 1, step 1"))
+    assert len(rows(tmp_path)) == 1
+    train(*flags)
+    log = records(tmp_path)
+    assert [record["epoch"] for record in log] == [0, 1]
+    for record, row in zip(log, rows(tmp_path), strict=True):
+        assert {name: float(value) for name, value in row.items()} == record
+    parts = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    own = (tmp_path / "wandb" / "run-id").read_text().strip()
+    assert [path.stem for path in parts] == [f"run-{own}"] * 2  # one run, in two parts, for wandb sync
+    for part, record in zip(parts, log, strict=True):
+        content = part.read_bytes()
+        for name in ("train_loss", "test_loss", "ema_test_loss"):
+            assert f"epoch/{name}".encode() in content
+            assert json.dumps(record[name]).encode() in content
+        assert b"train/img_s" in content
+        assert b"model_ema_decay" in content
+
+
+@needs_wandb
+def test_a_run_from_nothing_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    found = []
+    for resumed in (False, True, False):
+        WandB(tmp_path, {}, resumed=resumed).close()
+        found.append((tmp_path / "wandb" / "run-id").read_text())
+    assert found[0] == found[1] != found[2]
+
+
+def test_what_cannot_be_had_is_refused(flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flag in ("--csv", "--wandb"):
+        assert refused(*flags, flag) == f"{flag} writes to the run folder, and there is no --output_dir; add one"
+    monkeypatch.setattr("vimfast.train.boards.find_spec", lambda name: None)
+    sentence = refused(*flags, "--wandb", "--output_dir", str(tmp_path / "run"))
+    assert sentence == "--wandb needs the package wandb, which is not installed; pip install wandb, or drop --wandb"
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_table_has_a_column_for_every_field(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no log\.txt"):
+        write_table(tmp_path)
+    lines = ['{"loss": 1.5, "epoch": 1}', '{"epoch": 0, "loss": null, "a,b": "x\\ny"}', "half a li"]
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    write_table(tmp_path)
+    assert rows(tmp_path) == [{"epoch": "0", "loss": "", "a,b": "x\ny"}, {"epoch": "1", "loss": "1.5", "a,b": ""}]
+    assert re.match(r"epoch,", (tmp_path / "log.csv").read_text())
