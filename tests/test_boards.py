@@ -68,7 +68,9 @@ def test_a_run_from_nothing_is_another_run(tmp_path: Path, monkeypatch: pytest.M
     assert found[0] == found[1] != found[2]
 
 
-def test_what_cannot_be_had_is_refused(flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_or_package_is_refused(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for flag in ("--csv", "--wandb"):
         assert refused(*flags, flag) == f"{flag} writes to the run folder, and there is no --output_dir; add one"
     monkeypatch.setattr("vimfast.train.boards.find_spec", lambda name: None)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from browser import look, needs_browser
 from hypothesis import given
@@ -27,6 +28,7 @@ from vimfast.inference import load_classifier, predict
 from vimfast.run_report import read_facts, write_page
 from vimfast.run_report.environment import git_state
 from vimfast.run_report.mistakes import confused, hardest
+from vimfast.train.answers import Answers
 
 ODD_CLASS, ODD_FILE = "<b>n01&\"'", b"new\nline\xff<i>.JPEG"
 
@@ -243,3 +245,16 @@ def test_the_state_of_a_checkout(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "installed.py").touch()
     assert git_state(tmp_path / "site" / "installed.py") == ""
+
+
+@pytest.mark.gpu
+def test_no_batch_waits_for_the_host() -> None:
+    answers, device = Answers(), torch.device("cuda")
+    logits, labels = torch.randn(8, 10, device=device), torch.arange(8, device=device)
+    answers.begin()
+    answers.add(logits, labels)  # loads the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        answers.add(logits, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""Where the figures of a run are shown beside its own files: TensorBoard, and Weights & Biases."""
+"""Where a run's figures are shown, beside its own files: TensorBoard, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Board(Protocol):
     """Takes figures as they come."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Figures under names such as ``train/loss``, by step, or ``epoch/test_acc1``, by epoch.
+        """Show figures, under names such as ``train/loss`` (`step` is the run's) or ``epoch/test_acc1`` (an epoch).
 
         Raises:
             OSError: they cannot be written.
         """
 
     def close(self) -> None:
-        """No others follow.
+        """Finish; no more figures follow.
 
         Raises:
             OSError: they cannot be written.
@@ -53,10 +53,10 @@ class TensorBoard:
 
 
 def check_boards(run: RunConfig) -> None:
-    """Whether what the settings ask for can be had.
+    """Whether the run has a folder, and this machine the packages, for what the settings ask for.
 
     Raises:
-        UserError: it cannot.
+        UserError: one is missing.
     """
     for flag, wanted in (("--csv", run.csv), ("--wandb", run.wandb)):
         if wanted and not run.output_dir:
@@ -92,7 +92,7 @@ class WandB:
                 id=_run_id(own / _ID, resumed),
                 resume="allow",
                 config=settings,
-                settings=wandb.Settings(console="off"),  # it has a log, and a bar that is not to be captured
+                settings=wandb.Settings(console="off"),  # train.log has all lines, and bars are not for logs
             )
         except wandb.Error as error:
             raise UserError(

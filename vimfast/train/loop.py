@@ -119,7 +119,7 @@ class Evaluated:
         models: the weights under ``""``, their average under ``"ema_"``, as the record of an epoch names them.
         loader: of the validation images.
         amp: the autocast context to run under.
-        answers: collects those of the weights, for whoever has set it.
+        answers: collects those of the raw weights, if anybody wants them.
     """
 
     models: dict[str, nn.Module]
