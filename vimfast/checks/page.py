@@ -18,7 +18,7 @@ from vimfast.class_names import english_names
 from vimfast.errors import printable
 from vimfast.files import atomic_write
 from vimfast.pages import Bar, BarChart, render, thumbnail
-from vimfast.shards.tree import is_image_name, read_image
+from vimfast.shards.tree import MOST_BYTES, is_image_name, read_image
 
 _TEMPLATE = Path(__file__).parent / "check.html"
 _GROUPS, _LINES, _SHOWN = 40, 12, 6  # findings on a page: kinds, lines of a kind, thumbnails of a kind
@@ -104,7 +104,7 @@ def _member(tar: Path, name: str) -> bytes:
     with tarfile.open(tar) as opened:
         for member in opened:
             if member.name == name and (file := opened.extractfile(member)) is not None:
-                return file.read()
+                return file.read(MOST_BYTES)
     raise KeyError(name)
 
 

@@ -264,7 +264,7 @@ class _Run:
             f" --processes {self.facts.processes}" if self.facts is not None and self.facts.processes > 1 else ""
         )
         train = f"vimfast train{processes} --config {shlex.quote(str(self.folder / _CONFIG))}"
-        unfinished = [] if self.finished else [NextCommand("train on to the last epoch", f"{train} --resume auto")]
+        unfinished = [] if self.finished else [NextCommand("continue to the last epoch", f"{train} --resume auto")]
         return [
             *(unfinished if self.config else []),
             *([NextCommand("evaluate the best checkpoint", f"{train} --eval --resume {own}")] if self.config else []),

@@ -16,7 +16,7 @@ from vimfast.data.source import Source
 from vimfast.dist import World
 from vimfast.errors import UserError, printable
 from vimfast.pages import thumbnail
-from vimfast.run_report import Confused, Facts, Hard, Mistakes, Pace, read_facts, write_facts, write_page
+from vimfast.run_report import PAGE, Confused, Facts, Hard, Mistakes, Pace, read_facts, write_facts, write_page
 from vimfast.run_report.environment import software
 from vimfast.run_report.mistakes import confused, hardest
 from vimfast.train.answers import Answered, Answers
@@ -52,6 +52,8 @@ class RunPage(Hook):
 
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
         self._submit(partial(self._epoch, end.epoch, self._run.pace.spent, self._answers.last))
+        if place.epoch + 1 == self._run.epochs:
+            self._run.report.say(f"curves, hardest images and settings are in {self._folder / PAGE}")
 
     def stopped(self, place: Place) -> None:
         self._submit(partial(self._stop, str(place)))
