@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from runs import RECIPE, Stops, records, refused, train
 from vimfast.errors import UserError
 from vimfast.run_report import write_table
 from vimfast.train.boards import WandB
+from vimfast.train.report import Reporter
 
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="needs the package wandb")
 
@@ -77,6 +80,32 @@ def test_a_missing_folder_or_package_is_refused(
     sentence = refused(*flags, "--wandb", "--output_dir", str(tmp_path / "run"))
     assert sentence == "--wandb needs the package wandb, which is not installed; pip install wandb, or drop --wandb"
     assert not (tmp_path / "run").exists()
+
+
+class Full:
+    """A board on a disk that is full."""
+
+    calls = 0
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.calls += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        raise AssertionError("it was given up")
+
+
+def test_a_board_that_fails_is_given_up_with_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, full = Reporter(tmp_path, active=True), Full()
+    report.add("the full board", full)
+    for step in range(3):
+        report.scalars({"train/loss": 1.0}, step)
+    report.close()
+    assert full.calls == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: the full board in {tmp_path} cannot be written (No space left on device)")
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"train/loss") == 3
 
 
 def test_the_table_has_a_column_for_every_field(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ _SECONDS = 20.0  # that git may take on a slow disk
 
 def software() -> list[tuple[str, str]]:
     """(what, which) of what is installed here and of the code that runs."""
-    rows = [("vimfast", " · ".join(filter(None, [vimfast.__version__, git_state(Path(vimfast.__file__))])))]
-    if started_in := git_state(Path.cwd()):
+    own, started_in = git_state(Path(vimfast.__file__)), git_state(Path.cwd())
+    rows = [("vimfast", " · ".join(filter(None, [vimfast.__version__, own])))]
+    if started_in and started_in != own:
         rows.append(("working folder", started_in))
     rows += [("Python", platform.python_version())]
     rows += [(name, version) for name in (*_PACKAGES, *_MORE) if (version := _version(name))]
