@@ -199,6 +199,23 @@ def test_damaged_facts_cost_a_warning(run: Run, tmp_path: Path, capsys: pytest.C
     assert line.endswith("the report has no speed of the epochs before 3")
 
 
+def test_images_left_out_do_not_shift_the_others(run: Run, tree: Path, tmp_path: Path) -> None:
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tree, data)
+    broken = data / "val" / "n01" / "n01_3.JPEG"  # in a batch with others of its class
+    broken.write_bytes(broken.read_bytes()[:300])
+    flags = ("--data-path", str(data), "--output_dir", str(folder), "--epochs", "1", "--steps-per-epoch", "1")
+    train(*run.flags, *flags, "--on-bad-image", "skip")
+    facts = read_facts(folder)
+    assert facts is not None
+    assert facts.mistakes is not None
+    assert facts.mistakes.images == len(facts.mistakes.hardest) == 14
+    expected = {str(path.relative_to(data)) for path in data.glob("val/*/*") if path != broken}
+    assert {image.file for image in facts.mistakes.hardest} == expected
+    assert all(image.label == image.file.split("/")[1] for image in facts.mistakes.hardest)
+    assert facts.mistakes.wrong == round(14 * (1 - records(folder)[-1]["test_acc1"] / 100))
+
+
 @needs_browser
 def test_a_browser_shows_it(run: Run, tmp_path: Path) -> None:
     for width, dark in ((1200, True), (400, False)):
