@@ -29,10 +29,10 @@ def hardest(own: np.ndarray, ids: np.ndarray, most: int) -> np.ndarray:
 def confused(labels: np.ndarray, guesses: np.ndarray, most: int) -> list[Pair]:
     """Up to `most` pairs of classes, of which the first is taken for the second most often; int [n] each."""
     wrong = labels != guesses
-    pairs, counts = np.unique(np.stack([labels[wrong], guesses[wrong]], axis=1), axis=0, return_counts=True)
-    of = np.bincount(labels, minlength=1)
-    order = np.lexsort((pairs[:, 1], pairs[:, 0], of[pairs[:, 0]], -counts))[:most]  # of small classes before large
-    return [
-        Pair(label, guess, count, int(of[label]))
-        for (label, guess), count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
-    ]
+    classes = int(max(labels.max(initial=0), guesses.max(initial=0))) + 1
+    codes, counts = np.unique(labels[wrong].astype(np.int64) * classes + guesses[wrong], return_counts=True)
+    firsts, seconds = np.divmod(codes, classes)
+    of = np.bincount(labels, minlength=classes)
+    order = np.lexsort((codes, of[firsts], -counts))[:most]  # of small classes before large
+    columns = (firsts[order], seconds[order], counts[order], of[firsts[order]])
+    return [Pair(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
