@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import look, needs_browser
 from conftest import deep_folder, enlarged, forbidden, write_image
 from PIL import Image
 from timm.data import ImageNetInfo
 
 from vimfast import check_data
 from vimfast.checks import findings as findings_module
-from vimfast.checks.findings import ClassCheck, Finding, imagenet_wnids, run_tasks
+from vimfast.checks import page
+from vimfast.checks.findings import CheckOptions, ClassCheck, Finding, imagenet_wnids, run_tasks
 from vimfast.config import load_config
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
@@ -445,10 +448,24 @@ def test_imagenet_with_a_renamed_class(wnids: list[str]) -> None:
 
 def test_a_part_of_imagenet_must_be_asked_for(wnids: list[str]) -> None:
     counts = {split: dict.fromkeys(wnids[:100], 7) for split in ("train", "val")}
-    missing = {f.file for f in judge(counts) if "missing" in f.what}
-    assert missing == {f"{split}/{name}" for split in counts for name in wnids[100:]}
-    assert any("--classes 100" in f.fix for f in judge(counts))
+    (finding,) = judge(counts)
+    assert finding.severity == "error"
+    assert finding.what == "looks like a subset of ImageNet-1k: 100 of its 1,000 classes, the same in train and val"
+    assert finding.fix == "pass --classes 100 if that is what you want; otherwise add the other classes"
     assert judge(counts, 100) == []
+    (finding,) = judge({"train": counts["train"]})
+    assert finding.what.endswith("its 1,000 classes")
+
+
+def test_what_is_no_consistent_part_of_imagenet_is_held_to_all_of_it(wnids: list[str]) -> None:
+    counts = {split: dict.fromkeys(wnids[:100], 7) for split in ("train", "val")}
+    counts["val"].pop(wnids[3])
+    assert {f.file for f in judge(counts) if f.what == "missing, a class of train"} == {f"val/{wnids[3]}"}
+    assert {f.file for f in judge(counts) if "ImageNet-1k" in f.what} >= {f"train/{name}" for name in wnids[100:]}
+    counts = {split: {**dict.fromkeys(wnids[:100], 7), "cat": 7} for split in ("train", "val")}
+    assert {f.file for f in judge(counts) if "not a class of" in f.what} == {"train/cat", "val/cat"}
+    counts = {split: {**dict.fromkeys(wnids[:100], 7), wnids[5]: 0} for split in ("train", "val")}
+    assert [f.what for f in judge(counts)][1:] == ["holds no images"] * 2
 
 
 def test_other_wordnet_classes_are_not_held_to_imagenet_1k() -> None:
@@ -720,6 +737,82 @@ def test_the_sheet_of_few_images_and_unreadable_ones(check: Check, tmp_path: Pat
     write_image(tmp_path / "train" / "only" / "one.jpg", 1)
     status, report = check(tmp_path, "--sample-grid", tmp_path / "no" / "two.png")
     assert only(report)["file"] == str(tmp_path / "no" / "two.png")
+
+
+# The page
+
+
+@pytest.fixture
+def odd(root: Path) -> Path:
+    """A tree of one image wider than tall, one far larger, one that does not decode, and one of an odd name."""
+    write_image(root / "train/n01/wide.jpg", 1, (300, 40))
+    write_image(root / "train/n01/large.jpg", 2, (900, 1200), "CMYK")
+    (root / "train/n02/broken.jpg").write_bytes((root / "train/n02/n02_0.JPEG").read_bytes()[:300])
+    write_image(root / "val/n03/<b>&.jpg", 3, (60, 60), "CMYK")
+    return root
+
+
+def test_the_page_has_what_the_json_has(check: Check, odd: Path, tmp_path: Path) -> None:
+    status, report = check(odd, "--html", tmp_path / "page.html", "--input-size", "52")
+    text = (tmp_path / "page.html").read_text()
+    assert (status, report["errors"]) == (1, 1)
+    assert "not fit to train on</span>" in text
+    assert f"folder tree · 1 error, {report['warnings']} warnings" in text
+    for finding in report["findings"]:
+        name = "/".join(Path(finding["file"]).parts[-2:])
+        assert name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("/", "/<wbr>") in text
+        assert finding["fix"].replace("'", "&#39;") in text
+    assert "<b>&" not in text
+    assert text.count("data:image/jpeg;base64,") == 2  # the two of CMYK
+    assert text.count(">does not decode<") == 1
+    tiles = re.findall(r"<dt>(.*?)</dt><dd>(.*?)<small>", text)
+    assert tiles[0] == ("Images of train", "39")
+    small = [path for path in odd.glob("train/*/*") if path.name != "broken.jpg" and min(Image.open(path).size) < 52]
+    assert ("Enlarged in training", str(len(small))) in tiles
+
+
+def test_bars_count_every_image_and_class(odd: Path) -> None:
+    report = check_data.check(odd, CheckOptions())
+    assert report.classes["train"] == {"n01": 14, "n02": 13, "n03": 12}
+    read = [Image.open(path).size for path in sorted(odd.glob("val/*/*"))]
+    assert sorted(map(tuple, report.sizes["val"][:, ::-1].tolist())) == sorted(read)
+    for split, images in (("train", 39), ("val", 16)):
+        classes, sides, shapes = page.SplitPage(split, report, 224).charts
+        assert sum(bar.height for bar in classes.bars) == 3
+        assert sum(bar.height for bar in sides.bars) == sum(bar.height for bar in shapes.bars) == images
+        (wide,) = (bar for bar in shapes.bars if bar.left <= 1e-9 < bar.right)
+        square = sum(0.9 < width / height < 1.1 for height, width in report.sizes[split].tolist())
+        assert wide.height >= min(1, square)
+        assert [bar.left for bar in sides.bars[1:]] == [bar.right for bar in sides.bars[:-1]]
+
+
+def test_the_page_of_shards_and_of_nothing(check: Check, shards: Path, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    damaged = shards / "val-000000.tar"
+    overwrite(damaged, 1200, b"\x00\x01\x02")
+    status, report = check(shards, "--html", target)
+    assert (status, report["errors"]) == (1, 1)
+    member = report["findings"][0]["file"].partition(": ")[2]
+    assert f"{damaged.name}: {member}".replace("/", "/<wbr>") in target.read_text()
+    status, report = check(tmp_path / "none", "--html", target)
+    assert (status, report["errors"]) == (1, 1)
+    assert "is not a folder" in target.read_text() or "does not exist" in target.read_text()
+    status, report = check(shards, "--html", tmp_path / "none" / "page.html")
+    assert report["findings"][-1]["what"].startswith("not written: No such file")
+    assert report["errors"] == 2
+
+
+@needs_browser
+def test_a_browser_shows_the_page(check: Check, odd: Path, tmp_path: Path) -> None:
+    check(odd, "--html", tmp_path / "page.html")
+    for width, dark in ((1200, False), (400, True)):
+        found, complaints = look(tmp_path / "page.html", tmp_path, width=width, dark=dark)
+        assert complaints == []
+        assert (found["width"], found["content"]) == (width, width)
+        assert (found["charts"], found["images"], found["broken"]) == (6, 2, 0)
+        assert found["bars"] >= 6
+        assert found["columns"] == (3 if width == 1200 else 1)
+        assert found["outside"] == []
 
 
 def test_a_killed_worker_is_one_sentence() -> None:

@@ -19,11 +19,11 @@ FLOORS = (
         *("vimfast.augment.draws", "vimfast.augment.plan", "vimfast.config.choices"),
     ),
     (
-        *("vimfast.cli", "vimfast.class_names", "vimfast.sheet"),
+        *("vimfast.cli", "vimfast.class_names", "vimfast.pages", "vimfast.sheet"),
         *("vimfast.augment.crops", "vimfast.augment.randaugment"),  # crops and policies check themselves
     ),
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
-    ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint"),
+    ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint", "vimfast.run_report"),
     ("vimfast.data", "vimfast.processes"),
     ("vimfast.train", "vimfast.doctor"),
     ("vimfast.inference", "vimfast.samples", "vimfast.speed"),

@@ -37,6 +37,12 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
     assert packed == tree
 
 
+def test_wheel_holds_every_template(wheel: Path) -> None:
+    tree = {str(p.relative_to(ROOT)) for kind in ("html", "css") for p in (ROOT / "vimfast").rglob(f"*.{kind}")}
+    assert len(tree) >= 5
+    assert tree <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_wheel_says_that_it_is_typed(wheel: Path) -> None:
     assert {"vimfast/py.typed", "vimfast/__init__.pyi", "vimfast_kernels/py.typed"} <= set(
         zipfile.ZipFile(wheel).namelist()

@@ -35,6 +35,7 @@ from runs import (
 from vimfast import export
 from vimfast.checkpoint import find_checkpoint, load_checkpoint
 from vimfast.errors import UserError
+from vimfast.run_report import read_facts
 from vimfast.train.folder import RunFolder
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.records import RecordFile
@@ -151,6 +152,12 @@ def test_a_second_run_of_several_processes_leaves_the_first_alone(flags: tuple[s
         assert_gone(first, 10)
     call("vimfast.train", *flags, *more, processes=2)
     assert [r["epoch"] for r in records(run)] == [0]
+    facts = read_facts(run)  # of both processes
+    assert facts is not None
+    assert facts.mistakes is not None
+    assert (facts.processes, facts.mistakes.images) == (2, 4)
+    assert len({image.file for image in facts.mistakes.hardest}) == 4
+    assert all(image.file.split("/")[1] == image.label for image in facts.mistakes.hardest)
 
 
 # Settings
@@ -191,10 +198,11 @@ def test_what_only_reports_does_not_end_a_run(
 ) -> None:
     (tmp_path / "train.log").mkdir()
     (tmp_path / "tensorboard").touch()
+    (tmp_path / "report.html").mkdir()
     train(*flags, "--output_dir", str(tmp_path))
     assert [r["epoch"] for r in records(tmp_path)] == [0, 1]
     told = capsys.readouterr().err.splitlines()
-    for what in ("train.log", "TensorBoard's file"):
+    for what in ("train.log", "TensorBoard's file", "report.html"):
         (line,) = (line for line in told if f"warning: {what} in" in line)
         assert "the run continues" in line
 

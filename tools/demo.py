@@ -126,7 +126,7 @@ def main() -> None:
     torchrun = [python, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     train = ["-m", "vimfast.train", "--config", str(CONFIG), "--data-path", str(shards)]
     run(python, "-m", "vimfast.prepare", str(digits), "--out", str(shards))
-    run(python, "-m", "vimfast.check_data", str(shards))
+    run(python, "-m", "vimfast.check_data", str(shards), "--html", str(out / "check.html"))
     run(python, "-m", "vimfast", "show", str(shards), "--config", str(CONFIG), "--out", str(out / "samples.png"))
     run(*torchrun, *train, "--output_dir", str(folder))
     run(python, *train, "--eval", "--resume", str(folder / "best_checkpoint.pth"))
@@ -136,6 +136,8 @@ def main() -> None:
     print(
         f"\n{accuracy:.1f} % top-1 in {time.perf_counter() - begin:.0f} s; look at",
         *sorted(out.glob("*.png")),
+        out / "check.html",
+        folder / "report.html",
     )
 
 

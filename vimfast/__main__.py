@@ -34,6 +34,7 @@ COMMANDS = {
     "check": Command("vimfast.check_data:main", "say whether a folder of images, or shards, are fit to train on"),
     "train": Command("vimfast.commands.train:main", "train or evaluate a model", end_process),
     "show": Command("vimfast.commands.show:main", "draw what the model gets: images, augmented and mixed", end_process),
+    "report": Command("vimfast.commands.report:main", "write report.html of a run folder again"),
     "predict": Command("vimfast.commands.predict:main", "say what a trained model sees in images", end_process),
     "doctor": Command("vimfast.commands.doctor:main", "look for what is missing, broken or slow on this machine"),
     "bench": Command("vimfast.commands.bench:main", "measure training, inference and loading here", end_process),

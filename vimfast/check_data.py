@@ -2,6 +2,7 @@
 
     python -m vimfast.check_data imagenet_data/
     python -m vimfast.check_data shards/ --decode --json
+    python -m vimfast.check_data shards/ --html report.html
 
 Exit status 0: it is, perhaps with warnings. 1: it is not, or there is nothing to check. (2: a misspelled flag.)
 """
@@ -12,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vimfast.checks.findings import CheckOptions, Finding, Findings, Report
+from vimfast.checks.findings import CheckOptions, Finding, Findings, Report, in_bytes
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
 from vimfast.cli import Parser, path, run_main, whole
@@ -56,6 +56,8 @@ def main() -> int:
         report = Report(str(args.path), "nothing", findings=Findings([finding]))
     if args.sample_grid is not None and report.kind != "nothing":
         _draw_samples(report, args)
+    if args.html is not None:
+        _write_page(report, args)
     if args.json:
         print(json.dumps(to_json(report), indent=1))
     else:
@@ -74,6 +76,16 @@ def _draw_samples(report: Report, args: argparse.Namespace) -> None:
     except OSError as error:
         fix = "give --sample-grid a file name ending in .png in a folder that exists"
         report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", fix))
+
+
+def _write_page(report: Report, args: argparse.Namespace) -> None:
+    from vimfast.checks.page import write_page
+
+    try:
+        write_page(report, args.html, args.input_size)
+    except OSError as error:
+        fix = "give --html a file name ending in .html in a folder that exists"
+        report.findings.append(Finding("error", "", str(args.html), f"not written: {error.strerror}", fix))
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -100,35 +112,21 @@ def _print(report: Report, console: Console) -> None:
         for title in ("classes", "images", "fewest per class", "most per class", "size"):
             table.add_column(title, justify="right")
         for name, *numbers, size in report.splits:
-            table.add_row(name, *(f"{number:,}" for number in numbers), _size(size))
+            table.add_row(name, *(f"{number:,}" for number in numbers), in_bytes(size))
         console.print(table)
-    groups = _group(report.findings)
-    for (severity, split, fix), findings in groups[:_GROUPS]:
+    groups = report.findings.by_kind()
+    for kind, findings in groups[:_GROUPS]:
+        severity, split, fix = kind
         say(f"{severity}{split and f' in {split}'}", "bold red" if severity == "error" else "bold yellow")
         for finding in findings[:_LINES_PER_GROUP]:
             say(one_line(f"  {finding.file}: {finding.what}"))
-        if (total := report.findings.of_kind((severity, split, fix))) > _LINES_PER_GROUP:
+        if (total := report.findings.of_kind(kind)) > _LINES_PER_GROUP:
             say(f"  and {total - _LINES_PER_GROUP:,} more; --json lists {'all' if total == len(findings) else 'some'}")
         say(f"  -> {fix}\n" if fix else "", "cyan")
     if len(groups) > _GROUPS:
         say(f"and {len(groups) - _GROUPS:,} more kinds of findings; --json lists all\n")
     counts = f"{report.findings.errors:,} error(s), {report.findings.warnings:,} warning(s)"
     say(f"{'fit to train on' if report.fit else 'not fit to train on'}: {counts}", "green" if report.fit else "red")
-
-
-def _group(findings: Sequence[Finding]) -> list[tuple[tuple[str, str, str], list[Finding]]]:
-    """Findings of the same severity, split and fix together, errors first."""
-    groups: dict[tuple[str, str, str], list[Finding]] = {}
-    for finding in findings:
-        groups.setdefault((finding.severity, finding.split, finding.fix), []).append(finding)
-    return sorted(groups.items(), key=lambda group: group[0][0])
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:,.1f} {unit}"
-    return f"{count} B"
 
 
 def parser() -> Parser:
@@ -147,9 +145,11 @@ def parser() -> Parser:
     add("--decode", action="store_true", help="decode every image: slow, finds what headers do not show")
     add("--json", action="store_true", help="print a JSON object, with all findings, instead of a table")
     add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
+    text = "write a page with all of it: classes, sizes and shapes of images, findings with thumbnails"
+    add("--html", metavar="FILE", type=path, help=text)
     text = "draw samples as the trainer sees them with its default settings; vimfast show takes its flags"
     add("--sample-grid", metavar="PNG", type=path, help=text)
-    add("--input-size", metavar="S", type=whole(1), default=224, help="side of those samples in training, pixels [224]")
+    add("--input-size", metavar="S", type=whole(1), default=224, help="side of images in training, pixels [224]")
     add("--seed", type=whole(0), default=0, help="of those samples [0]")
     return parser
 

@@ -28,6 +28,11 @@ def one_line(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
 
 
+def printable(text: str) -> str:
+    """On one line and valid Unicode, as names of files and classes need not be."""
+    return one_line(text.encode("utf-8", "backslashreplace").decode())
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A tail for an error sentence: ``"; did you mean 'lr'?"``, or nothing when no known word is close."""
     close = difflib.get_close_matches(word, list(known), n=1)

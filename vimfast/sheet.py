@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vimfast.errors import one_line
+from vimfast.errors import printable
 
 Colour: TypeAlias = "tuple[int, int, int]"
 _Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
@@ -190,14 +190,9 @@ def _write(
     pen.text(at, text, ink, _font(text, size), anchor=anchor)
 
 
-def _clean(text: str) -> str:
-    """Names of files and classes need be neither UTF-8 nor on one line."""
-    return one_line(text.encode("utf-8", "backslashreplace").decode())
-
-
 def _shorten(text: str, size: int, space: float) -> str:
     """The text, cut so that it fits."""
-    text = _clean(text)
+    text = printable(text)
     width: Callable[[str], float] = _font(text, size).getlength
     if width(text) <= space:
         return text
@@ -211,7 +206,7 @@ def _wrap(paragraphs: Sequence[str], size: int, space: float) -> list[str]:
     lines: list[str] = []
     for text in paragraphs:
         lines.append("")
-        for word in _clean(text).split():
+        for word in printable(text).split():
             longer = f"{lines[-1]} {word}".lstrip()
             if lines[-1] and _font(longer, size).getlength(longer) > space:
                 lines.append(word)

@@ -18,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,6 +41,14 @@ _FEW = 1000  # images that are checked before other processes have started
 Severity = Literal["error", "warning"]
 
 
+class Kind(NamedTuple):
+    """What findings have in common that are shown together."""
+
+    severity: Severity
+    split: str
+    fix: str
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that is wrong: an error makes the data unfit to train on, a warning does not.
@@ -53,6 +62,10 @@ class Finding:
     file: str
     what: str
     fix: str
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.severity, self.split, self.fix)
 
     @classmethod
     def of(cls, error: UserError, split: str, path: Path) -> Finding:
@@ -73,11 +86,11 @@ class Findings(list[Finding]):
     def __init__(self, findings: Iterable[Finding] = ()) -> None:
         super().__init__()
         self.errors = self.warnings = 0
-        self._kinds: Counter[tuple[str, str, str]] = Counter()
+        self._kinds: Counter[Kind] = Counter()
         self.extend(findings)
 
     def append(self, finding: Finding) -> None:
-        kind = finding.severity, finding.split, finding.fix
+        kind = finding.kind
         self._kinds[kind] += 1
         self.errors += finding.severity == "error"
         self.warnings += finding.severity == "warning"
@@ -92,9 +105,16 @@ class Findings(list[Finding]):
         self.extend(findings)
         return self
 
-    def of_kind(self, kind: tuple[str, str, str]) -> int:
-        """How many there were of this severity, split and fix."""
+    def of_kind(self, kind: Kind) -> int:
+        """How many there were of this kind."""
         return self._kinds[kind]
+
+    def by_kind(self) -> list[tuple[Kind, list[Finding]]]:
+        """Those that were kept, of the same kind together, errors first."""
+        groups: dict[Kind, list[Finding]] = {}
+        for finding in self:
+            groups.setdefault(finding.kind, []).append(finding)
+        return sorted(groups.items(), key=lambda group: group[0].severity)
 
     @property
     def dropped(self) -> int:
@@ -119,16 +139,31 @@ class SplitSummary(NamedTuple):
 
 @dataclass
 class Report:
-    """Everything found in a folder. `kind` is ``"nothing"`` if it is neither."""
+    """Everything found in a folder. `kind` is ``"nothing"`` if it is neither.
+
+    Attributes:
+        classes: split -> class name -> images.
+        sizes: split -> int64 [n, 2]: height and width of the images whose headers say them, pixels.
+    """
 
     path: str
     kind: Literal["folder tree", "shards", "nothing"]
     splits: list[SplitSummary] = field(default_factory=list)
     findings: Findings = field(default_factory=Findings)
+    classes: dict[str, dict[str, int]] = field(default_factory=dict)
+    sizes: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def fit(self) -> bool:
         return not self.findings.errors
+
+
+def in_bytes(count: int) -> str:
+    """A size for a person: 146.2 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count} B"
 
 
 @dataclass(frozen=True)
@@ -236,6 +271,9 @@ class ClassCheck:
     def run(self) -> Iterator[Finding]:
         names = sorted(set().union(*self.counts.values()))
         wnids = imagenet_wnids(names) if self.expected in (None, IMAGENET_CLASSES) else frozenset()
+        if self.expected is None and self._is_subset(wnids):
+            yield self._subset(len(names))
+            wnids = frozenset()  # to which they are not held
         for split, held in self.counts.items():
             yield from self._check_number(split, bool(wnids))
             yield from self._check_missing(split, wnids)
@@ -248,6 +286,17 @@ class ClassCheck:
             what = f"class names are numbers but sorted as text, so that {names[place]!r} is class {place}"
             fix = "pad the numbers with zeros if the model's outputs are to be in numerical order"
             yield Finding("warning", "", self.place(next(iter(self.counts)), ""), what, fix)
+
+    def _is_subset(self, wnids: frozenset[str]) -> bool:
+        """Whether each split has the same part of ImageNet-1k's classes, and no other class."""
+        first, *others = (set(held) for held in self.counts.values())
+        return first < wnids and all(held == first for held in others)
+
+    def _subset(self, found: int) -> Finding:
+        same = f", the same in {' and '.join(self.counts)}" if len(self.counts) > 1 else ""
+        what = f"looks like a subset of ImageNet-1k: {found:,} of its {IMAGENET_CLASSES:,} classes{same}"
+        fix = f"pass --classes {found} if that is what you want; otherwise add the other classes"
+        return Finding("error", "", self.place(next(iter(self.counts)), ""), what, fix)
 
     @property
     def _strict(self) -> Severity:
@@ -311,11 +360,12 @@ def _timm_wnids() -> list[str]:
 
 
 class Tally(NamedTuple):
-    """The result for a few images."""
+    """The result for a few images; `sizes` are their heights and widths, int64 [n, 2], where nothing else says them."""
 
     images: int
     bytes: int
     findings: list[Finding]
+    sizes: np.ndarray = np.zeros((0, 2), np.int64)
 
 
 def run_tasks(

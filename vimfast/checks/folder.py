@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from vimfast.checks.findings import (
     WNID,
     CheckOptions,
@@ -57,17 +59,19 @@ def check_folder(root: Path, options: CheckOptions) -> Report:
             folders[split] = _Lister(root / split, split, report.findings).list_classes()
         else:
             report.findings.append(_missing_split(root, split))
-    counts = {split: {folder.name: folder.images for folder in held} for split, held in folders.items() if held}
-    if counts:
+    report.classes = {split: {folder.name: folder.images for folder in held} for split, held in folders.items() if held}
+    if counts := report.classes:
         check = ClassCheck(counts, options.classes, lambda split, name: str(root / split / name), _UNPACK)
         report.findings += check.run()
     for split, held in folders.items():
         total = sum(folder.images for folder in held)
         tasks = _tasks(root / split, split, held, options.decode)
-        size = 0
+        size, sizes = 0, [np.zeros((0, 2), np.int64)]
         for tally in run_tasks(_check_files, tasks, split, total, options.workers):
             size += tally.bytes
+            sizes.append(tally.sizes)
             report.findings += tally.findings
+        report.sizes[split] = np.concatenate(sizes)
         images = [folder.images for folder in held] or [0]
         report.splits.append(SplitSummary(split, len(held), total, min(images), max(images), size))
     return report
@@ -215,7 +219,7 @@ def _tasks(folder: Path, split: str, classes: list[_ClassFolder], decode: bool) 
 
 def _check_files(folder: str, split: str, name: str, paths: list[bytes], decode: bool) -> Tally:
     """Check some images of a class, in a worker process."""
-    size = 0
+    size, sizes = 0, []
     findings: list[Finding] = []
     is_wnid = WNID.fullmatch(name) is not None
     for encoded in paths:
@@ -237,6 +241,8 @@ def _check_files(folder: str, split: str, name: str, paths: list[bytes], decode:
             findings.append(Finding("error", split, file, f"cannot be read: {error.strerror}", fix))
             continue
         size += len(data)
-        flaws = check_image(data, os.path.splitext(base)[1].lower(), decode)[1]
+        info, flaws = check_image(data, os.path.splitext(base)[1].lower(), decode)
+        if info is not None:
+            sizes.append((info.height, info.width))
         findings += [Finding(flaw.severity, split, file, flaw.what, flaw.fix) for flaw in flaws]
-    return Tally(len(paths), size, findings)
+    return Tally(len(paths), size, findings, np.array(sizes, np.int64).reshape(-1, 2))

@@ -65,7 +65,7 @@ def check_shards(folder: Path, options: CheckOptions) -> Report:
         report.findings.append(Finding.of(error, "", manifest_path))
         return report
     report.findings += _leftovers(folder, manifest)
-    counts: dict[str, dict[str, int]] = {}
+    counts = report.classes
     for split in options.splits:
         if split not in manifest.splits:
             fix = f"run vimfast-prepare on a folder that has {split}/, or pass --splits if {split} is not needed"
@@ -80,6 +80,7 @@ def check_shards(folder: Path, options: CheckOptions) -> Report:
             counts[split] = dict(zip(manifest.classes, held, strict=True))
             check.check_shards(rows, tars)
             size = int(rows["size"].sum(dtype=np.int64))
+            report.sizes[split] = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
             report.splits.append(SplitSummary(split, len(held), len(rows), min(held), max(held), size))
     if counts:
         place = lambda split, name: f"{folder / index_name(split)}{name and ': '}{name}"  # noqa: E731

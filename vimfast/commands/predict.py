@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vimfast.cli import Parser, path, whole
-from vimfast.errors import UserError, one_line
+from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
 
@@ -50,7 +50,7 @@ def main() -> int:
         else:
             _print(classifier, predictions)
         for _, why in predictions.unreadable:
-            print(f"warning: {_printable(why)}", file=sys.stderr)
+            print(f"warning: {printable(why)}", file=sys.stderr)
         if args.grid is not None and predictions.images:
             _save(draw(classifier, predictions), args.grid)
     return int(bool(predictions.unreadable))
@@ -122,7 +122,7 @@ def _print(classifier: Classifier, predictions: Predictions) -> None:
     from rich.text import Text
 
     title = f"{classifier.origin}, {_weights(classifier)} weights"
-    table = Table(title=_printable(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=printable(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("image", overflow="fold")
     table.add_column("label", overflow="fold")
     table.add_column("probability", justify="right")
@@ -131,7 +131,7 @@ def _print(classifier: Classifier, predictions: Predictions) -> None:
     for image in predictions.images:
         for place, guess in enumerate(image.guesses):
             style = "" if place else "bold"
-            row = [Text("" if place else _printable(str(image.path))), Text(_printable(guess.label), style)]
+            row = [Text("" if place else printable(str(image.path))), Text(printable(guess.label), style)]
             row.append(Text(f"{guess.probability:.1%}", style))
             table.add_row(*row, *([Text(guess.name, "dim")] if named else []))
         table.add_section()
@@ -141,11 +141,6 @@ def _print(classifier: Classifier, predictions: Predictions) -> None:
 
 def _weights(classifier: Classifier) -> str:
     return "averaged" if classifier.weights == "ema" else "raw"
-
-
-def _printable(text: str) -> str:
-    """File names need be neither UTF-8 nor on one line."""
-    return one_line(text.encode("utf-8", "backslashreplace").decode())
 
 
 def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:

@@ -314,6 +314,12 @@ class RunConfig:
         None, "evaluate on this many steps' images only; default: every image, once", least=1
     )
     log_every: int = option(50, "steps between two reports", least=1, neutral=True)
+    csv: bool = option(False, "write log.csv too: what log.txt says, as a table", neutral=True)
+    wandb: bool = option(
+        False,
+        "log to Weights & Biases too, as its environment variables say: WANDB_MODE=offline sends nothing",
+        neutral=True,
+    )
     save_every: int | None = option(
         None, "steps between two checkpoints inside an epoch; default: epoch ends only", least=1, neutral=True
     )

@@ -27,6 +27,7 @@ REQUIRED = (
     ("msgspec", "msgspec", "0.18.6"),
     ("yaml", "PyYAML", "6"),
     ("rich", "rich", "13"),
+    ("jinja2", "Jinja2", "3.1"),
     ("tensorboard", "tensorboard", "2.15"),
     ("shtab", "shtab", "1.13"),
 )

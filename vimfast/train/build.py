@@ -17,6 +17,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control
 from vimfast.train.batch_size import with_batch_size
+from vimfast.train.boards import WandB, check_boards
 from vimfast.train.continuity import order_changes
 from vimfast.train.device import prepare_device
 from vimfast.train.folder import RunFolder, check_folder, unwritable
@@ -29,6 +30,7 @@ from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.model import Models, build_models, build_step
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
+from vimfast.train.page import RunPage
 from vimfast.train.plan import plan, plan_evaluation
 from vimfast.train.report import Reporter
 from vimfast.train.rollback import Rollback
@@ -92,6 +94,7 @@ def build_training(
     """A run of training, its kernels tuned, its step captured and its first batches begun."""
     if cfg.run.output_dir:
         check_folder(Path(cfg.run.output_dir))
+    check_boards(cfg.run)
     if not cfg.run.output_dir or cfg.run.dry_run:
         return _build_training(cfg, world, control, start_up, hooks, stage, None)
     try:
@@ -210,16 +213,17 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     losses = LossHealth(run, raises=cfg.optim.on_divergence == "rollback")
     if cfg.optim.on_divergence == "rollback":
         run.recover = Rollback(run, cfg, Path(cfg.run.output_dir), losses)
-    saving: Hook = NoCheckpoints(run)
+    saving: list[Hook] = [NoCheckpoints(run)]
     if run.folder is not None:
         extra = {"classes": run.loader.source.classes, "images": images, "config": cfg.to_dict()}
-        saving = Checkpoints(run, health, run.folder, cfg.run, extra)
+        page = RunPage(run, run.folder.path, cfg.data.data_path)
+        saving = [page, Checkpoints(run, health, run.folder, cfg.run, extra)]
     return [
         Beginning(start_up, run.report),
         Progress(run, health, losses, DataWaits(run, cfg.data), cfg.run.log_every),
         *(more(run) if more is not None else ()),
-        Records(run),
-        saving,
+        Records(run, cfg.run.csv),
+        *saving,
     ]
 
 
@@ -231,7 +235,8 @@ def _print(rows: Sequence[tuple[str, str]], report: Reporter) -> None:
 def _introduce(run: TrainingRun, cfg: Config, start: Loaded | None) -> None:
     for note in start.notes if start is not None else ():
         run.report.warn(note)
-    _print(plan(run, cfg), run.report)
+    run.plan = plan(run, cfg) if run.report.active else []
+    _print(run.plan, run.report)
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
     if warmup >= epochs and cfg.schedule.sched != "none":
         run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")
@@ -253,3 +258,5 @@ def _take_over(held: RunFolder, cfg: Config, start: Loaded | None, place: Place,
     except OSError as error:
         raise unwritable(held.path, error) from None
     held.save_config(cfg)
+    if cfg.run.wandb and report.active:
+        report.add("Weights & Biases' file", WandB(held.path, cfg.to_dict(), resumed=place.epoch > 0 or place.step > 0))

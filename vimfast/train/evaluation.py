@@ -13,6 +13,7 @@ from vimfast.data.loader import Loader
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
+from vimfast.train.answers import Answers
 from vimfast.train.report import Reporter
 from vimfast.train.sums import Sums
 
@@ -36,6 +37,7 @@ def evaluate(
     amp: torch.autocast,
     report: Reporter,
     control: Control | None = None,
+    answers: Answers | None = None,
 ) -> list[Scores]:
     """Scores of each model on all that `loader` hands out on all processes; each image is decoded once for all of them.
 
@@ -46,6 +48,7 @@ def evaluate(
         loader: an evaluation loader; processes may have different numbers of batches.
         amp: the autocast context to run under.
         control: is asked before every step whether to stop.
+        answers: collects those of the first model.
 
     Raises:
         Stopped: it said so.
@@ -56,6 +59,8 @@ def evaluate(
     for model in models:
         model.eval()
     sums = [Sums(("top1", "top5", "loss", "count"), loader.device) for _ in models]
+    if answers is not None:
+        answers.begin()
     with report.steps("evaluate", loader.steps):
         batches = loader.epoch(0)
         for _ in range(loader.steps):  # every process asks as often, also one that has no images left
@@ -66,11 +71,15 @@ def evaluate(
             control.doing("evaluating")
             if batch is None:
                 continue
-            for model, own in zip(models, sums, strict=True):
+            for place, (model, own) in enumerate(zip(models, sums, strict=True)):
                 with amp:
-                    logits = model(batch.images)
-                own.add(*_scored(logits.float(), batch.labels))
+                    logits = model(batch.images).float()
+                own.add(*_scored(logits, batch.labels))
+                if answers is not None and place == 0:
+                    answers.add(logits, batch.labels)
             report.advance()
+    if answers is not None:
+        answers.end(loader)
     loader.close()  # gives its memory back
     for model, was in zip(models, training, strict=True):
         model.train(was)

@@ -96,7 +96,9 @@ class Progress(Hook):
         self._health.check(Place(place.steps, asked.epoch, asked.step), counts, asked.lr)
         loss = (loss_sum - loss_before) / (steps - steps_before) if steps > steps_before else math.nan
         seconds = max(asked.reading.mark.since(self._since), 1e-9)
-        speed, share = asked.stretch.images * run.world.size / seconds, asked.stretch.data_share(seconds)
+        images, share = asked.stretch.images * run.world.size, asked.stretch.data_share(seconds)
+        speed = images / seconds
+        run.pace.spend(images, seconds, share)
         left = (run.epochs - asked.epoch) * place.steps - asked.step
         each = seconds / max(asked.stretch.steps / run.accum_steps, 1)
         memory, power = memory_gib(run.world.device), watts(run.world.device)
@@ -129,10 +131,14 @@ class Progress(Hook):
 
 
 class Records(Hook):
-    """One JSON line an epoch in ``log.txt``, under hustvl/Vim's names, and the same figures in TensorBoard."""
+    """One JSON line an epoch in ``log.txt``, under hustvl/Vim's names, and the same figures in TensorBoard.
 
-    def __init__(self, run: TrainingRun) -> None:
-        self._report = run.report
+    Args:
+        table: write them as ``log.csv`` too.
+    """
+
+    def __init__(self, run: TrainingRun, table: bool = False) -> None:
+        self._report, self._table = run.report, table
         self._parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
 
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
@@ -141,4 +147,6 @@ class Records(Hook):
             record |= {f"{whose}test_{name}": value for name, value in found._asdict().items() if name != "images"}
         self._report.say(f"Max accuracy: {place.best_acc1:.2f}%")
         self._report.record({**record, "epoch": end.epoch, "n_parameters": self._parameters})
+        if self._table:
+            self._report.table_of_records()
         self._report.scalars({f"epoch/{k}": v for k, v in record.items()}, end.epoch)

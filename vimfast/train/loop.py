@@ -22,6 +22,7 @@ from vimfast.data.views import Batch
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
+from vimfast.train.answers import Answers
 from vimfast.train.evaluation import Scores, evaluate
 from vimfast.train.fitting import blank_batch, largest_batch
 from vimfast.train.folder import RunFolder
@@ -121,6 +122,7 @@ class Evaluated:
         models: the weights under ``""``, their average under ``"ema_"``, as the record of an epoch names them.
         loader: of the validation images.
         amp: the autocast context to run under.
+        answers: collects those of the raw weights, if anybody wants them.
     """
 
     models: dict[str, nn.Module]
@@ -128,13 +130,14 @@ class Evaluated:
     amp: torch.autocast
     report: Reporter
     control: Control
+    answers: Answers | None = None
 
     def score(self) -> dict[str, Scores]:
         for model in self.models.values():
             copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with memory_for(self.loader, lambda: f"--eval-batch-size {max(self.loader.order.batch_size // 2, 1)}"):
             there = [_on(self.loader.device, model) for model in self.models.values()]
-            found = evaluate(there, self.loader, self.amp, self.report, self.control)
+            found = evaluate(there, self.loader, self.amp, self.report, self.control, self.answers)
         scores = dict(zip(self.models, found, strict=True))
         for whose, own in scores.items():
             self.report.say(f"{own} ({'averaged' if whose else 'raw'} weights)")
@@ -202,6 +205,7 @@ class TrainingRun(_Closed):
         hooks: act on its events, in this order.
         recover: makes a run that has diverged ready to continue, or raises the error.
         turns: the places (epoch, step) that it was rolled back to.
+        plan: what it is going to do, on rank 0: (what, how).
     """
 
     place: Place
@@ -224,6 +228,7 @@ class TrainingRun(_Closed):
     folder: RunFolder | None = None  # held to the end, so that no other run writes to it
     recover: Callable[[Diverged], None] | None = None
     turns: Sequence[tuple[int, int]] = ()
+    plan: Sequence[tuple[str, str]] = ()
     sums: Sums = field(init=False)
     pace: Pace = field(init=False)
     _before_parts: tuple[Tensor, RandomStates] = field(init=False)  # of the step in progress, if it has several batches
@@ -261,6 +266,7 @@ class TrainingRun(_Closed):
                     if self.recover is None:
                         raise
                     self.recover(error)
+                    self.pace = Pace(self.world.device)
                     continue
                 self._evaluate_epoch()
                 self.place.epoch, self.place.step = self.place.epoch + 1, 0

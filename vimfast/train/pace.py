@@ -30,6 +30,14 @@ class Stretch(NamedTuple):
         return min(waited / max(seconds, 1e-9), 1.0)
 
 
+class Spent(NamedTuple):
+    """Images of all processes, and seconds that this one took for them, of which it waited for data."""
+
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
 class Pace:
     """Counts steps and images of an epoch, and the part of the time spent waiting for data.
 
@@ -38,6 +46,7 @@ class Pace:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.spent = Spent()  # in the stretches that were reported
         self._on_gpu = device.type == "cuda"
         self._stretch, self._begun = Stretch(0, 0, 0.0, [], self._on_gpu), False
 
@@ -45,6 +54,11 @@ class Pace:
         """What was counted since the last cut."""
         done, self._stretch = self._stretch, Stretch(0, 0, 0.0, [], self._on_gpu)
         return done
+
+    def spend(self, images: int, seconds: float, data_share: float) -> None:
+        """Add a stretch to what was spent."""
+        spent = self.spent
+        self.spent = Spent(spent.images + images, spent.seconds + seconds, spent.waited + data_share * seconds)
 
     def wait_for(self, batches: Iterator[T]) -> T | None:
         """The next batch or None, its waiting time noted."""

@@ -19,6 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from vimfast.errors import UserError
+from vimfast.run_report import TABLE, write_table
+from vimfast.train.boards import Board, TensorBoard
 from vimfast.train.records import RecordFile
 
 
@@ -96,14 +99,12 @@ class Reporter:
         self.live = active and self.console.is_terminal
         self._bar: tuple[Progress, Any] | None = None
         self._told: set[str] = set()  # files that could not be written, and of which it has been said
-        self._board: Any = None
+        self._boards: dict[str, Board] = {}  # by what a person calls their files
         self._records: RecordFile | None = None
         if self.folder is not None:
             self._records = RecordFile(self.folder / "log.txt", self.warn)
             with self._beside("TensorBoard's file"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(self.folder / "tensorboard"))
+                self.add("TensorBoard's file", TensorBoard(self.folder))
 
     def say(self, text: str) -> None:
         text = _encodable(text)
@@ -195,15 +196,18 @@ class Reporter:
         else:
             self.say(f"{place} {figures}")
 
+    def add(self, name: str, board: Board) -> None:
+        """Show figures there too; `name` is what a warning calls it."""
+        self._boards[name] = board
+
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self._board is not None:
-            try:
-                for name, value in values.items():
-                    self._board.add_scalar(name, value, step)
-            except OSError as error:  # of its thread, which has ended
-                self._board = None
-                with self._beside("TensorBoard's file"):
-                    raise error
+        for name in list(self._boards):
+            board = self._boards.pop(name)
+            with self._beside(name):
+                board.scalars(values, step)
+                self._boards[name] = (
+                    board  # else it is given up: TensorBoard's error is that of its thread, which ended
+                )
 
     def records_from(self, epoch: int) -> None:
         """Before the first record: ``log.txt`` is brought to where the run stands.
@@ -219,9 +223,15 @@ class Reporter:
         if self._records is not None:
             self._records.append(values)
 
+    def table_of_records(self) -> None:
+        """Write all of ``log.txt`` as a table."""
+        if self.folder is not None:
+            with self._beside(TABLE), suppress(UserError):  # no record could be written
+                write_table(self.folder)
+
     def close(self) -> None:
         if self._records is not None:
             self._records.close()
-        if self._board is not None:
-            with self._beside("TensorBoard's file"):
-                self._board.close()
+        for name, board in self._boards.items():
+            with self._beside(name):
+                board.close()
