@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,6 +58,12 @@ class _Outlasted:
         return getattr(self._stream, name)
 
 
+def _report_thread(other: Callable[[threading.ExceptHookArgs], object], error: threading.ExceptHookArgs) -> None:
+    """Spare the user the traceback of TensorBoard's thread: what its disk says is raised again where it is used."""
+    if not (type(error.thread).__module__.startswith("tensorboard") and isinstance(error.exc_value, OSError)):
+        other(error)
+
+
 class Reporter:
     """Reports for the main process, and is silent on the others.
 
@@ -73,12 +81,15 @@ class Reporter:
         self._told: set[str] = set()  # files that could not be written, and of which it has been said
         self._board: Any = None
         self._records: RecordFile | None = None
+        self._thread_hook: Callable[[threading.ExceptHookArgs], object] | None = None  # while there is a board
         if self.folder is not None:
             self._records = RecordFile(self.folder / "log.txt", self.warn)
             with self._beside("TensorBoard's file"):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(str(self.folder / "tensorboard"))
+                self._thread_hook = threading.excepthook
+                threading.excepthook = partial(_report_thread, self._thread_hook)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -179,3 +190,5 @@ class Reporter:
         if self._board is not None:
             with self._beside("TensorBoard's file"):
                 self._board.close()
+        if self._thread_hook is not None:
+            threading.excepthook, self._thread_hook = self._thread_hook, None
