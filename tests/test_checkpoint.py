@@ -24,6 +24,7 @@ from torch import nn
 
 from vimfast.checkpoint import (
     DamagedCheckpoint,
+    described,
     kept_checkpoints,
     load_checkpoint,
     load_for_finetuning,
@@ -84,6 +85,14 @@ def test_names_of_others_and_of_wrappers(tmp_path: Path, raw: str, averaged: str
     assert got["epoch"] == 3
     torch.save({**state, averaged: None}, tmp_path / "c.pth")
     assert weights_held(load_checkpoint(tmp_path / "c.pth")) == "raw weights"
+
+
+@pytest.mark.parametrize("config", ["resnet.yaml", ["a"], {"lr": 0.1}, {"model": "resnet"}, {"optim": {"lr": 0.1}}])
+def test_what_others_call_their_settings_is_not_taken_for_ours(tmp_path: Path, config: Any) -> None:
+    torch.save({"model": {"a": torch.ones(2)}, "config": config, "epoch": 3}, tmp_path / "c.pth")
+    state = load_checkpoint(tmp_path / "c.pth")
+    assert described(state).model == ""
+    assert isinstance(state.get("config", {}).get("optim", {}), dict)
 
 
 def test_safetensors_and_the_folder_of_one(tmp_path: Path) -> None:

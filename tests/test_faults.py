@@ -394,9 +394,9 @@ def test_trainings_onto_a_disk_that_fills(flags: tuple[str, ...], tmp_path: Path
 
 @pytest.mark.parametrize("target", ["manifest", "index", "tar", "header", "record", "checkpoint"])
 def test_no_input_that_a_fuzzer_finds_is_a_traceback(target: str, tmp_path: Path) -> None:
-    """Half a minute each; ``tools/fuzz.py`` by itself looks for as long as one likes."""
+    """Twenty seconds each; ``tools/fuzz.py`` by itself looks for as long as one likes."""
     pytest.importorskip("atheris", reason="atheris is not installed; Hypothesis does its part in make test")
-    words = [str(ROOT / "tools" / "fuzz.py"), target, "--seconds", "30", "--seed", "1", "--found", str(tmp_path)]
+    words = [str(ROOT / "tools" / "fuzz.py"), target, "--seconds", "20", "--seed", "1", "--found", str(tmp_path)]
     env = {**os.environ, **environment()}
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=TIMEOUT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]

@@ -237,6 +237,19 @@ def test_a_skipped_step_leaves_running_statistics_as_they_were(accum_steps: int)
     assert int(step.model.first.num_batches_tracked) == 2 * accum_steps
 
 
+def test_a_step_that_is_given_up_leaves_everything_as_it_was() -> None:
+    """After the first of its two batches."""
+    step, average = normalized(2)
+    images, targets = torch.randn(2, 4, 3, 6, 6) + 1, torch.full((4, 5), 0.2)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    step(images[0], targets, first=True, last=False)
+    assert not torch.equal(step.model.first.running_mean, before["first.running_mean"])
+    step.undo()
+    for name, value in step.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not average.module.first.running_mean.any()
+
+
 def test_a_capture_leaves_running_statistics_as_they_were(graphs: None) -> None:
     step, _ = normalized()
     before = {name: value.clone() for name, value in step.model.state_dict().items()}

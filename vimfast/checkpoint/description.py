@@ -30,8 +30,8 @@ def described(state: Mapping[str, Any]) -> Description:
         state: as :func:`~vimfast.checkpoint.load_checkpoint` returns it.
     """
     classes = tuple(state.get("classes") or ())
-    if isinstance(state.get("config"), dict):
-        config = state["config"]
+    config = state.get("config")
+    if config is not None and "model" in config:
         known = {f.name for f in fields(ModelConfig)}
         model = ModelConfig(**{name: value for name, value in config["model"].items() if name in known})
         ratio = config.get("data", {}).get("eval_crop_ratio", _CROP_RATIO)

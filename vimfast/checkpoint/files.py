@@ -77,6 +77,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     raw = next((state[name] for name in RAW if _is_state_dict(state.get(name))), None)
     if raw is None:
         raise UserError(f"{path} holds no model weights; it must be a state dict, or a dict with one under 'model'")
+    if not _is_config(state.get("config")):  # another program's, whatever it calls so
+        state.pop("config", None)
     averaged = next((state[name] for name in AVERAGED if _is_state_dict(state.get(name))), None)
     return {**state, "model": _unwrapped(raw), "model_ema": None if averaged is None else _unwrapped(averaged)}
 
@@ -133,6 +135,11 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, why: str = "") -> DamagedCheckpoint:
     return DamagedCheckpoint(f"{path} is no checkpoint, or a damaged one{why and f' ({why})'}", "use an earlier one")
+
+
+def _is_config(value: Any) -> bool:
+    """Whether these are a run's settings, by section."""
+    return isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -38,7 +38,7 @@ class RunFolder:
                 raise unwritable(path, error) from None
 
     def _hold(self) -> None:
-        self._lock = lock = open(self.path / LOCK, "a+")  # noqa: SIM115  # it says who holds it: not to be cut yet
+        self._lock = lock = open(self.path / LOCK, "a+", errors="replace")  # noqa: SIM115  # it says who holds it: not to be cut yet
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

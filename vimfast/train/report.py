@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -84,6 +86,12 @@ class _Outlasted:
         return getattr(self._stream, name)
 
 
+def _report_thread(other: Callable[[threading.ExceptHookArgs], object], error: threading.ExceptHookArgs) -> None:
+    """Spare the user the traceback of TensorBoard's thread: what its disk says is raised again where it is used."""
+    if not (type(error.thread).__module__.startswith("tensorboard") and isinstance(error.exc_value, OSError)):
+        other(error)
+
+
 class Reporter:
     """Reports for the main process, and is silent on the others.
 
@@ -101,10 +109,13 @@ class Reporter:
         self._told: set[str] = set()  # files that could not be written, and of which it has been said
         self._boards: dict[str, Board] = {}  # by what a person calls their files
         self._records: RecordFile | None = None
+        self._thread_hook: Callable[[threading.ExceptHookArgs], object] | None = None  # while there is a board
         if self.folder is not None:
             self._records = RecordFile(self.folder / "log.txt", self.warn)
             with self._beside("TensorBoard's file"):
                 self.add("TensorBoard's file", TensorBoard(self.folder))
+                self._thread_hook = threading.excepthook
+                threading.excepthook = partial(_report_thread, self._thread_hook)
 
     def say(self, text: str) -> None:
         text = _encodable(text)
@@ -235,3 +246,5 @@ class Reporter:
         for name, board in self._boards.items():
             with self._beside(name):
                 board.close()
+        if self._thread_hook is not None:
+            threading.excepthook, self._thread_hook = self._thread_hook, None
