@@ -29,6 +29,18 @@ class Limited:
             raise torch.OutOfMemoryError(f"{batch} images")
 
 
+def test_other_errors_are_not_taken_for_too_little_memory() -> None:
+    def broken(batch: int) -> None:
+        raise RuntimeError("a bug")
+
+    def cublas(batch: int) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        largest_batch(broken, 8)
+    assert largest_batch(cublas, 8) == 0
+
+
 @pytest.mark.parametrize("most", [1, 7, 8, 100, 5000])
 @pytest.mark.parametrize("room", [0, 1, 5, 8, 9, 63, 64, 300, 1000, 10**6])
 def test_the_search_ends_close_below_the_limit(room: int, most: int) -> None:
@@ -70,7 +82,7 @@ def test_a_run_without_a_gpu_is_told_to_give_a_number(tree: Path, tmp_path: Path
 def test_other_words_are_refused(value: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"batch_size: {value}\n")
     for argv in (["--batch-size", value], ["--config", str(tmp_path / "recipe.yaml")]):
-        with pytest.raises(UserError, match=r"it must be of type int or auto"):
+        with pytest.raises(UserError, match=r"must be of type int or auto"):
             load_config(argv)
 
 

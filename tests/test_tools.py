@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from runs import FORKING
 from watch import Line, Watched
@@ -161,3 +164,13 @@ def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
             run.wait(0.1)
         assert not run.processes()
     assert run.process.returncode < 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_the_demo_knows_the_lowest_loss_of_smoothed_labels(smoothing: float) -> None:
+    floor = runpy.run_path(str(TOOLS / "demo.py"))["smoothed_floor"](smoothing, 10)
+    label = torch.tensor([0])
+    logits = torch.full((1, 10), smoothing / 10 + 1e-12).log()
+    logits[0, 0] = math.log(1 - smoothing + smoothing / 10)
+    assert F.cross_entropy(logits, label, label_smoothing=smoothing).item() == pytest.approx(floor, abs=1e-6)
+    assert F.cross_entropy(logits * 1.1, label, label_smoothing=smoothing).item() >= floor - 1e-6

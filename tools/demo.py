@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -26,6 +27,7 @@ import matplotlib.pyplot as plt
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 SIDE = 32  # pixels: the scans are 8 x 8
+CLASSES = 10
 
 
 def write_digits(root: Path) -> None:
@@ -56,22 +58,43 @@ def run(*command: str) -> str:
 
 
 def draw_curve(log: Path, out: Path) -> None:
+    """Losses and accuracy by epoch, and why the losses are not of one kind."""
+    from vimfast.config import load_config
+
+    smoothing = load_config(["--config", str(CONFIG)]).mix.smoothing
+    floor = smoothed_floor(smoothing, CLASSES)
     epochs = [json.loads(line) for line in log.read_text().splitlines()]
     x = [e["epoch"] + 1 for e in epochs]
-    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    best = max(e["test_acc1"] for e in epochs)
+    figure, left = plt.subplots(figsize=(8, 4.8), layout="constrained")
     left.plot(x, [e["train_loss"] for e in epochs], color="tab:orange", label="training loss")
     left.plot(x, [e["test_loss"] for e in epochs], color="tab:orange", linestyle="--", label="validation loss")
-    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    left.axhline(floor, color="tab:gray", linewidth=1, linestyle=":", label="lowest training loss possible")
+    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None), xticks=x)
     right = left.twinx()
     right.plot(x, [e["test_acc1"] for e in epochs], color="tab:blue", marker="o", label="validation top-1")
     right.set(ylabel="top-1, %", ylim=(0, 101))
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    left.set_title(f"A small Vision Mamba learns handwritten digits: {best:.1f} % top-1", loc="left")
+    lines = [*left.get_lines(), *right.get_lines()]
+    left.legend(handles=lines, loc="center right", bbox_to_anchor=(1, 0.58), frameon=False, fontsize=9)
+    why = (
+        f"Training loss lies above validation loss: its labels are smoothed by {smoothing:g}, so no model gets below\n"
+        f"{floor:.2f}, its images are cropped at random, and it is the mean of an epoch, in which the model learns."
+    )
+    figure.supxlabel(why, fontsize=9, color="dimgray")
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
 
+def smoothed_floor(smoothing: float, classes: int) -> float:
+    """The entropy of a smoothed label, below which no cross entropy with it can be."""
+    rest = smoothing / classes
+    label = [1 - smoothing + rest, *[rest] * (classes - 1)]
+    return -sum(p * math.log(p) for p in label if p > 0)
+
+
 def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
-    """Validation images with what the trained model sees in them; mistakes in red."""
+    """Validation images with what the trained model sees in them; mistakes first, in red."""
     from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
     from vimfast.augment.crops import CentreCrop
     from vimfast.checkpoint import load_checkpoint, load_weights
@@ -93,13 +116,18 @@ def draw_predictions(checkpoint: Path, shards: Path, out: Path) -> None:
     with torch.no_grad():
         probability, predicted = (column.tolist() for column in model(images).softmax(1).max(1))
     truth = labels.tolist()
-    mistakes = [i for i, label in enumerate(truth) if predicted[i] != label][:8]
-    right = [i for i, label in enumerate(truth) if predicted[i] == label]
+    wrong = [i for i, label in enumerate(truth) if predicted[i] != label]
+    mistakes, right = wrong[:10], [i for i, label in enumerate(truth) if predicted[i] == label]
     spread = np.linspace(0, len(right) - 1, 40 - len(mistakes)).astype(int)
-    chosen = sorted([*mistakes, *(right[i] for i in spread)])
+    chosen = [*mistakes, *(right[i] for i in spread)]
     mean, std = (torch.tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
     shown = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
-    figure, axes = plt.subplots(4, 10, figsize=(10, 5), layout="constrained")
+    figure, axes = plt.subplots(4, 10, figsize=(10, 5.6), layout="constrained")
+    first = f"the first {len(mistakes)} of {len(wrong)}" if len(wrong) > len(mistakes) else f"all {len(wrong)}"
+    title = f"What the model sees in validation images: mistakes first ({first}, in red), then some that are right"
+    figure.suptitle(
+        f"{title}\n{len(right)} of {len(truth)} are right; in brackets is how sure the model is", fontsize=11
+    )
     for axis, i in zip(axes.flat, chosen, strict=True):
         is_right = predicted[i] == truth[i]
         text = f"{source.classes[predicted[i]]} ({probability[i]:.0%})"

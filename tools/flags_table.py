@@ -93,10 +93,11 @@ ORIGINAL: dict[str, tuple[str, str]] = {
 
 HEAD = """# Every flag of `python -m vimfast.train`
 
-Made by `python tools/flags_table.py > docs/flags.md`. Each flag is also a YAML key under its section's name, and is
-taken with hyphens and with underscores. A flag that is on by default is turned off by `--no-...`. The column hustvl/Vim
-holds its `main.py`'s default and how it goes about what the flag says; the last, what is otherwise here. A dash: there
-is no such flag.
+Made by `python tools/flags_table.py > docs/flags.md`. Each flag is also a YAML key, under its section's name or, as
+timm writes it, without one. `--print-config` prints all of them, each with where its value comes from. Flags are taken
+with hyphens and with underscores; one that is on by default is turned off by `--no-...`. The column hustvl/Vim holds
+its `main.py`'s default and how it goes about what the flag says; the last, what is otherwise here. A dash: there is no
+such flag.
 """
 
 

@@ -74,8 +74,11 @@ def main() -> None:
         _check_plot(args.plot)
     import torch
 
+    from vimfast.data.source import open_source
     from vimfast.dist import processes
 
+    if args.data is not None:
+        open_source(args.data, "train")  # before minutes have gone by
     with processes(args.device, timeout=600) as world:
         _settle(args, world)
         figures = _measure(args, world)

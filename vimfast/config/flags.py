@@ -76,7 +76,7 @@ def _reader(kind: Kind) -> Callable[[str], Any]:
             return kind.base(text)
         except ValueError:
             words = " or ".join([f"of type {kind.base.__name__}", *kind.words])
-            raise argparse.ArgumentTypeError(f"it is {text!r}; it must be {words}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} must be {words}") from None
 
     return read
 

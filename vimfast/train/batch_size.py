@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from vimfast import dist
 from vimfast.checkpoint import Loaded
@@ -103,7 +104,8 @@ class StepTrial:
         self._objective = Objective(cfg.distill, cfg.mix.bce_loss, models.teacher, models.precision.amp)
         optimizer = build_optimizer(cfg.optim, models.model, peak_lr(cfg.optim, 512))
         self._step = build_step(models, optimizer, self._objective, cfg.optim.clip_grad, cfg.optim.accum_steps, 1)
-        self._captures = cfg.model.cuda_graph and getattr(models.model, "capturable", False)
+        capturable = cfg.model.cuda_graph and getattr(models.model, "capturable", False)
+        self._captures = capturable and world.device.type == "cuda"
         models.model.train()
 
     def __call__(self, batch: int) -> None:
@@ -111,8 +113,8 @@ class StepTrial:
         try:
             ahead = torch.empty(batch * _LOADER, dtype=torch.uint8, device=self._device)  # noqa: F841  # the loader's
             images, targets = blank_batch(self._device, batch, self._size, self._mixup, self._objective)
-            if self._captures and self._device.type == "cuda":
-                self._step.capture(images, targets)
+            if self._captures:
+                self._capture(images, targets)
             for part in range(self._step.accum_steps):
                 self._step(images, targets, first=part == 0, last=part == self._step.accum_steps - 1)
             if self._device.type == "cuda":
@@ -121,6 +123,14 @@ class StepTrial:
             self._step.forget()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _capture(self, images: Tensor, targets: Tensor) -> None:
+        try:
+            self._step.capture(images, targets)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            pass  # the run will say so, and launch its steps
 
     def close(self) -> None:
         """Give its memory back."""

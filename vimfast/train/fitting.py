@@ -45,8 +45,10 @@ def largest_batch(trial: Trial, most: int, unit: int = _UNIT) -> int:
 def _fits(trial: Trial, size: int) -> bool:
     try:
         trial(size)
-    except torch.OutOfMemoryError:
-        return False
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):  # cuBLAS and cuDNN say it so
+            return False
+        raise
     return True
 
 

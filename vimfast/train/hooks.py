@@ -67,7 +67,8 @@ class Progress(Hook):
     def after_step(self, place: Place) -> None:
         self._steps_here += 1
         self._waits.after_step()
-        self._flush(place)
+        if flushed := self._flush(place):
+            self._waits.look(*flushed, place)
         if place.step % self._every == 0 or place.step == place.steps:
             run = self._run
             reading = Reading(run.sums.values, [run.train_step.counts])
@@ -82,12 +83,10 @@ class Progress(Hook):
     def stopped(self, place: Place) -> None:
         self._flush(place)
 
-    def _flush(self, place: Place) -> None:
-        """Report what was asked for, if anything was."""
+    def _flush(self, place: Place) -> tuple[float, Stretch] | None:
+        """Report what was asked for, if anything was; returns the share of that time spent waiting for data."""
         asked, self._asked = self._asked, None
-        if asked is not None:
-            share = self._report(asked, place)
-            self._waits.look(share, asked.stretch, place)
+        return None if asked is None else (self._report(asked, place), asked.stretch)
 
     def _report(self, asked: _Asked, place: Place) -> float:
         """Returns: the share of the time spent waiting for data."""

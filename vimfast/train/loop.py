@@ -348,7 +348,12 @@ class TrainingRun(_Closed):
         batch, same = self.loader.order.batch_size, f"--global-batch-size {self.global_batch} to train the same"
         # A step of several processes waits for the others, which may have failed too.
         found = self._largest_below(batch) if self.world.size == 1 else batch // 2
-        return f"--batch-size {found} {same} in smaller parts, or --use-checkpoint" if found else "--use-checkpoint"
+        without = " (and no --accum-steps)" if self.accum_steps > 1 else ""
+        return (
+            f"--batch-size {found} {same} in smaller parts{without}, or --use-checkpoint"
+            if found
+            else "--use-checkpoint"
+        )
 
     def _largest_below(self, batch: int) -> int:
         self.control.doing("looking for a batch that fits")
@@ -361,7 +366,10 @@ class TrainingRun(_Closed):
             _synchronize(device)
 
         self.train_step.forget()
-        return largest_batch(trial, batch - 1)
+        try:
+            return largest_batch(trial, batch - 1)
+        except RuntimeError:  # a GPU that ran out of memory is not always itself again
+            return batch // 2
 
     def _next(self, batches: Iterator[Batch], part: int) -> Batch:
         self.control.doing("waiting for data")

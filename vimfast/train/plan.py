@@ -82,7 +82,7 @@ def _augmentation(cfg: Config) -> str:
         f"cutmix {mix.cutmix:g}" if mix.cutmix or mix.cutmix_minmax else "",
         "three copies of each image drawn" if cfg.data.repeated_aug else "",
     ]
-    return ", ".join(filter(None, parts)) or "crops and flips alone"
+    return ", ".join(filter(None, parts)) or ("crops and flips alone" if cfg.data.hflip else "crops alone")
 
 
 def _batch(run: TrainingRun) -> str:
@@ -95,13 +95,13 @@ def _rate(run: TrainingRun, cfg: Config) -> str:
     optim, schedule = cfg.optim, cfg.schedule
     scaled = "" if optim.unscale_lr else f" = {optim.lr:g} x {run.global_batch:,} / 512"
     epochs = min(schedule.warmup_epochs, schedule.epochs - 1) if schedule.sched != "none" else 0
-    warmup = f", {epochs} epochs of warm-up" if epochs else ""
+    warmup = f", {epochs} epoch{'s' * (epochs != 1)} of warm-up" if epochs else ""
     lowered = f", x {FACTOR ** len(run.turns):g} after {len(run.turns)} rollbacks" if run.turns else ""
     return f"{peak_lr(optim, run.global_batch):.3g}{scaled}{lowered}, {optim.opt}, {schedule.sched}{warmup}"
 
 
 def _length(run: TrainingRun) -> str:
-    text = f"{run.epochs} epochs of {run.place.steps:,} steps"
+    text = f"{run.epochs} epoch{'s' * (run.epochs != 1)} of {run.place.steps:,} steps"
     if run.train_step.seconds is not None:
         steps = (run.epochs - run.place.epoch) * run.place.steps - run.place.step
         text += f"; at least {duration(steps * run.accum_steps * run.train_step.seconds)} of GPU time for the steps"

@@ -26,7 +26,7 @@ class Waited(NamedTuple):
 
 
 class DataWaits:
-    """Looks at the waiting once an epoch, when its pace is known; every process calls it at the same steps."""
+    """Looks at the waiting once an epoch, when its pace is known."""
 
     def __init__(self, run: TrainingRun, data: DataConfig) -> None:
         self._run, self._data = run, data
@@ -39,7 +39,7 @@ class DataWaits:
         self._steps += 1
 
     def look(self, share: float, stretch: Stretch, place: Place) -> None:
-        """With each report, its share of the time spent waiting."""
+        """With each report, its share of the time spent waiting; every process must call it at the same step."""
         loader = self._run.loader
         read, self._read_before = loader.read_waits - self._read_before, loader.read_waits
         if self._steps < SETTLED_AFTER or place.epoch == self._epoch or self._told or place.step >= place.steps:
