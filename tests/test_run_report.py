@@ -182,7 +182,7 @@ def test_what_is_no_run_folder_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"report\.json is damaged \(.*\); delete it; the next epoch"):
             write_page(tmp_path)
     (tmp_path / "report.json").unlink()
-    assert b"1 epochs" in write_page(tmp_path).read_bytes()  # no settings, no facts: what the log says
+    assert b"1 epoch<" in write_page(tmp_path).read_bytes()  # no settings, no facts: what the log says
 
 
 def test_damaged_facts_cost_a_warning(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,7 +150,7 @@ def parser() -> Parser:
     text = "draw samples as the trainer sees them with its default settings; vimfast show takes its flags"
     add("--sample-grid", metavar="PNG", type=path, help=text)
     add("--input-size", metavar="S", type=whole(1), default=224, help="side of images in training, pixels [224]")
-    add("--seed", type=whole(0), default=0, help="of those samples [0]")
+    add("--seed", type=whole(0), default=0, help="seed of the samples [0]")
     return parser
 
 

@@ -7,6 +7,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,7 +194,9 @@ class SplitPage:
         """Of the sizes, by their area: ``500 × 375``."""
         if not len(self._sizes):
             return ""
-        height, width = self._sizes[np.argsort(self._sizes.prod(axis=1), kind="stable")[len(self._sizes) // 2]].tolist()
+        height, width = self._sizes[
+            np.argsort(self._sizes.prod(axis=1, dtype=float), kind="stable")[len(self._sizes) // 2]
+        ].tolist()
         return f"{width:,} × {height:,}"
 
     @property
@@ -211,7 +214,7 @@ class SplitPage:
             for (height, width), count in zip(found[order].tolist(), counts[order].tolist(), strict=True)
         ]
 
-    @property
+    @cached_property
     def charts(self) -> list[BarChart]:
         held = np.array(list(self.report.classes.get(self.name, {}).values()), np.int64)
         charts = [_class_chart(self.name, held)] if len(held) else []
@@ -233,7 +236,8 @@ class SplitPage:
 
     def _shapes(self) -> BarChart:
         """On a scale where 1:2 is as far from a square as 2:1."""
-        ratio = np.log2(self._sizes[:, 1] / np.maximum(self._sizes[:, 0], 1))
+        height, width = np.maximum(self._sizes, 1).T
+        ratio = np.log2(width / height)
         most = np.log2(_WIDEST)
         edges = np.linspace(-most, most, _BINS + 2)  # an odd number of bins: squares are in the middle of one
         bars = [

@@ -110,18 +110,24 @@ class _Run:
         return [record["epoch"] for record in self.records]
 
     @property
+    def _planned(self) -> int | None:
+        """The epochs that it is to have; None where that is not known."""
+        epochs = self.setting("schedule", "epochs")
+        return epochs if isinstance(epochs, int) else None
+
+    @property
     def finished(self) -> bool:
-        return bool(self.epochs[-1] + 1 >= self.setting("schedule", "epochs", math.inf))
+        return self._planned is not None and self.epochs[-1] + 1 >= self._planned
 
     @property
     def status(self) -> tuple[str, str]:
         """A few words, and the class that colours them."""
-        done, epochs = self.epochs[-1] + 1, self.setting("schedule", "epochs", None)
+        done, plural = self.epochs[-1] + 1, "s" * (self.epochs[-1] > 0)
         if self.finished:
-            return f"finished: {done} epoch{'s' * (done != 1)}", "good"
+            return f"finished: {done} epoch{plural}", "good"
         if self.facts is not None and self.facts.stopped:
             return f"stopped at {self.facts.stopped}", "warn"
-        return f"{done} of {epochs} epochs" if epochs else f"{done} epochs", "plain"
+        return f"{done} of {self._planned} epochs" if self._planned else f"{done} epoch{plural}", "plain"
 
     # Figures
 
@@ -160,13 +166,8 @@ class _Run:
         shares = [share for share in self._paces("data_share") if share is not None]
         if shares:
             mean = sum(shares) / len(shares)
-            tiles.append(
-                Tile(
-                    "Waiting for data",
-                    f"{mean:.1%}",
-                    "of the time; vimfast doctor may say why" if mean > _WAITS else "of the time",
-                )
-            )
+            about = "of the time; vimfast doctor may say why" if mean > _WAITS else "of the time"
+            tiles.append(Tile("Waiting for data", f"{mean:.1%}", about))
         return tiles
 
     @property
@@ -184,22 +185,14 @@ class _Run:
         scaled = [None if rate is None else rate / 10.0**power for rate in rates]
         unit = f", × 10{superscript(power)}" if power else ""
         shares = [None if share is None else 100 * share for share in self._paces("data_share")]
-        speed, waiting = (
-            Series("all processes", self._paces("images_per_second"), 1),
-            Series("first process", shares, 1),
-        )
+        rate = Series("at the epoch's end", scaled, _TRAINING)
+        speed = Series("all processes", self._paces("images_per_second"), _RAW)
+        waiting = Series("first process", shares, _RAW)
         return [
             LineChart("Loss, in nats", epochs, "epoch", [training, *self._weights("test_loss")], "{:.3f}".format),
             LineChart("Top-1 accuracy, %", epochs, "epoch", self._weights("test_acc1"), "{:.2f}".format, mark=mark),
             LineChart("Top-5 accuracy, %", epochs, "epoch", self._weights("test_acc5"), "{:.2f}".format),
-            LineChart(
-                f"Learning rate{unit}",
-                epochs,
-                "epoch",
-                [Series("at the epoch's end", scaled, _TRAINING)],
-                lambda own: f"{own * 10.0**power:.3g}",
-                least=0,
-            ),
+            LineChart(f"Learning rate{unit}", epochs, "epoch", [rate], lambda own: f"{own * 10.0**power:.3g}", least=0),
             LineChart("Training speed, images/s", epochs, "epoch", [speed], "{:,.0f}".format, least=0),
             LineChart(
                 "Waiting for data, % of the time",
@@ -222,8 +215,10 @@ class _Run:
     @property
     def about_training_loss(self) -> str:
         """Why it cannot be compared with that of validation, if there is a reason."""
-        if self.setting("mix", "bce_loss"):
-            return "Training minimizes binary cross entropy, so the two kinds of loss cannot be compared."
+        if self.setting("distill", "distillation_type", "none") != "none":
+            return "Training loss includes the teacher's share, so it cannot be compared with validation loss."
+        if self.setting("mix", "bce_loss") or self.setting("distill", "cosub"):
+            return "Training loss is binary cross entropy, so it cannot be compared with validation loss."
         reasons = []
         if self.setting("mix", "smoothing"):
             reasons.append("smoothed")
@@ -260,9 +255,8 @@ class _Run:
     @property
     def next_commands(self) -> list[NextCommand]:
         own = shlex.quote(str(self.folder))
-        processes = (
-            f" --processes {self.facts.processes}" if self.facts is not None and self.facts.processes > 1 else ""
-        )
+        count = 1 if self.facts is None else self.facts.processes
+        processes = f" --processes {count}" if count > 1 else ""
         train = f"vimfast train{processes} --config {shlex.quote(str(self.folder / _CONFIG))}"
         unfinished = [] if self.finished else [NextCommand("continue to the last epoch", f"{train} --resume auto")]
         return [
@@ -295,6 +289,5 @@ def _argmax(values: Sequence[float | None]) -> int | None:
 
 def _text(value: Any) -> str:
     """As YAML has it, on one line."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).removesuffix("...\n").strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
