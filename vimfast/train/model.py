@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vimfast.checkpoint import find_checkpoint, load_checkpoint, load_for_finetuning
+from vimfast.checkpoint import described, find_checkpoint, load_checkpoint, load_for_finetuning
 from vimfast.config import Config, ModelConfig
 from vimfast.errors import UserError
 from vimfast.models import create_model
@@ -124,8 +124,9 @@ def _begin_with(model: nn.Module, cfg: Config, finetune: str, report: Reporter) 
     """Weights of another run, if there are any, and which of them are not to be trained."""
     if finetune:
         path = find_checkpoint(Path(finetune), best=True)
-        weights = load_checkpoint(path)["model"]
-        for line in load_for_finetuning(model, weights, str(path), resample=cfg.finetune.pos_embed_resample):
+        state = load_checkpoint(path)
+        how, size = cfg.finetune.pos_embed_resample, described(state).img_size
+        for line in load_for_finetuning(model, state["model"], str(path), resample=how, img_size=size):
             report.say(line)
     if line := freeze(model, cfg.finetune):
         report.say(line)
