@@ -87,7 +87,8 @@ def resize_pos_embed(
     places = class_places(old[0] * old[1])
     tokens = torch.cat([pos_embed[:, :0], *(pos_embed[:, place : place + 1] for place in places)], dim=1)  # [1, T, C]
     wide = torch.promote_types(pos_embed.dtype, torch.float32)
-    with torch.autocast(pos_embed.device.type, enabled=False):
+    kind = pos_embed.device.type
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
         units = torch.eye(old[0] * old[1], dtype=wide, device=pos_embed.device)  # [P, P]
         matrix = F.interpolate(units.view(-1, 1, *old), size=new, mode="bicubic", align_corners=False)
         patches = matrix.flatten(1).T @ remove_tokens(pos_embed, places).to(wide)  # [1, new P, C]

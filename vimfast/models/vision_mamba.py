@@ -65,7 +65,7 @@ class VisionMamba(TimmModel):
         if positions.if_rope:
             self.rope = Rotary(self.patch_embed.grid_size, dim, positions.pt_hw_seq_len, device)
         self.head = new_head(dim, self.num_classes, **to)
-        rates = [0.0, *torch.linspace(0, stack.drop_path_rate, stack.depth).tolist()]
+        rates = [0.0, *torch.linspace(0, stack.drop_path_rate, stack.depth, device="cpu").tolist()]
         norm = partial(
             AddRMSNorm if stack.rms_norm else AddLayerNorm, dim, stack.norm_epsilon, given.mixer.scan_backend, **to
         )
