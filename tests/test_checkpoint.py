@@ -311,9 +311,10 @@ def test_finetuning_at_another_size_with_another_head(tmp_path: Path) -> None:
 def test_evaluation_at_another_size_and_at_its_own() -> None:
     old, new = vim(), vim(img_size=48)
     state = {name: value.clone() for name, value in old.state_dict().items()}
-    assert load_weights(new, state, "c.pth", resample="patches") == [
-        "position embedding resampled from 17 to 37 positions"
-    ]
+    line = "position embedding resampled from 17 to 37 positions"
+    assert load_weights(new, state, "c.pth", resample="patches") == [f"{line}, taken for a square grid of patches"]
+    assert load_weights(new, old.state_dict(), "c.pth", resample="patches") == [line]
+    assert load_weights(new, state, "c.pth", resample="patches", img_size=32) == [line]
     with pytest.raises(UserError, match="there and"):
         load_weights(new, state, "c.pth")
     other = vim()

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimfast.checkpoint import save_checkpoint
+from vimfast.checkpoint import described, load_checkpoint, load_for_finetuning, load_weights, save_checkpoint
 from vimfast.config import DistillConfig, FinetuneConfig, OptimConfig
 from vimfast.errors import UserError
+from vimfast.inference import load_classifier
 from vimfast.models import VisionMamba, create_model
+from vimfast.models.hub import save_for_hub
 from vimfast.train.freezing import freeze
 from vimfast.train.losses import Objective, build_teacher
 from vimfast.train.optim import build_optimizer
@@ -58,6 +61,93 @@ def test_the_originals_resampling_takes_class_tokens_for_the_first(double: bool)
     assert not torch.equal(got, new.fit_pos_embed({"pos_embed": embedding})["pos_embed"][0])
     with pytest.raises(UserError, match="by 'orginal'; it must be patches or original"):
         new.fit_pos_embed({"pos_embed": embedding}, "orginal")
+
+
+def vim_of(img_size: int | tuple[int, int]) -> VisionMamba:
+    return timm.create_model(
+        "vim_tiny_patch16_224", img_size=img_size, patch_size=8, stride=8, depth=1, embed_dim=16, num_classes=3
+    )
+
+
+def smooth(grid: tuple[int, int], model: VisionMamba) -> Tensor:
+    """An embedding that is a function of the place in the image; the class token's is 7."""
+    rows, columns = torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in grid), indexing="ij")
+    patches = torch.stack([rows, columns, rows * columns, (3 * rows).sin()], -1).flatten(0, 1).repeat(1, 4)
+    (place,) = model.class_places(len(patches))
+    return torch.cat([patches[:place], torch.full((1, 16), 7.0), patches[place:]])[None]
+
+
+SIZES = pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((64, 144), (128, 288)),
+        ((32, 128), (64, 64)),
+        ((128, 32), (32, 128)),
+        ((64, 64), (32, 128)),
+        ((48, 80), (80, 48)),
+    ],
+)
+
+
+@SIZES
+@pytest.mark.parametrize("way", ["state dict", "file", "checkpoint", "hub", "timm", "copy"])
+def test_positions_of_images_that_are_not_square(
+    before: tuple[int, int], after: tuple[int, int], way: str, tmp_path: Path
+) -> None:
+    """8 x 18, 4 x 16 and 16 x 4 patches are square numbers, and the second and third as many as 8 x 8."""
+    old, new = vim_of(before), vim_of(after)
+    with torch.no_grad():
+        old.pos_embed.copy_(smooth(old.patch_embed.grid_size, old))
+    notes: list[str] = []
+    if way == "state dict":
+        new.load_state_dict(new.fit_pos_embed(old.state_dict()))
+    elif way == "file":
+        torch.save(old.state_dict(), tmp_path / "weights.pth")
+        weights = load_checkpoint(tmp_path / "weights.pth")["model"]
+        notes = load_weights(new, weights, "weights.pth", resample="patches")
+    elif way == "checkpoint":  # as torchrun's DDP names them
+        torch.save({"state_dict": nn.ModuleDict({"module": old}).state_dict()}, tmp_path / "weights.pth")
+        weights = load_checkpoint(tmp_path / "weights.pth")["model"]
+        notes = load_for_finetuning(new, weights, "weights.pth", resample="patches")
+    elif way == "hub":
+        save_for_hub(old, tmp_path)
+        state = load_checkpoint(tmp_path)
+        size = described(state).img_size
+        assert size == (before[0] if before[0] == before[1] else before)
+        notes = load_weights(new, state["model"], "hub", resample="patches", img_size=size)
+    elif way == "timm":
+        save_for_hub(old, tmp_path)
+        new = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=after)
+    else:
+        notes = load_weights(new, dict(old.state_dict()), "copy", resample="patches", img_size=before)
+    assert not any("taken for" in note for note in notes)
+    assert len(notes) == (way not in ("state dict", "timm"))
+    want = smooth(new.patch_embed.grid_size, new)
+    assert (new.pos_embed - want).abs().max() < 0.15  # 0.12 at the edges; taken for a square, 0.46 to 0.66
+    (place,) = new.class_places(want.shape[1] - 1)
+    assert (new.pos_embed[0, place] == 7).all()
+
+
+def test_a_grid_that_nothing_tells_is_taken_for_a_square_and_said_to_be() -> None:
+    old, new = vim_of((32, 32)), vim_of((64, 64))
+    notes = load_weights(new, dict(old.state_dict()), "w.pth", resample="patches")
+    assert notes == ["position embedding resampled from 17 to 65 positions, taken for a square grid of patches"]
+    with pytest.raises(UserError, match="61 entries, which is not a square grid of patches and 1 class tokens"):
+        new.fit_pos_embed(dict(vim_of((48, 80)).state_dict()))
+    for nonsense in ({"": {"pos_embed_grid": "8x8"}}, {"": {"pos_embed_grid": [3, 5]}}, {"": {}}):
+        state = old.state_dict()
+        state._metadata = nonsense  # type: ignore[attr-defined]
+        assert new.pos_embed_grid(state) is None
+
+
+def test_a_model_of_images_that_are_not_square_is_not_asked_about_squares(tmp_path: Path) -> None:
+    save_for_hub(vim_of((32, 64)), tmp_path)
+    with pytest.raises(
+        UserError, match="for images of 32 x 64 pixels, and squares are cut out here; give an input size"
+    ):
+        load_classifier(tmp_path)
+    resampled = load_classifier(tmp_path, input_size=64)
+    assert resampled.notes == ["position embedding resampled from 33 to 65 positions"]
 
 
 def trained_names(model: nn.Module, **settings: Any) -> set[str]:

@@ -48,10 +48,11 @@ def main() -> None:
     load_weights(model, weights, str(args.checkpoint))
     cfg: Any = model.pretrained_cfg
     name, size, model_args = cfg["architecture"], args.input_size or told.input_size, None
+    height, width = (size, size) if isinstance(size, int) else size
     if name not in MODELS:  # those know their own
         model_args = {**told.options, **({"img_size": size} if cfg.get("fixed_input_size") else {})}
     if told.model:  # else the model's own is the best guess
-        cfg.update({"input_size": (cfg["input_size"][0], size, size), **_preprocessing(told, size)})
+        cfg.update({"input_size": (cfg["input_size"][0], height, width), **_preprocessing(told, min(height, width))})
     save_for_hub(model, args.out, model_args=model_args, classes=told.classes)
     print(f"{args.out}: {name}, {args.weights} weights of {args.checkpoint}")
 

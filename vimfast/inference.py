@@ -221,7 +221,7 @@ def load_classifier(
         )
     told = described(state)
     built = rebuild(told, values, str(origin), model=model, input_size=input_size)
-    notes += load_weights(built, values, str(origin), resample="patches")
+    notes += load_weights(built, values, str(origin), resample="patches", img_size=told.img_size)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     view = _view(told, input_size or told.input_size, where)
     classes = _class_names(told, _outputs(built), str(origin))
@@ -282,7 +282,12 @@ def _class_names(told: Description, outputs: int, origin: str) -> list[str]:
     return imagenet_classes() if outputs == _IMAGENET else [f"class {i}" for i in range(outputs)]
 
 
-def _view(told: Description, size: int, device: torch.device) -> Evaluation:
+def _view(told: Description, size: int | tuple[int, int], device: torch.device) -> Evaluation:
+    if not isinstance(size, int):
+        raise UserError(
+            f"the model is for images of {size[0]} x {size[1]} pixels, and squares are cut out here",
+            f"give an input size, such as {max(size)}, to which its positions are resampled",
+        )
     own = told.preprocessing
     mean, std = (tuple(own.get(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
     interpolation = own.get("interpolation", Evaluation.interpolation)

@@ -20,7 +20,8 @@ def silu_slope(x: Tensor) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product of x: autocast's if enabled, else x's."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # torch knows of no autocast on the meta device, and raises when asked.
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def empty_gradients(first: Tensor, *rest: Tensor | None) -> list[Tensor]:

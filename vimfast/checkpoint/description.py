@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from vimfast.checkpoint.fitting import ImageSize
 from vimfast.config import DataConfig, ModelConfig
 
 _SIZE, _CROP_RATIO = ModelConfig.input_size, DataConfig.eval_crop_ratio
@@ -16,11 +17,16 @@ class Description(NamedTuple):
     """A model, and the images that it is evaluated on."""
 
     model: str = ""  # its name; empty: the checkpoint does not say
-    input_size: int = _SIZE  # pixels
+    input_size: ImageSize = _SIZE  # pixels
     options: Mapping[str, Any] = {}  # of its constructor
     classes: tuple[str, ...] = ()  # their names; empty: the checkpoint does not say
     crop_ratio: float = _CROP_RATIO  # of the evaluation
     preprocessing: Mapping[str, Any] = {}  # the hub's, by timm's names: ``mean``, ``std``, ``interpolation``
+
+    @property
+    def img_size(self) -> ImageSize | None:
+        """Of the images that the weights are of; None: the checkpoint does not say."""
+        return self.input_size if self.model else None
 
 
 def described(state: Mapping[str, Any]) -> Description:
@@ -42,7 +48,8 @@ def described(state: Mapping[str, Any]) -> Description:
     if isinstance(hub := state.get("hub"), dict) and "architecture" in hub:
         options = {name: value for name, value in hub.get("model_args", {}).items() if name != "img_size"}
         told = hub.get("pretrained_cfg", {})
-        size, ratio = told.get("input_size", (_SIZE,))[-1], told.get("crop_pct", _CROP_RATIO)
+        height, width = told.get("input_size", (_SIZE, _SIZE))[-2:]
+        size, ratio = height if height == width else (height, width), told.get("crop_pct", _CROP_RATIO)
         names = {name: told[name] for name in ("mean", "std", "interpolation") if name in told}
         return Description(hub["architecture"], size, options, tuple(hub.get("label_names") or ()), ratio, names)
     return Description(classes=classes)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -147,10 +148,14 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    metadata = getattr(weights, "_metadata", None)  # of a module's state dict; a Vision Mamba's has its grid
     for prefix in 2 * WRAPPERS:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return dict(weights)
+    clean: Any = OrderedDict(weights)
+    if isinstance(metadata, dict):
+        clean._metadata = {name: entry for name, entry in metadata.items() if isinstance(entry, dict)}
+    return cast("dict[str, Tensor]", clean)
 
 
 def weights_held(state: Mapping[str, Any]) -> str:

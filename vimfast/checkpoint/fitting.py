@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
 
+ImageSize = int | tuple[int, int]  # pixels, or height and width
+
 
 def load_weights(
-    model: nn.Module, weights: dict[str, Tensor], origin: str, *, resample: str | None = None
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    origin: str,
+    *,
+    resample: str | None = None,
+    img_size: ImageSize | None = None,
 ) -> list[str]:
     """Load a state dict strictly.
 
     Args:
         resample: how a position embedding of another grid is brought to the model's, one of
             :data:`vimfast.models.pos_embed.RESAMPLE`; None: it is an error.
+        img_size: of the images that the weights are of; None: it is not known, and the grid taken for a square
+            unless the weights say which it is.
 
     Returns:
         lines that say what was changed on the way.
@@ -24,7 +34,7 @@ def load_weights(
     Raises:
         UserError: names or shapes differ, with the first of them.
     """
-    weights, notes = _fitted(model, weights, resample)
+    weights, notes = _fitted(model, weights, resample, img_size)
     shapes, missing, unknown = _differences(model, weights)
     trouble = (
         shapes + [f"{name} is missing there" for name in missing] + [f"{name} is unknown here" for name in unknown]
@@ -39,11 +49,18 @@ def load_weights(
     return notes
 
 
-def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], origin: str, *, resample: str) -> list[str]:
+def load_for_finetuning(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    origin: str,
+    *,
+    resample: str,
+    img_size: ImageSize | None = None,
+) -> list[str]:
     """Load what fits into a model with, perhaps, another head; a head of other classes keeps its initial values.
 
     Args:
-        resample: as in :func:`load_weights`.
+        resample, img_size: as in :func:`load_weights`.
 
     Returns:
         lines that say what was resampled, what was not loaded, and why.
@@ -51,7 +68,7 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], origin: st
     Raises:
         UserError: a shape outside the head differs, or nothing but the head would be loaded.
     """
-    weights, notes = _fitted(model, weights, resample)
+    weights, notes = _fitted(model, weights, resample, img_size)
     own = model.state_dict()
     heads = head_names(model)
     fresh: list[str] = []
@@ -78,17 +95,21 @@ def load_for_finetuning(model: nn.Module, weights: dict[str, Tensor], origin: st
     return notes
 
 
-def _fitted(model: nn.Module, weights: dict[str, Tensor], resample: str | None) -> tuple[dict[str, Tensor], list[str]]:
+def _fitted(
+    model: nn.Module, weights: dict[str, Tensor], resample: str | None, img_size: ImageSize | None
+) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with the position embedding of the model's grid, and a line if it was another's."""
-    fit = getattr(model, "fit_pos_embed", None)
+    fit: Any = getattr(model, "fit_pos_embed", None)
     if fit is None or resample is None:
         return weights, []
-    fitted = fit(weights, resample)
+    fitted: dict[str, Tensor] = fit(weights, resample, img_size)
     before, after = weights.get("pos_embed"), fitted.get("pos_embed")
-    if before is None or after is None or before.shape == after.shape:
+    if before is None or after is None or before is after:
         return fitted, []
     how = " as the original does" if resample == "original" else ""
-    return fitted, [f"position embedding resampled{how} from {before.shape[1]} to {after.shape[1]} positions"]
+    grid: Any = model.pos_embed_grid
+    assumed = ", taken for a square grid of patches" if grid(weights, img_size) is None else ""
+    return fitted, [f"position embedding resampled{how} from {before.shape[1]} to {after.shape[1]} positions{assumed}"]
 
 
 def _differences(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:

@@ -13,6 +13,7 @@ from vimfast.errors import UserError
 from vimfast.models.options import PatchOptions
 from vimfast.models.plain import is_plain
 from vimfast.models.pos_embed import insert_tokens, rotary_tables
+from vimfast_kernels.arithmetic import autocast_dtype
 
 
 class PatchEmbed(nn.Module):
@@ -65,8 +66,7 @@ class PatchEmbed(nn.Module):
         # Patches that do not overlap are rows of a matrix: one copy, which also casts, and one product.
         x = x[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
         x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, channels, size, size]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type), memory_format=torch.contiguous_format)
+        x = x.to(autocast_dtype(x), memory_format=torch.contiguous_format)
         return F.linear(x.reshape(len(x), rows * columns, -1), self.proj.weight.flatten(1), self.proj.bias)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,36 +14,60 @@ from torch import Tensor
 from vimfast.errors import UserError
 
 RESAMPLE = ("patches", "original")  # how: the patches' entries alone, or with hustvl/Vim's mistake
+_GRID = "pos_embed_grid"  # in the metadata of a state dict
+
+
+def note_grid(state_dict: Any, prefix: str, grid: tuple[int, int]) -> None:
+    """Put the grid of a position embedding into the metadata of a module's state dict, where versions of modules are.
+
+    Its length does not tell the grid: 64 patches are 8 x 8 or 4 x 16.
+    """
+    if hasattr(state_dict, "_metadata"):
+        state_dict._metadata[prefix.rstrip(".")][_GRID] = list(grid)
+
+
+def noted_grid(state_dict: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """What :func:`note_grid` has put there; None: nothing."""
+    for entry in getattr(state_dict, "_metadata", {}).values():
+        match entry.get(_GRID):
+            case [int(rows), int(columns)]:
+                return rows, columns
+    return None
 
 
 def resample_pos_embed(
     pos_embed: Tensor,  # [1, M, C], any float dtype
     grid: tuple[int, int],
     class_places: Callable[[int], tuple[int, ...]],
+    old: tuple[int, int] | None = None,
 ) -> Tensor:  # [1, grid[0] * grid[1] + T, C], same dtype
-    """The position embedding of a square grid of patches, resampled (bicubic) to ``grid`` = (rows, columns).
+    """The position embedding of ``old`` = (rows, columns) patches, resampled (bicubic) to ``grid``.
 
     ``class_places(patches)`` says where the T class tokens are in a sequence of so many patches. Their entries move
-    to the new places as they are; only the patches' are resampled. An embedding that fits is returned as it is.
+    to the new places as they are; only the patches' are resampled. Without ``old`` the grid is taken for a square, and
+    an embedding of as many patches as ``grid`` has is returned as it is.
 
     Raises:
-        UserError: the embedding's patches do not form a square.
+        UserError: the embedding's patches do not form the old grid.
     """
     patches = pos_embed.shape[1] - len(class_places(0))
-    if patches == grid[0] * grid[1]:
+    if old == grid or (old is None and patches == grid[0] * grid[1]):
         return pos_embed
-    side = math.isqrt(max(0, patches))
-    if side == 0 or side * side != patches:
+    if old is None:
+        side = math.isqrt(max(0, patches))
+        old = side, side
+    if patches < 1 or old[0] * old[1] != patches:
+        shape = "a square grid" if old[0] == old[1] else f"a grid of {old[0]} x {old[1]}"
         raise UserError(
-            f"the position embedding has {pos_embed.shape[1]} entries, which is not a square grid of patches and"
+            f"the position embedding has {pos_embed.shape[1]} entries, which is not {shape} of patches and"
             f" {len(class_places(0))} class tokens",
             "load it into a model with the same class token options",
         )
-    old = list(class_places(patches))
-    tokens = pos_embed[:, old]  # [1, T, C]
+    places = list(class_places(patches))
+    tokens = pos_embed[:, places]  # [1, T, C]
     is_patch = torch.ones(pos_embed.shape[1], dtype=torch.bool)
-    is_patch[old] = False
-    image = pos_embed[:, is_patch].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, C, side, side]
+    is_patch[places] = False
+    image = pos_embed[:, is_patch].unflatten(1, old).permute(0, 3, 1, 2)  # [1, C, *old]
     image = F.interpolate(image.float(), size=grid, mode="bicubic", align_corners=False)  # [1, C, rows, columns]
     resampled = image.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # [1, rows * columns, C]
     return insert_tokens(resampled, tokens, class_places(grid[0] * grid[1]))
@@ -62,7 +87,8 @@ def resize_pos_embed(
     places = class_places(old[0] * old[1])
     tokens = torch.cat([pos_embed[:, :0], *(pos_embed[:, place : place + 1] for place in places)], dim=1)  # [1, T, C]
     wide = torch.promote_types(pos_embed.dtype, torch.float32)
-    with torch.autocast(pos_embed.device.type, enabled=False):
+    kind = pos_embed.device.type
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
         units = torch.eye(old[0] * old[1], dtype=wide, device=pos_embed.device)  # [P, P]
         matrix = F.interpolate(units.view(-1, 1, *old), size=new, mode="bicubic", align_corners=False)
         patches = matrix.flatten(1).T @ remove_tokens(pos_embed, places).to(wide)  # [1, new P, C]

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from vimfast.errors import UserError
 from vimfast.models.vision_mamba import VisionMamba
@@ -60,6 +60,12 @@ def _vision_mamba(in_chans: int = 3, **kwargs: Any) -> VisionMamba:
     return model
 
 
+def _fitted(state: dict[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:
+    """Published weights, which are of the images that their configuration says."""
+    cfg: Any = model.pretrained_cfg
+    return model.fit_pos_embed(state, img_size=tuple(cfg["input_size"][1:]))
+
+
 def _register(name: str, embed_dim: int, stride: int) -> None:
     def build(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
         if "channels" in kwargs:
@@ -70,7 +76,7 @@ def _register(name: str, embed_dim: int, stride: int) -> None:
             _vision_mamba,
             name,
             pretrained,
-            pretrained_filter_fn=lambda state, model: model.fit_pos_embed(state),
+            pretrained_filter_fn=_fitted,
             feature_cfg={"out_indices": kwargs.pop("out_indices", quarters), "feature_cls": "getter"},
             **{"embed_dim": embed_dim, "stride": stride, "final_pool_type": "mean", **kwargs},
         )
@@ -95,7 +101,7 @@ def _close_names(name: str) -> list[str]:
 def create_model(
     name: str,
     *,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     dynamic_img_size: bool = False,
     scan_backend: str = "auto",
     **kwargs: Any,
@@ -104,7 +110,8 @@ def create_model(
 
     Args:
         name: ``vim_tiny_patch16_224`` and so on, or any timm model.
-        img_size: side of the images in pixels; None for the named one. Handed to a model built for one size only.
+        img_size: side of the images in pixels, or (height, width); None for the named one. Handed to a model built for
+            one size only.
         dynamic_img_size: images may be of other sizes too. Handed to a model built for one size only.
         scan_backend: of a Vision Mamba's scan, see :mod:`vimfast_kernels.backends`; other models have none.
         kwargs: constructor options, those of :mod:`vimfast.models.options` for a Vision Mamba.

@@ -16,7 +16,15 @@ from vimfast.models.embedding import PatchEmbed, Rotary
 from vimfast.models.mixer import AddLayerNorm, AddRMSNorm, Block, MambaMixer
 from vimfast.models.options import InitialValues, VimOptions
 from vimfast.models.plain import unwatched
-from vimfast.models.pos_embed import RESAMPLE, insert_tokens, resample_pos_embed, resize_pos_embed, rotate
+from vimfast.models.pos_embed import (
+    RESAMPLE,
+    insert_tokens,
+    note_grid,
+    noted_grid,
+    resample_pos_embed,
+    resize_pos_embed,
+    rotate,
+)
 from vimfast.models.timm_api import TimmModel, new_head
 
 
@@ -57,7 +65,7 @@ class VisionMamba(TimmModel):
         if positions.if_rope:
             self.rope = Rotary(self.patch_embed.grid_size, dim, positions.pt_hw_seq_len, device)
         self.head = new_head(dim, self.num_classes, **to)
-        rates = [0.0, *torch.linspace(0, stack.drop_path_rate, stack.depth).tolist()]
+        rates = [0.0, *torch.linspace(0, stack.drop_path_rate, stack.depth, device="cpu").tolist()]
         norm = partial(
             AddRMSNorm if stack.rms_norm else AddLayerNorm, dim, stack.norm_epsilon, given.mixer.scan_backend, **to
         )
@@ -230,11 +238,37 @@ class VisionMamba(TimmModel):
         assert isinstance(mixer, MambaMixer)
         return mixer.kernels(dtype)
 
-    def fit_pos_embed(self, state_dict: Mapping[str, Tensor], how: str = "patches") -> dict[str, Tensor]:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_grid(destination, prefix, self.patch_embed.grid_size)
+
+    def pos_embed_grid(
+        self, state_dict: Mapping[str, Tensor], img_size: int | tuple[int, int] | None = None
+    ) -> tuple[int, int] | None:
+        """Rows and columns of the patches that a state dict's position embedding is of; None: nothing says it.
+
+        Args:
+            state_dict: one of a Vision Mamba says it, unless it was copied into another kind of dict.
+            img_size: of the images that it is of, which says it for patches like this model's.
+        """
+        known = [noted_grid(state_dict)]
+        if img_size is not None:
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            known.append(self.patch_embed.grid((height, width)))
+        patches = state_dict["pos_embed"].shape[1] - len(self.class_token_names())
+        return next((grid for grid in known if grid is not None and grid[0] * grid[1] == patches), None)
+
+    def fit_pos_embed(
+        self,
+        state_dict: Mapping[str, Tensor],
+        how: str = "patches",
+        img_size: int | tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
         """The state dict of a model of another image size or stride, its position embedding resampled to fit.
 
         ``how="original"`` resamples as hustvl/Vim does: as if the class tokens stood before the patches, wherever they
-        are. What is of this model's size stays as it is.
+        are. What is of this model's size stays as it is. The grid it is of is that of :meth:`pos_embed_grid`, or a
+        square.
         """
         if how not in RESAMPLE:
             raise UserError(
@@ -244,7 +278,8 @@ class VisionMamba(TimmModel):
         if "pos_embed" in state:
             first = tuple(range(len(self.class_token_names())))
             places = self.class_places if how == "patches" else lambda patches: first
-            state["pos_embed"] = resample_pos_embed(state["pos_embed"], self.patch_embed.grid_size, places)
+            old = self.pos_embed_grid(state_dict, img_size)
+            state["pos_embed"] = resample_pos_embed(state["pos_embed"], self.patch_embed.grid_size, places, old)
         if self.rope is not None:  # tables, not weights: of another grid, the own ones are right
             own = {f"rope.{name}": table for name, table in self.rope.state_dict().items()}
             state.update({name: table for name, table in own.items() if state.get(name, table).shape != table.shape})

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimfast.checkpoint import load_checkpoint, load_weights
+from vimfast.checkpoint import described, load_checkpoint, load_weights
 from vimfast.config import DistillConfig
 from vimfast.errors import UserError
 from vimfast.models import create_model
@@ -121,7 +121,8 @@ def build_teacher(
     )
     path = Path(cfg.teacher_path)
     try:
-        load_weights(teacher, load_checkpoint(path)["model"], str(path), resample="patches")
+        state = load_checkpoint(path)
+        load_weights(teacher, state["model"], str(path), resample="patches", img_size=described(state).img_size)
     except UserError as error:
         raise UserError(f"--teacher-path: {error.problem}", error.fix) from None
     return teacher.requires_grad_(False).eval()

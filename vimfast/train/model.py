@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from vimfast.checkpoint import Loaded, load_for_finetuning, load_found
+from vimfast.checkpoint import Loaded, described, load_for_finetuning, load_found
 from vimfast.config import Config, ModelConfig
 from vimfast.errors import UserError
 from vimfast.models import create_model
@@ -155,7 +155,8 @@ def _begin_with(model: nn.Module, cfg: Config, finetune: str, report: Reporter) 
         path, state, passed_over = load_found(Path(finetune), best=True)
         for note in passed_over:
             report.warn(note)
-        for line in load_for_finetuning(model, state["model"], str(path), resample=cfg.finetune.pos_embed_resample):
+        how, size = cfg.finetune.pos_embed_resample, described(state).img_size
+        for line in load_for_finetuning(model, state["model"], str(path), resample=how, img_size=size):
             report.say(line)
     if line := freeze(model, cfg.finetune):
         report.say(line)

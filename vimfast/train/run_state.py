@@ -16,6 +16,7 @@ from vimfast.checkpoint import (
     DamagedCheckpoint,
     Loaded,
     copied,
+    described,
     find_checkpoint,
     kept_checkpoints,
     load_checkpoint,
@@ -124,12 +125,13 @@ def load_models(
         resample: as :func:`load_weights` has it.
     """
     report.say(f"{origin}: {weights_held(state)}")
-    for line in load_weights(model, state["model"], origin, resample=resample):
+    size = described(state).img_size
+    for line in load_weights(model, state["model"], origin, resample=resample, img_size=size):
         report.say(line)
     if average is None:
         return None
     if isinstance(state.get("model_ema"), dict):
-        load_weights(average.module, state["model_ema"], f"the average in {origin}", resample=resample)
+        load_weights(average.module, state["model_ema"], f"the average in {origin}", resample=resample, img_size=size)
     elif evaluating:
         return None
     else:

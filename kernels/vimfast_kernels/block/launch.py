@@ -14,6 +14,7 @@ from torch import Tensor
 from vimfast_kernels.block.packing import Packed, Pieces, empty_packed, pack, padded, unpack, write_gradients
 from vimfast_kernels.block.weights import MixerWeights, flatten, unflatten
 from vimfast_kernels.conv import launch as conv
+from vimfast_kernels.flops import Shape, conv_flops, counted, scan_flops
 from vimfast_kernels.norm import launch as norm
 from vimfast_kernels.scan import launch as scan
 from vimfast_kernels.tuning import tuning_of
@@ -245,6 +246,23 @@ def _backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None) ->
 
 
 _block.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flops(x: Shape, *flat: Any) -> int:
+    """x [b, L, C] and the weights of norm and mixer: four products, the convolutions and the scans."""
+    weights = unflatten(flat[2:20])
+    b, length, width = x
+    d, states = weights.forth.A_log
+    rank = weights.forth.dt_weight[1]
+    products = width * 2 * d + 2 * d * (rank + 2 * states) + 2 * rank * d + d * width
+    convolutions = conv_flops((b, length, d), (2, *weights.forth.conv_weight))
+    return int(2 * b * length * products) + convolutions + scan_flops((2, b, length, d), (), (2, d, states))
+
+
+counted(torch.ops.vimfast.block_gluon, lambda x, residual, noise, *flat: _flops(x, *flat))
+counted(torch.ops.vimfast.block_gluon_inference, lambda x, residual, total, noise, *flat: _flops(x, *flat))
+# Nine more tensors come before the weights.
+counted(torch.ops.vimfast.block_gluon_backward, lambda dout, *rest: _flops(dout, *rest[9:]), times=2)
 
 
 def bidirectional_block(

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from vimfast_kernels.conv.device import conv_backward, conv_forward
+from vimfast_kernels.flops import conv_flops, counted
 from vimfast_kernels.sums import sum_rows
 from vimfast_kernels.tuning import tuning_of
 
@@ -106,6 +107,8 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _conv.register_autograd(_backward, setup_context=_setup_context)
+counted(torch.ops.vimfast.causal_conv_silu_triton, conv_flops)
+counted(torch.ops.vimfast.causal_conv_silu_triton_backward, conv_flops, skip=1, times=2)
 
 
 def causal_conv_silu(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimfast_kernels.arithmetic import empty_gradients, silu_slope, wide
+from vimfast_kernels.flops import conv_flops, counted
 
 # Causal depthwise convolution and SiLU, for direction k with W taps:
 #   out_t = silu(bias + sum_{lag < W} weight[W - 1 - lag] * x_{t - lag})    (t + lag where time runs down)
@@ -104,3 +105,5 @@ def _conv_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 conv_silu.register_autograd(_conv_gradients, setup_context=_conv_context)
+counted(torch.ops.vimfast.conv_silu, conv_flops)
+counted(torch.ops.vimfast.conv_silu_backward, conv_flops, skip=1, times=2)

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from vimfast_kernels.flops import counted, scan_flops
 from vimfast_kernels.scan.device_backward import scan_backward, sum_partials
 from vimfast_kernels.scan.device_forward import scan_forward
 from vimfast_kernels.tuning import ScanForward, multiprocessors, tuning_of
@@ -275,6 +276,8 @@ def _backward(ctx: Any, dout: Tensor | None, _dy: None, _dstates: None) -> tuple
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
+counted(torch.ops.vimfast.selective_scan_gluon, scan_flops)
+counted(torch.ops.vimfast.selective_scan_gluon_backward, scan_flops, skip=1, times=2)
 
 
 def selective_scan(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimfast_kernels.arithmetic import empty_gradients, silu_slope, wide
+from vimfast_kernels.flops import counted, scan_flops
 
 STEP_ELEMENTS = 1 << 16  # states in one step on a CPU: the least that keeps two threads busy
 CHUNK_ELEMENTS = 1 << 19  # states in one chunk on a CPU: the few arrays of this size stay in its caches
@@ -244,3 +245,5 @@ def _scan_gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | No
 
 
 scan.register_autograd(_scan_gradients, setup_context=_scan_context)
+counted(torch.ops.vimfast.scan, scan_flops)
+counted(torch.ops.vimfast.scan_backward, scan_flops, skip=2, times=2)
