@@ -108,6 +108,106 @@ def test_features_only(out_indices: Any) -> None:
     assert all(p.grad is not None for p in backbone.parameters())  # else DDP would wait for some
 
 
+@pytest.mark.parametrize("options", [{}, {"use_double_cls_token": True}, {"if_bidirectional": True}])
+def test_maps_of_the_first_blocks_alone(options: dict[str, Any]) -> None:
+    model = named(drop_path_rate=0.0, **options)
+    runs: list[int] = []
+    for block in model.layers:
+        block.register_forward_hook(lambda m, args, out: runs.append(1))
+    want = model.forward_intermediates(random_images(), [0, 1], norm=True, intermediates_only=True)
+    runs.clear()
+    got = model.forward_intermediates(
+        random_images(), [0], norm=True, stop_early=True, return_prefix_tokens=True, intermediates_only=True
+    )
+    assert len(runs) == (2 if "if_bidirectional" in options else 1)
+    ((patches, tokens),) = got
+    torch.testing.assert_close(patches, want[0])
+    assert tokens.shape == (2, 2 if "use_double_cls_token" in options else 1, 20)
+    whole = model.forward_features(random_images())
+    _, last = model.forward_intermediates(
+        random_images(), [-1], norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+    )[0]
+    torch.testing.assert_close(last, whole[:, list(model.class_places(15))])
+    layers = model.get_intermediate_layers(random_images(), 2, reshape=True, norm=True)
+    every = model.forward_intermediates(random_images(), norm=True, intermediates_only=True)
+    assert all(map(torch.equal, layers, every[-2:]))
+    assert model.get_intermediate_layers(random_images(), [0])[0].shape == (2, 15, 20)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 0])
+def test_pools_by_their_names_in_timm(tokens: int, tmp_path: Path) -> None:
+    options = [{"if_cls_token": False, "final_pool_type": "none"}, {}, {"use_double_cls_token": True}][tokens]
+    model = named(**options)
+    features, places = model.forward_features(random_images()), list(model.class_places(15))
+    patches = features[:, [i for i in range(15 + tokens) if i not in places]]
+    want = {"avg": patches.mean(1), "": features, **({"token": features[:, places].mean(1)} if tokens else {})}
+    for pool, read in want.items():
+        torch.testing.assert_close(named(**options, global_pool=pool).forward_head(features, pre_logits=True), read)
+        model.reset_classifier(3, pool)
+        torch.testing.assert_close(model(random_images()), model.head(read))
+        model.reset_classifier(0, pool)
+        torch.testing.assert_close(model(random_images()), read)
+    # As it is saved, it is built again.
+    model.reset_classifier(3, "avg")
+    save_for_hub(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(random_images()), model(random_images()))
+    model.reset_classifier(3, "mean")
+    assert model.global_pool is None
+    with pytest.raises(UserError, match=r"global_pool is 'catavgmax'; it must be one of '', 'token', 'avg'"):
+        named(global_pool="catavgmax")
+    if not tokens:
+        with pytest.raises(UserError, match="and the model has no class token; take 'avg' or ''"):
+            model.reset_classifier(3, "token")
+        with pytest.raises(UserError, match="if_cls_token=False leaves none; take 'avg' or ''"):
+            named(**options, global_pool="token")
+
+
+@pytest.mark.parametrize("options", [{}, {"if_rope": True}, {"if_abs_pos_embed": False, "stride": 8}])
+def test_another_input_size(options: dict[str, Any], tmp_path: Path) -> None:
+    """As if it had been built for it, with positions resampled as for finetuning; and it is saved as that."""
+    model = named(**options)
+    built = timm.create_model(NAME, **{**SMALL, "num_classes": 5, **options, "img_size": (40, 30)}).eval()
+    built.load_state_dict(built.fit_pos_embed(model.state_dict()))
+    model.set_input_size((40, 30))
+    images = torch.randn(2, 3, 40, 30)
+    assert torch.equal(model(images), built(images))
+    assert model.state_dict().keys() == built.state_dict().keys()
+    with pytest.raises(UserError, match="24 x 32"):
+        model(random_images())
+    save_for_hub(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
+    model.set_input_size(32)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("kind", ["v2", "v1", "none"])
+@pytest.mark.parametrize("stride", [6, 8])
+def test_a_batch_of_no_images(kind: str, stride: int) -> None:
+    model = named(bimamba_type=kind, stride=stride).train()
+    logits = model(random_images()[:0])
+    assert logits.shape == (0, 5)
+    logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    assert model.eval()(random_images()[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("options", [{}, {"if_rope": True, "dynamic_img_size": True}])
+def test_built_on_the_meta_device(options: dict[str, Any]) -> None:
+    """Shapes without memory, then memory and weights, as large models are loaded."""
+    model = named(**options)
+    with torch.device("meta"):
+        empty = timm.create_model(NAME, **{**SMALL, "num_classes": 5, **options}).eval()
+        assert empty(torch.empty(2, 3, 24, 32)).shape == (2, 5)
+        if "dynamic_img_size" in options:
+            assert empty(torch.empty(2, 3, 30, 40)).shape == (2, 5)
+    assert all(p.is_meta for p in empty.parameters())
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(model.state_dict())
+    assert torch.equal(filled(random_images()), model(random_images()))
+
+
 def test_default_maps_are_four_quarters_of_the_depth() -> None:
     assert timm.create_model(NAME, features_only=True, device="meta").out_indices == [5, 11, 17, 23]
     assert timm.create_model(NAME, features_only=True, depth=2, device="meta").out_indices == [0, 1]

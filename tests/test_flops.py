@@ -44,6 +44,12 @@ def test_the_table_in_the_docs() -> None:
             assert macs == f"{counted(partial(model, images)) / 2e9:.2f}"
 
 
+def test_the_code_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "models.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(code, "docs/models.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("1.50")
+
+
 def meta_block() -> tuple[Block, Tensor, Tensor]:
     block = VisionMamba(**OPTIONS, device="meta").layers[0]
     assert isinstance(block, Block)

@@ -29,12 +29,17 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size, self.dynamic = options.size, options.dynamic_img_size
         self.channels, self.patch_size, self.stride = options.channels, options.patch_size, options.stride
-        self.grid_size = self.grid(self.img_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.resize(self.img_size)
         self.proj = nn.Conv2d(self.channels, dim, self.patch_size, self.stride, **to)
         assert self.proj.bias is not None
         lecun_normal_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Take images of this height and width from now on."""
+        self.grid_size = self.grid(size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.img_size = size
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the patches of images of this height and width.
@@ -67,7 +72,8 @@ class PatchEmbed(nn.Module):
         x = x[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
         x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, channels, size, size]
         x = x.to(autocast_dtype(x), memory_format=torch.contiguous_format)
-        return F.linear(x.reshape(len(x), rows * columns, -1), self.proj.weight.flatten(1), self.proj.bias)
+        x = x.reshape(len(x), rows * columns, channels * size**2)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Rotary(nn.Module):
@@ -89,6 +95,11 @@ class Rotary(nn.Module):
         cos, sin = self._tables(grid)  # [P, C]
         still = cos.new_ones(1, len(places), cos.shape[1])
         return insert_tokens(cos[None], still, places)[0], insert_tokens(sin[None], torch.zeros_like(still), places)[0]
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Have the tables of this grid from now on."""
+        cos, sin = self._tables(grid)
+        self.grid, self.freqs_cos, self.freqs_sin = grid, cos, sin
 
     def _tables(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         own = self.freqs_cos

@@ -10,6 +10,7 @@ from vimfast.errors import UserError, did_you_mean
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
 FINAL_POOL_TYPES = ("none", "mean", "max", "all")
+GLOBAL_POOLS = ("", "token", "avg")  # timm's words
 
 # Of hustvl/Vim, and without effect here: add and norm are always one op, the residual is always fp32, and the grid
 # follows from the sizes.
@@ -205,13 +206,18 @@ class HeadOptions:
         num_classes: 0 for features.
         final_pool_type: what the head reads without a class token: ``none`` the last token, ``mean`` their mean,
             ``max`` the largest logit over all, ``all`` each of them (logits [B, M, K]).
+        global_pool: what the head reads in timm's words: ``token`` the class tokens' mean, ``avg`` the patches' mean,
+            ``""`` all tokens (logits [B, M, K]). None: the class tokens where there are any, else ``final_pool_type``.
     """
 
     num_classes: int = 1000
     final_pool_type: str = "none"
+    global_pool: str | None = None
 
     def __post_init__(self) -> None:
         known_pool(self.final_pool_type)
+        if self.global_pool is not None:
+            known_global_pool(self.global_pool)
 
 
 @dataclass(frozen=True)
@@ -226,6 +232,8 @@ class VimOptions:
     head: HeadOptions
 
     def __post_init__(self) -> None:
+        if self.head.global_pool == "token" and not self.sequence.if_cls_token:
+            raise UserError("global_pool is 'token', and if_cls_token=False leaves none", "take 'avg' or ''")
         width = self.stack.embed_dim
         if self.positions.if_rope and width % 4:
             raise UserError(f"if_rope turns pairs of half the channels: embed_dim {width} must be a multiple of 4")
@@ -248,6 +256,12 @@ class VimOptions:
             _part(MixerOptions, given),
             _part(HeadOptions, given),
         )
+
+
+def known_global_pool(name: str) -> str:
+    if name not in GLOBAL_POOLS:
+        raise UserError(f"global_pool is {name!r}", f"it must be one of {', '.join(map(repr, GLOBAL_POOLS))}")
+    return name
 
 
 def known_pool(name: str) -> str:

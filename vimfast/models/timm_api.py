@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vimfast.errors import UserError
 from vimfast.models.embedding import PatchEmbed
 from vimfast.models.mixer import Block, drop_path
-from vimfast.models.options import known_pool
+from vimfast.models.options import GLOBAL_POOLS, known_pool
 from vimfast.models.pos_embed import remove_tokens
 
 
@@ -26,8 +26,10 @@ class TimmModel(nn.Module):
     num_classes: int
     final_pool_type: str
     if_bidirectional: bool
+    global_pool: str | None
     drop_path_rate: float
     grad_checkpointing: bool
+    model_args: dict[str, Any]
 
     def class_token_names(self) -> tuple[str, ...]:
         """The parameters that are class tokens, in the order of the sequence."""
@@ -37,7 +39,11 @@ class TimmModel(nn.Module):
         raise NotImplementedError
 
     def _mix(
-        self, x: Tensor, turns: tuple[Tensor, Tensor] | None, streams: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor] | None,
+        streams: list[Tensor] | None = None,
+        blocks: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         raise NotImplementedError
 
@@ -46,7 +52,9 @@ class TimmModel(nn.Module):
         x: Tensor,
         indices: int | Sequence[int] | None = None,
         *,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
+        stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
@@ -55,28 +63,61 @@ class TimmModel(nn.Module):
         Args:
             x: images [B, channels, H, W].
             indices: after which blocks, or pairs of them with ``if_bidirectional``: this many last ones, these, or all.
+            return_prefix_tokens: pairs of each map and its class tokens [B, T, C], wherever they are in the sequence.
             norm: apply the last norm to each.
+            stop_early: run no more blocks than these take.
             output_fmt: ``NCHW`` for maps [B, C, rows, columns], ``NLC`` for sequences [B, rows * columns, C]; class
                 tokens are left out, and a shuffled or reversed sequence is put right.
             intermediates_only: return the list of them alone, else (:meth:`forward_features`, the list).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt is {output_fmt!r}", "it must be NCHW or NLC")
+        paired = 2 if self.if_bidirectional else 1
+        taken = _known_indices(len(self.layers) // paired, indices)
+        blocks = (taken[-1] + 1) * paired if stop_early else len(self.layers)
         height, width = x.shape[2:]
         x, turns, places, order = self._embed(x)
         grid = self.patch_embed.grid((height, width))
         streams: list[Tensor] = []
-        x, residual, noise = self._mix(x, turns, streams)
-        last = drop_path(x, noise, self.drop_path_rate)
+        x, residual, noise = self._mix(x, turns, streams, blocks)
+        rate = self._rate_after(blocks)
+        last = drop_path(x, noise, rate)
         streams = [*streams[1:], last if residual is None else residual + last]
-        maps = []
-        for i in _known_indices(len(streams), indices):
+        maps: list[Any] = []
+        for i in taken:
             stream = self.norm_f(streams[i], None)[0] if norm else streams[i]
             if order is not None:
                 stream = stream[:, torch.tensor(order).argsort().to(x.device, non_blocking=True)]
-            stream = remove_tokens(stream, places)  # [B, P, C]
-            maps.append(stream.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else stream)
+            patches = remove_tokens(stream, places)  # [B, P, C]
+            found = patches.transpose(1, 2).unflatten(2, grid) if output_fmt == "NCHW" else patches
+            maps.append((found, stream[:, list(places)]) if return_prefix_tokens else found)
         return maps if intermediates_only else (self.norm_f(last, residual)[0], maps)
+
+    def _rate_after(self, blocks: int) -> float:
+        """Of stochastic depth of what so many blocks give."""
+        if blocks == len(self.layers):
+            return self.drop_path_rate
+        following = self.layers[blocks]
+        assert isinstance(following, Block)
+        return following.drop_path_rate
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Any:
+        """:meth:`forward_intermediates` as DINO's users call it: the list alone, as sequences unless `reshape`."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -109,9 +150,20 @@ class TimmModel(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, freshly initialized, for ``num_classes`` (0: none); ``global_pool`` sets final_pool_type."""
-        if global_pool is not None:
-            self.final_pool_type = known_pool(global_pool)
+        """A new head, freshly initialized, for ``num_classes`` (0: none).
+
+        Args:
+            global_pool: what it reads, in timm's words (``token``, ``avg``, ``""``) or as a ``final_pool_type``, see
+                :class:`~vimfast.models.options.HeadOptions`; None: as before.
+        """
+        if global_pool in GLOBAL_POOLS:
+            if global_pool == "token" and not self.class_token_names():
+                raise UserError("global_pool is 'token', and the model has no class token", "take 'avg' or ''")
+            self.global_pool = global_pool
+        elif global_pool is not None:
+            self.final_pool_type, self.global_pool = known_pool(global_pool), None
+        if self.model_args:
+            self.model_args |= {"final_pool_type": self.final_pool_type, "global_pool": self.global_pool}
         weight = self.patch_embed.proj.weight
         self.num_classes = num_classes
         self.head = new_head(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)

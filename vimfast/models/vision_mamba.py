@@ -21,6 +21,7 @@ from vimfast.models.pos_embed import (
     insert_tokens,
     note_grid,
     noted_grid,
+    remove_tokens,
     resample_pos_embed,
     resize_pos_embed,
     rotate,
@@ -50,6 +51,7 @@ class VisionMamba(TimmModel):
         self.model_args: dict[str, Any] = {}  # of a named model, by the registry
         self.sequence = given.sequence
         self.num_classes, self.final_pool_type = given.head.num_classes, given.head.final_pool_type
+        self.global_pool = given.head.global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.if_bidirectional, self.if_rope_residual = stack.if_bidirectional, positions.if_rope_residual
         self.grad_checkpointing = False
@@ -158,17 +160,24 @@ class VisionMamba(TimmModel):
         return order
 
     def _mix(
-        self, x: Tensor, turns: tuple[Tensor, Tensor] | None, streams: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor] | None,
+        streams: list[Tensor] | None = None,
+        blocks: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All blocks: tokens [B, M, C] to (output of the last, residual before it, noise for the last drop path).
+        """Blocks: tokens [B, M, C] to (output of the last, residual before it, noise for its drop path).
 
-        `streams` collects residuals.
+        Args:
+            streams: collects residuals.
+            blocks: the first so many; None: all.
         """
         residual = None
         # What a hook has kept must stay as it was.
         overwrite = streams is None and not torch.is_grad_enabled() and self._unwatched
-        *noise, last_noise = self._draw_noise(x)
-        for i in range(0, len(self.layers), 2 if self.if_bidirectional else 1):
+        noise = self._draw_noise(x)
+        blocks = len(self.layers) if blocks is None else blocks
+        for i in range(0, blocks, 2 if self.if_bidirectional else 1):
             if turns is not None:
                 x = rotate(x, *turns)
                 if self.if_rope_residual and residual is not None:
@@ -183,7 +192,7 @@ class VisionMamba(TimmModel):
                 stream = residual
             if streams is not None:
                 streams.append(stream)
-        return x, residual, last_noise
+        return x, residual, noise[blocks]
 
     @property
     def _unwatched(self) -> bool:
@@ -212,6 +221,10 @@ class VisionMamba(TimmModel):
         return out
 
     def _pool(self, x: Tensor, places: tuple[int, ...]) -> Tensor:  # [B, M, C] -> [B, C], or as it is
+        if self.global_pool == "":
+            return x
+        if self.global_pool == "avg":
+            return remove_tokens(x, tuple(sorted(places))).mean(1)
         if places:
             return x[:, places[0]] if len(places) == 1 else (x[:, places[0]] + x[:, places[1]]) / 2
         if self.final_pool_type == "none":
@@ -220,7 +233,8 @@ class VisionMamba(TimmModel):
 
     def _classify(self, x: Tensor) -> Tensor:
         x = self.head(x)
-        return x.amax(1) if self.final_pool_type == "max" and not self.sequence.if_cls_token else x
+        by_logit = self.global_pool is None and self.final_pool_type == "max" and not self.sequence.if_cls_token
+        return x.amax(1) if by_logit else x
 
     @property
     def capturable(self) -> bool:
@@ -237,6 +251,20 @@ class VisionMamba(TimmModel):
         mixer = self.layers[0].mixer
         assert isinstance(mixer, MambaMixer)
         return mixer.kernels(dtype)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of this size (pixels, or height and width) from now on; positions are resampled to it."""
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        old = self.patch_embed.grid_size
+        self.patch_embed.resize((height, width))
+        new = self.patch_embed.grid_size
+        if self.pos_embed is not None and new != old:
+            resampled = resample_pos_embed(self.pos_embed.detach(), new, self.class_places, old)
+            self.pos_embed = nn.Parameter(resampled, self.pos_embed.requires_grad)
+        if self.rope is not None:
+            self.rope.resize(new)
+        if self.model_args:
+            self.model_args["img_size"] = [height, width]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
