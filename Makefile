@@ -49,7 +49,7 @@ bench: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vimfast needs Python 3.10 or newer; run make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): torch, the CUDA libraries and DALI, gigabytes to download, about 7 GB on disk; pip shows how far it is"
+	@echo "installing into $(VENV): torch, the CUDA libraries and DALI, about 3 GB to download and 7 GB on disk; pip shows how far it is"
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cuda$(CUDA),dev]'
 	touch $@
 

@@ -47,10 +47,8 @@ def test_a_run_says_when_it_ends_and_that_reading_is_slow_once(
     said = capsys.readouterr().out
     assert len(re.findall(rf"^training waits \d+% {SLOW}; vimfast prepare makes shards of the folder", said, re.M)) == 1
     assert said.index("epoch 0 [4/8]") < said.index(SLOW) < said.index("epoch 1 [2/8]")
-    found = re.findall(
-        r"^at this pace the last step is done on (\w+ \d\d \w+, \d\d:\d\d); evaluations come", said, re.M
-    )
-    today = [time.strftime("%A %d %B, %H:%M", time.localtime(time.time() - 60 * back)) for back in range(-1, 5)]
+    found = re.findall(r"^at this pace the last step ends on (\w+ \d\d \w+ at \d\d:\d\d); evaluations take", said, re.M)
+    today = [time.strftime("%A %d %B at %H:%M", time.localtime(time.time() - 60 * back)) for back in range(-1, 5)]
     assert len(found) == 1
     assert found[0] in today
 

@@ -11,8 +11,8 @@ from vimfast.cli import Parser, path
 from vimfast.errors import UserError
 
 
-def main() -> None:
-    """Write the page that the command line asks for."""
+def parser() -> Parser:
+    """Of the command line."""
     parser = Parser(
         "vimfast report",
         "Write report.html of a run folder again, from log.txt, config.yaml and report.json. Training does it after "
@@ -20,7 +20,12 @@ def main() -> None:
         epilog="example: vimfast report runs/tiny",
     )
     parser.add_argument("run", metavar="RUN", type=path, help="the --output_dir of a run")
-    folder = parser.parse_args(sys.argv[1:]).run
+    return parser
+
+
+def main() -> None:
+    """Write the page that the command line asks for."""
+    folder = parser().parse_args(sys.argv[1:]).run
     from vimfast.run_report import write_page
 
     try:

@@ -126,7 +126,7 @@ def _what_is_kept(plans: Sequence[ShardPlan], out: Path) -> str:
 
 def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
     """One plan for each split that exists; the training set determines the classes."""
-    if is_shards_folder(root):
+    if not any(is_folder(root / split) for split in SPLITS) and is_shards_folder(root):
         raise UserError(
             f"{root} holds shards already", f"train on them with --data-path {root}, or give the folder of images"
         )

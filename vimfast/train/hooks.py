@@ -125,8 +125,8 @@ class Progress(Hook):
         """Once, when the pace is known: the time of day of the last step."""
         if not self._foretold and self._steps_here >= FORECAST_AFTER:
             self._foretold = True
-            end = time.strftime("%A %d %B, %H:%M", time.localtime(time.time() + seconds))
-            self._run.report.say(f"at this pace the last step is done on {end}; evaluations come on top")
+            end = time.strftime("%A %d %B at %H:%M", time.localtime(time.time() + seconds))
+            self._run.report.say(f"at this pace the last step ends on {end}; evaluations take extra time")
 
 
 class Records(Hook):

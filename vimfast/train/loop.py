@@ -429,7 +429,7 @@ class TrainingRun(_Closed):
 
 @contextmanager
 def memory_for(loader: Loader, advice: Callable[[], str]) -> Iterator[None]:
-    """Too little memory in the block is reported with an advice, which is asked for once the block's own is free."""
+    """Too little memory in the block is reported with advice, which is asked for once what the block held is free."""
     try:
         yield
     except torch.OutOfMemoryError as error:
