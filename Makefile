@@ -37,11 +37,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The documentation as a site, in site/: open site/index.html.
+# The documentation as a site, in site/.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --quiet --strict
-	@echo "open site/index.html"
+	@echo "open site/index.html; to search in it, serve it: python3 -m http.server --directory site"
 
 bench: $(READY)
 	$(BIN)/python tools/bench_scan.py
