@@ -250,7 +250,7 @@ def succeed(words: Sequence[str], folder: Path) -> None:
 
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_a_page_does_what_it_says(page: str, given: Path, tmp_path: Path) -> None:
-    """Its commands and its code, in their order; what it writes anew is not there before."""
+    """Its commands and its code, in their order; what it is to write is not there before."""
     folder = tmp_path / "here"
     shutil.copytree(given, folder)
     written = set()
