@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 # Before torch is imported, here and in every process that a test starts: what tests compute is small, and a second
 # thread that waits for the first by spinning takes minutes where cores are busy.
@@ -21,6 +22,10 @@ from hypothesis import settings
 from PIL import Image
 
 from vimfast.shards.format import MANIFEST
+
+# A shell has background jobs ignore it, and every process that a test starts would too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Of tests/test_faults.py; the processes of pytest-xdist inherit it.
 os.environ.setdefault("FAULTS_SEED", str(random.SystemRandom().randrange(10**6)))

@@ -45,6 +45,7 @@ NOT_RUN = [
     (r"^python -m pytest", "the tests themselves"),
     (r"^python main.py|torch.distributed.launch", "of hustvl/Vim"),
     (r"^torchrun |^srun ", "several hosts or GPUs, and a new interpreter each; tests/test_training.py runs torchrun"),
+    (r"^vimfast bench", "compiles models for a minute; tests/test_bench.py runs it"),
     (r"^vimfast doctor", "runs the whole Vim-Tiny; tests/test_doctor.py runs it"),
     (
         r"--config (vim_tiny_8gpu|vim_tiny_rtx4090) ",
@@ -54,7 +55,10 @@ NOT_RUN = [
         r"^vimfast export vim_t_midclstok",
         "needs what hustvl/Vim publishes; tests/test_moving_over.py has a file like it",
     ),
-    (r"^vimfast train --(processes N|max-restarts 3) $|^vimfast-prepare --re", "named without its folders"),
+    (
+        r"^vimfast train --(processes N|max-restarts 3) $|^vimfast (report RUN|check DATA)|^vimfast-prepare --re",
+        "named without its folders",
+    ),
     (r"^python -m vimfast\.", "the same as a command of vimfast; other tests run it by this name"),
 ]
 NOT_RUN_CODE = {

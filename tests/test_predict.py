@@ -273,4 +273,4 @@ def test_names_that_are_odd(main: Callable[..., tuple[int, str, str]], run: Path
 def test_from_the_command_line(tmp_path: Path) -> None:
     done = call("vimfast", "predict", str(tmp_path), "a.jpg", ok=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path} holds neither best_checkpoint.pth nor model.safetensors; give")
+    assert done.stderr.startswith(f"error: {tmp_path} is a folder without a checkpoint; give a run folder")
