@@ -200,7 +200,8 @@ def load_classifier(
     Args:
         checkpoint: a run folder, whose best checkpoint is taken, or else its last; a checkpoint of ours or of
             hustvl/Vim; a folder in the hub's layout, as ``vimfast export`` writes it; or a file of weights alone.
-        weights: which of them; None: their average where there is one.
+        weights: which of them; None: their average where there is one, unless more than a tenth of it is still the
+            initial weights.
         model: its name, where the checkpoint does not say.
         input_size: side of the images, pixels, where it is not to be the checkpoint's.
         device: None: a GPU if there is one.
@@ -210,14 +211,15 @@ def load_classifier(
     """
     origin, state, notes = load_found(Path(checkpoint), best=True)
     held: dict[Weights, dict[str, Tensor] | None] = {"raw": state["model"], "ema": state.get("model_ema")}
-    chosen = weights or ("raw" if held["ema"] is None else "ema")
+    share = 0.0 if held["ema"] is None or weights is not None else _youth(state)
+    chosen = weights or ("raw" if held["ema"] is None or share > _YOUNG else "ema")
     values = held[chosen]
     if values is None:
         raise UserError(f"{origin} holds no averaged weights", "drop --weights ema")
-    if chosen == "ema" and weights is None and (share := _youth(state)) > _YOUNG:
+    if share > _YOUNG:
         notes.append(
-            f"the average in {origin} still consists of the weights that training began with by {share:.0%}; "
-            "--weights raw has the trained ones"
+            f"the averaged weights in {origin} are still {share:.0%} initial weights, so the raw ones are taken; "
+            "--weights ema takes the average"
         )
     told = described(state)
     built = rebuild(told, values, str(origin), model=model, input_size=input_size)

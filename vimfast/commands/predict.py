@@ -72,7 +72,7 @@ def parser() -> Parser:
     add("--top", metavar="K", type=whole(1), default=5, help="classes to list for each image [5]")
     add("--json", action="store_true", help="print a JSON object instead of a table")
     add("--grid", metavar="PNG", type=path, help=f"draw the images, up to {_MOST}, with what is seen in them")
-    text = "the trained ones, or their average; default: the average where there is one"
+    text = "the trained ones, or their average; default: the average, once it has left the initial weights behind"
     add("--weights", choices=("raw", "ema"), help=text)
     add("--model", metavar="NAME", default="", help="name of the model, where the checkpoint does not say")
     add("--input-size", metavar="S", type=whole(1), help="side of the images, pixels; default: the checkpoint's")

@@ -123,7 +123,7 @@ class Checkpoints(Hook):
         if place.epoch + 1 == self._run.epochs:
             self._finish()
             best = f"the best top-1 is {place.best_acc1:.2f}%, in {self._folder / BEST}"
-            self._run.report.say(f"{best}; label images by it with: vimfast predict {self._folder} IMAGE")
+            self._run.report.say(f"{best}; label images with it: vimfast predict {self._folder} IMAGE")
 
     def diverged(self, place: Place) -> None:
         self._finish()
