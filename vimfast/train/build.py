@@ -216,7 +216,7 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     saving: list[Hook] = [NoCheckpoints(run)]
     if run.folder is not None:
         extra = {"classes": run.loader.source.classes, "images": images, "config": cfg.to_dict()}
-        page = RunPage(run, run.folder.path, cfg.data.data_path)
+        page = RunPage(run, run.folder, cfg.data.data_path)
         saving = [page, Checkpoints(run, health, run.folder, cfg.run, extra)]
     return [
         Beginning(start_up, run.report),

@@ -56,6 +56,13 @@ class RunFolder:
         lock.write(f"process {os.getpid()} of {socket.gethostname()}\n")
         lock.flush()
 
+    def is_ours(self) -> bool:
+        """Whether the folder of this name is still the one that was locked: it may be another run's by now."""
+        try:
+            return self._lock is not None and os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK))
+        except (OSError, ValueError):  # removed, or released meanwhile
+            return False
+
     def keep(self) -> bool:
         """Before something is written: make the folder again if it was removed or moved away meanwhile.
 
@@ -65,14 +72,9 @@ class RunFolder:
         Raises:
             UserError: another run writes to what has this name now, or it cannot be made again.
         """
-        if not self._is_main:
+        if not self._is_main or self.is_ours():
             return False
-        try:
-            if self._lock is not None and os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK)):
-                return False
-            is_there = True
-        except OSError:
-            is_there = self.path.is_dir()
+        is_there = self.path.is_dir()
         self.release()
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from vimfast.run_report import PAGE, Confused, Facts, Hard, Mistakes, Pace, read
 from vimfast.run_report.environment import software
 from vimfast.run_report.mistakes import confused, hardest
 from vimfast.train.answers import Answered, Answers
+from vimfast.train.folder import RunFolder
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.pace import Spent
 
@@ -38,8 +38,8 @@ class RunPage(Hook):
         data_path: where the images are; files are named relative to it.
     """
 
-    def __init__(self, run: TrainingRun, folder: Path, data_path: str) -> None:
-        self._run, self._folder, self._data_path = run, folder, data_path
+    def __init__(self, run: TrainingRun, folder: RunFolder, data_path: str) -> None:
+        self._run, self._held, self._folder, self._data_path = run, folder, folder.path, data_path
         self._answers = run.evaluated.answers = Answers()
         self._facts: Facts | None = None  # of the thread alone
         self._thread = ThreadPoolExecutor(1, "page")
@@ -74,7 +74,8 @@ class RunPage(Hook):
         try:
             change()
             facts = self._facts
-            if facts is not None and facts.mistakes is not None and number == self._submitted:  # else another follows
+            # If another change follows, its page will do.
+            if facts is not None and facts.mistakes is not None and number == self._submitted and self._held.is_ours():
                 write_facts(self._folder, facts)
                 write_page(self._folder)
         except Exception as error:  # whatever it is, training matters more
