@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from importlib import import_module
 
 import pytest
-from runs import call
+from runs import call, command, environment
 
 from vimfast import __version__
 from vimfast.__main__ import COMMANDS, usage
@@ -29,6 +31,19 @@ def test_it_lists_its_commands_without_importing_torch() -> None:
     imported = call("vimfast", "--version", importtime=True).stderr
     assert "vimfast.cli" in imported
     assert "torch" not in imported
+
+
+@pytest.mark.parametrize("flag", ["-h", "--version", "--completion=bash"])
+def test_a_reader_may_have_enough_at_once(flag: str) -> None:
+    """``vimfast -h | true`` ended in a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        env = {**os.environ, **environment()}
+        done = subprocess.run(command("vimfast", flag), stdout=writing, stderr=subprocess.PIPE, text=True, env=env)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_unknown_command_is_one_sentence() -> None:
