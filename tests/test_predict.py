@@ -143,6 +143,34 @@ def test_an_exported_folder(run: Path, tree: Path, tmp_path: Path, monkeypatch: 
         load_classifier(out)
 
 
+def test_an_export_replaces_nothing_but_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wrote into any folder, such as one of photos, whose config.json was lost."""
+    config = {"model": {"model": "resnet18", "input_size": 64}}
+    torch.save({"model": create_model("resnet18", num_classes=3).state_dict(), "config": config}, tmp_path / "run.pth")
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["vimfast export", str(tmp_path / "run.pth"), "--out", str(out)])
+    out.mkdir()
+    export.main()
+    written = (out / "config.json").read_bytes()
+    (out / "README.md").touch()
+    (out / "config.json").write_bytes(written.replace(b"64", b"96"))
+    export.main()
+    assert (out / "config.json").read_bytes() == written
+    for other in ('{"architectures": []}', "[]", "{"):
+        (out / "config.json").write_text(other)
+        with pytest.raises(UserError, match=r"--out .*/out holds other files than an export's; give a new folder"):
+            export.main()
+        assert (out / "config.json").read_text() == other
+    shutil.rmtree(out)
+    write_image(out / "photo.jpg", 1)
+    with pytest.raises(UserError, match="holds other files"):
+        export.main()
+    assert [path.name for path in out.iterdir()] == ["photo.jpg"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(out / "photo.jpg")])
+    with pytest.raises(UserError, match=r"photo.jpg is a file; give a folder"):
+        export.main()
+
+
 def test_an_exported_model_is_evaluated_as_it_was_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever timm says of its own weights of that name."""
     model = create_model("resnet18", num_classes=3)
