@@ -176,6 +176,29 @@ def test_a_missing_split(check: Check, root: Path) -> None:
     assert "unpack" in only(check(root)[1])["fix"]
 
 
+def test_a_folder_that_is_not_yet_split(check: Check, root: Path, tmp_path: Path) -> None:
+    """Each was told only what a folder of ImageNet holds."""
+    shutil.rmtree(root / "val")
+    fix = only(check(root)[1])["fix"]
+    assert fix.startswith(f"put images to evaluate with into {root}/val/<class>/; if there are none, move a part")
+    assert "docs/own_images.md" in fix
+    assert fix.endswith("or give check --splits train")
+
+    (root / "train").rename(tmp_path / "nosplit")
+    (tmp_path / "nosplit" / "n00").mkdir()
+    fix = only(check(tmp_path / "nosplit", "--splits", "train")[1])["fix"]
+    assert fix == f"{tmp_path}/nosplit holds class folders such as n01, n02: move them into {tmp_path}/nosplit/train/"
+
+    flat = shutil.copytree(tmp_path / "nosplit" / "n01", tmp_path / "flat")
+    fix = only(check(flat, "--splits", "train")[1])["fix"]
+    assert fix == f"{flat} holds 12 images and no class folders: sort them into {flat}/train/<class>/"
+
+    shutil.rmtree(flat)
+    flat.mkdir()
+    fix = only(check(flat, "--splits", "train")[1])["fix"]
+    assert fix == f"{flat} is empty: put train/ and val/ there, with one folder of images per class in each"
+
+
 def test_a_flat_validation_folder(check: Check, root: Path) -> None:
     for i, path in enumerate(sorted((root / "val").rglob("*.JPEG")), 1):
         path.rename(root / "val" / f"ILSVRC2012_val_{i:08d}.JPEG")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,8 +96,13 @@ def _missing_split(root: Path, split: str) -> Finding:
     except UserError as error:
         if not root.is_dir():
             raise
-        return Finding.of(error, split, path)
+        found = Finding.of(error, split, path)
+        return replace(found, fix=f"{found.fix}; or give check --splits train") if _lacks_val(root, split) else found
     return Finding("error", split, str(path), "has appeared since the check began", "check again")
+
+
+def _lacks_val(root: Path, split: str) -> bool:
+    return split == "val" and is_folder(root / "train")
 
 
 class _Lister:
