@@ -356,6 +356,8 @@ def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
     status, report = check(root)
     assert status == 1
     assert {f["file"] for f in report["findings"]} == {str(root / "val"), str(root / "train" / "n03")}
+    (empty,) = (f for f in report["findings"] if f["what"] == "holds no images")
+    assert empty["fix"].endswith("unpack its archive again, or delete the folder, in each split")
 
 
 def test_an_empty_split_after_findings_in_another(check: Check, root: Path) -> None:

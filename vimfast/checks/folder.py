@@ -31,6 +31,7 @@ from vimfast.shards.tree import Ancestors, identity, is_dead_link, is_folder, is
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip", ".rar", ".7z")
 _UNPACK = "put the class's images there: unpack its archive again"
+_DELETE = ", or delete the folder, in each split"
 _SORT = (
     "move each image into a folder named after its class; for ImageNet's validation images "
     "valprep.sh of github.com/soumith/imagenetloader.torch does that"
@@ -62,8 +63,8 @@ def check_folder(root: Path, options: CheckOptions) -> Report:
             report.findings.append(_missing_split(root, split))
     report.classes = {split: {folder.name: folder.images for folder in held} for split, held in folders.items() if held}
     if counts := report.classes:
-        check = ClassCheck(counts, options.classes, lambda split, name: str(root / split / name), _UNPACK)
-        report.findings += check.run()
+        place = lambda split, name: str(root / split / name)  # noqa: E731
+        report.findings += ClassCheck(counts, options.classes, place, _UNPACK, _DELETE).run()
     for split, held in folders.items():
         total = sum(folder.images for folder in held)
         tasks = _tasks(root / split, split, held, options.decode)
