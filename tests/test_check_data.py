@@ -827,6 +827,22 @@ def test_the_page_of_shards_and_of_nothing(check: Check, shards: Path, tmp_path:
     assert report["errors"] == 2
 
 
+def test_where_a_page_is_stands_before_the_verdict(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["check_data", str(tree), "--html", str(tmp_path / "page.html")]
+    said = f"written to {tmp_path / 'page.html'}"
+    monkeypatch.setattr(sys, "argv", words)
+    check_data.main()
+    assert capsys.readouterr().out.splitlines()[-2:] == [said, "fit to train on: 0 error(s), 0 warning(s)"]
+    monkeypatch.setattr(sys, "argv", [*words, "--json"])
+    check_data.main()
+    assert capsys.readouterr().err == f"{said}\n"
+    monkeypatch.setattr(sys, "argv", [*words[:-1], str(tmp_path / "no" / "page.html")])
+    check_data.main()
+    assert "written to" not in capsys.readouterr().out
+
+
 @needs_browser
 def test_a_browser_shows_the_page(check: Check, odd: Path, tmp_path: Path) -> None:
     check(odd, "--html", tmp_path / "page.html")

@@ -270,6 +270,7 @@ def test_the_command(main: Callable[..., tuple[int, str, str]], run: Path, tree:
     images = sorted((tree / "val" / "n01").iterdir())
     status, out, err = main(run, *images, "--json", "--top", 2, "--grid", tmp_path / "grid.png")
     report = json.loads(out)
+    assert err.splitlines()[-1] == f"written to {tmp_path / 'grid.png'}"
     assert (status, report["unreadable"], report["weights"]) == (0, [], "ema")
     assert [image["image"] for image in report["images"]] == [str(path) for path in images]
     for image, seen in zip(report["images"], predict(run, images, top=2).images, strict=True):
@@ -291,6 +292,7 @@ def test_names_that_are_odd(main: Callable[..., tuple[int, str, str]], run: Path
         os.rename(tmp_path / "image.jpg", os.path.join(os.fsencode(tmp_path), name))
     status, out, _ = main(run, tmp_path, "--grid", tmp_path / "grid.bin")
     assert status == 0
+    assert out.endswith(f"\nwritten to {tmp_path / 'grid.bin'}\n")
     flat = "".join(line.split("  ")[0].strip() for line in out.splitlines())
     assert "a\\nb.jpg" in flat
     assert "\\udcff.jpg" in flat

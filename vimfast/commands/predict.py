@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vimfast.cli import Parser, path, whole
+from vimfast.cli import Parser, path, say_written, whole
 from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
@@ -53,6 +53,7 @@ def main() -> int:
             print(f"warning: {printable(why)}", file=sys.stderr)
         if args.grid is not None and predictions.images:
             _save(draw(classifier, predictions), args.grid)
+            say_written(args.grid, aside=args.json)
     return int(bool(predictions.unreadable))
 
 
