@@ -300,6 +300,13 @@ def test_names_that_are_odd(main: Callable[..., tuple[int, str, str]], run: Path
     assert [Path(image["image"]).name for image in json.loads(out)["images"]] == ["a\nb.jpg", "\udcff.jpg"]
 
 
+def test_swapped_words_are_noticed(main: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """It was a damaged checkpoint."""
+    write_image(tmp_path / "cat.jpg", 1)
+    with pytest.raises(UserError, match=r"cat\.jpg is an image; the checkpoint comes first: vimfast predict CKPT"):
+        main(tmp_path / "cat.jpg", tmp_path)
+
+
 def test_from_the_command_line(tmp_path: Path) -> None:
     done = call("vimfast", "predict", str(tmp_path), "a.jpg", ok=False)
     assert (done.returncode, done.stdout) == (2, "")

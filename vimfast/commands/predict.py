@@ -31,6 +31,7 @@ _ACROSS, _MOST, _BARS = 6, 48, 3  # images of a grid's row, of a grid, and class
 def main() -> int:
     """Predict as the command line says; returns the exit status."""
     args = parser().parse_args(sys.argv[1:])
+    _check_order(args.checkpoint)
     from vimfast import dist
     from vimfast.inference import load_classifier
 
@@ -80,6 +81,14 @@ def parser() -> Parser:
     add("--batch-size", metavar="N", type=whole(1), default=64, help="images at once [64]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
     return parser
+
+
+def _check_order(checkpoint: Path) -> None:
+    """The words are easily swapped."""
+    from vimfast.shards.tree import is_image_name
+
+    if is_image_name(checkpoint.name) and checkpoint.is_file():
+        raise UserError(f"{checkpoint} is an image", "the checkpoint comes first: vimfast predict CKPT IMAGE")
 
 
 def _predict(classifier: Classifier, args: argparse.Namespace) -> Predictions:
