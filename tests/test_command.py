@@ -20,6 +20,7 @@ def test_each_command_explains_itself_by_the_name_it_was_called(name: str) -> No
     assert callable(getattr(import_module(module), function))
     text = call("vimfast", name, "--help").stdout
     assert f"usage: vimfast {name} " in text
+    assert "\nexample: vimfast" in text
     assert max(map(len, text.splitlines())) <= 80
 
 

@@ -150,6 +150,7 @@ def parser() -> Parser:
         "python -m vimfast.check_data",
         "Check a folder tree in the ImageNet layout, or shards from vimfast-prepare. "
         "Exit status 0: fit to train on; 1: not.",
+        epilog="example: vimfast check imagenet_data/ --html check.html",
     )
     add = parser.add_argument
     add("path", metavar="PATH", type=path, help="folder with train/ and val/, or with shards")

@@ -25,9 +25,16 @@ from vimfast.models.registry import MODELS
 
 def parser() -> Parser:
     """Of the command line."""
-    parser = Parser("python -m vimfast.export", "Write a checkpoint's weights in the Hugging Face hub's layout.")
+    parser = Parser(
+        "python -m vimfast.export",
+        "Write a checkpoint's weights in the Hugging Face hub's layout.",
+        epilog="example: vimfast export runs/tiny --out exported/",
+    )
     parser.add_argument(
-        "checkpoint", type=path, help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone"
+        "checkpoint",
+        metavar="CKPT",
+        type=path,
+        help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone",
     )
     parser.add_argument(
         "--out", type=path, required=True, help="folder to write: a new or empty one, or an earlier export"
