@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,14 +23,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*words: str) -> str:
         monkeypatch.setattr("sys.argv", ["vimfast bench", *SMALL, *words])
         bench.main()
-        return capsys.readouterr().out
+        out, err = capsys.readouterr()
+        sys.stderr.write(err)  # for a test that reads it too
+        return out
 
     return call
 
 
-def test_a_model_and_its_data(run: Run, tree: Path, tmp_path: Path) -> None:
+def test_a_model_and_its_data(run: Run, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "speed.png"
     record = json.loads(run(str(tree), "--no-deit", "--json", "--plot", str(plot)))
+    assert capsys.readouterr().err.splitlines()[-1] == f"written to {plot}"
     assert record["machine"].endswith("2 images of 16 pixels a step, fp32")
     figures = record["figures"]
     assert [f["what"] for f in figures] == ["training", "inference", "loading"]

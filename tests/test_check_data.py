@@ -176,6 +176,29 @@ def test_a_missing_split(check: Check, root: Path) -> None:
     assert "unpack" in only(check(root)[1])["fix"]
 
 
+def test_a_folder_that_is_not_yet_split(check: Check, root: Path, tmp_path: Path) -> None:
+    """Each was told only what a folder of ImageNet holds."""
+    shutil.rmtree(root / "val")
+    fix = only(check(root)[1])["fix"]
+    assert fix.startswith(f"put images to evaluate with into {root}/val/<class>/; if there are none, move a part")
+    assert "docs/own_images.md" in fix
+    assert fix.endswith("or give check --splits train")
+
+    (root / "train").rename(tmp_path / "nosplit")
+    (tmp_path / "nosplit" / "n00").mkdir()
+    fix = only(check(tmp_path / "nosplit", "--splits", "train")[1])["fix"]
+    assert fix == f"{tmp_path}/nosplit holds class folders such as n01, n02: move them into {tmp_path}/nosplit/train/"
+
+    flat = shutil.copytree(tmp_path / "nosplit" / "n01", tmp_path / "flat")
+    fix = only(check(flat, "--splits", "train")[1])["fix"]
+    assert fix == f"{flat} holds 12 images and no class folders: sort them into {flat}/train/<class>/"
+
+    shutil.rmtree(flat)
+    flat.mkdir()
+    fix = only(check(flat, "--splits", "train")[1])["fix"]
+    assert fix == f"{flat} is empty: put train/ and val/ there, with one folder of images per class in each"
+
+
 def test_a_flat_validation_folder(check: Check, root: Path) -> None:
     for i, path in enumerate(sorted((root / "val").rglob("*.JPEG")), 1):
         path.rename(root / "val" / f"ILSVRC2012_val_{i:08d}.JPEG")
@@ -333,6 +356,8 @@ def test_an_empty_class_and_an_empty_split(check: Check, root: Path) -> None:
     status, report = check(root)
     assert status == 1
     assert {f["file"] for f in report["findings"]} == {str(root / "val"), str(root / "train" / "n03")}
+    (empty,) = (f for f in report["findings"] if f["what"] == "holds no images")
+    assert empty["fix"].endswith("unpack its archive again, or delete the folder, in each split")
 
 
 def test_an_empty_split_after_findings_in_another(check: Check, root: Path) -> None:
@@ -800,6 +825,22 @@ def test_the_page_of_shards_and_of_nothing(check: Check, shards: Path, tmp_path:
     status, report = check(shards, "--html", tmp_path / "none" / "page.html")
     assert report["findings"][-1]["what"].startswith("not written: No such file")
     assert report["errors"] == 2
+
+
+def test_where_a_page_is_stands_before_the_verdict(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["check_data", str(tree), "--html", str(tmp_path / "page.html")]
+    said = f"written to {tmp_path / 'page.html'}"
+    monkeypatch.setattr(sys, "argv", words)
+    check_data.main()
+    assert capsys.readouterr().out.splitlines()[-2:] == [said, "fit to train on: 0 error(s), 0 warning(s)"]
+    monkeypatch.setattr(sys, "argv", [*words, "--json"])
+    check_data.main()
+    assert capsys.readouterr().err == f"{said}\n"
+    monkeypatch.setattr(sys, "argv", [*words[:-1], str(tmp_path / "no" / "page.html")])
+    check_data.main()
+    assert "written to" not in capsys.readouterr().out
 
 
 @needs_browser

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from importlib import import_module
 
 import pytest
-from runs import call
+from runs import call, command, environment
 
 from vimfast import __version__
 from vimfast.__main__ import COMMANDS, usage
@@ -18,6 +20,7 @@ def test_each_command_explains_itself_by_the_name_it_was_called(name: str) -> No
     assert callable(getattr(import_module(module), function))
     text = call("vimfast", name, "--help").stdout
     assert f"usage: vimfast {name} " in text
+    assert "\nexample: vimfast" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -29,6 +32,19 @@ def test_it_lists_its_commands_without_importing_torch() -> None:
     imported = call("vimfast", "--version", importtime=True).stderr
     assert "vimfast.cli" in imported
     assert "torch" not in imported
+
+
+@pytest.mark.parametrize("flag", ["-h", "--version", "--completion=bash"])
+def test_a_reader_may_have_enough_at_once(flag: str) -> None:
+    """``vimfast -h | true`` ended in a traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        env = {**os.environ, **environment()}
+        done = subprocess.run(command("vimfast", flag), stdout=writing, stderr=subprocess.PIPE, text=True, env=env)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_unknown_command_is_one_sentence() -> None:

@@ -100,7 +100,7 @@ def test_without_torch_and_rich_it_still_answers(tmp_path: Path, monkeypatch: py
     assert (done.returncode, done.stderr) == (1, "")
     assert "x torch: cannot be imported (ImportError: libtorch_cuda.so: undefined symbol) -> pip install" in done.stdout
     assert "x rich: cannot be imported (ImportError: no rich)" in done.stdout
-    assert f"x speed: {tmp_path} has no train/ -> an ImageNet folder holds" in done.stdout
+    assert f"x speed: {tmp_path} has no train/ -> {tmp_path} must hold train/" in done.stdout
     assert "+ cores: " in done.stdout
 
 

@@ -147,6 +147,34 @@ def test_an_exported_folder(run: Path, tree: Path, tmp_path: Path, monkeypatch: 
         load_classifier(out)
 
 
+def test_an_export_replaces_nothing_but_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wrote into any folder, such as one of photos, whose config.json was lost."""
+    config = {"model": {"model": "resnet18", "input_size": 64}}
+    torch.save({"model": create_model("resnet18", num_classes=3).state_dict(), "config": config}, tmp_path / "run.pth")
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["vimfast export", str(tmp_path / "run.pth"), "--out", str(out)])
+    out.mkdir()
+    export.main()
+    written = (out / "config.json").read_bytes()
+    (out / "README.md").touch()
+    (out / "config.json").write_bytes(written.replace(b"64", b"96"))
+    export.main()
+    assert (out / "config.json").read_bytes() == written
+    for other in ('{"architectures": []}', "[]", "{"):
+        (out / "config.json").write_text(other)
+        with pytest.raises(UserError, match=r"--out .*/out holds other files than an export's; give a new folder"):
+            export.main()
+        assert (out / "config.json").read_text() == other
+    shutil.rmtree(out)
+    write_image(out / "photo.jpg", 1)
+    with pytest.raises(UserError, match="holds other files"):
+        export.main()
+    assert [path.name for path in out.iterdir()] == ["photo.jpg"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(out / "photo.jpg")])
+    with pytest.raises(UserError, match=r"photo.jpg is a file; give a folder"):
+        export.main()
+
+
 def test_an_exported_model_is_evaluated_as_it_was_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever timm says of its own weights of that name."""
     model = create_model("resnet18", num_classes=3)
@@ -246,6 +274,7 @@ def test_the_command(main: Callable[..., tuple[int, str, str]], run: Path, tree:
     images = sorted((tree / "val" / "n01").iterdir())
     status, out, err = main(run, *images, "--json", "--top", 2, "--grid", tmp_path / "grid.png")
     report = json.loads(out)
+    assert err.splitlines()[-1] == f"written to {tmp_path / 'grid.png'}"
     assert (status, report["unreadable"], report["weights"]) == (0, [], "ema")
     assert [image["image"] for image in report["images"]] == [str(path) for path in images]
     for image, seen in zip(report["images"], predict(run, images, top=2).images, strict=True):
@@ -267,11 +296,19 @@ def test_names_that_are_odd(main: Callable[..., tuple[int, str, str]], run: Path
         os.rename(tmp_path / "image.jpg", os.path.join(os.fsencode(tmp_path), name))
     status, out, _ = main(run, tmp_path, "--grid", tmp_path / "grid.bin")
     assert status == 0
+    assert out.endswith(f"\nwritten to {tmp_path / 'grid.bin'}\n")
     flat = "".join(line.split("  ")[0].strip() for line in out.splitlines())
     assert "a\\nb.jpg" in flat
     assert "\\udcff.jpg" in flat
     status, out, _ = main(run, tmp_path, "--json")
     assert [Path(image["image"]).name for image in json.loads(out)["images"]] == ["a\nb.jpg", "\udcff.jpg"]
+
+
+def test_swapped_words_are_noticed(main: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """It was a damaged checkpoint."""
+    write_image(tmp_path / "cat.jpg", 1)
+    with pytest.raises(UserError, match=r"cat\.jpg is an image; the checkpoint comes first: vimfast predict CKPT"):
+        main(tmp_path / "cat.jpg", tmp_path)
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

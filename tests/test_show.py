@@ -164,7 +164,7 @@ def test_the_command(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**recipe, "data": {"data_path": "elsewhere"}}))
     flags = ("--config", tmp_path / "mine.yaml", "--input-size", 48, "--count", 2, "--device", "cpu")
     run_show(tree, "--out", tmp_path / "one.png", *flags)
-    assert capsys.readouterr().out == f"{tmp_path / 'one.png'}\n"
+    assert capsys.readouterr().out == f"written to {tmp_path / 'one.png'}\n"
     run_show(*flags, tree, "--out", tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     run_show(tree, *flags, "--out", tmp_path / "mixed.png", "--mixup", "0.8")

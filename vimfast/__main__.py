@@ -47,9 +47,9 @@ def main() -> None:
     words = sys.argv[1:]
     name = words[0] if words else "--help"
     if name in ("-h", "--help", "help"):
-        print(usage())
+        run_main(lambda: print_out(usage()))
     elif name in ("-V", "--version"):
-        print(f"vimfast {__version__}")
+        run_main(lambda: print_out(f"vimfast {__version__}"))
     elif name.split("=")[0] == "--completion":
         run_main(lambda: _complete(name.partition("=")[2] or " ".join(words[1:])))
     else:

@@ -25,7 +25,7 @@ from rich.text import Text
 from vimfast.checks.findings import CheckOptions, Finding, Findings, Report, in_bytes
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
-from vimfast.cli import Parser, path, run_main, whole
+from vimfast.cli import Parser, path, run_main, say_written, whole
 from vimfast.errors import UserError, one_line
 from vimfast.shards.format import SPLITS, is_shards_folder
 
@@ -54,38 +54,49 @@ def main() -> int:
         fix = "fix its permissions, or the disk, and check again"
         finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", fix)
         report = Report(str(args.path), "nothing", findings=Findings([finding]))
-    if args.sample_grid is not None and report.kind != "nothing":
-        _draw_samples(report, args)
-    if args.html is not None:
-        _write_page(report, args)
+    written = []
+    if args.sample_grid is not None and report.kind != "nothing" and _draw_samples(report, args):
+        written.append(args.sample_grid)
+    if args.html is not None and _write_page(report, args):
+        written.append(args.html)
+    console = Console(highlight=False, soft_wrap=True)
     if args.json:
         print(json.dumps(to_json(report), indent=1))
     else:
-        _print(report, Console(highlight=False, soft_wrap=True))
+        _print(report, console)
+    for file in written:
+        say_written(file, aside=args.json)
+    if not args.json:
+        _print_verdict(report, console)
     return 0 if report.fit else 1
 
 
-def _draw_samples(report: Report, args: argparse.Namespace) -> None:
-    """Draw the sheet; data that the trainer's loader refuses is not fit."""
+def _draw_samples(report: Report, args: argparse.Namespace) -> bool:
+    """Draw the sheet, if it can be; data that the trainer's loader refuses is not fit."""
     from vimfast.checks.sample_grid import draw_sample_grid  # here, for it brings torch and DALI
 
     try:
         draw_sample_grid(args.path, args.splits[0], args.sample_grid, size=args.input_size, seed=args.seed)
+        return True
     except UserError as error:
         report.findings.append(Finding.of(error, args.splits[0], args.path))
     except OSError as error:
         fix = "give --sample-grid a file name ending in .png in a folder that exists"
         report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", fix))
+    return False
 
 
-def _write_page(report: Report, args: argparse.Namespace) -> None:
+def _write_page(report: Report, args: argparse.Namespace) -> bool:
+    """Write the page, if it can be."""
     from vimfast.checks.page import write_page
 
     try:
         write_page(report, args.html, args.input_size)
+        return True
     except OSError as error:
         fix = "give --html a file name ending in .html in a folder that exists"
         report.findings.append(Finding("error", "", str(args.html), f"not written: {error.strerror}", fix))
+        return False
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -125,8 +136,12 @@ def _print(report: Report, console: Console) -> None:
         say(f"  -> {fix}\n" if fix else "", "cyan")
     if len(groups) > _GROUPS:
         say(f"and {len(groups) - _GROUPS:,} more kinds of findings; --json lists all\n")
+
+
+def _print_verdict(report: Report, console: Console) -> None:
     counts = f"{report.findings.errors:,} error(s), {report.findings.warnings:,} warning(s)"
-    say(f"{'fit to train on' if report.fit else 'not fit to train on'}: {counts}", "green" if report.fit else "red")
+    verdict = f"{'fit to train on' if report.fit else 'not fit to train on'}: {counts}"
+    console.print(Text(verdict, "green" if report.fit else "red"))
 
 
 def parser() -> Parser:
@@ -135,6 +150,7 @@ def parser() -> Parser:
         "python -m vimfast.check_data",
         "Check a folder tree in the ImageNet layout, or shards from vimfast-prepare. "
         "Exit status 0: fit to train on; 1: not.",
+        epilog="example: vimfast check imagenet_data/ --html check.html",
     )
     add = parser.add_argument
     add("path", metavar="PATH", type=path, help="folder with train/ and val/, or with shards")

@@ -8,12 +8,14 @@ The model is the one that the checkpoint says it is of; --model and the flags of
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import evaluation_crop
-from vimfast.checkpoint import Description, described, load_found, load_weights
+from vimfast.checkpoint import HUB_WEIGHTS, Description, described, load_found, load_weights
 from vimfast.cli import Parser, path, run_main
 from vimfast.errors import UserError
 from vimfast.inference import rebuild
@@ -23,11 +25,20 @@ from vimfast.models.registry import MODELS
 
 def parser() -> Parser:
     """Of the command line."""
-    parser = Parser("python -m vimfast.export", "Write a checkpoint's weights in the Hugging Face hub's layout.")
-    parser.add_argument(
-        "checkpoint", type=path, help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone"
+    parser = Parser(
+        "python -m vimfast.export",
+        "Write a checkpoint's weights in the Hugging Face hub's layout.",
+        epilog="example: vimfast export runs/tiny --out exported/",
     )
-    parser.add_argument("--out", type=path, required=True, help="folder to write")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        type=path,
+        help="a run folder, a checkpoint of ours or of hustvl/Vim, or weights alone",
+    )
+    parser.add_argument(
+        "--out", type=path, required=True, help="folder to write: a new or empty one, or an earlier export"
+    )
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which to write [raw]")
     parser.add_argument("--model", help="name of the model, where the checkpoint does not say")
     parser.add_argument("--input-size", type=int, help="side of its images, where the checkpoint does not say [224]")
@@ -37,6 +48,7 @@ def parser() -> Parser:
 def main() -> None:
     """Export as the command line says."""
     args = parser().parse_args(sys.argv[1:])
+    _check_out(args.out)
     args.checkpoint, state, passed_over = load_found(args.checkpoint, best=True)
     for note in passed_over:
         print(f"warning: {note}", file=sys.stderr)
@@ -55,6 +67,30 @@ def main() -> None:
         cfg.update({"input_size": (cfg["input_size"][0], height, width), **_preprocessing(told, min(height, width))})
     save_for_hub(model, args.out, model_args=model_args, classes=told.classes)
     print(f"{args.out}: {name}, {args.weights} weights of {args.checkpoint}")
+
+
+def _check_out(out: Path) -> None:
+    """What is there already must not be mixed with an export, or lost to it."""
+    try:
+        if not out.exists() or not any(out.iterdir()) or _is_export(out):
+            return
+    except NotADirectoryError:
+        raise UserError(f"--out {out} is a file", "give a folder") from None
+    except OSError as error:
+        fix = "choose another folder, or fix its permissions"
+        raise UserError(f"--out {out} cannot be read ({error.strerror})", fix) from None
+    raise UserError(
+        f"--out {out} holds other files than an export's", "give a new folder, an empty one or an earlier export"
+    )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether it is in the hub's layout, of any program."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return (folder / HUB_WEIGHTS).is_file() and isinstance(config, dict) and "architecture" in config
 
 
 def _preprocessing(told: Description, size: int) -> dict[str, Any]:

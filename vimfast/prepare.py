@@ -15,9 +15,10 @@ import sys
 from vimfast import __version__
 from vimfast.cli import Parser, path, run_main, whole
 from vimfast.errors import one_line
-from vimfast.shards.convert import convert
+from vimfast.shards.convert import classes_without_images, convert
 from vimfast.shards.format import ConversionOptions
 from vimfast.shards.reindex import reindex
+from vimfast.shards.workers import report
 
 
 def parser() -> Parser:
@@ -65,7 +66,9 @@ def run() -> None:
     quality = None if args.resize is None else args.quality or 90
     options = ConversionOptions(args.seed, args.resize, quality, args.shard_samples)
     done = convert(args.root, args.out, options, workers=args.workers, skip_bad=args.skip_bad, overwrite=args.overwrite)
-    print(one_line(done))
+    print(one_line(done), flush=True)
+    for line in classes_without_images(args.out):  # last, for the line before says that all is complete
+        report(f"warning: {line}")
 
 
 def main() -> None:

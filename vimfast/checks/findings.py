@@ -261,12 +261,14 @@ class ClassCheck:
         expected: the number of classes; None: 1,000 for ImageNet, otherwise the splits need only agree.
         place: the path that a person finds a class (``""``: a split) by.
         fix: what to do if classes or images are missing.
+        or_else: a tail for it, of what else may be done about a class that holds nothing.
     """
 
     counts: Mapping[str, Mapping[str, int]]
     expected: int | None
     place: Callable[[str, str], str]
     fix: str
+    or_else: str = ""
 
     def run(self) -> Iterator[Finding]:
         names = sorted(set().union(*self.counts.values()))
@@ -278,7 +280,7 @@ class ClassCheck:
             yield from self._check_number(split, bool(wnids))
             yield from self._check_missing(split, wnids)
             for name in (name for name, images in held.items() if not images):
-                yield self._error(split, name, "holds no images", self.fix)
+                yield self._error(split, name, "holds no images", self.fix + self.or_else)
             if wnids:
                 yield from self._check_imagenet(split, wnids)
         if all(name.isdecimal() for name in names) and names != (by_value := sorted(names, key=int)):

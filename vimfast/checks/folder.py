@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from vimfast.shards.tree import Ancestors, identity, is_dead_link, is_folder, is
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip", ".rar", ".7z")
 _UNPACK = "put the class's images there: unpack its archive again"
+_DELETE = ", or delete the folder, in each split"
 _SORT = (
     "move each image into a folder named after its class; for ImageNet's validation images "
     "valprep.sh of github.com/soumith/imagenetloader.torch does that"
@@ -61,8 +63,8 @@ def check_folder(root: Path, options: CheckOptions) -> Report:
             report.findings.append(_missing_split(root, split))
     report.classes = {split: {folder.name: folder.images for folder in held} for split, held in folders.items() if held}
     if counts := report.classes:
-        check = ClassCheck(counts, options.classes, lambda split, name: str(root / split / name), _UNPACK)
-        report.findings += check.run()
+        place = lambda split, name: str(root / split / name)  # noqa: E731
+        report.findings += ClassCheck(counts, options.classes, place, _UNPACK, _DELETE).run()
     for split, held in folders.items():
         total = sum(folder.images for folder in held)
         tasks = _tasks(root / split, split, held, options.decode)
@@ -95,8 +97,13 @@ def _missing_split(root: Path, split: str) -> Finding:
     except UserError as error:
         if not root.is_dir():
             raise
-        return Finding.of(error, split, path)
+        found = Finding.of(error, split, path)
+        return replace(found, fix=f"{found.fix}; or give check --splits train") if _lacks_val(root, split) else found
     return Finding("error", split, str(path), "has appeared since the check began", "check again")
+
+
+def _lacks_val(root: Path, split: str) -> bool:
+    return split == "val" and is_folder(root / "train")
 
 
 class _Lister:

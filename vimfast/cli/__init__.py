@@ -2,7 +2,7 @@
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
 from vimfast.cli.parser import Parser, path, whole
-from vimfast.cli.reporting import first_on_host, leave_word, print_out, report_once, was_reported
+from vimfast.cli.reporting import first_on_host, leave_word, print_out, report_once, say_written, was_reported
 from vimfast.cli.running import run_main
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "print_out",
     "report_once",
     "run_main",
+    "say_written",
     "was_reported",
     "whole",
 ]

@@ -10,6 +10,9 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
+
+from vimfast.errors import printable
 
 
 def print_out(text: str) -> None:
@@ -18,6 +21,11 @@ def print_out(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, when the program ends
+
+
+def say_written(file: Path, *, aside: bool = False) -> None:
+    """Say where a file is; `aside`: on stderr, as stdout has only the result."""
+    print(printable(f"written to {file}"), file=sys.stderr if aside else sys.stdout)
 
 
 def report_once(sentence: str) -> None:

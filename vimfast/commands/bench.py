@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimfast.cli import Parser, path, whole
+from vimfast.cli import Parser, path, say_written, whole
 from vimfast.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def main() -> None:
         _print(figures, where, args)
     if args.plot is not None:
         _plot(figures, where, args.plot)
-        print(args.plot, file=sys.stderr if args.json else sys.stdout)
+        say_written(args.plot, aside=args.json)
 
 
 def _settle(args: argparse.Namespace, world: World) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vimfast.cli import Parser, path, whole
+from vimfast.cli import Parser, path, say_written, whole
 from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
@@ -31,6 +31,7 @@ _ACROSS, _MOST, _BARS = 6, 48, 3  # images of a grid's row, of a grid, and class
 def main() -> int:
     """Predict as the command line says; returns the exit status."""
     args = parser().parse_args(sys.argv[1:])
+    _check_order(args.checkpoint)
     from vimfast import dist
     from vimfast.inference import load_classifier
 
@@ -53,6 +54,7 @@ def main() -> int:
             print(f"warning: {printable(why)}", file=sys.stderr)
         if args.grid is not None and predictions.images:
             _save(draw(classifier, predictions), args.grid)
+            say_written(args.grid, aside=args.json)
     return int(bool(predictions.unreadable))
 
 
@@ -79,6 +81,14 @@ def parser() -> Parser:
     add("--batch-size", metavar="N", type=whole(1), default=64, help="images at once [64]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
     return parser
+
+
+def _check_order(checkpoint: Path) -> None:
+    """The words are easily swapped."""
+    from vimfast.shards.tree import is_image_name
+
+    if is_image_name(checkpoint.name) and checkpoint.is_file():
+        raise UserError(f"{checkpoint} is an image", "the checkpoint comes first: vimfast predict CKPT IMAGE")
 
 
 def _predict(classifier: Classifier, args: argparse.Namespace) -> Predictions:

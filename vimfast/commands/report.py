@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from vimfast.cli import Parser, path
+from vimfast.cli import Parser, path, say_written
 from vimfast.errors import UserError
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     from vimfast.run_report import write_page
 
     try:
-        print(write_page(folder))
+        say_written(write_page(folder))
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written to ({error.strerror})", "fix its permissions, or the disk"

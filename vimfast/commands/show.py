@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vimfast.cli import Parser, path, whole
+from vimfast.cli import Parser, path, say_written, whole
 from vimfast.config import resolve
 from vimfast.config.flags import CONFIG, flag_parser
 from vimfast.errors import UserError
@@ -47,4 +47,4 @@ def main() -> None:
     except OSError as error:
         fix = "give --out a file in a folder that exists"
         raise UserError(f"{own['out']} cannot be written ({error.strerror})", fix) from None
-    print(own["out"])
+    say_written(own["out"])

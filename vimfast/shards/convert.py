@@ -137,7 +137,8 @@ def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
         report(f"{root / split}: {len(files):,} images of {len(files.classes):,} classes")
         empty = np.flatnonzero(np.bincount(files.labels, minlength=len(files.classes)) == 0).tolist()
         if empty:
-            report(f"{root / split}: {len(empty):,} of them have no images, such as {files.classes[empty[0]]}")
+            has = "has" if len(empty) == 1 else "have"
+            report(f"{root / split}: {len(empty):,} of them {has} no images, such as {files.classes[empty[0]]}")
     if 1 < (count := len(plans[0].files.classes)) < _IMAGENET and are_imagenets(plans[0].files.classes):
         report(
             f"{root} looks like a subset of ImageNet, with {count} of its {_IMAGENET:,} classes; "
@@ -147,6 +148,21 @@ def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
         if not is_folder(root / split):
             report(f"{root} has no {split}/: only {plans[0].split} is converted")
     return plans
+
+
+def classes_without_images(out: Path) -> Iterator[str]:
+    """A line for each split of a finished conversion in which classes have no images, or lost them as unreadable.
+
+    Raises:
+        UserError: `out` is not a finished conversion.
+    """
+    manifest = read_manifest(out)
+    for split, entry in manifest.splits.items():
+        labels = read_index(out, split, entry.samples, entry.index_crc32)["label"]
+        empty = np.flatnonzero(np.bincount(labels, minlength=len(manifest.classes)) == 0).tolist()
+        if empty:
+            has = "class has" if len(empty) == 1 else "classes have"
+            yield f"{len(empty):,} {has} no images in {split}, such as {manifest.classes[empty[0]]}"
 
 
 def _report_others(plans: Sequence[ShardPlan]) -> None:

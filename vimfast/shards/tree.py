@@ -8,6 +8,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -115,9 +116,9 @@ def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> 
         UserError: no such folder, no class folders, a doubled level, an unknown class, a link that may have led to a
             class, or no images at all.
     """
-    if not is_folder(root / split):
-        raise _missing(root, split)
     try:
+        if not is_folder(root / split):
+            raise _missing(root, split)
         return _scan(root, split, classes)
     except OSError as error:  # no permission, a loop of links, a failing disk
         raise _unreadable(error) from None
@@ -240,5 +241,31 @@ def _missing(root: Path, split: str) -> UserError:
     meant = sorted(str(child.parent) for s in _SPLITS for child in root.glob(f"*/{s}") if child.is_dir())
     if not meant and root.name in _SPLITS:
         meant = [str(root.absolute().parent)]
-    fix = f"did you mean {meant[0]}?" if meant else "an ImageNet folder holds train/ and val/ with one folder per class"
-    return UserError(f"{root} has no {split}/", fix)
+    return UserError(f"{root} has no {split}/", f"did you mean {meant[0]}?" if meant else _layout(root, split))
+
+
+def _layout(root: Path, split: str) -> str:
+    """How to make what `root` holds into a folder with this split."""
+    if split == "val" and is_folder(root / "train"):
+        return (
+            f"put images to evaluate with into {root}/val/<class>/; if there are none, move a part of each class of "
+            "train/ there, as the snippet in docs/own_images.md does with a tenth"
+        )
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    if classes := [path.name for path in entries if path.name not in _SPLITS and _holds_images(path)]:
+        return f"{root} holds class folders such as {', '.join(classes[:2])}: move them into {root / split}/"
+    if images := sum(is_image_name(path.name) for path in entries):
+        return f"{root} holds {images:,} images and no class folders: sort them into {root / split}/<class>/"
+    layout = "with one folder of images per class in each"
+    return (
+        f"{root} must hold train/ and val/, {layout}"
+        if entries
+        else f"{root} is empty: put train/ and val/ there, {layout}"
+    )
+
+
+def _holds_images(folder: Path) -> bool:
+    """Not looking into its folders."""
+    with suppress(OSError):
+        return any(map(is_image_name, os.listdir(folder)))
+    return False
