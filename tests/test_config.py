@@ -96,6 +96,15 @@ def test_shipped_recipes_load(path: Path) -> None:
         (["--opt", "adammw"], ["--opt 'adammw'", "did you mean 'adamw'"]),
         (["--sched", "cosin"], ["sched is 'cosin'", "did you mean 'cosine'", "tanh"]),
         (["--sched", "plateau"], ["--sched plateau", "try cosine or step"]),
+        (["--data", "x"], ["unknown flag --data; did you mean '--data-path'?"]),
+        (["--data-dir", "x"], ["unknown flag --data-dir; did you mean '--data-path'?"]),
+        (["--data_dir=x"], ["unknown flag --data_dir; did you mean '--data-path'?"]),
+        (["--learning-rate", "1"], ["unknown flag --learning-rate; did you mean '--lr'?"]),
+        (["--workers", "1"], ["unknown flag --workers; did you mean '--num-workers'?"]),
+        (["--img-size", "1"], ["unknown flag --img-size; did you mean '--input-size'?"]),
+        (["--version"], ["unknown flag --version; did you mean 'vimfast --version'?"]),
+        (["photos/"], ["'photos/' follows no flag; give the data with --data-path photos/"]),
+        (["--epochs", "1", "2"], ["unrecognized arguments: 2"]),
     ],
 )
 def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
