@@ -266,6 +266,20 @@ def test_a_dry_evaluation_says_what_it_would_do(recipe: str, shards: Path, tmp_p
     assert said.endswith("\nnothing was evaluated (--dry-run)\n")
 
 
+def test_a_finished_run_says_so_when_resumed(
+    recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path), "--eval-steps", "1")
+    flags += ("--epochs", "1", "--steps-per-epoch", "1")
+    train(*flags)
+    assert "Training time" in capsys.readouterr().out
+    train(*flags, "--resume", "auto")
+    said = capsys.readouterr().out
+    assert "all epochs are done (1 of 1); a larger --epochs would continue the run" in said
+    assert "resuming at" not in said
+    assert "Training time" not in said
+
+
 def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--scale", "0.6", "1", "--no-repeated-aug")
     flags += ("--aa", "none", "--color-jitter", "0", "--reprob", "0", "--input-size", "40")  # 32 would be cut unresized
