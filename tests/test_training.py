@@ -480,6 +480,8 @@ def test_a_corrupt_image_is_named_and_nothing_is_lost(
     run = ("--output_dir", str(tmp_path / "run"))
     sentence = refused(*flags, *run)
     assert sentence.startswith(f"{image} is not a readable image")
+    held = f"{tmp_path / 'run' / 'checkpoint.pth'} holds it, resume with --resume auto"
+    assert held in (tmp_path / "run" / "train.log").read_text()
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert 0 < state["step"] <= 7 // int(accum_steps)
     image.write_bytes(sound)
