@@ -247,6 +247,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(recipe: str, shards:
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path / "run"))
     said = call("vimfast.train", *flags, "--dry-run", "--accum-steps", "3", processes=2).stdout
     assert "batch          24 images an update: 2 processes x 4 images x 3 batches" in said
+    assert "vim_tiny_patch16_224 with depth=2 embed_dim=32 patch_size=8 stride=8, 34,339 parameters" in said
     assert "learning rate  2.34e-05 = 0.0005 x 24 / 512, adamw, cosine" in said
     assert said.splitlines()[-1] == "nothing was trained, and nothing written (--dry-run)"
     assert not (tmp_path / "run").exists()
