@@ -281,6 +281,17 @@ def test_a_finished_run_says_so_when_resumed(
     assert "Training time" not in said
 
 
+def test_weights_of_another_model_name_the_settings_of_their_run(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--eval-steps", "1")
+    train(*flags, "--output_dir", str(tmp_path / "run"), "--epochs", "1", "--steps-per-epoch", "1")
+    other = (*flags, "--model-kwargs", "depth=1", "patch_size=8", "stride=8", "embed_dim=64")
+    own = f"; take its run's settings with --config {tmp_path / 'run' / 'config.yaml'}, or give the --model"
+    assert own in refused(*other, "--eval", "--resume", str(tmp_path / "run"))
+    assert own in refused(*other, "--finetune", str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert "; give the --model" in refused(*other, "--finetune", str(tmp_path / "run"))
+
+
 def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
     flags = ("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--scale", "0.6", "1", "--no-repeated-aug")
     flags += ("--aa", "none", "--color-jitter", "0", "--reprob", "0", "--input-size", "40")  # 32 would be cut unresized
