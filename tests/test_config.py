@@ -96,6 +96,15 @@ def test_shipped_recipes_load(path: Path) -> None:
         (["--opt", "adammw"], ["--opt 'adammw'", "did you mean 'adamw'"]),
         (["--sched", "cosin"], ["sched is 'cosin'", "did you mean 'cosine'", "tanh"]),
         (["--sched", "plateau"], ["--sched plateau", "try cosine or step"]),
+        (["--data", "x"], ["unknown flag --data; did you mean '--data-path'?"]),
+        (["--data-dir", "x"], ["unknown flag --data-dir; did you mean '--data-path'?"]),
+        (["--data_dir=x"], ["unknown flag --data_dir; did you mean '--data-path'?"]),
+        (["--learning-rate", "1"], ["unknown flag --learning-rate; did you mean '--lr'?"]),
+        (["--workers", "1"], ["unknown flag --workers; did you mean '--num-workers'?"]),
+        (["--img-size", "1"], ["unknown flag --img-size; did you mean '--input-size'?"]),
+        (["--version"], ["unknown flag --version; did you mean 'vimfast --version'?"]),
+        (["photos/"], ["'photos/' follows no flag; give the data with --data-path photos/"]),
+        (["--epochs", "1", "2"], ["unrecognized arguments: 2"]),
     ],
 )
 def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
@@ -121,7 +130,9 @@ def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
         ("batch_sise: 8\n", ["unknown setting batch_sise", "did you mean 'batch_size'"]),
         ("data_dir: x\nworkers: 4\njsd_loss: false\n", ["data_dir (data_path here), workers (num_workers", "jsd_loss"]),
         ("lr: fast\n", ["optim.lr is 'fast'", "of type float"]),
-        ("a: [", ["not readable YAML"]),
+        ("a: [", ["r.yaml, line 1, column 5: expected the node content, but found '<stream end>'; correct the YAML"]),
+        ("model:\n  model_kwargs: {depth: 4\nrun: {}\n", ["r.yaml, line 3, column 4: expected ',' or '}'"]),
+        ("a: \x01", ["not readable YAML"]),
     ],
 )
 def test_wrong_yaml_says_the_fix(tmp_path: Path, text: str, words: list[str]) -> None:

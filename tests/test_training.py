@@ -247,6 +247,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(recipe: str, shards:
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path / "run"))
     said = call("vimfast.train", *flags, "--dry-run", "--accum-steps", "3", processes=2).stdout
     assert "batch          24 images an update: 2 processes x 4 images x 3 batches" in said
+    assert "vim_tiny_patch16_224 with depth=2 embed_dim=32 patch_size=8 stride=8, 34,339 parameters" in said
     assert "learning rate  2.34e-05 = 0.0005 x 24 / 512, adamw, cosine" in said
     assert said.splitlines()[-1] == "nothing was trained, and nothing written (--dry-run)"
     assert not (tmp_path / "run").exists()
@@ -264,6 +265,31 @@ def test_a_dry_evaluation_says_what_it_would_do(recipe: str, shards: Path, tmp_p
     assert f"evaluates on   15 images of 3 classes in {shards}, at 32 pixels\n" in said
     assert "batch          1 process x 4 images\n" in said
     assert said.endswith("\nnothing was evaluated (--dry-run)\n")
+
+
+def test_a_finished_run_says_so_when_resumed(
+    recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path), "--eval-steps", "1")
+    flags += ("--epochs", "1", "--steps-per-epoch", "1")
+    train(*flags)
+    assert "Training time" in capsys.readouterr().out
+    train(*flags, "--resume", "auto")
+    said = capsys.readouterr().out
+    assert "all epochs are done (1 of 1); a larger --epochs would continue the run" in said
+    assert "resuming at" not in said
+    assert "Training time" not in said
+
+
+def test_weights_of_another_model_name_the_settings_of_their_run(recipe: str, shards: Path, tmp_path: Path) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--eval-steps", "1")
+    train(*flags, "--output_dir", str(tmp_path / "run"), "--epochs", "1", "--steps-per-epoch", "1")
+    other = (*flags, "--model-kwargs", "depth=1", "patch_size=8", "stride=8", "embed_dim=64")
+    own = f"; take its run's settings with --config {tmp_path / 'run' / 'config.yaml'}, or give the --model"
+    assert own in refused(*other, "--eval", "--resume", str(tmp_path / "run"))
+    assert own in refused(*other, "--finetune", str(tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert "; give the --model" in refused(*other, "--finetune", str(tmp_path / "run"))
 
 
 def test_it_learns(recipe: str, shards: Path, tmp_path: Path) -> None:
@@ -466,6 +492,8 @@ def test_a_corrupt_image_is_named_and_nothing_is_lost(
     run = ("--output_dir", str(tmp_path / "run"))
     sentence = refused(*flags, *run)
     assert sentence.startswith(f"{image} is not a readable image")
+    held = f"{tmp_path / 'run' / 'checkpoint.pth'} holds it, resume with --resume auto"
+    assert held in (tmp_path / "run" / "train.log").read_text()
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert 0 < state["step"] <= 7 // int(accum_steps)
     image.write_bytes(sound)

@@ -3,7 +3,7 @@
 from vimfast.checkpoint.background import Background, copied
 from vimfast.checkpoint.description import Description, described
 from vimfast.checkpoint.files import HUB_WEIGHTS, DamagedCheckpoint, load_checkpoint, save_checkpoint, weights_held
-from vimfast.checkpoint.fitting import head_names, load_for_finetuning, load_weights
+from vimfast.checkpoint.fitting import OtherModel, head_names, load_for_finetuning, load_weights
 from vimfast.checkpoint.hustvl import load_optimizer
 from vimfast.checkpoint.kept import (
     ASIDE,
@@ -27,6 +27,7 @@ __all__ = [
     "DamagedCheckpoint",
     "Description",
     "Loaded",
+    "OtherModel",
     "copied",
     "described",
     "find_checkpoint",

@@ -12,6 +12,10 @@ from vimfast.errors import UserError
 ImageSize = int | tuple[int, int]  # pixels, or height and width
 
 
+class OtherModel(UserError):
+    """Weights have other names or shapes than those of the model they are loaded into."""
+
+
 def load_weights(
     model: nn.Module,
     weights: dict[str, Tensor],
@@ -32,7 +36,7 @@ def load_weights(
         lines that say what was changed on the way.
 
     Raises:
-        UserError: names or shapes differ, with the first of them.
+        OtherModel: names or shapes differ, with the first of them.
     """
     weights, notes = _fitted(model, weights, resample, img_size)
     shapes, missing, unknown = _differences(model, weights)
@@ -41,9 +45,9 @@ def load_weights(
     )
     if trouble:
         more = f" (and {len(trouble) - 1} more)" if len(trouble) > 1 else ""
-        raise UserError(
-            f"{origin} is of another model: {trouble[0]}{more}; "
-            "give the --model, --model-kwargs, --num-classes and --input-size it was trained with"
+        raise OtherModel(
+            f"{origin} is of another model: {trouble[0]}{more}",
+            "give the --model, --model-kwargs, --num-classes and --input-size it was trained with",
         )
     model.load_state_dict(weights)
     return notes
@@ -66,7 +70,8 @@ def load_for_finetuning(
         lines that say what was resampled, what was not loaded, and why.
 
     Raises:
-        UserError: a shape outside the head differs, or nothing but the head would be loaded.
+        OtherModel: a shape outside the head differs.
+        UserError: nothing but the head would be loaded.
     """
     weights, notes = _fitted(model, weights, resample, img_size)
     own = model.state_dict()
@@ -82,7 +87,7 @@ def load_for_finetuning(
     weights = {name: value for name, value in weights.items() if name not in fresh}
     shapes, missing, unknown = _differences(model, weights)
     if shapes:
-        raise UserError(f"{origin} is of another model: {shapes[0]}; give the --model and --model-kwargs it is of")
+        raise OtherModel(f"{origin} is of another model: {shapes[0]}", "give the --model and --model-kwargs it is of")
     if not [name for name in own.keys() & weights.keys() if name.rpartition(".")[0] not in heads]:
         first = next(iter(weights), "nothing")
         raise UserError(f"{origin} has no weight of this model (its first is {first}); give the --model it is of")

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +30,14 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         prog: how the program is called, if not as a subcommand of ``vimfast``.
+
+    Attributes:
+        elsewhere: what to suggest for flags that other programs have, by their names with hyphens.
+        path_flag: the flag that a path without one was probably meant for, if there is one.
     """
+
+    elsewhere: Mapping[str, str] = {}
+    path_flag = ""
 
     def __init__(self, prog: str, description: str, **options: Any) -> None:
         called = sys.argv[0] if sys.argv[0].startswith("vimfast ") else prog
@@ -42,8 +49,15 @@ class Parser(argparse.ArgumentParser):
         for word in args:  # before argparse, which may complain of a missing flag instead
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in known:
-                raise UserError(f"unknown flag {flag}{did_you_mean(flag, known)}", "--help lists all flags")
-        parsed: argparse.Namespace = super().parse_args(args, namespace)
+                meant = self.elsewhere.get(flag.replace("_", "-").removeprefix("--"))
+                hint = did_you_mean(flag, known) if meant is None else f"; did you mean {meant!r}?"
+                raise UserError(f"unknown flag {flag}{hint}", "--help lists all flags")
+        parsed: argparse.Namespace
+        parsed, stray = super().parse_known_args(args, namespace)
+        if stray and self.path_flag and (os.sep in stray[0] or os.path.exists(stray[0])):
+            raise UserError(f"{stray[0]!r} follows no flag", f"give the data with {self.path_flag} {stray[0]}")
+        if stray:
+            self.error(f"unrecognized arguments: {' '.join(stray)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:

@@ -30,7 +30,7 @@ REFUSED = {
     "dist_url": TORCHRUN,
     "local_rank": TORCHRUN,
 }
-# Settings of timm's train.py that have another name here.
+# Settings that have another name in timm's train.py, or in other trainers.
 TIMM = {
     "data_dir": "data_path",
     "img_size": "input_size",
@@ -42,6 +42,7 @@ TIMM = {
     "log_interval": "log_every",
     "output": "output_dir",
     "initial_checkpoint": "finetune",
+    "learning_rate": "lr",
 }
 DATA_SETS = "give a --data-path with train/<class>/ and val/<class>/; any set of images in that layout will do"
 

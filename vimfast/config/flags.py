@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from vimfast.cli import Parser
-from vimfast.config.compat import add_flags
+from vimfast.config.compat import TIMM, add_flags
 from vimfast.config.recipes import recipes
 from vimfast.config.schema import Config, Kind, kinds
 
@@ -27,6 +27,12 @@ def flag_parser() -> Parser:
         epilog="example: vimfast train --config vim_tiny --data-path shards/ --output_dir runs/tiny",
     )
     parser.usage = f"{parser.prog} --data-path DATA [--config RECIPE] [FLAGS]"
+    parser.elsewhere = {
+        **{name.replace("_", "-"): f"--{own.replace('_', '-')}" for name, own in TIMM.items()},
+        "data": "--data-path",
+        "version": "vimfast --version",
+    }
+    parser.path_flag = "--data-path"
     known = ", ".join(recipes())
     parser.add_argument(f"--{CONFIG}", metavar="RECIPE", help=f"start from a recipe ({known}), or a YAML file")
     text = "print all settings as YAML, each with where it comes from, and stop"

@@ -134,6 +134,10 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         raise UserError(f"--config {path} is a folder", fix)
     try:
         content = yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        raise UserError(f"{path}{where}: {error.problem or error.context}", "correct the YAML there") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if content is None:

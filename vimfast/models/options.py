@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
 from vimfast.errors import UserError, did_you_mean
@@ -15,6 +16,9 @@ GLOBAL_POOLS = ("", "token", "avg")  # timm's words
 # Of hustvl/Vim, and without effect here: add and norm are always one op, the residual is always fp32, and the grid
 # follows from the sizes.
 IGNORED = ("fused_add_norm", "residual_in_fp32", "ft_seq_len")
+
+_TYPES = {"int": (Integral, "an integer"), "float": (Real, "a number"), "bool": (bool, "true or false")}
+_MAY_BE_ZERO = ("num_classes", "depth")  # of the integers: all others are at least 1
 
 T = TypeVar("T")
 
@@ -243,11 +247,10 @@ class VimOptions:
         """From options by their own names.
 
         Raises:
-            UserError: an option does not exist, its value is not one of those that do, or options contradict each
-                other.
+            UserError: an option does not exist, its value is of the wrong type or out of range, or options contradict
+                each other.
         """
-        groups = (PatchOptions, PositionOptions, SequenceOptions, StackOptions, MixerOptions, HeadOptions)
-        _refuse_unknown(given, {*IGNORED}.union(*map(_names, groups)), "a Vision Mamba")
+        _refuse_unknown(given, {*IGNORED}.union(*map(_names, _GROUPS)), "a Vision Mamba")
         return cls(
             _part(PatchOptions, given),
             _part(PositionOptions, given),
@@ -256,6 +259,19 @@ class VimOptions:
             _part(MixerOptions, given),
             _part(HeadOptions, given),
         )
+
+
+_GROUPS = (PatchOptions, PositionOptions, SequenceOptions, StackOptions, MixerOptions, HeadOptions)
+
+
+def check_values(given: Mapping[str, Any]) -> None:
+    """Check the type and range of the options among `given`; other names are passed over.
+
+    Raises:
+        UserError: the first value that is of the wrong type or out of range.
+    """
+    for group in _GROUPS:
+        _check(group, given)
 
 
 def known_global_pool(name: str) -> str:
@@ -277,7 +293,21 @@ def _whole(group: type[T], given: Mapping[str, Any], owner: str) -> T:
 
 
 def _part(group: type[T], given: Mapping[str, Any]) -> T:
+    _check(group, given)
     return group(**{name: given[name] for name in _names(group) if name in given})
+
+
+def _check(group: Any, given: Mapping[str, Any]) -> None:
+    for field in fields(group):
+        if field.name not in given or field.type not in _TYPES:
+            continue
+        value, (wanted, words) = given[field.name], _TYPES[str(field.type)]
+        fits = isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool)
+        if wanted is Integral:
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            fits, words = fits and value >= least, f"{words} >= {least}"
+        if not fits:
+            raise UserError(f"the model option {field.name} is {value!r}", f"it must be {words}")
 
 
 def _names(group: Any) -> list[str]:

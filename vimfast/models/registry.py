@@ -12,6 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
+from vimfast.models.options import check_values
 from vimfast.models.vision_mamba import VisionMamba
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
@@ -49,6 +50,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+# Options that runs give to every model, with values that are checked elsewhere.
+_USUAL = {"num_classes", "img_size", "drop_rate", "drop_path_rate", "scan_backend", "dynamic_img_size", "pretrained"}
+
 # What belongs to a run and not to the weights.
 RUN_OPTIONS = ("drop_rate", "drop_path_rate", "scan_backend", "dynamic_img_size", "device", "dtype")
 
@@ -70,6 +74,9 @@ def _register(name: str, embed_dim: int, stride: int) -> None:
     def build(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
         if "channels" in kwargs:
             kwargs["in_chans"] = kwargs.pop("channels")
+        check_values(kwargs)
+        if kwargs.get("depth") == 0:
+            raise UserError("the model option depth is 0", "a named model has at least 1 block")
         maps = kwargs.get("depth", 24) // (2 if kwargs.get("if_bidirectional") else 1)
         quarters = tuple(dict.fromkeys(max(maps * i // 4 - 1, 0) for i in (1, 2, 3, 4)))
         return build_model_with_cfg(
@@ -133,15 +140,15 @@ def create_model(
         kwargs |= {"img_size": img_size, **({"dynamic_img_size": True} if dynamic_img_size else {})}
     try:
         return timm.create_model(name, **kwargs)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if not unknown:
-            raise
-        raise UserError(f"{name} has no option {unknown[1]!r}") from None
-    except (AssertionError, ValueError) as error:  # such as heads that do not divide the width
+    except (TypeError, ValueError, AssertionError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            raise UserError(f"{name} has no option {unknown[1]!r}") from None
+        if "No pretrained weights" in str(error):
+            raise UserError(
+                f"there are no published weights of {name} to download", "give a checkpoint instead"
+            ) from None
+        if not isinstance(error, AssertionError | ValueError) and not kwargs.keys() - _USUAL:
+            raise  # no value of the user's explains it
+        # Such as heads that do not divide the width.
         why = " ".join(str(error).split()) or "its own check failed"
-        raise UserError(f"{name} cannot be built with these options ({why})", "change --model-kwargs") from None
-    except RuntimeError as error:
-        if "No pretrained weights" not in str(error):
-            raise
-        raise UserError(f"there are no published weights of {name} to download", "give a checkpoint instead") from None
+        raise UserError(f"{name} cannot be built with these options ({why})", "change --model-kwargs") from error

@@ -240,7 +240,11 @@ def _introduce(run: TrainingRun, cfg: Config, start: Loaded | None) -> None:
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
     if warmup >= epochs and cfg.schedule.sched != "none":
         run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")
-    if run.place.epoch or run.place.step:
+    if run.place.epoch >= run.epochs:
+        run.report.say(
+            f"all epochs are done ({run.place.epoch} of {run.epochs}); a larger --epochs would continue the run"
+        )
+    elif run.place.epoch or run.place.step:
         run.report.say(f"resuming at {run.place}")
     if start is not None and (changed := cfg.changed_since(start.state.get("config") or {})):
         run.report.table("changed since the checkpoint", ("setting", "then", "now"), changed)

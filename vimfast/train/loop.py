@@ -254,7 +254,7 @@ class TrainingRun(_Closed):
         Returns:
             whether it got there; False: it was told to stop.
         """
-        begin = time.perf_counter()
+        begin, anything = time.perf_counter(), self.place.epoch < self.epochs
         try:
             while self.place.epoch < self.epochs:
                 try:
@@ -271,7 +271,8 @@ class TrainingRun(_Closed):
                 self._evaluate_epoch()
                 self.place.epoch, self.place.step = self.place.epoch + 1, 0
                 self.sums.values.zero_()
-            self.report.say(f"Training time {duration(time.perf_counter() - begin)}")
+            if anything:
+                self.report.say(f"Training time {duration(time.perf_counter() - begin)}")
             self.control.promise = "all is done; ending"
         except Stopped:
             self._stop()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from vimfast.checkpoint import Loaded, described, load_for_finetuning, load_found
+from vimfast.checkpoint import Loaded, OtherModel, described, load_for_finetuning, load_found
 from vimfast.config import Config, ModelConfig
 from vimfast.errors import UserError
 from vimfast.models import create_model
+from vimfast.train.folder import RESOLVED_CONFIG
 from vimfast.train.freezing import freeze
 from vimfast.train.gradients import GradientSum
 from vimfast.train.loop import Precision
@@ -64,9 +66,10 @@ def build_models(
     precision = choose_precision(cfg.run.amp, device, report)
     if start is not None:
         resample = cfg.finetune.pos_embed_resample if cfg.run.eval else None
-        average = load_models(
-            start.state, str(start.path), model, average, report, resample=resample, evaluating=cfg.run.eval
-        )
+        with _naming_settings(start.path):
+            average = load_models(
+                start.state, str(start.path), model, average, report, resample=resample, evaluating=cfg.run.eval
+            )
     teacher = None if cfg.run.eval else build_teacher(cfg.distill, num_classes, cfg.model.input_size, dynamic)
     return Models(model, average, None if teacher is None else teacher.to(device), precision)
 
@@ -149,6 +152,18 @@ def choose_precision(amp: bool, device: torch.device, report: Reporter) -> Preci
     return Precision(context, torch.bfloat16 if enabled else torch.float32)
 
 
+@contextmanager
+def _naming_settings(path: Path) -> Iterator[None]:
+    """Where a checkpoint is of another model: suggest the settings of its run, if they are beside it."""
+    try:
+        yield
+    except OtherModel as error:
+        settings = path.parent / RESOLVED_CONFIG
+        if not settings.is_file():
+            raise
+        raise OtherModel(error.problem, f"take its run's settings with --config {settings}, or {error.fix}") from None
+
+
 def _begin_with(model: nn.Module, cfg: Config, finetune: str, report: Reporter) -> None:
     """Weights of another run, if there are any, and which of them are not to be trained."""
     if finetune:
@@ -156,7 +171,9 @@ def _begin_with(model: nn.Module, cfg: Config, finetune: str, report: Reporter) 
         for note in passed_over:
             report.warn(note)
         how, size = cfg.finetune.pos_embed_resample, described(state).img_size
-        for line in load_for_finetuning(model, state["model"], str(path), resample=how, img_size=size):
+        with _naming_settings(path):
+            lines = load_for_finetuning(model, state["model"], str(path), resample=how, img_size=size)
+        for line in lines:
             report.say(line)
     if line := freeze(model, cfg.finetune):
         report.say(line)

@@ -39,7 +39,7 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
     images = f"{len(source):,} images of {len(source.classes)} classes in {cfg.data.data_path}"
     limit = f"; the images of {cfg.run.eval_steps} steps alone" if cfg.run.eval_steps else ""
     rows = [
-        ("model", f"{cfg.model.model}, {sum(p.numel() for p in model.parameters()):,} parameters"),
+        ("model", f"{_name(cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters"),
         ("computes", _computes(run.world, run.precision, model)),
         ("evaluates on", f"{images}, at {cfg.model.input_size} pixels{limit}"),
         ("decodes by", _decoding(loader)),
@@ -49,11 +49,17 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
     return [(what, how) for what, how in rows if how]
 
 
+def _name(cfg: Config) -> str:
+    """The model's, with the options that make it another one than its name says."""
+    options = " ".join(f"{name}={value}" for name, value in cfg.model.model_kwargs.items())
+    return f"{cfg.model.model} with {options}" if options else cfg.model.model
+
+
 def _model(run: TrainingRun, cfg: Config) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
     averaged = f", EMA of decay {cfg.ema.model_ema_decay}" if run.average is not None else ""
-    return f"{cfg.model.model}, {trained:,} parameters{(frozen and f' and {frozen:,} frozen ones') or ''}{averaged}"
+    return f"{_name(cfg)}, {trained:,} parameters{(frozen and f' and {frozen:,} frozen ones') or ''}{averaged}"
 
 
 def _computes(world: World, precision: Precision, model: nn.Module, *, captured: bool = False) -> str:

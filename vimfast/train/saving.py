@@ -108,11 +108,15 @@ class Checkpoints(Hook):
         if self._run.world.size == 1:  # of several, the others are inside the step by now, and wait for this one
             self.save(place)
             self._finish()
+            self._say_stopped(place)
 
     def stopped(self, place: Place) -> None:
         if self._saved != (place.epoch, place.step):
             self.save(place)
         self._finish()
+        self._say_stopped(place)
+
+    def _say_stopped(self, place: Place) -> None:
         self._run.report.say(f"stopped at {place}; {self._folder / CHECKPOINT} holds it, resume with --resume auto")
 
     def epoch_trained(self, place: Place) -> None:
