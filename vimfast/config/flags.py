@@ -54,7 +54,8 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
     default = f.default_factory() if callable(f.default_factory) else f.default
     text = f.metadata["help"]
     if not (default in (None, "", {}) or default is False):
-        text += f" [{'on' if default is True else default}]"
+        shown = " ".join(f"{part:g}" for part in default) if isinstance(default, tuple) else default
+        text += f" [{'on' if default is True else shown}]"
     if kind.base is bool:
         negative = list(dict.fromkeys([f"--no-{hyphen}", f"--no_{f.name}", f"--no-{f.name}"]))
         on = group.add_argument(*flags, dest=f.name, action="store_true", help=text)
