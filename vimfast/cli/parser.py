@@ -52,12 +52,11 @@ class Parser(argparse.ArgumentParser):
                 meant = self.elsewhere.get(flag.replace("_", "-").removeprefix("--"))
                 hint = did_you_mean(flag, known) if meant is None else f"; did you mean {meant!r}?"
                 raise UserError(f"unknown flag {flag}{hint}", "--help lists all flags")
-        parsed: argparse.Namespace
-        parsed, stray = super().parse_known_args(args, namespace)
-        if stray and self.path_flag and (os.sep in stray[0] or os.path.exists(stray[0])):
-            raise UserError(f"{stray[0]!r} follows no flag", f"give the data with {self.path_flag} {stray[0]}")
-        if stray:
-            self.error(f"unrecognized arguments: {' '.join(stray)}")
+        if self.path_flag:
+            _, stray = super().parse_known_args(args)
+            if stray and (os.sep in stray[0] or os.path.exists(stray[0])):
+                raise UserError(f"{stray[0]!r} follows no flag", f"give the data with {self.path_flag} {stray[0]}")
+        parsed: argparse.Namespace = super().parse_args(args, namespace)
         return parsed
 
     def error(self, message: str) -> NoReturn:
