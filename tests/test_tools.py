@@ -93,7 +93,9 @@ def test_rows_of_gpus_are_measured_and_a_failed_one_says_why(
     tiny = ("--input-size", "160", "--steps", "6", "--log-every", "2", "--warm-up", "1", "--seconds", "0.1")
     out = tmp_path / "rows.json"
     run(str(tree), "--device", "cpu", *tiny, "--timeout", "600", "--json", str(out), *rows)
-    assert "failed: 36 images make 1 step, but" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0.0 GiB of training files read into memory, at 0.0" in said
+    assert "failed: 36 images make 1 step, but" in said
     run(str(tree), "--device", "cpu", *tiny, *rows[2:], status=1)  # all have failed
     record = json.loads(out.read_text())
     assert {"machine", "torch", "date", "command"} < record.keys()

@@ -8,8 +8,11 @@ Each row is a separate run of vimfast.train under torchrun: --steps steps of one
 machine's cores. Its figures are the trainer's own: the median of its reports after the warm-up. The share is relative
 to gpus x the images/s of the same training step on images that already are on one GPU, measured in a separate process
 before the first row and again after the last; the mean of the two counts. "cores used", "host GiB" and "GPU GiB" are
-those of the whole run (GPU: the fullest one). "first step" is the time from the command to the end of the first step,
-estimated from the first report and the pace after it; "exit" is from the last line to the end of torchrun.
+those of the whole run (GPU: the fullest one). "first step" is the time from the command to the trainer's line that its
+first step is done; "exit" is from the last line to the end of torchrun.
+
+What the rows read is read once before them, if memory holds it: vimfast-prepare leaves its shards on the disk, not in
+memory, and the first row would measure that disk. --cold leaves this out.
 
 Without a GPU the rows run on CPU processes (--device cpu), which shows whether it works but says nothing about speed.
 """
@@ -28,8 +31,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,6 +50,8 @@ from vimfast.data.hardware import DECODERS
 from vimfast.data.source import open_source
 from vimfast.errors import UserError, did_you_mean
 from vimfast.files import write_text
+from vimfast.limits import memory
+from vimfast.shards.format import is_shards_folder, read_manifest
 from vimfast.shards.tree import scan_split
 
 ROOT = Path(__file__).parent.parent
@@ -54,9 +61,12 @@ REPORT = re.compile(
     r"epoch 0 \[(?P<step>\d+)/\d+\].* (?P<img_s>[\d,]+) img/s, waiting for data (?P<waiting>\d+)%"
     r", (?P<gib>[\d.]+) GiB"
 )
+FIRST_STEP = re.compile(r"^first step [\d.]+ s after")
 DECODING = re.compile(r"decoder (?P<decoder>\w+), threads (?P<threads>\d+)")
 RESIDENT = re.compile(r"resident: ([\d.]+) images/s")
 LEAST_REPORTS = 2  # after the warm-up
+READERS = 16  # threads
+FILLED = 0.8  # of the available memory, by files
 EXIT_LIMIT = 5.0  # seconds; a process still alive then counts as left over
 LEAST = {"gpus": 1, "cores": 0, "batch": 1}  # values of a row
 BARS = (95, 90)  # percent, plotted as lines
@@ -114,6 +124,9 @@ def main() -> int:
     }
     with grown(args.data, args.repeat) as data:
         images = len(open_source(data, "train"))
+        if not args.cold:
+            record["read"] = read_once(Path(data))
+            report(record["read"])
         for row in rows:
             if too_few(row, images, args) or baseline(record, row) is not None:
                 continue
@@ -150,6 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--repeat", type=whole(1), default=1, help="use each image of a folder this many times, through links [1]"
     )
+    parser.add_argument("--cold", action="store_true", help="do not read the data into memory first")
     parser.add_argument("--json", type=Path, help="write the results here, after each row")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only plot the rows of this file, as a PNG")
     parser.add_argument("--resident", nargs=2, metavar=("MODEL", "BATCH"), help=argparse.SUPPRESS)
@@ -218,6 +232,38 @@ def grown(data: str, times: int) -> Iterator[str]:
                 os.symlink(target, link.with_name(f"{link.stem}_{copy}{link.suffix}"))
         os.symlink(root / "val", Path(folder, "val"))
         yield folder
+
+
+def read_once(folder: Path) -> str:
+    """Read the training files, so that they are in memory if they fit in it; says how fast that was."""
+    if is_shards_folder(folder):
+        paths = [folder / shard.name for shard in read_manifest(folder).splits["train"].shards]
+    else:
+        files = scan_split(folder, "train")
+        paths = list({files.path(i).resolve() for i in range(len(files))})
+    size = sum(path.stat().st_size for path in paths)
+    gib = f"{size / 2**30:.1f} GiB of training files"
+    if size > FILLED * memory().available:
+        return f"{gib} do not fit in free memory: every row reads them from the disk"
+
+    def read(path: Path) -> None:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(own.buffer):
+                pass
+
+    own = Buffer()
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(read, paths):
+            pass
+    return f"{gib} read into memory, at {size / 2**30 / (time.perf_counter() - begin):.2f} GiB/s"
+
+
+class Buffer(threading.local):
+    """What each thread reads into."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(1 << 20)
 
 
 def flags(row: Row, data: str, steps: int, args: argparse.Namespace) -> list[str]:
@@ -297,7 +343,7 @@ def read_reports(run: Watched, row: Row, args: argparse.Namespace) -> dict[str, 
         "torch_gib": float(kept[-1][1]["gib"]),
         "decoder_chosen": chosen and chosen["decoder"],
         "threads": chosen and int(chosen["threads"]),
-        "first_step_s": found[0][0] - run.begin - per_step * (int(found[0][1]["step"]) - 1),
+        "first_step_s": next((line.at - run.begin for line in run.lines if FIRST_STEP.search(line.text)), None),
         "reports": len(kept),
     }
 

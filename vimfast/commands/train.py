@@ -9,11 +9,14 @@ import argparse
 import gc
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vimfast.cli import Parser, end_process, run_main, whole
 from vimfast.config.flags import flag_parser
 from vimfast.errors import UserError
+
+if TYPE_CHECKING:
+    from vimfast.config import Config
 
 _GPUS = "gpus"
 
@@ -34,11 +37,21 @@ def main() -> int:
     from vimfast.processes.launch import end_at_signals, launch
 
     end_at_signals()
+    _import_shared(cfg)
+    return launch(lambda: run_main(train.main, end_process), processes, restarts=own.max_restarts)
+
+
+def _import_shared(cfg: Config) -> None:
+    """What the processes share. On GPUs each imports the rest, which takes no longer than connecting to the others."""
+    import torch
+    import torch.distributed
+
+    if cfg.run.device != "cpu" and torch.cuda.device_count():  # asks the driver without initializing CUDA
+        return
     import vimfast.train.build  # noqa: F401
 
     if cfg.run.output_dir and not cfg.run.eval:
-        import torch.utils.tensorboard  # noqa: F401
-    return launch(lambda: run_main(train.main, end_process), processes, restarts=own.max_restarts)
+        import torch.utils.tensorboard
 
 
 def parser() -> Parser:

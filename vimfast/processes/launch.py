@@ -1,4 +1,4 @@
-"""The processes of a run on one host, as forks of a process that has imported everything.
+"""The processes of a run on one host, as forks of a process that has imported torch.
 
 torchrun imports torch and then starts interpreters that import it again, which is most of a short run. Forks share what
 was imported before them. They are told what torchrun would tell them, so that the rest of a run cannot tell the

@@ -38,9 +38,7 @@ def _ages() -> list[tuple[str, float]]:
         parent = _started(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else own
     except (OSError, ValueError, IndexError):  # no /proc
         return []
-    if LAUNCHER_NAME in os.environ:  # it has imported everything
-        return [("imports", own - parent), ("start", now - own)]
-    return [("torchrun", own - parent), ("imports", now - own)]
+    return [(os.environ.get(LAUNCHER_NAME, "torchrun"), own - parent), ("imports", now - own)]
 
 
 def _started(pid: int) -> float:
