@@ -109,8 +109,9 @@ def test_a_capture_in_mid_training_leaves_no_trace() -> None:
     run(step, capture=True)
     weights = {name: w.clone() for name, w in step.model.state_dict().items()}
     moments = [v.clone() for state in step.optimizer.state.values() for v in state.values()]
+    images, targets = torch.randn(8, 3, 96, 96, device=DEVICE), torch.rand(8, 10, device=DEVICE).softmax(1)
     random_state = torch.cuda.get_rng_state()
-    step.capture(torch.randn(8, 3, 96, 96, device=DEVICE), torch.rand(8, 10, device=DEVICE).softmax(1))
+    step.capture(images, targets)
     assert torch.equal(torch.cuda.get_rng_state(), random_state)
     assert all(torch.equal(w, weights[name]) for name, w in step.model.state_dict().items())
     kept = [v for state in step.optimizer.state.values() for v in state.values()]

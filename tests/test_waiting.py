@@ -14,12 +14,14 @@ from runs import TINY, train
 
 from vimfast.config import DataConfig, load_config
 from vimfast.data.hardware import available_cores
+from vimfast.data.loader import Loader
 from vimfast.data.source import FolderSource, Images
 from vimfast.dist import World
 from vimfast.train.build import build
-from vimfast.train.loop import TrainingRun
+from vimfast.train.loop import Place, TrainingRun
+from vimfast.train.pace import Stretch
 from vimfast.train.report import Reporter, short_duration
-from vimfast.train.waiting import decoding_advice, reading_advice
+from vimfast.train.waiting import SETTLED_AFTER, DataWaits, decoding_advice, reading_advice
 
 SLOW = "of its time for data: reading is slow"
 
@@ -51,6 +53,22 @@ def test_a_run_says_when_it_ends_and_that_reading_is_slow_once(
     today = [time.strftime("%A %d %B at %H:%M", time.localtime(time.time() - 60 * back)) for back in range(-1, 5)]
     assert len(found) == 1
     assert found[0] in today
+
+
+def test_one_slow_report_changes_no_decoder(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint or the beginning of an epoch makes one; a decoder that is too slow makes two in a row."""
+    asked: list[Place] = []
+    monkeypatch.setattr(Loader, "reconsider", lambda loader: asked.append(place))
+    with build(load_config(list(flags)), World()) as run:
+        assert isinstance(run, TrainingRun)
+        waits = DataWaits(run, DataConfig())
+        for epoch, shares in enumerate(((0.2, 0.0), (0.2, 0.0), (0.0, 0.0, 0.2, 0.2), (0.2, 0.2, 0.2))):
+            for report, share in enumerate(shares, 1):
+                place = Place(10 * SETTLED_AFTER, epoch, report * SETTLED_AFTER)
+                for _ in range(SETTLED_AFTER):
+                    waits.after_step()
+                waits.look(share, Stretch(SETTLED_AFTER, 1, share, [], False), place)
+    assert [(place.epoch, place.step) for place in asked] == [(3, 2 * SETTLED_AFTER)]
 
 
 def test_what_helps_depends_on_data_and_flags(flags: tuple[str, ...]) -> None:

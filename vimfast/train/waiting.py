@@ -32,7 +32,7 @@ class DataWaits:
         self._run, self._data = run, data
         self._steps, self._epoch = 0, -1  # since the last look, and the epoch of it
         self._read_before = 0.0  # seconds
-        self._tried, self._told = False, False
+        self._suspected, self._tried, self._told = False, False, False
 
     def after_step(self) -> None:
         """A step was queued."""
@@ -44,10 +44,14 @@ class DataWaits:
         read, self._read_before = loader.read_waits - self._read_before, loader.read_waits
         if self._steps < SETTLED_AFTER or place.epoch == self._epoch or self._told or place.step >= place.steps:
             return
-        self._steps, self._epoch = 0, place.epoch
         advice = reading_advice(self._data, loader), decoding_advice(self._data, loader)
         own = Waited(share, read / max(stretch.waited, 1e-9), advice)
         worst = max(dist.gather_objects(own))
+        suspected, self._suspected = self._suspected, worst.share > TOLERATED
+        if self._suspected and not suspected:
+            return  # a checkpoint, or the beginning of an epoch, holds one report up; the next one is looked at too
+        self._suspected = False
+        self._steps, self._epoch = 0, place.epoch
         if worst.share > TOLERATED and not self._tried:
             self._tried = True
             if self._try_another_decoder(worst.share):
