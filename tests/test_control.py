@@ -14,6 +14,7 @@ from vimfast.processes.control import Control
 from vimfast.processes.hub import (
     COME_AGAIN,
     CRASHED,
+    FAULT,
     RANK_LOST,
     STALLED,
     STOPPED,
@@ -102,6 +103,19 @@ def test_a_run_stopped_before_its_first_step_ends_at_once() -> None:
     for rank in range(2):
         recorded.hub.hear(rank, {"say": "vote", "ticks": 0}, 0)
     assert recorded.end()["status"] == COME_AGAIN
+
+
+def test_a_fault_before_the_first_step_is_the_error() -> None:
+    """Only then: later all stop at the same place, save it and end with the error."""
+    fault = {"say": "stop", "why": FAULT, "fault": ["image 7 is gone", "put it back"]}
+    early, late = Recorded(2), Recorded(2)
+    for recorded, ticks in ((early, 0), (late, 3)):
+        recorded.hub.hear(1, fault, 0)
+        for rank in range(2):
+            assert (rank, {**fault, "do": "vote", "by": 1}) in recorded.messages
+            recorded.hub.hear(rank, {"say": "vote", "ticks": ticks}, 0)
+    assert early.end() == {"do": "end", "status": USER_ERROR, "sentence": "error: image 7 is gone; put it back"}
+    assert (0, {"do": "stop", "ticks": 3}) in late.messages
 
 
 def test_a_rank_that_has_said_goodbye_is_not_lost_and_counts_in_a_vote() -> None:

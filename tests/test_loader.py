@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 import threading
 import weakref
@@ -333,6 +334,20 @@ def test_bad_images_are_skipped_and_reported_once(worse: Path) -> None:
     expected = training_loader(open_source(worse, "train"))
     for epoch in range(3):
         assert_same(epochs[epoch], list(expected.epoch(epoch)))
+
+
+def test_a_caller_who_stops_is_told_and_others_stand_in_until_it_has(worse: Path) -> None:
+    """As for images that are skipped, and for a file that cannot be read; but not for a disk that is gone."""
+    told: list[UserError] = []
+    source = open_source(worse, "train")
+    (worse / "train" / "a" / "3.JPEG").unlink()
+    loader = training_loader(source, 4, stop=told.append, report=lambda sentence: None)
+    epochs = [list(loader.epoch(epoch)) for epoch in range(3)]
+    assert [len(batch.labels) for epoch in epochs for batch in epoch] == 9 * [4]
+    assert sorted({n for n in (3, 5, 6, 8) for error in told if f"a/{n}.JPEG" in str(error)}) == [3, 5, 6, 8]
+    shutil.rmtree(worse / "train")
+    with pytest.raises(UserError, match="JPEG"):
+        list(training_loader(source, 4, stop=told.append).epoch(0))
 
 
 def test_a_run_that_skips_is_the_same_resumed_and_on_two_ranks(worse: Path) -> None:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.data.order import Order
+from vimfast.data.source import open_source
 
 STEPS = 8  # in an epoch, of two
 CLASSES = 3
@@ -273,6 +274,26 @@ def test_a_signal_saves_the_place(fleet: Fleet, tmp_path: Path, how: Callable[[W
     with fleet.paced(tmp_path) as run:
         stop(run, lambda: how(run))
     assert_saved_in_mid_epoch(tmp_path)
+
+
+def test_a_corrupt_image_stops_the_run_and_the_place_is_saved(fleet: Fleet, tmp_path: Path) -> None:
+    own = replace(fleet, tree=shutil.copytree(fleet.tree, tmp_path / "tree"))
+    order = Order(STEPS * fleet.images + 3, fleet.batch, fleet.size, 1, repeats=3, node=fleet.size)
+    source = open_source(own.tree, "train")
+    image = Path(source.name(int(order.decoded(0, STEPS - 1)[1][0])))
+    sound = image.read_bytes()
+    image.write_bytes(sound[:200])
+    with own.train(tmp_path / "run", "--readahead", "1", "--prefetch", "1") as run:
+        assert run.wait(TIMEOUT) != 0
+        assert not run.gone_within(30)
+    sentence = f"error: {image} is not a readable image"
+    assert sentence in run.text
+    assert re.search(rf"^rank \d: {re.escape(str(image))} is not .*: finishing the step", run.text, re.M), run.text
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert state["epoch"] == 0 < state["step"]
+    image.write_bytes(sound)
+    own.whole(tmp_path / "run", "--resume", "auto")
+    assert [r["epoch"] for r in records(tmp_path / "run")] == [0, 1]
 
 
 @ON_GPUS

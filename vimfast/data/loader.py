@@ -46,6 +46,8 @@ class LoaderSettings:
         steps_at_once: batches that DALI decodes together; default: what fits the decoder.
         engine_share: of the images, for the JPEG engine; default: what fits the GPU and the threads.
         on_bad_image: ``"stop"`` at an image that does not decode, or ``"skip"`` it (:class:`Reader`).
+        stop: for ``"stop"``: called with the error, in whatever thread, instead of raising it. Until the caller has
+            stopped, other images stand in for those that cannot be used.
         report: called for each image skipped; default: a warning on stderr.
     """
 
@@ -56,6 +58,7 @@ class LoaderSettings:
     steps_at_once: int | None = None
     engine_share: float | None = None
     on_bad_image: OnBadImage = "stop"
+    stop: Callable[[UserError], None] | None = None
     report: Callable[[str], None] | None = None
 
 
@@ -89,7 +92,7 @@ class Loader(Epochs):
         self._demand = Demand(view.most, order.batch_size, None, source.mean_bytes) if view.training else None
         self._decode_by(choose_decoding(wanted.decoder, wanted.threads, self.device, self._demand))
         skip = wanted.on_bad_image == "skip"
-        self._reader = Reader(source, skip=skip, stand_in=view.training, report=wanted.report)
+        self._reader = Reader(source, skip=skip, stand_in=view.training, stop=wanted.stop, report=wanted.report)
         self._graph: Graph | None = None  # built with the first epoch
         self._ahead: _ReadAhead | None = None
         self._in_work: deque[list[Work]] = deque()  # oldest first: what DALI holds, batches that it decodes together

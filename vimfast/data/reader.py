@@ -20,18 +20,26 @@ class Reader:
     data alone, not by when a bad one was first met.
 
     Args:
-        skip: continue without bad images; else the first one ends the run.
+        skip: continue without bad images; else the first one is raised, or handed to `stop`.
         stand_in: put another image in the place of a bad one.
+        stop: called with the error that would be raised, of a bad image or of a file that cannot be read, and then
+            continued as if it were to be skipped, until the caller has stopped; None: errors are raised.
         report: called once for each bad image.
     """
 
     def __init__(
-        self, source: Source, *, skip: bool, stand_in: bool, report: Callable[[str], None] | None = None
+        self,
+        source: Source,
+        *,
+        skip: bool,
+        stand_in: bool,
+        stop: Callable[[UserError], None] | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         self.source = source
         self.bad: dict[int, str] = {}  # id: what is wrong with it, a sentence that names it
         self._reencoded: set[int] = set()
-        self._skip, self._stand_in, self._report = skip, stand_in, report or _warn
+        self._skip, self._stand_in, self._stop, self._report = skip, stand_in, stop, report or _warn
 
     def read(self, ids: np.ndarray) -> tuple[np.ndarray, Images]:
         """The ids of the images that come (int64 [n], or fewer where none stands in), and the images.
@@ -45,8 +53,12 @@ class Reader:
                 images = self.source.read(wanted)
             except BadImage as bad:
                 if not self._skip:
-                    raise
+                    self._refuse(bad)
                 self._leave_out(bad.image, bad.found)
+                continue
+            except UserError as error:
+                self._refuse(error)
+                self._leave_out_unreadable(wanted, error)
                 continue
             for place in np.flatnonzero(np.isin(wanted, list(self._reencoded))) if self._reencoded else ():
                 images.encoded[place] = np.frombuffer(jpeg.to_rgb_jpeg(images.encoded[place])[0], np.uint8)
@@ -91,13 +103,34 @@ class Reader:
     def _accuse(self, why: dict[int, str]) -> None:
         names = {i: f"{self.source.name(i)} ({reason})" for i, reason in why.items()}
         if names and not self._skip:
-            raise UserError(
-                f"cannot decode {', '.join(sorted(names.values()))}",
-                "continue without such images with --on-bad-image skip, or find them all with "
-                "python -m vimfast.check_data DATA --decode",
+            self._refuse(
+                UserError(
+                    f"cannot decode {', '.join(sorted(names.values()))}",
+                    "continue without such images with --on-bad-image skip, or find them all with "
+                    "python -m vimfast.check_data DATA --decode",
+                )
             )
         for i, name in names.items():
             self._leave_out(i, f"cannot decode {name}")
+
+    def _refuse(self, error: UserError) -> None:
+        """Raise it, or have the caller stop and continue until then."""
+        if self._stop is None:
+            raise error
+        self._stop(error)
+
+    def _leave_out_unreadable(self, ids: np.ndarray, error: UserError) -> None:
+        """Those of these images that cannot be read; if none of them can, it is not the images."""
+        found: dict[int, str] = {}
+        for i in np.unique(ids).tolist():
+            try:
+                self.source.read(np.array([i], np.int64))
+            except UserError as why:  # noqa: PERF203
+                found[i] = why.problem
+        if len(found) == len(np.unique(ids)) or not found:
+            raise error
+        for i, sentence in found.items():
+            self._leave_out(i, sentence)
 
     def _leave_out(self, i: int, sentence: str) -> None:
         if i not in self.bad:

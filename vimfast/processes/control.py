@@ -30,6 +30,7 @@ from vimfast.processes import farewell
 from vimfast.processes.hub import (
     COME_AGAIN,
     CRASHED,
+    FAULT,
     RANK_LOST,
     STALLED,
     STOPPED,
@@ -41,7 +42,15 @@ from vimfast.processes.hub import (
     hub_lost,
 )
 from vimfast.processes.meeting import Links, meet
-from vimfast.processes.starting import SIGNALS, Starting, blurs_signals, find_launcher, listen, wake_sockets
+from vimfast.processes.starting import (
+    SIGNALS,
+    Launcher,
+    Starting,
+    blurs_signals,
+    find_launcher,
+    listen,
+    wake_sockets,
+)
 
 BEAT = 1.0  # seconds between two signs of life
 TWICE = 1.0  # seconds within which the copies of one Ctrl-C arrive: the terminal sends one, torchrun another
@@ -71,21 +80,18 @@ class Control:
     """
 
     def __init__(
-        self,
-        world: World,
-        stall_timeout: float = 600.0,
-        folder: Path | None = None,
-        starting: Starting | None = None,
+        self, world: World, stall_timeout: float = 600.0, folder: Path | None = None, starting: Starting | None = None
     ) -> None:
         self.world, self.stall_timeout, self.folder = world, stall_timeout, folder
         self.place: Callable[[], str] = lambda: ""  # in the run
         self.promise = "ending"  # what the run does when told to stop, for the answer to a signal
         self.say: Callable[[str], None] = lambda text: farewell.print_at_once(f"{text}\n", sys.stdout)
         self.status = 0  # to exit with
+        self.fault: UserError | None = None  # of one of the processes, for which the run was told to stop
         self._ticks = Ticks()
         self._doing, self._since = "starting", time.monotonic()
         self._beat = min(BEAT, stall_timeout / 6)
-        self._leaving = False
+        self._watching = self._leaving = False
         self._left = threading.Event()
         # The watch thread's own
         self._out: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -106,8 +112,18 @@ class Control:
         stop = self._ticks.stop_here()
         self._since = time.monotonic()
         if stop:
-            self.status = STOPPED[self._stopping]
+            self.status = USER_ERROR if self._stopping == FAULT else STOPPED[self._stopping]
         return stop
+
+    def stop_for(self, error: UserError) -> None:
+        """Stop the run for a fault that it can survive for a few steps; may be called from any thread.
+
+        Raises:
+            UserError: the same, where there is no control that could stop anything.
+        """
+        if not self._watching:
+            raise error
+        self._post({"say": "stop", "why": FAULT, "fault": [error.problem, error.fix]})
 
     def doing(self, what: str) -> None:
         """What the main thread does from now on, in words for the error message should it never end."""
@@ -124,6 +140,7 @@ class Control:
             listen(self._waker)
         if self._starting is not None:
             self._starting.hand_over()
+        self._watching = True
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
 
@@ -146,12 +163,7 @@ class Control:
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Report it to the hub, whose answer ends the process; it may name another process's failure as the cause."""
-        text = " ".join(str(error).split())
-        if isinstance(error, UserError):
-            kind = "user"
-        else:
-            kind = "collective" if farewell.is_collective(error) else "crash"
-            text = f"{type(error).__name__}{text and ': '}{text[:300]}"
+        kind, text = _described(error)
         trace = "" if kind == "user" else farewell.format_trace(error)
         self._post({"say": "failed", "kind": kind, "text": text, "trace": trace})
         time.sleep(LEAVING)
@@ -253,16 +265,7 @@ class Control:
             exit_now(COME_AGAIN)
 
     def _live(self, now: float) -> None:
-        self._tell_hub(
-            {
-                "say": "beat",
-                "ticks": self._ticks.passed,
-                "place": self.place(),
-                "doing": self._doing,
-                "idle": now - self._since,
-                "line": farewell.line_of_main_thread(),
-            }
-        )
+        self._tell_hub(_beat(self._ticks.passed, self.place(), self._doing, now - self._since))
         if self._hub is not None:
             for rank in self._links.ranks.values():
                 self._links.send(rank, {"do": "ping"})
@@ -290,6 +293,8 @@ class Control:
         order = message["do"]
         if order == "vote":
             self._stopping = message["why"]
+            if self._stopping == FAULT:
+                self.fault = UserError(*message["fault"])
             if self.world.is_main:
                 self._answer(message["why"], message["by"])
             self._tell_hub({"say": "vote", "ticks": self._ticks.vote()})
@@ -302,10 +307,11 @@ class Control:
 
     def _answer(self, why: str, by: int) -> None:
         heard = f"{why} received" + (f" by rank {by}" if by else "")
+        if self.fault is not None:
+            heard = f"rank {by}: {self.fault.problem}"
         if why == "launcher" and self._launcher is not None:
             heard = f"{self._launcher.name} is gone"
-        again = "Ctrl-C again" + (", or any other signal to torchrun," if blurs_signals(self._launcher) else "")
-        more = f"; {again} ends it at once" if why == "SIGINT" else ""
+        more = _ends_at_once(self._launcher) if why == "SIGINT" else ""
         # In a thread of its own: a blocked console must not hold up this one.
         threading.Thread(target=self.say, args=(f"{heard}: {self.promise}{more}",), daemon=True).start()
 
@@ -356,6 +362,27 @@ class Control:
 
     def _state(self, peer: Peer) -> str:
         return farewell.state(peer, self._links.peers[self.world.rank].host)
+
+
+def _described(error: BaseException) -> tuple[str, str]:
+    """The kind of a failure, as the hub has it, and what it is, on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return "user", text
+    kind = "collective" if farewell.is_collective(error) else "crash"
+    return kind, f"{type(error).__name__}{text and ': '}{text[:300]}"
+
+
+def _beat(ticks: int, place: str, doing: str, idle: float) -> Message:
+    """A sign of life: where the main thread is, and for how long."""
+    line = farewell.line_of_main_thread()
+    return {"say": "beat", "ticks": ticks, "place": place, "doing": doing, "idle": idle, "line": line}
+
+
+def _ends_at_once(launcher: Launcher | None) -> str:
+    """What a second Ctrl-C does, to follow what the first one does."""
+    again = "Ctrl-C again" + (", or any other signal to torchrun," if blurs_signals(launcher) else "")
+    return f"; {again} ends it at once"
 
 
 def _end_late(status: int) -> None:

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from vimfast.errors import UserError
+
 Message = dict[str, Any]  # what JSON can hold
 
 # Exit statuses of a run, listed in docs/stopping.md.
 CRASHED, USER_ERROR, RANK_LOST, STALLED, COME_AGAIN = 1, 2, 3, 4, 75
 STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_AGAIN, "launcher": COME_AGAIN}
+FAULT = "fault"  # of a process, which stops the run as a signal does and then ends it as bad input
 
 # Failures come in groups: when one process dies, the collectives of the others fail a moment later, or even before its
 # death is noticed. Seconds to wait for the cause before a consequence is reported.
@@ -129,6 +132,7 @@ class Hub:
         self.peers, self.advice = peers, advice
         self._send, self._stall_timeout, self._state = send, stall_timeout, state
         self._why = ""  # the run was told to stop
+        self._fault: UserError | None = None  # for which it was
         self._votes: dict[int, int] = {}
         self._decided = False
         self._failures: list[_Failure] = []
@@ -144,7 +148,7 @@ class Hub:
             peer.ticks, peer.place = message["ticks"], message["place"]
             peer.doing, peer.idle, peer.line = message["doing"], message["idle"], message["line"]
         elif kind == "stop":
-            self._stop(rank, message["why"])
+            self._stop(rank, message)
         elif kind == "force":
             self._end(130, "interrupted again: ending at once; progress since the last checkpoint is lost")
         elif kind == "vote":
@@ -194,11 +198,13 @@ class Hub:
 
     # Stopping
 
-    def _stop(self, rank: int, why: str) -> None:
+    def _stop(self, rank: int, message: Message) -> None:
         if self._why or self._verdict_due is not None:  # torchrun signals the others once one has failed
             return
-        self._why = why
-        self._tell_all({"do": "vote", "why": why, "by": rank})
+        self._why = message["why"]
+        if self._why == FAULT:
+            self._fault = UserError(*message["fault"])
+        self._tell_all({**message, "do": "vote", "by": rank})
 
     def _count(self) -> None:
         if not self._why or self._decided or any(not p.left and p.rank not in self._votes for p in self.peers):
@@ -206,7 +212,10 @@ class Hub:
         self._decided = True
         target = max(p.ticks for p in self.peers)
         if target == 0 and not any(p.left for p in self.peers):  # still building or tuning
-            self._end(STOPPED[self._why], BEFORE_FIRST_STEP)
+            if self._fault is not None:
+                self._end(USER_ERROR, f"error: {self._fault}")
+            else:
+                self._end(STOPPED[self._why], BEFORE_FIRST_STEP)
         else:
             self._tell_all({"do": "stop", "ticks": target})
 

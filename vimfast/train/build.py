@@ -128,7 +128,9 @@ def _build_training(
     control.doing("building the run")
     batches = plan_batches(cfg, world.size)
     val_loader = open_validation(cfg, batches.batch_size, world, start, report)
-    loader = open_training(cfg, batches, world, val_loader.source.classes, stage, report)
+    # One process saves its place when it cannot have an image. Of several, the others are inside the step by then.
+    stop = control.stop_for if world.size > 1 else None
+    loader = open_training(cfg, batches, world, val_loader.source.classes, stage, report, stop)
     start_up.done("data")
 
     models = build_models(cfg, len(loader.source.classes), start, world.device, report, _sizes(cfg, stage))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from vimfast.augment.recipe import evaluation_crop
@@ -44,13 +44,20 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Loaded | 
 
 
 def open_training(
-    cfg: Config, batches: Batches, world: World, classes: Sequence[str], stage: Stages | None, report: Reporter
+    cfg: Config,
+    batches: Batches,
+    world: World,
+    classes: Sequence[str],
+    stage: Stages | None,
+    report: Reporter,
+    stop: Callable[[UserError], None] | None = None,
 ) -> Loader:
     """The loader of the training images.
 
     Args:
         classes: of the validation images.
         stage: of an epoch; None: the settings', in all epochs.
+        stop: as :class:`LoaderSettings` has it.
 
     Raises:
         UserError: the training images are of others, or too few, or cannot be used.
@@ -78,7 +85,7 @@ def open_training(
         group=world.host,
         stage=stage and (lambda epoch: stage(min(epoch, last))),
     )
-    return Loader(source, view, _settings(data, report))
+    return Loader(source, view, replace(_settings(data, report), stop=stop))
 
 
 def _training_order(cfg: Config, source: Source, batches: Batches, world: World) -> Order:

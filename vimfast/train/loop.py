@@ -253,6 +253,9 @@ class TrainingRun(_Closed):
 
         Returns:
             whether it got there; False: it was told to stop.
+
+        Raises:
+            UserError: among others, the fault of any process that the run was stopped for.
         """
         begin, anything = time.perf_counter(), self.place.epoch < self.epochs
         try:
@@ -289,6 +292,8 @@ class TrainingRun(_Closed):
             if self.recover is None:
                 raise
             self.report.warn(f"{error.problem}; stopped at {self.place} without saving, the checkpoint before it stays")
+        if self.control.fault is not None:
+            raise self.control.fault
 
     def _train_epoch(self) -> None:
         place = self.place
