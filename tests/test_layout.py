@@ -15,7 +15,7 @@ import vimfast
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        *("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.limits"),
+        *("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.image_size", "vimfast.limits"),
         *("vimfast.augment.draws", "vimfast.augment.plan", "vimfast.config.choices"),
     ),
     (

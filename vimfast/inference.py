@@ -35,6 +35,7 @@ from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.views import Evaluation
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize, SizeLike
 from vimfast.models import create_model
 from vimfast.models.registry import MODELS
 from vimfast.shards.tree import is_image_name
@@ -192,7 +193,7 @@ def load_classifier(
     *,
     weights: Weights | None = None,
     model: str = "",
-    input_size: int | None = None,
+    input_size: SizeLike | None = None,
     device: torch.device | str | None = None,
 ) -> Classifier:
     """A model ready to be asked.
@@ -203,7 +204,7 @@ def load_classifier(
         weights: which of them; None: their average where there is one, unless more than a tenth of it is still the
             initial weights.
         model: its name, where the checkpoint does not say.
-        input_size: side of the images, pixels, where it is not to be the checkpoint's.
+        input_size: side of the images, pixels, or (height, width), where it is not to be the checkpoint's.
         device: None: a GPU if there is one.
 
     Raises:
@@ -225,13 +226,18 @@ def load_classifier(
     built = rebuild(told, values, str(origin), model=model, input_size=input_size)
     notes += load_weights(built, values, str(origin), resample="patches", img_size=told.img_size)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    view = _view(told, input_size or told.input_size, where)
+    view = _view(told, ImageSize.of(input_size or told.input_size), where)
     classes = _class_names(told, _outputs(built), str(origin))
     return Classifier(built.to(where).eval(), view, classes, english_names(classes), origin, chosen, notes)
 
 
 def rebuild(
-    told: Description, weights: Mapping[str, Tensor], origin: str, *, model: str = "", input_size: int | None = None
+    told: Description,
+    weights: Mapping[str, Tensor],
+    origin: str,
+    *,
+    model: str = "",
+    input_size: SizeLike | None = None,
 ) -> nn.Module:
     """The model that weights are of, with initial weights.
 
@@ -252,7 +258,7 @@ def rebuild(
     head = weights.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
     if head is not None:
         options["num_classes"] = len(head)
-    return create_model(name, img_size=input_size or told.input_size, **options)
+    return create_model(name, img_size=ImageSize.of(input_size or told.input_size).plain, **options)
 
 
 def _recognized(weights: Mapping[str, Tensor]) -> str:
@@ -284,12 +290,7 @@ def _class_names(told: Description, outputs: int, origin: str) -> list[str]:
     return imagenet_classes() if outputs == _IMAGENET else [f"class {i}" for i in range(outputs)]
 
 
-def _view(told: Description, size: int | tuple[int, int], device: torch.device) -> Evaluation:
-    if not isinstance(size, int):
-        raise UserError(
-            f"the model is for images of {size[0]} x {size[1]} pixels, and squares are cut out here",
-            f"give an input size, such as {max(size)}, to which its positions are resampled",
-        )
+def _view(told: Description, size: ImageSize, device: torch.device) -> Evaluation:
     own = told.preprocessing
     mean, std = (tuple(own.get(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
     interpolation = own.get("interpolation", Evaluation.interpolation)

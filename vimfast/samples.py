@@ -68,7 +68,7 @@ def draw_samples(cfg: Config, split: str, count: int, recipe: str) -> Image.Imag
 
 def _settings(cfg: Config, recipe: str) -> str:
     name = f"recipe {recipe}" if recipe else "no recipe"
-    return f"{name} · seed {cfg.run.seed} · {cfg.model.input_size} pixels"
+    return f"{name} · seed {cfg.run.seed} · {cfg.model.size} pixels"
 
 
 # Training
@@ -79,7 +79,7 @@ class _Copy(NamedTuple):
 
     box: np.ndarray  # float [4]: top, left, height, width of its crop in the original
     done: list[str]  # to it, in words
-    pixels: np.ndarray  # uint8 [S, S, 3]
+    pixels: np.ndarray  # uint8 [H, W, 3]
     mixed: np.ndarray  # the same, as it is trained on
     target: np.ndarray  # float [K]
 
@@ -169,7 +169,7 @@ def _boxes(work: Work, places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         corner = x.corner[which] + x.cut_corner[which, copy]
         return np.concatenate([corner, x.cut_extent[which, copy]], axis=1).astype(float)
     scale = np.array(size[::-1]) / x.resized[places]  # type: ignore[attr-defined]
-    return np.concatenate([x.corner[places] * scale, work.size * scale], axis=1)  # type: ignore[attr-defined]
+    return np.concatenate([x.corner[places] * scale, np.array(work.size) * scale], axis=1)  # type: ignore[attr-defined]
 
 
 def _done(work: Work, place: int) -> list[str]:

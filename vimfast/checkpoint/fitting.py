@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
-
-ImageSize = int | tuple[int, int]  # pixels, or height and width
+from vimfast.image_size import SizeLike
 
 
 class OtherModel(UserError):
@@ -22,7 +21,7 @@ def load_weights(
     origin: str,
     *,
     resample: str | None = None,
-    img_size: ImageSize | None = None,
+    img_size: SizeLike | None = None,
 ) -> list[str]:
     """Load a state dict strictly.
 
@@ -59,7 +58,7 @@ def load_for_finetuning(
     origin: str,
     *,
     resample: str,
-    img_size: ImageSize | None = None,
+    img_size: SizeLike | None = None,
 ) -> list[str]:
     """Load what fits into a model with, perhaps, another head; a head of other classes keeps its initial values.
 
@@ -101,7 +100,7 @@ def load_for_finetuning(
 
 
 def _fitted(
-    model: nn.Module, weights: dict[str, Tensor], resample: str | None, img_size: ImageSize | None
+    model: nn.Module, weights: dict[str, Tensor], resample: str | None, img_size: SizeLike | None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with the position embedding of the model's grid, and a line if it was another's."""
     fit: Any = getattr(model, "fit_pos_embed", None)

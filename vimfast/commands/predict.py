@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vimfast.cli import Parser, path, say_written, whole
+from vimfast.cli import SIZE, Parser, image_size, path, say_written, whole
 from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
@@ -77,7 +77,8 @@ def parser() -> Parser:
     text = "the trained ones, or their average; default: the average, once it has left the initial weights behind"
     add("--weights", choices=("raw", "ema"), help=text)
     add("--model", metavar="NAME", default="", help="name of the model, where the checkpoint does not say")
-    add("--input-size", metavar="S", type=whole(1), help="side of the images, pixels; default: the checkpoint's")
+    text = "side of the images, pixels, or height and width; default: the checkpoint's"
+    add("--input-size", metavar=SIZE, type=image_size, help=text)
     add("--batch-size", metavar="N", type=whole(1), default=64, help="images at once [64]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
     return parser
@@ -164,11 +165,11 @@ def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:
         Tile(Image.fromarray(pixels), [Caption(image.path.name, faint=True), *_captions(image)])
         for image, pixels in zip(shown, itertools.chain.from_iterable(batches), strict=True)
     ]
-    size, total = classifier.view.size, len(predictions.images)
+    (height, width), total = classifier.view.size_in(0), len(predictions.images)
     which = f"{total} image{'s' * (total > 1)}" if total <= _MOST else f"the first {_MOST} of {total:,} images"
     return Sheet(
         title=str(classifier.origin),
-        subtitle=[f"{_weights(classifier)} weights · {which}, as the model gets them: {size} x {size} pixels"],
+        subtitle=[f"{_weights(classifier)} weights · {which}, as the model gets them: {height} x {width} pixels"],
         panels=[[tile] for tile in tiles],
         across=_ACROSS,
         side=176,

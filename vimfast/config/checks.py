@@ -51,6 +51,8 @@ def _check_finite(name: str, value: Any) -> None:
 
 
 def _check_range(name: str, value: Any, least: float | None, most: float | None) -> None:
+    if isinstance(value, tuple) and least is not None:
+        value = min(value)
     if least is not None and value < least:
         raise UserError(f"{name} is {value}", f"it must be >= {least}")
     if most is not None and value > most:

@@ -31,6 +31,7 @@ from vimfast.config.choices import (
     Schedule,
 )
 from vimfast.files import write_text
+from vimfast.image_size import ImageSize, SizeLike
 
 
 def option(
@@ -72,9 +73,12 @@ class Kind(NamedTuple):
     length: int = 1  # so many of `base`, in a tuple unless it is 1; 0: any number
     choices: tuple[str, ...] = ()
     words: tuple[str, ...] = ()  # that stand for a value of `base`
+    size: bool = False  # one number, or two for height and width
 
     @classmethod
     def of(cls, annotation: Any) -> Kind:
+        if annotation == SizeLike:
+            return cls(int, False, size=True)
         union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
         options = [o for o in typing.get_args(annotation) if o is not type(None)] if union else [annotation]
         optional = union and type(None) in typing.get_args(annotation)
@@ -106,7 +110,7 @@ class ModelConfig:
     num_classes: int | None = option(
         None, "classes of the head; default: as many as the data has", least=0, neutral=True
     )
-    input_size: int = option(224, "side of the square input, pixels", least=1)
+    input_size: SizeLike = option(224, "side of the square input, pixels; or its height and width", least=1)
     drop: float = option(0.0, "dropout rate after the position embedding", least=0, most=1)
     drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0, most=1)
     scan_backend: str = option(
@@ -123,6 +127,11 @@ class ModelConfig:
     use_checkpoint: bool = option(False, "recompute activations in backward to save memory", neutral=True)
     torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same", neutral=True)
     cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it", neutral=True)
+
+    @property
+    def size(self) -> ImageSize:
+        """Of the images that the model is built for."""
+        return ImageSize.of(self.input_size)
 
     def options(self) -> dict[str, Any]:
         """Constructor options of the model that have no argument of their own in every model."""

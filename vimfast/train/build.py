@@ -15,6 +15,7 @@ from vimfast.data.loader import Loader
 from vimfast.data.views import Stages
 from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 from vimfast.processes.control import Control
 from vimfast.train.batch_size import with_batch_size
 from vimfast.train.boards import WandB, check_boards
@@ -149,11 +150,11 @@ def _build_training(
     return run
 
 
-def _sizes(cfg: Config, stage: Stages | None) -> set[int]:
-    """Of the images that are trained on, pixels."""
+def _sizes(cfg: Config, stage: Stages | None) -> set[ImageSize]:
+    """Of the images that are trained on."""
     if stage is None:
-        return {cfg.model.input_size}
-    return {stage(epoch).size for epoch in range(cfg.schedule.epochs)}
+        return {cfg.model.size}
+    return {ImageSize.of(stage(epoch).size) for epoch in range(cfg.schedule.epochs)}
 
 
 def _assemble(

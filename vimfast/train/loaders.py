@@ -24,7 +24,7 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Loaded | 
     Raises:
         UserError: they are not, or the data cannot be used.
     """
-    data, size = cfg.data, cfg.model.input_size
+    data, size = cfg.data, cfg.model.size
     source = open_source(data.data_path, "val")
     state, origin = (None, "") if start is None else (start.state, str(start.path))
     check_classes(source.classes, cfg.model.num_classes, state, origin, data.data_path)
@@ -70,7 +70,7 @@ def open_training(
         _training_order(cfg, source, batches, world),
         world.device,
         cfg.augment,
-        size=cfg.model.input_size,
+        size=cfg.model.size,
         scale=data.scale,
         ratio=data.ratio,
         flip=data.hflip,

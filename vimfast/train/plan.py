@@ -41,7 +41,7 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{_name(cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters"),
         ("computes", _computes(run.world, run.precision, model)),
-        ("evaluates on", f"{images}, at {cfg.model.input_size} pixels{limit}"),
+        ("evaluates on", f"{images}, at {cfg.model.size} pixels{limit}"),
         ("decodes by", _decoding(loader)),
         ("batch", f"{run.world.size} process{'es' * (run.world.size != 1)} x {batch} images"),
         ("memory", _memory(run.world.device)),
@@ -75,7 +75,7 @@ def _decoding(loader: Loader) -> str:
 def _images(run: TrainingRun, cfg: Config) -> str:
     source, val_source = run.loader.source, run.evaluated.loader.source
     images = f"{len(source):,} images of {len(source.classes)} classes in {cfg.data.data_path}"
-    return f"{images}, at {cfg.model.input_size} pixels; {len(val_source):,} to validate"
+    return f"{images}, at {cfg.model.size} pixels; {len(val_source):,} to validate"
 
 
 def _augmentation(cfg: Config) -> str:
