@@ -28,7 +28,7 @@ FLOORS = (
     ("vimfast.train", "vimfast.doctor"),
     ("vimfast.inference", "vimfast.samples", "vimfast.speed"),
     ("vimfast.checks",),
-    ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.commands"),
+    ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.timm", "vimfast.commands"),
     ("vimfast.__main__",),
 )
 EXPORTED = {f"vimfast.{name}" for name in vimfast.__all__ if name != "__version__"}  # for other people's code
