@@ -40,6 +40,8 @@ def check(config: Config) -> None:
     _check_augmentation(config)
     if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
         raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
+    if config.optim.layer_decay == 0:
+        raise UserError("layer_decay is 0", "it must be above 0; --freeze-layers keeps layers as they are")
     if config.optim.on_divergence == "rollback" and not (config.run.output_dir or config.run.eval):
         raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
 

@@ -224,6 +224,13 @@ class OptimConfig:
     weight_decay: float = option(
         0.05, "weight decay; 1-D tensors, biases, position and class tokens have none", least=0
     )
+    layer_decay: float | None = option(
+        None,
+        "factor from the learning rate of a layer to that of the layer before it, 0.65 to 0.9 for finetuning; default:"
+        " one rate for all",
+        least=0,
+        most=1,
+    )
     decay_a_log: bool = option(True, "decay A_log too, as the published runs did")
     clip_grad: float | None = option(None, "largest gradient norm; default: no clipping")
     lr: float = option(5e-4, "learning rate for a global batch of 512; scaled in proportion to the batch", least=0)

@@ -103,6 +103,7 @@ def _rate(run: TrainingRun, cfg: Config) -> str:
     epochs = min(schedule.warmup_epochs, schedule.epochs - 1) if schedule.sched != "none" else 0
     warmup = f", {epochs} epoch{'s' * (epochs != 1)} of warm-up" if epochs else ""
     lowered = f", x {FACTOR ** len(run.turns):g} after {len(run.turns)} rollbacks" if run.turns else ""
+    lowered += f", x {optim.layer_decay:g} from each layer to the one before" if optim.layer_decay is not None else ""
     return f"{peak_lr(optim, run.global_batch):.3g}{scaled}{lowered}, {optim.opt}, {schedule.sched}{warmup}"
 
 
