@@ -78,6 +78,14 @@ class Predictions(NamedTuple):
     unreadable: list[Unreadable]
 
 
+class Embeddings(NamedTuple):
+    """What a model makes of images, in the order in which they were asked for."""
+
+    images: list[Path]  # N
+    features: np.ndarray  # float32 [N, C]
+    unreadable: list[Unreadable]
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A trained model and all that it takes to ask it.
@@ -134,25 +142,67 @@ def predict(
     images, unreadable = find_images(paths)
     if not images:
         return Predictions([], unreadable)
-    loader, top = own.loader(images, batch_size), min(top, len(own.classes))
-    found: list[tuple[Tensor, Tensor]] = []
+    top = min(top, len(own.classes))
+
+    def best(batch: Tensor) -> Tensor:  # [B, 2, top]
+        found = own.model(batch).float().softmax(1).topk(top)
+        return torch.stack([found.values, found.indices.float()], 1)
+
+    read, answers, bad = _ask(own, images, best, batch_size, report)
+    guesses = [
+        [Guess(own.labels[i], own.classes[i], i, p) for p, i in zip(values, map(int, indices), strict=True)]
+        for values, indices in answers.tolist()
+    ]
+    seen = [Seen(path, own_guesses) for path, own_guesses in zip(read, guesses, strict=True)]
+    return Predictions(seen, unreadable + bad)
+
+
+def embed(
+    checkpoint: Classifier | str | Path,
+    paths: Iterable[str | Path],
+    *,
+    batch_size: int = 64,
+    report: Report | None = None,
+) -> Embeddings:
+    """What the head of a model would read, of images.
+
+    Args:
+        checkpoint, paths, batch_size, report: as for :func:`predict`.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or its model's head reads more than one vector.
+    """
+    own = checkpoint if isinstance(checkpoint, Classifier) else load_classifier(checkpoint)
+    model: Any = own.model
+
+    def features(batch: Tensor) -> Tensor:  # [B, C]
+        pooled: Tensor = model.forward_head(model.forward_features(batch), pre_logits=True)
+        if pooled.ndim != 2:
+            shape = " x ".join(map(str, pooled.shape[1:]))
+            raise UserError(f"the model of {own.origin} makes {shape} features of an image", "use one that pools them")
+        return pooled.float()
+
+    images, unreadable = find_images(paths)
+    read, answers, bad = _ask(own, images, features, batch_size, report) if images else ([], torch.empty(0), [])
+    vectors = answers.numpy() if read else np.zeros((0, model.num_features), np.float32)
+    return Embeddings(read, vectors, unreadable + bad)
+
+
+def _ask(
+    own: Classifier, images: Sequence[Path], ask: Callable[[Tensor], Tensor], batch_size: int, report: Report | None
+) -> tuple[list[Path], Tensor, list[Unreadable]]:
+    """(images that could be read, answers to each batch [B, ...] one after the other on the CPU, the others)."""
+    loader = own.loader(images, batch_size)
+    answers: list[Tensor] = []
     for batch in loader.epoch(0):
         with torch.no_grad():
-            probabilities = own.model(batch.images).float().softmax(1)
-        best = probabilities.topk(top)
-        found.append((best.values.cpu(), best.indices.cpu()))
+            answers.append(ask(batch.images).cpu())
         if report is not None:
-            report(sum(len(values) for values, _ in found))
+            report(sum(map(len, answers)))
     # Only now is it known which images were left out.
     ids = np.concatenate([loader.ids(0, step) for step in range(loader.steps)])
-    guesses = [
-        [Guess(own.labels[i], own.classes[i], i, p) for p, i in zip(values, indices, strict=True)]
-        for batch_values, batch_indices in found
-        for values, indices in zip(batch_values.tolist(), batch_indices.tolist(), strict=True)
-    ]
-    seen = [Seen(images[i], own_guesses) for i, own_guesses in zip(ids.tolist(), guesses, strict=True)]
-    unreadable += [Unreadable(images[i], why) for i, why in sorted(loader.bad.items())]
-    return Predictions(seen, unreadable)
+    unreadable = [Unreadable(images[i], why) for i, why in sorted(loader.bad.items())]
+    return [images[i] for i in ids.tolist()], torch.cat(answers) if answers else torch.empty(0), unreadable
 
 
 def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[Unreadable]]:
