@@ -126,7 +126,7 @@ def test_a_run_is_planned_resumed_and_evaluated(run: Path, tree: Path, capsys: p
     evaluated = train(*flags, "--resume", str(run / "checkpoint.pth"), "--eval", "--input-size", "48", "32")
     assert evaluated.evaluated.loader.view.size_in(0) == (48, 32)
     patches = ("--input-size", "36", "52", "--eval-crop-ratio", "1")
-    assert "the last 4 rows and 4 columns would never be seen; give 32 48 or 40 56" in refused(*flags, *patches)
+    assert "the last 4 rows and columns would never be seen; give 32 48 or 40 56" in refused(*flags, *patches)
     assert "the last 4 columns would never be seen; give 32 48 or 32 56" in refused(*flags, "--input-size", "32", "52")
 
 

@@ -20,6 +20,7 @@ from vimfast.cli import SIZE, Parser, image_size, path, run_main
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
 from vimfast.inference import rebuild
+from vimfast.models.grey import GREY_MEAN, GREY_STD
 from vimfast.models.hub import save_for_hub
 from vimfast.models.registry import MODELS
 
@@ -65,7 +66,7 @@ def main() -> None:
     if name not in MODELS:  # those know their own
         model_args = {**told.options, **({"img_size": images.plain} if cfg.get("fixed_input_size") else {})}
     if told.model:  # else the model's own is the best guess
-        cfg.update({"input_size": (cfg["input_size"][0], *images), **_preprocessing(told, images)})
+        cfg.update({"input_size": (told.options.get("in_chans", 3), *images), **_preprocessing(told, images)})
     save_for_hub(model, args.out, model_args=model_args, classes=told.classes)
     print(f"{args.out}: {name}, {args.weights} weights of {args.checkpoint}")
 
@@ -97,7 +98,8 @@ def _is_export(folder: Path) -> bool:
 def _preprocessing(told: Description, images: ImageSize) -> dict[str, Any]:
     """What the model was evaluated with, by timm's names."""
     ratio = evaluation_crop(images, told.crop_ratio).ratio
-    trained = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop_mode": "center"}
+    mean, std = (GREY_MEAN, GREY_STD) if told.options.get("in_chans") == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+    trained = {"mean": mean, "std": std, "interpolation": "bicubic", "crop_mode": "center"}
     return {**trained, "crop_pct": ratio, **told.preprocessing}
 
 

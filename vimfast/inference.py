@@ -37,6 +37,7 @@ from vimfast.data.views import Evaluation
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize, SizeLike
 from vimfast.models import create_model
+from vimfast.models.grey import GREY_MEAN, GREY_STD, Grey
 from vimfast.models.registry import MODELS
 from vimfast.shards.tree import is_image_name
 
@@ -98,6 +99,7 @@ class Classifier:
         origin: which checkpoint it is of.
         weights: which of the checkpoint's.
         notes: what a user should know about it, a sentence each.
+        grey: makes batches grey, for a model that sees one channel.
     """
 
     model: nn.Module
@@ -107,6 +109,7 @@ class Classifier:
     origin: Path
     weights: Weights
     notes: Sequence[str] = ()
+    grey: Grey | None = None
 
     def loader(self, paths: Sequence[Path], batch_size: int = 64) -> Loader:
         """Hands out what the model sees of these files, in their order, without those that cannot be read."""
@@ -196,7 +199,7 @@ def _ask(
     answers: list[Tensor] = []
     for batch in loader.epoch(0):
         with torch.no_grad():
-            answers.append(ask(batch.images).cpu())
+            answers.append(ask(batch.images if own.grey is None else own.grey(batch.images)).cpu())
         if report is not None:
             report(sum(map(len, answers)))
     # Only now is it known which images were left out.
@@ -278,7 +281,8 @@ def load_classifier(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     view = _view(told, ImageSize.of(input_size or told.input_size), where)
     classes = _class_names(told, _outputs(built), str(origin))
-    return Classifier(built.to(where).eval(), view, classes, english_names(classes), origin, chosen, notes)
+    labels, grey = english_names(classes), _grey(told)
+    return Classifier(built.to(where).eval(), view, classes, labels, origin, chosen, notes, grey)
 
 
 def rebuild(
@@ -340,10 +344,16 @@ def _class_names(told: Description, outputs: int, origin: str) -> list[str]:
     return imagenet_classes() if outputs == _IMAGENET else [f"class {i}" for i in range(outputs)]
 
 
+def _grey(told: Description) -> Grey | None:
+    if told.options.get("in_chans") != 1:
+        return None
+    return Grey(*(told.preprocessing.get(name, own) for name, own in (("mean", GREY_MEAN), ("std", GREY_STD))))
+
+
 def _view(told: Description, size: ImageSize, device: torch.device) -> Evaluation:
-    own = told.preprocessing
+    own = told.preprocessing if _grey(told) is None else {}
     mean, std = (tuple(own.get(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
-    interpolation = own.get("interpolation", Evaluation.interpolation)
+    interpolation = told.preprocessing.get("interpolation", Evaluation.interpolation)
     crop = evaluation_crop(size, told.crop_ratio)
     return Evaluation(Order(0, 1), device, size, crop, interpolation, Normalization(mean, std))
 

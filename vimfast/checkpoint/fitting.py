@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
@@ -84,6 +85,7 @@ def load_for_finetuning(
                 f"{head} has {len(new)} classes here and {len(old)} in {origin}: it starts from initial values"
             )
     weights = {name: value for name, value in weights.items() if name not in fresh}
+    notes += _fit_channels(model, weights)
     shapes, missing, unknown = _differences(model, weights)
     if shapes:
         raise OtherModel(f"{origin} is of another model: {shapes[0]}", "give the --model and --model-kwargs it is of")
@@ -114,6 +116,23 @@ def _fitted(
     grid: Any = model.pos_embed_grid
     assumed = ", taken for a square grid of patches" if grid(weights, img_size) is None else ""
     return fitted, [f"position embedding resampled{how} from {before.shape[1]} to {after.shape[1]} positions{assumed}"]
+
+
+def _fit_channels(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Bring the first convolution, in place, to a model of other channels; a line for each that was.
+
+    As timm does it: of one channel, its weights are the sums of those for red, green and blue.
+    """
+    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    own, notes = model.state_dict(), []
+    for conv in (names,) if isinstance(names, str) else names:
+        name = f"{conv}.weight"
+        new, old = own.get(name), weights.get(name)
+        if new is None or old is None or new.ndim != 4 or old.ndim != 4 or new.shape[1] != 1 or old.shape[1] != 3:
+            continue
+        weights[name] = adapt_input_conv(1, old)
+        notes.append(f"{name} is summed over red, green and blue: the model sees grey images")
+    return notes
 
 
 def _differences(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:

@@ -111,6 +111,7 @@ class ModelConfig:
         None, "classes of the head; default: as many as the data has", least=0, neutral=True
     )
     input_size: SizeLike = option(224, "side of the square input, pixels; or its height and width", least=1)
+    in_chans: int = option(3, "channels that the model sees: 3, or 1 for grey images")
     drop: float = option(0.0, "dropout rate after the position embedding", least=0, most=1)
     drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0, most=1)
     scan_backend: str = option(
@@ -138,6 +139,8 @@ class ModelConfig:
         options: dict[str, Any] = {"if_random_token_rank": True} if self.random_token_rank else {}
         if self.random_cls_token_position:  # which a token held in the middle would be deaf to
             options |= {"if_random_cls_token_position": True, "use_middle_cls_token": False}
+        if self.in_chans != 3:
+            options["in_chans"] = self.in_chans
         return options | self.model_kwargs
 
 

@@ -16,6 +16,7 @@ from vimfast.config import Config, ModelConfig
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
 from vimfast.models import create_model
+from vimfast.models.grey import Grey
 from vimfast.train.folder import RESOLVED_CONFIG
 from vimfast.train.freezing import freeze
 from vimfast.train.gradients import GradientSum
@@ -113,6 +114,8 @@ def build_model(cfg: ModelConfig, num_classes: int, dynamic_img_size: bool) -> n
         scan_backend=cfg.scan_backend,
         **options,
     )
+    if options.get("in_chans") == 1:
+        Grey().before(model)
     if cfg.use_checkpoint:
         switch = getattr(model, "set_grad_checkpointing", None)
         if switch is None:
@@ -135,7 +138,8 @@ def check_patches(model: nn.Module, size: ImageSize, name: str) -> None:
     if any(rest):
         smaller = ImageSize(*(side - more for side, more in zip(size, rest, strict=True)))
         larger = ImageSize(*(side + stride * (more > 0) for side, more in zip(smaller, rest, strict=True)))
-        unseen = " and ".join(f"{n} {lines}" for n, lines in zip(rest, ("rows", "columns"), strict=True) if n)
+        apart = " and ".join(f"{n} {lines}" for n, lines in zip(rest, ("rows", "columns"), strict=True) if n)
+        unseen = f"{rest.height} rows and columns" if rest.height == rest.width else apart
         raise UserError(
             f"{name} {size} is not a whole number of patches of {patch} pixels every {stride}: the last {unseen} "
             "would never be seen",
