@@ -21,12 +21,12 @@ from vimfast.augment.plan import Op, Plan
 from vimfast.class_names import english_names
 from vimfast.config import Batches, Config, plan_batches
 from vimfast.data.loader import Loader, LoaderSettings
-from vimfast.data.source import open_source
+from vimfast.data.relabelling import open_mapped
 from vimfast.data.views import CopyInputs, Cuts, Evaluation, RegionInputs, Work
 from vimfast.dist import World
 from vimfast.sheet import PALETTE, Caption, Colour, Sheet, Tile
 from vimfast.train.loaders import open_training, open_validation
-from vimfast.train.mixing import Mixup
+from vimfast.train.mixing import Mixup, build_mixup
 from vimfast.train.report import Reporter
 
 _ACROSS = {2: 3, 3: 2}  # panels beside each other, by their images
@@ -94,10 +94,10 @@ class _Sample(NamedTuple):
 
 
 def _draw_training(cfg: Config, count: int, world: World, title: str, settings: str) -> Image.Image:
-    source = open_source(cfg.data.data_path, "train")
+    source = open_mapped(cfg.data.data_path, "train", cfg.data.class_map)
     batch = min(plan_batches(cfg, 1).batch_size, len(source))
     loader = open_training(cfg, Batches(batch, 1), world, source.classes, None, Reporter(None, False))
-    mixup = Mixup(cfg.mix, len(source.classes), cfg.run.seed, 0)
+    mixup = build_mixup(cfg.mix, loader.source, cfg.run.seed, 0)
     try:
         samples = list(islice(_samples(loader, mixup, count), count))
     finally:
@@ -148,7 +148,7 @@ def _of_step(loader: Loader, mixup: Mixup, step: int, images: Tensor, labels: Te
             _Copy(box, _done(work, place), pixels[place], mixed_pixels[place], targets[place].cpu().numpy())
             for place, box in zip(places.tolist(), boxes, strict=True)
         ]
-        yield _Sample(original, int(labels[places[0]]), step, copies)
+        yield _Sample(original, int(loader.source.labels[ids[places[0]]]), step, copies)
 
 
 def _open(loader: Loader, i: int) -> Image.Image:

@@ -149,6 +149,11 @@ class DataConfig:
     data_path: str = option(
         "", "shards from vimfast-prepare, or a folder tree with train/ and val/", neutral=True, path=True
     )
+    class_map: str = option(
+        "",
+        "class folders in the order of their numbers, one on each line, or JSON of names and numbers; default: sorted",
+        path=True,
+    )
     batch_size: int | Auto = option(
         64, "training images a step on each GPU (or process); auto: as many as fit into its memory", least=1
     )
@@ -215,6 +220,12 @@ class MixConfig:
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
     mixup_mode: MixMode = option("batch", "one draw for each batch, pair or element")
     smoothing: float = option(0.1, "label smoothing", least=0, most=1)
+    soft_targets: str = option(
+        "",
+        "targets of the training images in place of their labels: a .npy file of rows, with a .csv beside it that says"
+        " whose they are; smoothed and mixed as labels are",
+        path=True,
+    )
     bce_loss: bool = option(False, "binary cross entropy on every class a target holds (smoothing is then unused)")
 
 

@@ -15,7 +15,7 @@ from vimfast import dist
 from vimfast.checkpoint import Loaded
 from vimfast.config import Config
 from vimfast.config.choices import AUTO
-from vimfast.data.source import open_source
+from vimfast.data.relabelling import open_mapped
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
@@ -57,7 +57,7 @@ def with_batch_size(
             f"--batch-size {AUTO} tries what fits into a GPU's memory, and this run is on {world.device.type}",
             "give a number",
         )
-    source = open_source(cfg.data.data_path, "train")
+    source = open_mapped(cfg.data.data_path, "train", cfg.data.class_map)
     begin, most = time.monotonic(), len(source) // world.size
     trial = StepTrial(cfg, len(source.classes), world, max(sizes, key=lambda size: size.pixels))
     with memory_limit(world.device):
