@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from torchvision import transforms
 
 from vimfast.augment import crops, draws
@@ -124,4 +125,16 @@ def test_evaluation_geometry_is_torchvisions(size: int, crop_ratio: float) -> No
         rows = Image.fromarray(np.repeat(np.arange(shape[0], dtype=np.int32)[:, None], shape[1], axis=1))
         columns = Image.fromarray(np.repeat(np.arange(shape[1], dtype=np.int32)[None], shape[0], axis=0))
         cut = transforms.CenterCrop(size)
+        assert (np.asarray(cut(rows))[0, 0], np.asarray(cut(columns))[0, 0]) == (top, left)
+
+
+@pytest.mark.parametrize("size", [(192, 256), (224, 64), (33, 35)])
+def test_evaluation_geometry_of_other_shapes_is_timms(size: tuple[int, int]) -> None:
+    sizes = np.random.default_rng(1).integers(20, 600, (40, 2))
+    resized, corner = crops.resize_and_centre_crop(sizes, size, 0.875)
+    scale, cut, *_ = create_transform(size, crop_pct=0.875).transforms
+    for (height, width), ours, (top, left) in zip(sizes, resized.tolist(), corner.tolist(), strict=True):
+        rows = Image.fromarray(np.repeat(np.arange(ours[0], dtype=np.int32)[:, None], ours[1], axis=1))
+        columns = Image.fromarray(np.repeat(np.arange(ours[1], dtype=np.int32)[None], ours[0], axis=0))
+        assert scale(Image.new("L", (width, height))).size == (ours[1], ours[0])
         assert (np.asarray(cut(rows))[0, 0], np.asarray(cut(columns))[0, 0]) == (top, left)

@@ -16,6 +16,7 @@ from vimfast.augment import pixels_pillow, randaugment
 from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
 from vimfast.augment.recipe import Recipe
 from vimfast.config import AugmentConfig
+from vimfast.image_size import ImageSize
 
 triton = pytest.importorskip("triton")
 
@@ -42,7 +43,7 @@ def all_operations() -> np.ndarray:
             policy = randaugment.RandAugment((name,), None, magnitude, 1, 1.0, interpolation=interpolation)
             u = np.zeros((1, policy.columns))
             u[0, randaugment.SIGN] = sign
-            row = policy.draw(u, WIDTH)
+            row = policy.draw(u, ImageSize(HEIGHT, WIDTH))
             rows.append(np.pad(row, ((0, 0), (6 - row.shape[1], 0))))
     shifts = np.zeros((2, 6), OPERATION)
     shifts["code"][:, -1] = Op.SHIFT
@@ -60,8 +61,8 @@ def plans() -> dict[str, Plan]:
     patches["fill"] = np.random.default_rng(0).normal(size=(24, 3, 3))
     return {
         "each": Plan.of(every, np.zeros((len(every), 0), PATCH)),
-        "recipe": Recipe(AugmentConfig(recount=2, remode="const")).draw(0, 0, drawn, WIDTH),
-        "ThreeAugment": Recipe(AugmentConfig(three_augment=True)).draw(0, 1, drawn, WIDTH),
+        "recipe": Recipe(AugmentConfig(recount=2, remode="const")).draw(0, 0, drawn, (HEIGHT, WIDTH)),
+        "ThreeAugment": Recipe(AugmentConfig(three_augment=True)).draw(0, 1, drawn, (HEIGHT, WIDTH)),
         "boxes": Plan(np.zeros((24, 1), OPERATION), patches),
     }
 

@@ -12,6 +12,7 @@ from runs import TINY, Stops, refused, train
 from vimfast.config import load_config
 from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 from vimfast.train.batch_size import StepTrial
 from vimfast.train.fitting import largest_batch
 
@@ -56,7 +57,7 @@ def test_the_search_ends_close_below_the_limit(room: int, most: int) -> None:
 def test_steps_are_tried_as_the_run_trains_them(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY))
     cfg = load_config(["--config", str(tmp_path / "recipe.yaml"), "--accum-steps", "2"])
-    trial = StepTrial(cfg, 3, World(), 40)
+    trial = StepTrial(cfg, 3, World(), ImageSize(40, 40))
     seen: list[int] = []
     trial._step.model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     weights = [weight.clone() for weight in trial._step.model.parameters()]

@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import resource
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -16,18 +17,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import same
 from safetensors.torch import save_file
 from torch import nn
 
+from vimfast import export
 from vimfast.checkpoint import (
     DamagedCheckpoint,
     described,
     kept_checkpoints,
     load_checkpoint,
     load_for_finetuning,
+    load_found,
     load_last,
     load_optimizer,
     load_weights,
@@ -38,6 +43,7 @@ from vimfast.checkpoint import (
 )
 from vimfast.config import OptimConfig
 from vimfast.errors import UserError
+from vimfast.inference import load_classifier
 from vimfast.models import VisionMamba
 from vimfast.train.optim import build_optimizer
 
@@ -68,7 +74,10 @@ def test_a_bare_state_dict_is_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("raw", "averaged"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model.", "model.backbone."],
+)
 def test_names_of_others_and_of_wrappers(tmp_path: Path, raw: str, averaged: str, prefix: str) -> None:
     model, average = nn.Linear(3, 2), nn.Linear(3, 2)
     state = {
@@ -85,6 +94,29 @@ def test_names_of_others_and_of_wrappers(tmp_path: Path, raw: str, averaged: str
     assert got["epoch"] == 3
     torch.save({**state, averaged: None}, tmp_path / "c.pth")
     assert weights_held(load_checkpoint(tmp_path / "c.pth")) == "raw weights"
+
+
+def test_a_checkpoint_of_lightning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model is an attribute of a module, which may have other weights, such as those of a loss."""
+    model = timm.create_model("resnet10t", num_classes=3, in_chans=3)
+    module = nn.ModuleDict({"model": model, "criterion": nn.Linear(2, 1)})
+    about = {"pytorch-lightning_version": "2.5.0", "epoch": 3, "optimizer_states": [], "hyper_parameters": {"lr": 0.1}}
+    path = tmp_path / "last.ckpt"
+    torch.save({**about, "state_dict": module.state_dict()}, path)
+    line = f"{path} holds weights beside the model's, which are left out: criterion.weight and 1 more"
+    loaded = load_found(path, best=True)
+    assert loaded.notes == [line]
+    assert same(loaded.state["model"], model.state_dict())
+    classifier = load_classifier(path, model="resnet10t", input_size=64)
+    assert line in classifier.notes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["x", str(path), "--model", "resnet10t", "--out", str(tmp_path / "out")])
+        export.main()
+    assert line in capsys.readouterr().err
+    assert same(load_checkpoint(tmp_path / "out")["model"], model.state_dict())
+    # No wrapper: a model whose smaller part is called so.
+    torch.save({"model": {"backbone.a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1)}}, path)
+    assert set(load_checkpoint(path)["model"]) == {"backbone.a", "b", "c"}
 
 
 @pytest.mark.parametrize("config", ["resnet.yaml", ["a"], {"lr": 0.1}, {"model": "resnet"}, {"optim": {"lr": 0.1}}])

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from vimfast.augment.crops import CentreCrop, PaddedCrop, RandomResizedCrop, ShortSideCrop
 from vimfast.augment.draws import COLUMNS, CROP_AREA, CROP_ASPECT, CROP_TRIES
+from vimfast.image_size import ImageSize
 
 LARGEST_U = np.nextafter(1.0, 0.0)
 
 sides = st.integers(1, 40) | st.integers(1, 5000)
 image_sizes = st.lists(st.tuples(sides, sides), min_size=1, max_size=8).map(lambda s: np.array(s, np.int64))
 square = st.integers(1, 400)
+input_sizes = (square | st.tuples(square, square)).map(ImageSize.of)
 
 
 @st.composite
@@ -65,9 +67,9 @@ def test_boxes_are_inside_with_an_area_and_an_aspect_within_bounds(
             assert abs(width - w - 2 * left) <= 1
 
 
-@given(image_sizes, square, st.integers(0, 8), st.data())
+@given(image_sizes, input_sizes, st.integers(0, 8), st.data())
 def test_padded_squares_are_inside_the_padded_image(
-    sizes: np.ndarray, size: int, padding: int, data: st.DataObject
+    sizes: np.ndarray, size: ImageSize, padding: int, data: st.DataObject
 ) -> None:
     resized, corner, shift = PaddedCrop(padding).squares(data.draw(uniform_rows(len(sizes))), sizes, size)
     assert shift is None
@@ -78,24 +80,32 @@ def test_padded_squares_are_inside_the_padded_image(
     assert (np.abs(2 * corner + size - sizes) <= 1)[room < 0].all()  # in the middle
 
 
-@given(image_sizes, square, st.integers(0, 8), st.data())
+def covers(resized: np.ndarray, sizes: np.ndarray, size: ImageSize) -> None:
+    """Images of these sizes, resized, are as large as `size` one way and not smaller the other, in their own shape."""
+    room = resized - size
+    assert (room.min(axis=1) == 0).all()
+    scale = (np.array(size) / sizes).max(axis=1, keepdims=True)
+    assert (np.abs(resized - sizes * scale) <= 1 + 1e-6).all()
+
+
+@given(image_sizes, input_sizes, st.integers(0, 8), st.data())
 def test_short_side_squares_are_inside_the_resized_image(
-    sizes: np.ndarray, size: int, padding: int, data: st.DataObject
+    sizes: np.ndarray, size: ImageSize, padding: int, data: st.DataObject
 ) -> None:
     crop = ShortSideCrop(padding)
     resized, corner, shift = crop.squares(data.draw(uniform_rows(len(sizes))), sizes, size)
     assert shift is not None
-    assert (resized.min(axis=1) == size).all()
+    covers(resized, sizes, size)
     assert (corner >= 0).all()
     assert (corner + size <= resized).all()
     assert (np.abs(shift) <= padding).all()
 
 
-@given(image_sizes, square, st.floats(0.05, 1.0))
-def test_evaluation_squares_are_inside_and_in_the_middle(sizes: np.ndarray, size: int, ratio: float) -> None:
+@given(image_sizes, input_sizes, st.floats(0.05, 1.0))
+def test_evaluation_squares_are_inside_and_in_the_middle(sizes: np.ndarray, size: ImageSize, ratio: float) -> None:
     resized, corner, shift = CentreCrop(ratio).squares(np.empty((len(sizes), COLUMNS)), sizes, size)
     assert shift is None
-    assert (resized.min(axis=1) == int(size / ratio)).all()
+    covers(resized, sizes, ImageSize(*(int(side / ratio) for side in size)))
     assert (corner >= 0).all()
     assert (corner + size <= resized).all()
     assert (np.abs(2 * corner + size - resized) <= 1).all()

@@ -15,7 +15,7 @@ import vimfast
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     (
-        *("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.limits"),
+        *("vimfast_kernels", "vimfast.errors", "vimfast.files", "vimfast.image_size", "vimfast.limits"),
         *("vimfast.augment.draws", "vimfast.augment.plan", "vimfast.config.choices"),
     ),
     (
@@ -28,7 +28,7 @@ FLOORS = (
     ("vimfast.train", "vimfast.doctor"),
     ("vimfast.inference", "vimfast.samples", "vimfast.speed"),
     ("vimfast.checks",),
-    ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.commands"),
+    ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.timm", "vimfast.commands"),
     ("vimfast.__main__",),
 )
 EXPORTED = {f"vimfast.{name}" for name in vimfast.__all__ if name != "__version__"}  # for other people's code

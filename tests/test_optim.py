@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from vimfast.config import EmaConfig, OptimConfig, ScheduleConfig
+import vimfast.models  # noqa: F401, registers them
+from vimfast.config import EmaConfig, FinetuneConfig, OptimConfig, ScheduleConfig, load_config
 from vimfast.errors import UserError
+from vimfast.train.freezing import freeze
 from vimfast.train.optim import LearningRate, build_ema, build_optimizer, peak_lr
 
 
@@ -67,6 +71,34 @@ def test_a_place_has_one_rate_however_it_was_reached() -> None:
         for rate in (plain, jumped):
             rate.set(4, 1)
         assert plain.value != jumped.value
+
+
+@pytest.mark.parametrize("sched", ["cosine", "none"])
+def test_each_layer_has_its_share_of_the_rate(sched: Any) -> None:
+    """Also after a rollback, after another layer decay in the checkpoint, and beside layers that are not trained."""
+    model = timm.create_model("vim_tiny_patch16_224", img_size=16, embed_dim=16, depth=3, num_classes=2)
+    freeze(model, FinetuneConfig(freeze_layers=1))
+    optimizer = build_optimizer(OptimConfig(layer_decay=0.5, weight_decay=0.1), model, 1e-3)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+    schedule = ScheduleConfig(epochs=9, warmup_epochs=0, sched=sched)
+    rate = LearningRate(schedule, optimizer, 4)
+    plain = LearningRate(schedule, build_optimizer(OptimConfig(), Toy(), 1e-3), 4)
+    for factor in (1.0, 0.25):
+        rate.scale(factor)
+        rate.set(5, 1)
+        plain.set(5, 1)
+        assert rate.value == pytest.approx(factor * plain.value)
+        shares = {"head.weight": 1, "norm_f.weight": 0.5, "layers.2.mixer.A_log": 0.5, "layers.1.norm.weight": 0.25}
+        for name, share in shares.items():
+            assert groups[id(model.get_parameter(name))]["lr"] == pytest.approx(share * rate.value), name
+        for group in optimizer.param_groups:
+            group["lr_scale"] = 0.7  # as loaded
+    decays = {name for name, p in model.named_parameters() if groups.get(id(p), {}).get("weight_decay") == 0.1}
+    assert "layers.2.mixer.in_proj.weight" in decays
+    assert not {name for name in decays if name.endswith((".bias", "norm.weight"))}
+    with pytest.raises(UserError, match="layer_decay is 0"):
+        load_config(["--layer-decay", "0"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb"])

@@ -30,8 +30,9 @@ from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
 from vimfast.augment.recipe import Recipe, training_crop
 from vimfast.config import AugmentConfig
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 
-SIZE = 64
+SIZE = ImageSize(48, 64)
 FILL = (124, 116, 104)
 DEFAULT = "rand-m9-mstd0.5-inc1"
 STRINGS = (
@@ -47,12 +48,12 @@ def timms(text: str) -> auto_augment.RandAugment:
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    """uint8 [SIZE, SIZE, 3]: detail at several scales, not using all levels, no channel like another."""
+    """uint8 [*SIZE, 3]: detail at several scales, not using all levels, no channel like another."""
     rng = np.random.default_rng(0)
-    detail = np.zeros((SIZE, SIZE, 3))
+    detail = np.zeros((*SIZE, 3))
     for cells in (2, 8, 40):
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        detail += np.asarray(noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC), float)
+        detail += np.asarray(noise.resize((SIZE.width, SIZE.height), Image.Resampling.BICUBIC), float)
     return (detail / 3 * (0.7, 0.9, 0.6) + (20, 5, 60)).clip(0, 255).astype(np.uint8)
 
 
@@ -178,7 +179,7 @@ def named(operation: np.void) -> tuple[str, float]:
         return NAMES[code], a
     if a != 1:
         return "Rotate", round(float(np.degrees(np.arctan2(-b, a))), 9)
-    moves = {"ShearX": b, "ShearY": d, "TranslateXRel": c / SIZE, "TranslateYRel": f / SIZE}
+    moves = {"ShearX": b, "ShearY": d, "TranslateXRel": c / SIZE.width, "TranslateYRel": f / SIZE.height}
     return next((name, value) for name, value in moves.items() if value)
 
 
@@ -320,14 +321,14 @@ def test_color_jitter_is_torchvisions(image: np.ndarray) -> None:
 @pytest.mark.parametrize(("probability", "most"), [(0.25, 1), (1.0, 1), (0.8, 3)])
 def test_boxes_to_erase_are_distributed_as_timms(probability: float, most: int) -> None:
     """Share of images, pixels erased, and of single boxes the place and the shape."""
-    count, size = 4000, 32
+    count, size = 4000, ImageSize(32, 24)
     random.seed(0)
     erase = RandomErasing(probability, mode="const", max_count=most, device="cpu")
-    theirs = torch.stack([erase(torch.ones(1, size, size)) for _ in range(count)])[:, 0].numpy() == 0
+    theirs = torch.stack([erase(torch.ones(1, *size)) for _ in range(count)])[:, 0].numpy() == 0
     erasing = Erasing(probability, "const", most)
     patches = erasing.draw(uniforms(0, 0, np.arange(count), erasing.columns), size)
     plan = Plan.of(np.zeros((count, 1), OPERATION), patches)
-    grey = torch.full((count, size, size, 3), 255, dtype=torch.uint8)
+    grey = torch.full((count, *size, 3), 255, dtype=torch.uint8)
     ours = carry_out(grey, plan, mean=(0, 0, 0), std=(1, 1, 1))[:, 0].numpy() == 0
     erased = [mask.any(axis=(1, 2)) for mask in (ours, theirs)]
     assert abs(erased[0].mean() - erased[1].mean()) < 0.04
@@ -349,7 +350,7 @@ def test_what_erased_boxes_hold() -> None:
     seen = {}
     for mode in ("pixel", "rand", "const"):
         erasing = Erasing(1.0, mode)
-        patches = erasing.draw(uniforms(0, 0, np.arange(300), erasing.columns), 32)
+        patches = erasing.draw(uniforms(0, 0, np.arange(300), erasing.columns), ImageSize(32, 32))
         plan = Plan.of(np.zeros((300, 1), OPERATION), patches)
         kwargs = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         out = carry_out(images, plan, **kwargs)
@@ -401,14 +402,14 @@ def test_what_each_setting_brings() -> None:
     assert 0.15 < erased() < 0.35
     assert erased(reprob=0.0) == erased(three_augment=True) == 0
     crops = [
-        training_crop(cfg, size, (0.1, 0.9), (0.8, 1.25))
+        training_crop(cfg, ImageSize.of(size), (0.1, 0.9), (0.8, 1.25))
         for cfg, size in (
             (None, 32), (AugmentConfig(), 32), (AugmentConfig(), 33), (AugmentConfig(src=True), 224),
-            (AugmentConfig(three_augment=True), 32),
+            (AugmentConfig(three_augment=True), 32), (AugmentConfig(), (16, 32)), (AugmentConfig(), (32, 33)),
         )
     ]  # fmt: skip
     usual = RandomResizedCrop((0.1, 0.9), (0.8, 1.25))
-    assert crops == [usual, PaddedCrop(), usual, ShortSideCrop(), usual]
+    assert crops == [usual, PaddedCrop(), usual, ShortSideCrop(), usual, PaddedCrop(), usual]
 
 
 def test_refused_input() -> None:

@@ -28,6 +28,7 @@ from rich.table import Table
 from vimfast.cli import run_main
 from vimfast.errors import UserError
 from vimfast.files import write_text
+from vimfast.image_size import ImageSize
 from vimfast.speed import Subject, inference, milliseconds, peak_gib, training
 from vimfast.speed.steps import Run
 from vimfast_kernels import backend_names
@@ -90,7 +91,7 @@ def measure(row: Row, args: argparse.Namespace, backend: str, gpu: Gpu) -> dict[
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     device = torch.device("cuda")
-    subject = Subject(row.model, row.batch, row.size, not row.fp32, backend, args.compile)
+    subject = Subject(row.model, row.batch, ImageSize.of(row.size), not row.fp32, backend, args.compile)
     run, capture = (training if row.training else inference)(subject, device)
     launched = milliseconds(run, device, args.repeats)
     found: dict[str, Any] = {**asdict(row), "backend": backend, "launched_ms": launched}

@@ -18,6 +18,7 @@ _HOMES = {
     "Order": "vimfast.data.order",
     "UserError": "vimfast.errors",
     "create_model": "vimfast.models",
+    "embed": "vimfast.inference",
     "evaluation_loader": "vimfast.data.opening",
     "load_classifier": "vimfast.inference",
     "open_source": "vimfast.data.source",

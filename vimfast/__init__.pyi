@@ -9,6 +9,7 @@ from vimfast.data.views import Batch as Batch
 from vimfast.data.views import Evaluation as Evaluation
 from vimfast.data.views import training_view as training_view
 from vimfast.errors import UserError as UserError
+from vimfast.inference import embed as embed
 from vimfast.inference import load_classifier as load_classifier
 from vimfast.inference import predict as predict
 from vimfast.models import create_model as create_model

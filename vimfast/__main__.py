@@ -36,6 +36,7 @@ COMMANDS = {
     "show": Command("vimfast.commands.show:main", "draw what the model gets: images, augmented and mixed", end_process),
     "report": Command("vimfast.commands.report:main", "write report.html of a run folder again"),
     "predict": Command("vimfast.commands.predict:main", "say what a trained model sees in images", end_process),
+    "embed": Command("vimfast.commands.embed:main", "write the features of images, a vector for each"),
     "doctor": Command("vimfast.commands.doctor:main", "look for what is missing, broken or slow on this machine"),
     "bench": Command("vimfast.commands.bench:main", "measure training, inference and loading here", end_process),
     "export": Command("vimfast.export:main", "write a checkpoint in the Hugging Face hub's layout"),

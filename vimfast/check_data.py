@@ -25,7 +25,7 @@ from rich.text import Text
 from vimfast.checks.findings import CheckOptions, Finding, Findings, Report, in_bytes
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
-from vimfast.cli import Parser, path, run_main, say_written, whole
+from vimfast.cli import SIZE, Parser, image_size, path, run_main, say_written, whole
 from vimfast.errors import UserError, one_line
 from vimfast.shards.format import SPLITS, is_shards_folder
 
@@ -165,7 +165,8 @@ def parser() -> Parser:
     add("--html", metavar="FILE", type=path, help=text)
     text = "draw samples as the trainer sees them with its default settings; vimfast show takes its flags"
     add("--sample-grid", metavar="PNG", type=path, help=text)
-    add("--input-size", metavar="S", type=whole(1), default=224, help="side of images in training, pixels [224]")
+    text = "of images in training: their side, pixels, or height and width [224]"
+    add("--input-size", metavar=SIZE, type=image_size, default=224, help=text)
     add("--seed", type=whole(0), default=0, help="seed of the samples [0]")
     return parser
 

@@ -16,9 +16,11 @@ from typing import Any
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import evaluation_crop
 from vimfast.checkpoint import HUB_WEIGHTS, Description, described, load_found, load_weights
-from vimfast.cli import Parser, path, run_main
+from vimfast.cli import SIZE, Parser, image_size, path, run_main
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 from vimfast.inference import rebuild
+from vimfast.models.grey import GREY_MEAN, GREY_STD
 from vimfast.models.hub import save_for_hub
 from vimfast.models.registry import MODELS
 
@@ -41,7 +43,8 @@ def parser() -> Parser:
     )
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="which to write [raw]")
     parser.add_argument("--model", help="name of the model, where the checkpoint does not say")
-    parser.add_argument("--input-size", type=int, help="side of its images, where the checkpoint does not say [224]")
+    text = "side of its images, pixels, or height and width; default: the checkpoint's"
+    parser.add_argument("--input-size", metavar=SIZE, type=image_size, help=text)
     return parser
 
 
@@ -59,12 +62,11 @@ def main() -> None:
     model = rebuild(told, weights, str(args.checkpoint), model=args.model or "", input_size=args.input_size)
     load_weights(model, weights, str(args.checkpoint))
     cfg: Any = model.pretrained_cfg
-    name, size, model_args = cfg["architecture"], args.input_size or told.input_size, None
-    height, width = (size, size) if isinstance(size, int) else size
+    name, images, model_args = cfg["architecture"], ImageSize.of(args.input_size or told.input_size), None
     if name not in MODELS:  # those know their own
-        model_args = {**told.options, **({"img_size": size} if cfg.get("fixed_input_size") else {})}
+        model_args = {**told.options, **({"img_size": images.plain} if cfg.get("fixed_input_size") else {})}
     if told.model:  # else the model's own is the best guess
-        cfg.update({"input_size": (cfg["input_size"][0], height, width), **_preprocessing(told, min(height, width))})
+        cfg.update({"input_size": (told.options.get("in_chans", 3), *images), **_preprocessing(told, images)})
     save_for_hub(model, args.out, model_args=model_args, classes=told.classes)
     print(f"{args.out}: {name}, {args.weights} weights of {args.checkpoint}")
 
@@ -93,10 +95,11 @@ def _is_export(folder: Path) -> bool:
     return (folder / HUB_WEIGHTS).is_file() and isinstance(config, dict) and "architecture" in config
 
 
-def _preprocessing(told: Description, size: int) -> dict[str, Any]:
+def _preprocessing(told: Description, images: ImageSize) -> dict[str, Any]:
     """What the model was evaluated with, by timm's names."""
-    ratio = evaluation_crop(size, told.crop_ratio).ratio
-    trained = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic", "crop_mode": "center"}
+    ratio = evaluation_crop(images, told.crop_ratio).ratio
+    mean, std = (GREY_MEAN, GREY_STD) if told.options.get("in_chans") == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+    trained = {"mean": mean, "std": std, "interpolation": "bicubic", "crop_mode": "center"}
     return {**trained, "crop_pct": ratio, **told.preprocessing}
 
 

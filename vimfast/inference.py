@@ -35,7 +35,9 @@ from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.views import Evaluation
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize, SizeLike
 from vimfast.models import create_model
+from vimfast.models.grey import GREY_MEAN, GREY_STD, Grey
 from vimfast.models.registry import MODELS
 from vimfast.shards.tree import is_image_name
 
@@ -77,6 +79,14 @@ class Predictions(NamedTuple):
     unreadable: list[Unreadable]
 
 
+class Embeddings(NamedTuple):
+    """What a model makes of images, in the order in which they were asked for."""
+
+    images: list[Path]  # N
+    features: np.ndarray  # float32 [N, C]
+    unreadable: list[Unreadable]
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A trained model and all that it takes to ask it.
@@ -89,6 +99,7 @@ class Classifier:
         origin: which checkpoint it is of.
         weights: which of the checkpoint's.
         notes: what a user should know about it, a sentence each.
+        grey: makes batches grey, for a model that sees one channel.
     """
 
     model: nn.Module
@@ -98,6 +109,7 @@ class Classifier:
     origin: Path
     weights: Weights
     notes: Sequence[str] = ()
+    grey: Grey | None = None
 
     def loader(self, paths: Sequence[Path], batch_size: int = 64) -> Loader:
         """Hands out what the model sees of these files, in their order, without those that cannot be read."""
@@ -133,25 +145,67 @@ def predict(
     images, unreadable = find_images(paths)
     if not images:
         return Predictions([], unreadable)
-    loader, top = own.loader(images, batch_size), min(top, len(own.classes))
-    found: list[tuple[Tensor, Tensor]] = []
+    top = min(top, len(own.classes))
+
+    def best(batch: Tensor) -> Tensor:  # [B, 2, top]
+        found = own.model(batch).float().softmax(1).topk(top)
+        return torch.stack([found.values, found.indices.float()], 1)
+
+    read, answers, bad = _ask(own, images, best, batch_size, report)
+    guesses = [
+        [Guess(own.labels[i], own.classes[i], i, p) for p, i in zip(values, map(int, indices), strict=True)]
+        for values, indices in answers.tolist()
+    ]
+    seen = [Seen(path, own_guesses) for path, own_guesses in zip(read, guesses, strict=True)]
+    return Predictions(seen, unreadable + bad)
+
+
+def embed(
+    checkpoint: Classifier | str | Path,
+    paths: Iterable[str | Path],
+    *,
+    batch_size: int = 64,
+    report: Report | None = None,
+) -> Embeddings:
+    """What the head of a model would read, of images.
+
+    Args:
+        checkpoint, paths, batch_size, report: as for :func:`predict`.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or its model's head reads more than one vector.
+    """
+    own = checkpoint if isinstance(checkpoint, Classifier) else load_classifier(checkpoint)
+    model: Any = own.model
+
+    def features(batch: Tensor) -> Tensor:  # [B, C]
+        pooled: Tensor = model.forward_head(model.forward_features(batch), pre_logits=True)
+        if pooled.ndim != 2:
+            shape = " x ".join(map(str, pooled.shape[1:]))
+            raise UserError(f"the model of {own.origin} makes {shape} features of an image", "use one that pools them")
+        return pooled.float()
+
+    images, unreadable = find_images(paths)
+    read, answers, bad = _ask(own, images, features, batch_size, report) if images else ([], torch.empty(0), [])
+    vectors = answers.numpy() if read else np.zeros((0, model.num_features), np.float32)
+    return Embeddings(read, vectors, unreadable + bad)
+
+
+def _ask(
+    own: Classifier, images: Sequence[Path], ask: Callable[[Tensor], Tensor], batch_size: int, report: Report | None
+) -> tuple[list[Path], Tensor, list[Unreadable]]:
+    """(images that could be read, answers to each batch [B, ...] one after the other on the CPU, the others)."""
+    loader = own.loader(images, batch_size)
+    answers: list[Tensor] = []
     for batch in loader.epoch(0):
         with torch.no_grad():
-            probabilities = own.model(batch.images).float().softmax(1)
-        best = probabilities.topk(top)
-        found.append((best.values.cpu(), best.indices.cpu()))
+            answers.append(ask(batch.images if own.grey is None else own.grey(batch.images)).cpu())
         if report is not None:
-            report(sum(len(values) for values, _ in found))
+            report(sum(map(len, answers)))
     # Only now is it known which images were left out.
     ids = np.concatenate([loader.ids(0, step) for step in range(loader.steps)])
-    guesses = [
-        [Guess(own.labels[i], own.classes[i], i, p) for p, i in zip(values, indices, strict=True)]
-        for batch_values, batch_indices in found
-        for values, indices in zip(batch_values.tolist(), batch_indices.tolist(), strict=True)
-    ]
-    seen = [Seen(images[i], own_guesses) for i, own_guesses in zip(ids.tolist(), guesses, strict=True)]
-    unreadable += [Unreadable(images[i], why) for i, why in sorted(loader.bad.items())]
-    return Predictions(seen, unreadable)
+    unreadable = [Unreadable(images[i], why) for i, why in sorted(loader.bad.items())]
+    return [images[i] for i in ids.tolist()], torch.cat(answers) if answers else torch.empty(0), unreadable
 
 
 def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[Unreadable]]:
@@ -192,7 +246,7 @@ def load_classifier(
     *,
     weights: Weights | None = None,
     model: str = "",
-    input_size: int | None = None,
+    input_size: SizeLike | None = None,
     device: torch.device | str | None = None,
 ) -> Classifier:
     """A model ready to be asked.
@@ -203,7 +257,7 @@ def load_classifier(
         weights: which of them; None: their average where there is one, unless more than a tenth of it is still the
             initial weights.
         model: its name, where the checkpoint does not say.
-        input_size: side of the images, pixels, where it is not to be the checkpoint's.
+        input_size: side of the images, pixels, or (height, width), where it is not to be the checkpoint's.
         device: None: a GPU if there is one.
 
     Raises:
@@ -225,13 +279,19 @@ def load_classifier(
     built = rebuild(told, values, str(origin), model=model, input_size=input_size)
     notes += load_weights(built, values, str(origin), resample="patches", img_size=told.img_size)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    view = _view(told, input_size or told.input_size, where)
+    view = _view(told, ImageSize.of(input_size or told.input_size), where)
     classes = _class_names(told, _outputs(built), str(origin))
-    return Classifier(built.to(where).eval(), view, classes, english_names(classes), origin, chosen, notes)
+    labels, grey = english_names(classes), _grey(told)
+    return Classifier(built.to(where).eval(), view, classes, labels, origin, chosen, notes, grey)
 
 
 def rebuild(
-    told: Description, weights: Mapping[str, Tensor], origin: str, *, model: str = "", input_size: int | None = None
+    told: Description,
+    weights: Mapping[str, Tensor],
+    origin: str,
+    *,
+    model: str = "",
+    input_size: SizeLike | None = None,
 ) -> nn.Module:
     """The model that weights are of, with initial weights.
 
@@ -252,7 +312,7 @@ def rebuild(
     head = weights.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
     if head is not None:
         options["num_classes"] = len(head)
-    return create_model(name, img_size=input_size or told.input_size, **options)
+    return create_model(name, img_size=ImageSize.of(input_size or told.input_size).plain, **options)
 
 
 def _recognized(weights: Mapping[str, Tensor]) -> str:
@@ -284,15 +344,16 @@ def _class_names(told: Description, outputs: int, origin: str) -> list[str]:
     return imagenet_classes() if outputs == _IMAGENET else [f"class {i}" for i in range(outputs)]
 
 
-def _view(told: Description, size: int | tuple[int, int], device: torch.device) -> Evaluation:
-    if not isinstance(size, int):
-        raise UserError(
-            f"the model is for images of {size[0]} x {size[1]} pixels, and squares are cut out here",
-            f"give an input size, such as {max(size)}, to which its positions are resampled",
-        )
-    own = told.preprocessing
+def _grey(told: Description) -> Grey | None:
+    if told.options.get("in_chans") != 1:
+        return None
+    return Grey(*(told.preprocessing.get(name, own) for name, own in (("mean", GREY_MEAN), ("std", GREY_STD))))
+
+
+def _view(told: Description, size: ImageSize, device: torch.device) -> Evaluation:
+    own = told.preprocessing if _grey(told) is None else {}
     mean, std = (tuple(own.get(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
-    interpolation = own.get("interpolation", Evaluation.interpolation)
+    interpolation = told.preprocessing.get("interpolation", Evaluation.interpolation)
     crop = evaluation_crop(size, told.crop_ratio)
     return Evaluation(Order(0, 1), device, size, crop, interpolation, Normalization(mean, std))
 

@@ -21,12 +21,12 @@ from vimfast.augment.plan import Op, Plan
 from vimfast.class_names import english_names
 from vimfast.config import Batches, Config, plan_batches
 from vimfast.data.loader import Loader, LoaderSettings
-from vimfast.data.source import open_source
+from vimfast.data.relabelling import open_mapped
 from vimfast.data.views import CopyInputs, Cuts, Evaluation, RegionInputs, Work
 from vimfast.dist import World
 from vimfast.sheet import PALETTE, Caption, Colour, Sheet, Tile
 from vimfast.train.loaders import open_training, open_validation
-from vimfast.train.mixing import Mixup
+from vimfast.train.mixing import Mixup, build_mixup
 from vimfast.train.report import Reporter
 
 _ACROSS = {2: 3, 3: 2}  # panels beside each other, by their images
@@ -68,7 +68,7 @@ def draw_samples(cfg: Config, split: str, count: int, recipe: str) -> Image.Imag
 
 def _settings(cfg: Config, recipe: str) -> str:
     name = f"recipe {recipe}" if recipe else "no recipe"
-    return f"{name} · seed {cfg.run.seed} · {cfg.model.input_size} pixels"
+    return f"{name} · seed {cfg.run.seed} · {cfg.model.size} pixels"
 
 
 # Training
@@ -79,7 +79,7 @@ class _Copy(NamedTuple):
 
     box: np.ndarray  # float [4]: top, left, height, width of its crop in the original
     done: list[str]  # to it, in words
-    pixels: np.ndarray  # uint8 [S, S, 3]
+    pixels: np.ndarray  # uint8 [H, W, 3]
     mixed: np.ndarray  # the same, as it is trained on
     target: np.ndarray  # float [K]
 
@@ -94,10 +94,10 @@ class _Sample(NamedTuple):
 
 
 def _draw_training(cfg: Config, count: int, world: World, title: str, settings: str) -> Image.Image:
-    source = open_source(cfg.data.data_path, "train")
+    source = open_mapped(cfg.data.data_path, "train", cfg.data.class_map)
     batch = min(plan_batches(cfg, 1).batch_size, len(source))
     loader = open_training(cfg, Batches(batch, 1), world, source.classes, None, Reporter(None, False))
-    mixup = Mixup(cfg.mix, len(source.classes), cfg.run.seed, 0)
+    mixup = build_mixup(cfg.mix, loader.source, cfg.run.seed, 0)
     try:
         samples = list(islice(_samples(loader, mixup, count), count))
     finally:
@@ -148,7 +148,7 @@ def _of_step(loader: Loader, mixup: Mixup, step: int, images: Tensor, labels: Te
             _Copy(box, _done(work, place), pixels[place], mixed_pixels[place], targets[place].cpu().numpy())
             for place, box in zip(places.tolist(), boxes, strict=True)
         ]
-        yield _Sample(original, int(labels[places[0]]), step, copies)
+        yield _Sample(original, int(loader.source.labels[ids[places[0]]]), step, copies)
 
 
 def _open(loader: Loader, i: int) -> Image.Image:
@@ -169,7 +169,7 @@ def _boxes(work: Work, places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         corner = x.corner[which] + x.cut_corner[which, copy]
         return np.concatenate([corner, x.cut_extent[which, copy]], axis=1).astype(float)
     scale = np.array(size[::-1]) / x.resized[places]  # type: ignore[attr-defined]
-    return np.concatenate([x.corner[places] * scale, work.size * scale], axis=1)  # type: ignore[attr-defined]
+    return np.concatenate([x.corner[places] * scale, np.array(work.size) * scale], axis=1)  # type: ignore[attr-defined]
 
 
 def _done(work: Work, place: int) -> list[str]:

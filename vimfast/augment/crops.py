@@ -1,4 +1,4 @@
-"""Where the square that a model sees is cut out of an image.
+"""Where the square that a model sees is cut out of an image; a rectangle, if its input is not square.
 
 A crop is a class with one method. A :class:`BoxCrop` cuts a box, which is then resized to the square; a
 :class:`SquareCrop` resizes the image and cuts the square out of that.
@@ -13,6 +13,7 @@ import numpy as np
 
 from vimfast.augment.draws import CROP_AREA, CROP_ASPECT, CROP_LEFT, CROP_TOP
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize, SizeLike
 
 
 class Boxes(NamedTuple):
@@ -44,8 +45,8 @@ class BoxCrop(Protocol):
 class SquareCrop(Protocol):
     """Resizes a whole image, then cuts the square out of it."""
 
-    def squares(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Squares:
-        """Squares of `size` pixels, otherwise as :meth:`BoxCrop.boxes`."""
+    def squares(self, u: np.ndarray, sizes: np.ndarray, size: ImageSize) -> Squares:
+        """Squares of this height and width, otherwise as :meth:`BoxCrop.boxes`."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,23 @@ class PaddedCrop:
 
     padding: int = 4
 
-    def squares(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Squares:
+    def squares(self, u: np.ndarray, sizes: np.ndarray, size: SizeLike) -> Squares:
         return Squares(sizes.astype(np.int32), padded_crop(u, sizes, size, self.padding))
 
 
 @dataclass(frozen=True)
 class ShortSideCrop:
-    """The short side resized to the square's, padded by mirroring (:func:`simple_crop`)."""
+    """Resized to cover the square and no more, padded by mirroring (:func:`simple_crop`)."""
 
     padding: int = 4
 
-    def squares(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Squares:
+    def squares(self, u: np.ndarray, sizes: np.ndarray, size: SizeLike) -> Squares:
         return Squares(*simple_crop(u, sizes, size, self.padding))
 
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The short side resized to ``int(size / ratio)``, and the square in the middle, as evaluation has it.
+    """Resized to cover ``int(size / ratio)`` either way, and the square in the middle, as evaluation has it.
 
     Raises:
         UserError: the ratio is not in (0, 1].
@@ -109,7 +110,7 @@ class CentreCrop:
         if not 0 < self.ratio <= 1:
             raise UserError(f"the evaluation's crop ratio is {self.ratio}; it must be above 0 and at most 1")
 
-    def squares(self, u: np.ndarray, sizes: np.ndarray, size: int) -> Squares:
+    def squares(self, u: np.ndarray, sizes: np.ndarray, size: SizeLike) -> Squares:
         return Squares(*resize_and_centre_crop(sizes, size, self.ratio))
 
 
@@ -153,13 +154,14 @@ def _centre_box(sizes: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:  #
 def padded_crop(
     u: np.ndarray,  # float64 [n, COLUMNS]
     sizes: np.ndarray,  # int [n, 2]: height, width
-    size: int,
+    size: SizeLike,
     padding: int = 4,
 ) -> np.ndarray:  # int32 [n, 2]: top, left; may be negative
-    """Corners of a `size` x `size` box at a uniform place in the image with `padding` pixels more on each side.
+    """Corners of a box of `size` pixels at a uniform place in the image with `padding` pixels more on each side.
 
     As torchvision's ``RandomCrop`` draws them. Where even the padded image is smaller, the box is centred on it.
     """
+    size = ImageSize.of(size)
     places = sizes.astype(np.int64) + 2 * padding - size + 1
     drawn = np.floor(u[:, [CROP_TOP, CROP_LEFT]] * np.maximum(places, 1))
     return np.where(places > 0, drawn - padding, (sizes.astype(np.int64) - size) // 2).astype(np.int32)
@@ -168,39 +170,49 @@ def padded_crop(
 def simple_crop(
     u: np.ndarray,  # float64 [n, COLUMNS]
     sizes: np.ndarray,  # int [n, 2]: height, width
-    size: int,
+    size: SizeLike,
     padding: int = 4,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The short side resized to `size`, then :func:`padded_crop` where the padding mirrors the image.
+    """Resized to cover `size`, then :func:`padded_crop` where the padding mirrors the image.
 
     Returns:
         resized: int32 [n, 2], height and width once resized.
         corner: int32 [n, 2], top and left of the box moved into the resized image.
         shift: int32 [n, 2], how far the box drawn lies down and right of there. What it shows is inside the moved box.
     """
-    resized = short_side(sizes, size)
+    size = ImageSize.of(size)
+    resized = covering(sizes, size)
     drawn = padded_crop(u, resized, size, padding)
-    corner = drawn.clip(0, resized - size)
+    corner = drawn.clip(0, resized - np.array(size, np.int32))
     return resized, corner, drawn - corner
 
 
 def resize_and_centre_crop(
     sizes: np.ndarray,  # int [n, 2]: height, width
-    size: int,
+    size: SizeLike,
     crop_ratio: float = 0.875,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The geometry of evaluation, with torchvision's roundings (``Resize`` then ``CenterCrop``).
 
     Returns:
-        resized: int32 [n, 2], height and width once the short side is ``int(size / crop_ratio)``.
-        corner: int32 [n, 2], top and left of the centred `size` x `size` box in the resized image.
+        resized: int32 [n, 2], height and width once the image covers ``int(size / crop_ratio)`` either way.
+        corner: int32 [n, 2], top and left of the centred box of `size` pixels in the resized image.
     """
-    resized = short_side(sizes, int(size / crop_ratio))
+    size = ImageSize.of(size)
+    resized = covering(sizes, ImageSize(*(int(side / crop_ratio) for side in size)))
     return resized, np.rint((resized - size) / 2).astype(np.int32)
 
 
-def short_side(sizes: np.ndarray, target: int) -> np.ndarray:  # int32 [n, 2]: height, width
-    """Sizes once the short side is `target`, with the rounding of torchvision's ``Resize``."""
+def covering(sizes: np.ndarray, target: ImageSize) -> np.ndarray:  # int32 [n, 2]: height, width
+    """Sizes of images once they are just as large as to cover `target`, in their own aspect ratio.
+
+    For a square the short side is its side, with the rounding of torchvision's ``Resize``; for other targets sides are
+    rounded as by timm's ``ResizeKeepRatio``.
+    """
     sizes = sizes.astype(np.int64)
-    short = sizes.min(axis=1, keepdims=True)
-    return np.where(sizes == short, target, (target * sizes / short).astype(np.int64)).astype(np.int32)
+    if target.height != target.width:
+        ratio = (sizes / target).min(axis=1, keepdims=True)
+        covered: np.ndarray = np.rint(sizes / ratio).astype(np.int32)
+        return covered
+    side, short = target.height, sizes.min(axis=1, keepdims=True)
+    return np.where(sizes == short, side, (side * sizes / short).astype(np.int64)).astype(np.int32)

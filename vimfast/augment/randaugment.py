@@ -17,6 +17,7 @@ import numpy as np
 from vimfast.augment.plan import OPERATION, Op
 from vimfast.config.choices import Interpolation
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 
 _FULL_LEVEL = 10  # magnitudes are in tenths of an operation's range
 _PLAIN = (
@@ -78,9 +79,9 @@ class RandAugment:
     def draw(
         self,
         u: np.ndarray,  # float64 [n, columns]
-        size: int,
+        size: ImageSize,
     ) -> np.ndarray:  # OPERATION [n, any]
-        """What is done to images of `size` x `size` pixels."""
+        """What is done to images of this size."""
         u = u.reshape(len(u), self.layers, COLUMNS_PER_LAYER)
         chosen = self.choose(u[:, :, CHOICE])
         level = self.magnitudes(u) / _FULL_LEVEL
@@ -246,13 +247,13 @@ def color_jitter(u: np.ndarray, strength: float) -> np.ndarray:  # float64 [n, 4
     return operations
 
 
-Builder = Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]
+Builder = Callable[[np.ndarray, np.ndarray, np.ndarray, ImageSize], None]
 
 
 def _simple(op: Op, argument: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None) -> Builder:
     """Writes `op` with the argument that follows from the level (magnitude / 10) and the sign."""
 
-    def build(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: int) -> None:
+    def build(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: ImageSize) -> None:
         operations["code"][:, 0] = op
         if argument is not None:
             operations["args"][:, 0, 0] = argument(level, sign)
@@ -260,23 +261,24 @@ def _simple(op: Op, argument: Callable[[np.ndarray, np.ndarray], np.ndarray] | N
     return build
 
 
-def _warp(place: int, reach: float, of_size: bool = False) -> Builder:
-    """Writes the unit matrix with a signed level times `reach` (of the size, or not) at `place`."""
+def _warp(place: int, reach: float, of: Callable[[ImageSize], int] = lambda size: 1) -> Builder:
+    """Writes the unit matrix with a signed level times `reach` (of a side, or of 1) at `place`."""
 
-    def build(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: int) -> None:
+    def build(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: ImageSize) -> None:
         operations["code"][:, 0] = Op.AFFINE
         operations["args"][:, 0] = (1, 0, 0, 0, 1, 0)
-        operations["args"][:, 0, place] = sign * (level * reach) * (size if of_size else 1)
+        operations["args"][:, 0, place] = sign * (level * reach) * of(size)
 
     return build
 
 
-def _rotate(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: int) -> None:
+def _rotate(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: ImageSize) -> None:
     """About the image's centre, as Pillow's ``rotate`` has it."""
     angle = -np.radians(sign * (level * 30) % 360)
-    cos, sin, centre = np.cos(angle).round(15), np.sin(angle).round(15), size / 2
+    cos, sin = np.cos(angle).round(15), np.sin(angle).round(15)
+    x, y = size.width / 2, size.height / 2
     operations["code"][:, 0] = Op.AFFINE
-    right, down = cos * -centre + sin * -centre + centre, -sin * -centre + cos * -centre + centre
+    right, down = cos * -x + sin * -y + x, -sin * -x + cos * -y + y
     operations["args"][:, 0] = np.stack([cos, sin, right, -sin, cos, down], axis=1)
 
 
@@ -294,7 +296,7 @@ def _blur(operations: np.ndarray, deviation: np.ndarray) -> None:
     operations["args"][:, :, 0] = (whole + part)[:, None]
 
 
-def _gaussian_blur(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: int) -> None:
+def _gaussian_blur(operations: np.ndarray, level: np.ndarray, sign: np.ndarray, size: ImageSize) -> None:
     _blur(operations, (0.1 + 1.9 * level).clip(0.1, 2.0))
 
 
@@ -328,8 +330,8 @@ _BUILDERS: dict[str, Builder] = {
     },
     "ShearX": _warp(1, 0.3),
     "ShearY": _warp(3, 0.3),
-    "TranslateXRel": _warp(2, 0.45, of_size=True),
-    "TranslateYRel": _warp(5, 0.45, of_size=True),
+    "TranslateXRel": _warp(2, 0.45, of=lambda size: size.width),
+    "TranslateYRel": _warp(5, 0.45, of=lambda size: size.height),
     "Desaturate": _simple(Op.COLOR, lambda level, sign: (0.5 - 0.5 * level).clip(0, 0.5)),
     "GaussianBlur": _gaussian_blur,
 }

@@ -11,6 +11,7 @@ from vimfast.augment.erasing import Erasing
 from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
 from vimfast.config import AugmentConfig
 from vimfast.config.choices import Interpolation
+from vimfast.image_size import ImageSize, SizeLike
 
 LARGEST_PADDED = 32  # inputs up to this side are cut out of the padded image as it is, as in hustvl/Vim
 
@@ -18,7 +19,7 @@ _STREAM = 1  # of uniform numbers; those of crops, flips and filters are stream 
 
 
 def training_crop(
-    cfg: AugmentConfig | None, size: int, scale: tuple[float, float], ratio: tuple[float, float]
+    cfg: AugmentConfig | None, size: ImageSize, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> BoxCrop | SquareCrop:
     """The crop that a section of settings asks for (None: random resized crop), for inputs of `size` pixels.
 
@@ -30,16 +31,16 @@ def training_crop(
         return usual
     if cfg.src:
         return ShortSideCrop()
-    return PaddedCrop() if size <= LARGEST_PADDED and not cfg.three_augment else usual
+    return PaddedCrop() if max(size) <= LARGEST_PADDED and not cfg.three_augment else usual
 
 
-def evaluation_crop(size: int, ratio: float) -> CentreCrop:
+def evaluation_crop(size: ImageSize, ratio: float) -> CentreCrop:
     """The crop of evaluation, for inputs of `size` pixels: small images are evaluated as they are.
 
     Args:
         ratio: ``--eval-crop-ratio``, of larger ones.
     """
-    return CentreCrop(1.0 if size <= LARGEST_PADDED else ratio)
+    return CentreCrop(1.0 if max(size) <= LARGEST_PADDED else ratio)
 
 
 class Recipe:
@@ -74,15 +75,16 @@ class Recipe:
         seed: int,
         epoch: int,
         positions: np.ndarray,  # int64 [n]
-        size: int,
+        size: SizeLike,
         shift: np.ndarray | None = None,  # int32 [n, 2]: down, right
     ) -> Plan:
         """What is done to the images at these positions of an epoch after crop and flip.
 
         Args:
-            size: side of the images, pixels.
+            size: of the images, pixels.
             shift: what a :class:`~vimfast.augment.crops.SquareCrop` leaves to do; mirrored where the image is.
         """
+        size = ImageSize.of(size)
         wanted = [self._policy.columns if self._policy else 2 * self._three, 4 * (self._jitter > 0), 0]
         wanted[2] = self._erasing.columns if self._erasing.probability > 0 else 0
         u = uniforms(seed, epoch, positions, sum(wanted), _STREAM)

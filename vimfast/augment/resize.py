@@ -1,4 +1,4 @@
-"""Boxes cut out of decoded images, resized to one square size and mirrored: Pillow's bytes exactly, on any device.
+"""Boxes cut out of decoded images, resized to one size and mirrored: Pillow's bytes exactly, on any device.
 
 On a GPU plain Triton kernels do the work, everywhere else Pillow itself does. Widths are resized first, then heights,
 with 8 bits in between, as Pillow does it. Its recent versions begin with the height where it shrinks much more than the
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vimfast.image_size import ImageSize, SizeLike
+
 
 def crop_resize(
     images: Sequence[Tensor],  # uint8 [h_i, w_i, 3]
@@ -20,9 +22,9 @@ def crop_resize(
     boxes: np.ndarray,  # int32 [n, 4]: top, left, height, width
     mirror: np.ndarray,  # int32 [n]
     cubic: np.ndarray,  # int32 [n]
-    size: int,
-) -> Tensor:  # uint8 [n, size, size, 3]
-    """``Image.crop``, ``Image.resize`` to (size, height), then to (size, size), and a mirror image: bit for bit.
+    size: SizeLike,
+) -> Tensor:  # uint8 [n, height, width, 3] of size
+    """``Image.crop``, ``Image.resize`` to the width, then to the height too, and a mirror image: bit for bit.
 
     On a GPU the work is given to the current stream of the images' device and the host does not wait for it. Memory
     that another stream's work may take over needs `record_stream`, as with any op.
@@ -33,7 +35,7 @@ def crop_resize(
         boxes: inside that image, in pixels; nothing outside a box has a part in its crop.
         mirror: 1 swaps left and right, after the resizing.
         cubic: 1 for Pillow's bicubic filter (a = -0.5), 0 for its bilinear one; both widen where they shrink a box.
-        size: side of the squares that come out, pixels.
+        size: of what comes out, pixels.
 
     Raises:
         ValueError: shapes, types or devices that do not fit, or a box that is empty or not inside its image.
@@ -50,6 +52,7 @@ def crop_resize(
     if device.type == "cuda":
         addresses = np.array([image.data_ptr() for image in images], np.int64)
         return crop_resize_at(addresses, sizes, which, boxes, mirror, cubic, size, device)
+    size = ImageSize.of(size)
     _check(sizes, which, boxes, mirror, cubic, size)
     return _with_pillow(images, which, boxes, mirror, cubic, size)
 
@@ -61,9 +64,9 @@ def crop_resize_at(
     boxes: np.ndarray,  # int32 [n, 4]: top, left, height, width
     mirror: np.ndarray,  # int32 [n]
     cubic: np.ndarray,  # int32 [n]
-    size: int,
+    size: SizeLike,
     device: torch.device,
-) -> Tensor:  # uint8 [n, size, size, 3]
+) -> Tensor:  # uint8 [n, height, width, 3] of size
     """:func:`crop_resize` of images known by their addresses on a GPU: uint8, contiguous rows of 3 * width bytes.
 
     The memory must stay as it is until the current stream of `device` has done this call's work.
@@ -76,6 +79,7 @@ def crop_resize_at(
         raise ValueError(f"the images' addresses are on {device}; they must be on a CUDA device")
     if addresses.shape != (len(sizes),):
         raise ValueError(f"addresses are {addresses.shape} for {len(sizes)} images")
+    size = ImageSize.of(size)
     _check(sizes, which, boxes, mirror, cubic, size)
     from vimfast.augment import resize_triton
 
@@ -84,7 +88,7 @@ def crop_resize_at(
 
 
 def _check(
-    sizes: np.ndarray, which: np.ndarray, boxes: np.ndarray, mirror: np.ndarray, cubic: np.ndarray, size: int
+    sizes: np.ndarray, which: np.ndarray, boxes: np.ndarray, mirror: np.ndarray, cubic: np.ndarray, size: ImageSize
 ) -> None:
     n = len(which)
     if sizes.ndim != 2 or sizes.shape[1] != 2:
@@ -94,7 +98,7 @@ def _check(
         raise ValueError(f"which, boxes, mirror and cubic are {shapes}; they must be [n], [n, 4], [n], [n]")
     if any(array.dtype.kind not in "iu" for array in (sizes, which, boxes, mirror, cubic)):
         raise ValueError("sizes, which, boxes, mirror and cubic must be integers")
-    if size < 1:
+    if min(size) < 1:
         raise ValueError(f"size is {size}; it must be >= 1")
     if n and not (which.min() >= 0 and which.max() < len(sizes)):
         raise ValueError(f"which is in [{which.min()}, {which.max()}] and there are {len(sizes)} images")
@@ -108,19 +112,24 @@ def _check(
 
 
 def _with_pillow(
-    images: Sequence[Tensor], which: np.ndarray, boxes: np.ndarray, mirror: np.ndarray, cubic: np.ndarray, size: int
+    images: Sequence[Tensor],
+    which: np.ndarray,
+    boxes: np.ndarray,
+    mirror: np.ndarray,
+    cubic: np.ndarray,
+    size: ImageSize,
 ) -> Tensor:
     from PIL import Image
 
-    out = torch.empty((len(which), size, size, 3), dtype=torch.uint8)
+    out = torch.empty((len(which), *size, 3), dtype=torch.uint8)
     rows = zip(which.tolist(), boxes.tolist(), mirror.tolist(), cubic.tolist(), strict=True)
     for k, (i, (top, left, height, width), mirrored, smooth) in enumerate(rows):
         box = images[i][top : top + height, left : left + width].numpy()
         resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.BILINEAR
         # One direction at a time: the order must not depend on Pillow's version.
-        wide = Image.fromarray(np.ascontiguousarray(box)).resize((size, height), resample)
-        square = wide.resize((size, size), resample)
+        wide = Image.fromarray(np.ascontiguousarray(box)).resize((size.width, height), resample)
+        whole = wide.resize((size.width, size.height), resample)
         if mirrored:
-            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        out[k] = torch.from_numpy(np.array(square))
+            whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        out[k] = torch.from_numpy(np.array(whole))
     return out

@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vimfast.image_size import ImageSize
+
 # What is known of a crop, a row of int64: the address of its box, the bytes from one row of the image to the next, the
-# box's height and width, their ratios to the size (float64), the most taps of a filter down and across, 1 for bicubic,
-# 1 to mirror, where its weights begin (int32) and where its resized rows do (words).
+# height and width of the box, their ratios to those of the crop (float64), the most taps of a filter down and across, 1
+# for bicubic, 1 to mirror, where its weights begin (int32) and where its resized rows do (words).
 _FIELDS = tl.constexpr(12)
 _SOURCE, _STRIDE, _HEIGHT, _WIDTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _SCALE_Y, _SCALE_X, _TAPS_Y, _TAPS_X = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
@@ -37,15 +39,16 @@ def _filter(x, cubic):
 
 
 @triton.jit
-def _weights(crops_ptr, tables_ptr, S: tl.constexpr, BLOCK: tl.constexpr):
+def _weights(crops_ptr, tables_ptr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     # A program makes BLOCK columns of one table, which is int32 [2 + taps, S]: first pixel, number of pixels, weights.
-    # A crop has two: of its rows' filter, then of its columns'.
+    # A crop has two: of its rows' filter, where S is W, then of its columns', where S is H.
     crop_ptr, vertical = crops_ptr + tl.program_id(0) * _FIELDS, tl.program_id(1)
     cubic = tl.load(crop_ptr + _CUBIC)
     table_ptr = tables_ptr + tl.load(crop_ptr + _TABLE)
     taps = tl.load(crop_ptr + _TAPS_X).to(tl.int32)
     if vertical != 0:
-        table_ptr += (2 + taps) * S
+        table_ptr += (2 + taps) * W
+    S = tl.where(vertical != 0, H, W)
     taps = tl.load(crop_ptr + _TAPS_X - vertical).to(tl.int32)
     length = tl.load(crop_ptr + _WIDTH - vertical).to(tl.int32)
     scale = tl.load(crop_ptr + _SCALE_X - vertical).to(tl.float64, bitcast=True)
@@ -84,12 +87,12 @@ def _four_bytes(low, high, shift):
 @triton.jit
 def _resize_rows(
     crops_ptr, tables_ptr, scratch_ptr,
-    S: tl.constexpr, PITCH: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    W: tl.constexpr, PITCH: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # A program makes COLUMNS columns of every STRIPS-th block of ROWS rows of one crop: a thread's rows share weights.
     # Pixels of three bytes are read as words: four of them are three words, or parts of four, and the next four begin
     # in the last one.
-    BLOCKS: tl.constexpr = (S + COLUMNS - 1) // COLUMNS
+    BLOCKS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS
     block, strip = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS % STRIPS
     crop_ptr = crops_ptr + tl.program_id(0) // (BLOCKS * STRIPS) * _FIELDS
     height = tl.load(crop_ptr + _HEIGHT).to(tl.int32)
@@ -98,11 +101,11 @@ def _resize_rows(
     scratch = scratch_ptr + tl.load(crop_ptr + _SCRATCH)
     table = tables_ptr + tl.load(crop_ptr + _TABLE)
     x = block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = x < S
+    inside = x < W
     first = tl.load(table + x, mask=inside, other=0)
-    count = tl.load(table + S + x, mask=inside, other=0)
+    count = tl.load(table + W + x, mask=inside, other=0)
     most = tl.max(count, 0)
-    to = tl.where(tl.load(crop_ptr + _MIRROR) != 0, S - 1 - x, x)
+    to = tl.where(tl.load(crop_ptr + _MIRROR) != 0, W - 1 - x, x)
     for top in range(strip * ROWS, height, STRIPS * ROWS):
         y = top + tl.arange(0, ROWS)
         start = address + tl.minimum(y, height - 1)[:, None] * stride + first[None, :] * 3
@@ -110,7 +113,7 @@ def _resize_rows(
         # Words that hold no byte of the filter are not read: there may be no memory.
         words = ((start & 3).to(tl.int32) + count[None, :] * 3 + 3) >> 2
         p = (start & -4).to(tl.pointer_type(tl.uint32))
-        weights = table + 2 * S + x
+        weights = table + 2 * W + x
         r = tl.full((ROWS, COLUMNS), _HALF, tl.int32)
         g, b = r, r
         w0 = tl.load(p, mask=words > 0, other=0)
@@ -124,22 +127,22 @@ def _resize_rows(
             r += (a0 & 255) * weight
             g += ((a0 >> 8) & 255) * weight
             b += ((a0 >> 16) & 255) * weight
-            weight = tl.load(weights + S, mask=t + 1 < count, other=0)[None, :]
+            weight = tl.load(weights + W, mask=t + 1 < count, other=0)[None, :]
             r += ((a0 >> 24) & 255) * weight
             g += (a1 & 255) * weight
             b += ((a1 >> 8) & 255) * weight
-            weight = tl.load(weights + 2 * S, mask=t + 2 < count, other=0)[None, :]
+            weight = tl.load(weights + 2 * W, mask=t + 2 < count, other=0)[None, :]
             r += ((a1 >> 16) & 255) * weight
             g += ((a1 >> 24) & 255) * weight
             b += (a2 & 255) * weight
-            weight = tl.load(weights + 3 * S, mask=t + 3 < count, other=0)[None, :]
+            weight = tl.load(weights + 3 * W, mask=t + 3 < count, other=0)[None, :]
             r += ((a2 >> 8) & 255) * weight
             g += ((a2 >> 16) & 255) * weight
             b += ((a2 >> 24) & 255) * weight
             w0 = w3
             words -= 3
             p += 3
-            weights += 4 * S
+            weights += 4 * W
         pixel = _rounded(r) | (_rounded(g) << 8) | (_rounded(b) << 16)
         tl.store(scratch + y[:, None] * PITCH + to[None, :], pixel, mask=(y < height)[:, None] & inside[None, :])
 
@@ -147,24 +150,24 @@ def _resize_rows(
 @triton.jit
 def _resize_columns(
     crops_ptr, tables_ptr, scratch_ptr, out_ptr,
-    S: tl.constexpr, PITCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, PITCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # A program makes a tile of one crop. out: uint8 [n, S, S, 3], as words where S is a multiple of four.
-    ACROSS: tl.constexpr = (S + COLUMNS - 1) // COLUMNS
-    DOWN: tl.constexpr = (S + ROWS - 1) // ROWS
+    # A program makes a tile of one crop. out: uint8 [n, H, W, 3], as words where W is a multiple of four.
+    ACROSS: tl.constexpr = (W + COLUMNS - 1) // COLUMNS
+    DOWN: tl.constexpr = (H + ROWS - 1) // ROWS
     block, strip = tl.program_id(0) % ACROSS, tl.program_id(0) // ACROSS % DOWN
     crop = tl.program_id(0) // (ACROSS * DOWN)
     crop_ptr = crops_ptr + crop * _FIELDS
     taps = tl.load(crop_ptr + _TAPS_X).to(tl.int32)
-    table = tables_ptr + tl.load(crop_ptr + _TABLE) + (2 + taps) * S
+    table = tables_ptr + tl.load(crop_ptr + _TABLE) + (2 + taps) * W
     scratch = scratch_ptr + tl.multiple_of(tl.load(crop_ptr + _SCRATCH), 4)
     y, x = strip * ROWS + tl.arange(0, ROWS), block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = y < S
+    inside = y < H
     first = tl.load(table + y, mask=inside, other=0)
-    count = tl.load(table + S + y, mask=inside, other=0)
+    count = tl.load(table + H + y, mask=inside, other=0)
     most = tl.max(count, 0)
     p = scratch + first[:, None] * PITCH + x[None, :]
-    weights = table + 2 * S + y
+    weights = table + 2 * H + y
     r = tl.full((ROWS, COLUMNS), _HALF, tl.int32)
     g, b = r, r
     for t in range(most):
@@ -174,24 +177,24 @@ def _resize_columns(
         g += ((pixel >> 8) & 255) * weight
         b += ((pixel >> 16) & 255) * weight
         p += PITCH
-        weights += S
+        weights += H
     r, g, b = _rounded(r), _rounded(g), _rounded(b)
-    row = crop.to(tl.int64) * S + y
-    if S % 4 == 0:
+    row = crop.to(tl.int64) * H + y
+    if W % 4 == 0:
         # Four pixels are three words.
         pixels = tl.reshape(r | (g << 8) | (b << 16), (ROWS, COLUMNS // 4, 2, 2))
         even, odd = tl.split(pixels)
         p0, p2 = tl.split(even)
         p1, p3 = tl.split(odd)
         four = block * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
-        out = out_ptr + row[:, None] * (S // 4 * 3) + four[None, :] * 3
-        mask = inside[:, None] & (four < S // 4)[None, :]
+        out = out_ptr + row[:, None] * (W // 4 * 3) + four[None, :] * 3
+        mask = inside[:, None] & (four < W // 4)[None, :]
         tl.store(out, p0 | (p1 << 24), mask=mask)
         tl.store(out + 1, (p1 >> 8) | (p2 << 16), mask=mask)
         tl.store(out + 2, (p2 >> 16) | (p3 << 8), mask=mask)
     else:
-        out = out_ptr + row[:, None] * (S * 3) + x[None, :] * 3
-        mask = inside[:, None] & (x < S)[None, :]
+        out = out_ptr + row[:, None] * (W * 3) + x[None, :] * 3
+        mask = inside[:, None] & (x < W)[None, :]
         tl.store(out, r.to(tl.uint8), mask=mask)
         tl.store(out + 1, g.to(tl.uint8), mask=mask)
         tl.store(out + 2, b.to(tl.uint8), mask=mask)
@@ -210,32 +213,32 @@ def crop_resize(
     boxes: np.ndarray,
     mirror: np.ndarray,
     cubic: np.ndarray,
-    size: int,
+    size: ImageSize,
     device: torch.device,
 ) -> Tensor:
     """:func:`vimfast.augment.resize.crop_resize_at` on the current stream; arguments are checked there."""
     n = len(which)
-    out = torch.empty((n, size, size, 3), dtype=torch.uint8, device=device)
+    out = torch.empty((n, *size, 3), dtype=torch.uint8, device=device)
     if not n:
         return out
-    pitch = -(-size // 4) * 4  # so that four words can be loaded at once
+    pitch = -(-size.width // 4) * 4  # so that four words can be loaded at once
     fields, weights, words = _describe(addresses, sizes, which, boxes, mirror, cubic, size, pitch)
     crops = torch.from_numpy(fields)
     if device.type == "cuda":
         crops = crops.pin_memory().to(device, non_blocking=True)
     tables = torch.empty(weights, dtype=torch.int32, device=device)
     scratch = torch.empty(words, dtype=torch.int32, device=device)
-    _weights[(n, 2, triton.cdiv(size, TABLE_BLOCK))](
-        crops, tables, S=size, BLOCK=TABLE_BLOCK, num_warps=4, enable_fp_fusion=False
+    _weights[(n, 2, triton.cdiv(max(size), TABLE_BLOCK))](
+        crops, tables, H=size.height, W=size.width, BLOCK=TABLE_BLOCK, num_warps=4, enable_fp_fusion=False
     )
     rows, columns, warps = ACROSS
-    _resize_rows[(n * triton.cdiv(size, columns) * STRIPS,)](
-        crops, tables, scratch, S=size, PITCH=pitch, STRIPS=STRIPS, ROWS=rows, COLUMNS=columns, num_warps=warps
+    _resize_rows[(n * triton.cdiv(size.width, columns) * STRIPS,)](
+        crops, tables, scratch, W=size.width, PITCH=pitch, STRIPS=STRIPS, ROWS=rows, COLUMNS=columns, num_warps=warps
     )
     rows, columns, warps = DOWN
-    _resize_columns[(n * triton.cdiv(size, columns) * triton.cdiv(size, rows),)](
-        crops, tables, scratch, out.view(-1).view(torch.int32) if size % 4 == 0 else out,
-        S=size, PITCH=pitch, ROWS=rows, COLUMNS=columns, num_warps=warps,
+    _resize_columns[(n * triton.cdiv(size.width, columns) * triton.cdiv(size.height, rows),)](
+        crops, tables, scratch, out.view(-1).view(torch.int32) if size.width % 4 == 0 else out,
+        H=size.height, W=size.width, PITCH=pitch, ROWS=rows, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -247,7 +250,7 @@ def _describe(
     boxes: np.ndarray,
     mirror: np.ndarray,
     cubic: np.ndarray,
-    size: int,
+    size: ImageSize,
     pitch: int,
 ) -> tuple[np.ndarray, int, int]:
     """The crops' rows of fields, int64 [n, 12]; then int32 of all tables and words of all scratch."""
@@ -263,7 +266,7 @@ def _describe(
     rows[:, 6:8] = taps
     rows[:, 8] = cubic
     rows[:, 9] = mirror
-    ends = np.cumsum(np.stack([size * (taps.sum(axis=1) + 4), pitch * extent[:, 0]], axis=1), axis=0)
+    ends = np.cumsum(np.stack([(taps + 2) @ np.array(size), pitch * extent[:, 0]], axis=1), axis=0)
     rows[0, 10:] = 0
     rows[1:, 10:] = ends[:-1]
     return rows, int(ends[-1, 0]), int(ends[-1, 1])

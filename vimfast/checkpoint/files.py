@@ -23,7 +23,9 @@ from vimfast.files import atomic_write
 
 RAW, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the original's names and ours, then timm's
 HUB_WEIGHTS = "model.safetensors"  # in a folder in the hub's layout
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before each name
+# What stands before the names of a model: DDP and torch.compile put it there, or it was an attribute of another module,
+# such as a Lightning module or a detector.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
 class DamagedCheckpoint(UserError):
@@ -62,7 +64,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Returns:
         a dict with ``model``, a state dict, and whatever else the file holds; averaged weights are under ``model_ema``,
-        the hub's ``config.json`` is under ``hub``. The names that DDP and torch.compile prefix are cleaned.
+        the hub's ``config.json`` is under ``hub``. What other modules put before names (:data:`WRAPPERS`) is removed;
+        the names of weights beside the model in such a module, such as a loss's, are under ``beside``.
 
     Raises:
         DamagedCheckpoint: the file is no checkpoint, or its bytes have changed since it was written.
@@ -74,14 +77,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         path = path / HUB_WEIGHTS
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if _is_state_dict(state):
-        return {"model": _unwrapped(state), **_read_hub_config(path)}
+        return {**_unwrapped(state), **_read_hub_config(path)}
     raw = next((state[name] for name in RAW if _is_state_dict(state.get(name))), None)
     if raw is None:
         raise UserError(f"{path} holds no model weights; it must be a state dict, or a dict with one under 'model'")
     if not _is_config(state.get("config")):  # another program's, whatever it calls so
         state.pop("config", None)
     averaged = next((state[name] for name in AVERAGED if _is_state_dict(state.get(name))), None)
-    return {**state, "model": _unwrapped(raw), "model_ema": None if averaged is None else _unwrapped(averaged)}
+    return {**state, "model_ema": None if averaged is None else _unwrapped(averaged)["model"], **_unwrapped(raw)}
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -147,15 +150,19 @@ def _is_state_dict(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The weights of the model, under ``model``; names of those beside it, if there are any, under ``beside``."""
     metadata = getattr(weights, "_metadata", None)  # of a module's state dict; a Vision Mamba's has its grid
+    beside: list[str] = []
     for prefix in 2 * WRAPPERS:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if 2 * len(inside) > len(weights):
+            beside += [name for name in weights if not name.startswith(prefix)]
+            weights = inside
     clean: Any = OrderedDict(weights)
     if isinstance(metadata, dict):
         clean._metadata = {name: entry for name, entry in metadata.items() if isinstance(entry, dict)}
-    return cast("dict[str, Tensor]", clean)
+    return {"model": clean, **({"beside": beside} if beside else {})}
 
 
 def weights_held(state: Mapping[str, Any]) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
-
-ImageSize = int | tuple[int, int]  # pixels, or height and width
+from vimfast.image_size import SizeLike
 
 
 class OtherModel(UserError):
@@ -22,7 +22,7 @@ def load_weights(
     origin: str,
     *,
     resample: str | None = None,
-    img_size: ImageSize | None = None,
+    img_size: SizeLike | None = None,
 ) -> list[str]:
     """Load a state dict strictly.
 
@@ -59,7 +59,7 @@ def load_for_finetuning(
     origin: str,
     *,
     resample: str,
-    img_size: ImageSize | None = None,
+    img_size: SizeLike | None = None,
 ) -> list[str]:
     """Load what fits into a model with, perhaps, another head; a head of other classes keeps its initial values.
 
@@ -85,6 +85,7 @@ def load_for_finetuning(
                 f"{head} has {len(new)} classes here and {len(old)} in {origin}: it starts from initial values"
             )
     weights = {name: value for name, value in weights.items() if name not in fresh}
+    notes += _fit_channels(model, weights)
     shapes, missing, unknown = _differences(model, weights)
     if shapes:
         raise OtherModel(f"{origin} is of another model: {shapes[0]}", "give the --model and --model-kwargs it is of")
@@ -101,7 +102,7 @@ def load_for_finetuning(
 
 
 def _fitted(
-    model: nn.Module, weights: dict[str, Tensor], resample: str | None, img_size: ImageSize | None
+    model: nn.Module, weights: dict[str, Tensor], resample: str | None, img_size: SizeLike | None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with the position embedding of the model's grid, and a line if it was another's."""
     fit: Any = getattr(model, "fit_pos_embed", None)
@@ -115,6 +116,23 @@ def _fitted(
     grid: Any = model.pos_embed_grid
     assumed = ", taken for a square grid of patches" if grid(weights, img_size) is None else ""
     return fitted, [f"position embedding resampled{how} from {before.shape[1]} to {after.shape[1]} positions{assumed}"]
+
+
+def _fit_channels(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Bring the first convolution, in place, to a model of other channels; a line for each that was.
+
+    As timm does it: of one channel, its weights are the sums of those for red, green and blue.
+    """
+    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    own, notes = model.state_dict(), []
+    for conv in (names,) if isinstance(names, str) else names:
+        name = f"{conv}.weight"
+        new, old = own.get(name), weights.get(name)
+        if new is None or old is None or new.ndim != 4 or old.ndim != 4 or new.shape[1] != 1 or old.shape[1] != 3:
+            continue
+        weights[name] = adapt_input_conv(1, old)
+        notes.append(f"{name} is summed over red, green and blue: the model sees grey images")
+    return notes
 
 
 def _differences(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:

@@ -61,8 +61,18 @@ def load_found(path: Path, *, best: bool) -> Loaded:
     """
     first = find_checkpoint(path, best=best)
     if first == path:
-        return Loaded(path, load_checkpoint(path), [])
+        state = load_checkpoint(path)
+        return Loaded(path, state, _about_others(path, state))
     return _first_sound([first, *(other for other in kept_checkpoints(path) if other != first)], "use another one")
+
+
+def _about_others(path: Path, state: dict[str, Any]) -> list[str]:
+    """A line about weights that are not the model's."""
+    match state.get("beside"):
+        case [str(name), *more]:
+            also = f" and {len(more)} more" if more else ""
+            return [f"{path} holds weights beside the model's, which are left out: {name}{also}"]
+    return []
 
 
 def load_last(folder: Path) -> Loaded | None:

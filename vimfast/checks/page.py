@@ -18,6 +18,7 @@ from vimfast.checks.findings import Finding, Kind, Report, in_bytes
 from vimfast.class_names import english_names
 from vimfast.errors import printable
 from vimfast.files import atomic_write
+from vimfast.image_size import ImageSize, SizeLike
 from vimfast.pages import Bar, BarChart, render, thumbnail
 from vimfast.shards.tree import MOST_BYTES, is_image_name, read_image
 
@@ -30,11 +31,11 @@ _TAIL = 0.995  # of the images lie below the end of a scale
 _WIDEST = 4.0  # of a scale of shapes: width over height
 
 
-def write_page(report: Report, out: Path, input_size: int) -> None:
+def write_page(report: Report, out: Path, input_size: SizeLike) -> None:
     """Write the page, atomically.
 
     Args:
-        input_size: side of images in training, pixels; smaller ones are counted.
+        input_size: of images in training, pixels; smaller ones are counted.
 
     Raises:
         OSError: it cannot be written.
@@ -44,7 +45,7 @@ def write_page(report: Report, out: Path, input_size: int) -> None:
         report=report,
         groups=list(_groups(report)),
         left_out=max(0, len(report.findings.by_kind()) - _GROUPS),
-        splits=[SplitPage(summary.split, report, input_size) for summary in report.splits],
+        splits=[SplitPage(summary.split, report, ImageSize.of(input_size)) for summary in report.splits],
         classes=_classes(report.classes),
         in_bytes=in_bytes,
         version=__version__,
@@ -178,7 +179,7 @@ class SplitPage:
 
     name: str
     report: Report
-    input_size: int
+    input_size: ImageSize
 
     @property
     def _sizes(self) -> np.ndarray:
@@ -202,7 +203,15 @@ class SplitPage:
     @property
     def smaller(self) -> int:
         """How many of them training enlarges."""
-        return int((self._short < self.input_size).sum())
+        return int((self._sizes < self.input_size).any(axis=1).sum())
+
+    @property
+    def limit(self) -> str:
+        """What those are below."""
+        height, width = self.input_size
+        if height == width:
+            return f"short side below {height} pixels"
+        return f"below {height} pixels in height or {width} in width"
 
     @property
     def commonest(self) -> list[tuple[str, int]]:

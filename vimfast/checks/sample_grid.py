@@ -6,12 +6,13 @@ from pathlib import Path
 
 from vimfast.config import Config
 from vimfast.files import atomic_write
+from vimfast.image_size import SizeLike
 from vimfast.samples import draw_samples
 
 _IMAGES = 8
 
 
-def draw_sample_grid(path: Path, split: str, out: Path, *, size: int, seed: int) -> None:
+def draw_sample_grid(path: Path, split: str, out: Path, *, size: SizeLike, seed: int) -> None:
     """Draw images of a split, and write them as PNG; ``vimfast show`` does it for any settings.
 
     Args:

@@ -1,17 +1,19 @@
 """What every command shares: its flags, how its errors are reported, and how it ends."""
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
-from vimfast.cli.parser import Parser, path, whole
+from vimfast.cli.parser import SIZE, Parser, image_size, path, whole
 from vimfast.cli.reporting import first_on_host, leave_word, print_out, report_once, say_written, was_reported
 from vimfast.cli.running import run_main
 
 __all__ = [
+    "SIZE",
     "Parser",
     "backstop",
     "end_process",
     "end_with_parent",
     "exit_now",
     "first_on_host",
+    "image_size",
     "leave_word",
     "path",
     "print_out",

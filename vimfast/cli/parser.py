@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vimfast.errors import UserError, did_you_mean
+from vimfast.image_size import ImageSize, SizeLike
 
 
 class _OneSpelling(argparse.HelpFormatter):
@@ -46,6 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         known = [flag for action in self._actions for flag in action.option_strings]
+        args = self._with_sizes_joined(args)
         for word in args:  # before argparse, which may complain of a missing flag instead
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in known:
@@ -59,6 +61,17 @@ class Parser(argparse.ArgumentParser):
         parsed: argparse.Namespace = super().parse_args(args, namespace)
         return parsed
 
+    def _with_sizes_joined(self, args: Sequence[str]) -> list[str]:
+        """Height and width as one word: argparse would take whatever follows one number for the other."""
+        flags = [flag for action in self._actions if action.type is image_size for flag in action.option_strings]
+        joined: list[str] = []
+        for word in args:
+            if word.isdecimal() and len(joined) > 1 and joined[-2] in flags and joined[-1].isdecimal():
+                joined[-1] += f"x{word}"
+            else:
+                joined.append(word)
+        return joined
+
     def error(self, message: str) -> NoReturn:
         """argparse's complaint, with the first spelling of a flag that has several."""
         message = re.sub(r"^argument (-[\w-]+)(/-[\w-]+)*: ", r"\1: ", message)
@@ -68,6 +81,20 @@ class Parser(argparse.ArgumentParser):
 def path(text: str) -> Path:
     """An argparse type: a path, where ``~`` is the home folder also after ``--flag=``, which no shell expands."""
     return Path(os.path.expanduser(text))
+
+
+SIZE = "N|HEIGHT WIDTH"  # how help shows a value of `image_size`
+
+
+def image_size(text: str) -> SizeLike:
+    """An argparse type: the side of a square, or height and width (two words, which the parser joins), in pixels."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size (must be one number, or height and width)")
+    height, width = int(sides[0]), int(sides[-1])
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, not {min(height, width)}")
+    return ImageSize(height, width).plain
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimfast.cli import Parser, path, say_written, whole
+from vimfast.cli import SIZE, Parser, image_size, path, say_written, whole
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,8 @@ def parser() -> Parser:
     add("data", metavar="DATA", nargs="?", type=path, help="shards or a folder tree, to measure the loader")
     name = "vim_tiny_patch16_224"
     add("--model", metavar="NAME", default=name, help=f"a Vision Mamba or any timm model [{name}]")
-    add("--input-size", metavar="S", type=whole(1), default=224, help="side of the images, pixels [224]")
+    text = "side of the images, pixels, or height and width [224]"
+    add("--input-size", metavar=SIZE, type=image_size, default=224, help=text)
     add("--batch-size", metavar="N", type=whole(1), help="images of a step [128; on a CPU 2]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
     add("--fp32", action="store_true", help="compute in fp32; default: bf16 autocast on a GPU, fp32 on a CPU")
@@ -126,7 +128,7 @@ def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
     for what, prepare in kinds:
         for model, compiled in rows:
             _progress(f"{what} of {model}")
-            subject = Subject(model, args.batch_size, args.input_size, args.amp, compiled=compiled)
+            subject = Subject(model, args.batch_size, ImageSize.of(args.input_size), args.amp, compiled=compiled)
             try:
                 found.append(_figure(what, prepare, subject, world.device, args.seconds))
             except torch.OutOfMemoryError:
@@ -199,7 +201,7 @@ def _describe(args: argparse.Namespace, world: World) -> str:
         threads = torch.get_num_threads()
         machine = f"CPU, {threads} thread{'s' * (threads != 1)}"
     precision = "bf16" if args.amp else "fp32"
-    return f"{machine}; {args.batch_size} images of {args.input_size} pixels a step, {precision}"
+    return f"{machine}; {args.batch_size} images of {ImageSize.of(args.input_size)} pixels a step, {precision}"
 
 
 def _progress(what: str) -> None:

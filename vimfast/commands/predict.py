@@ -11,11 +11,12 @@ import argparse
 import itertools
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from vimfast.cli import Parser, path, say_written, whole
+from vimfast.cli import SIZE, Parser, image_size, path, say_written, whole
 from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
@@ -23,7 +24,9 @@ from vimfast.sheet import Caption, Sheet, Tile
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vimfast.inference import Classifier, Predictions, Seen
+    from vimfast.inference import Classifier, Predictions, Report, Seen
+
+T = TypeVar("T")
 
 _ACROSS, _MOST, _BARS = 6, 48, 3  # images of a grid's row, of a grid, and classes of an image in it
 
@@ -31,7 +34,7 @@ _ACROSS, _MOST, _BARS = 6, 48, 3  # images of a grid's row, of a grid, and class
 def main() -> int:
     """Predict as the command line says; returns the exit status."""
     args = parser().parse_args(sys.argv[1:])
-    _check_order(args.checkpoint)
+    check_order(args.checkpoint, "predict")
     from vimfast import dist
     from vimfast.inference import load_classifier
 
@@ -77,39 +80,41 @@ def parser() -> Parser:
     text = "the trained ones, or their average; default: the average, once it has left the initial weights behind"
     add("--weights", choices=("raw", "ema"), help=text)
     add("--model", metavar="NAME", default="", help="name of the model, where the checkpoint does not say")
-    add("--input-size", metavar="S", type=whole(1), help="side of the images, pixels; default: the checkpoint's")
+    text = "side of the images, pixels, or height and width; default: the checkpoint's"
+    add("--input-size", metavar=SIZE, type=image_size, help=text)
     add("--batch-size", metavar="N", type=whole(1), default=64, help="images at once [64]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
     return parser
 
 
-def _check_order(checkpoint: Path) -> None:
+def check_order(checkpoint: Path, command: str) -> None:
     """The words are easily swapped."""
     from vimfast.shards.tree import is_image_name
 
     if is_image_name(checkpoint.name) and checkpoint.is_file():
-        raise UserError(f"{checkpoint} is an image", "the checkpoint comes first: vimfast predict CKPT IMAGE")
+        raise UserError(f"{checkpoint} is an image", f"the checkpoint comes first: vimfast {command} CKPT IMAGE")
 
 
 def _predict(classifier: Classifier, args: argparse.Namespace) -> Predictions:
-    """With a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from vimfast.inference import find_images, predict
 
     images, missing = find_images(args.images)
+    found = with_bar(
+        len(images),
+        lambda report: predict(classifier, images, top=args.top, batch_size=args.batch_size, report=report),
+    )
+    return found._replace(unreadable=missing + found.unreadable)
+
+
+def with_bar(images: int, work: Callable[[Report], T]) -> T:
+    """What `work` returns; on a terminal a bar shows how many images it says are done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("images", total=len(images))
-        found = predict(
-            classifier,
-            images,
-            top=args.top,
-            batch_size=args.batch_size,
-            report=lambda done: progress.update(bar, completed=done),
-        )
-    return found._replace(unreadable=missing + found.unreadable)
+        bar = progress.add_task("images", total=images)
+        return work(lambda done: progress.update(bar, completed=done))
 
 
 def to_json(classifier: Classifier, predictions: Predictions) -> dict[str, Any]:
@@ -164,11 +169,11 @@ def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:
         Tile(Image.fromarray(pixels), [Caption(image.path.name, faint=True), *_captions(image)])
         for image, pixels in zip(shown, itertools.chain.from_iterable(batches), strict=True)
     ]
-    size, total = classifier.view.size, len(predictions.images)
+    (height, width), total = classifier.view.size_in(0), len(predictions.images)
     which = f"{total} image{'s' * (total > 1)}" if total <= _MOST else f"the first {_MOST} of {total:,} images"
     return Sheet(
         title=str(classifier.origin),
-        subtitle=[f"{_weights(classifier)} weights · {which}, as the model gets them: {size} x {size} pixels"],
+        subtitle=[f"{_weights(classifier)} weights · {which}, as the model gets them: {height} x {width} pixels"],
         panels=[[tile] for tile in tiles],
         across=_ACROSS,
         side=176,

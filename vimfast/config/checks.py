@@ -40,6 +40,10 @@ def check(config: Config) -> None:
     _check_augmentation(config)
     if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
         raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
+    if config.model.in_chans not in (1, 3):
+        raise UserError(f"in_chans is {config.model.in_chans}", "it must be 3, or 1 for grey images")
+    if config.optim.layer_decay == 0:
+        raise UserError("layer_decay is 0", "it must be above 0; --freeze-layers keeps layers as they are")
     if config.optim.on_divergence == "rollback" and not (config.run.output_dir or config.run.eval):
         raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
 
@@ -51,6 +55,8 @@ def _check_finite(name: str, value: Any) -> None:
 
 
 def _check_range(name: str, value: Any, least: float | None, most: float | None) -> None:
+    if isinstance(value, tuple) and least is not None:
+        value = min(value)
     if least is not None and value < least:
         raise UserError(f"{name} is {value}", f"it must be >= {least}")
     if most is not None and value > most:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from vimfast.cli import Parser
+from vimfast.cli import SIZE, Parser, image_size
 from vimfast.config.compat import TIMM, add_flags
 from vimfast.config.recipes import recipes
 from vimfast.config.schema import Config, Kind, kinds
@@ -63,6 +63,8 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
         group.add_argument(*negative, dest=f.name, action="store_false", help=argparse.SUPPRESS)
     elif kind.base is dict:
         group.add_argument(*flags, dest=f.name, nargs="+", action=_KeyValue, metavar="NAME=VALUE", help=text)
+    elif kind.size:
+        group.add_argument(*flags, dest=f.name, type=image_size, help=text, metavar=SIZE)
     elif kind.length != 1:
         several = {"nargs": kind.length or "+", "action": _AsTuple, "metavar": _LETTERS[kind.base]}
         group.add_argument(*flags, dest=f.name, type=kind.base, help=text, **several)

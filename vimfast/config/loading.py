@@ -18,6 +18,7 @@ from vimfast.config.flags import CONFIG, PRINT_CONFIG, flag_parser
 from vimfast.config.recipes import find_recipe
 from vimfast.config.schema import Config, Kind, kinds
 from vimfast.errors import UserError, did_you_mean
+from vimfast.image_size import ImageSize
 
 _COMMENTS_AT = 44  # columns; after longer settings they come later
 
@@ -159,12 +160,18 @@ def _convert(value: Any, kind: Kind, where: str) -> Any:
     try:
         if isinstance(value, str) and value in kind.words:
             return value
+        if kind.size:
+            sides = [_scalar(side, int) for side in value] if isinstance(value, list) else [_scalar(value, int)] * 2
+            height, width = sides
+            return ImageSize(height, width).plain
         if kind.length == 1:
             return _scalar(value, kind.base)
         if not isinstance(value, list) or (kind.length and len(value) != kind.length):
             raise ValueError
         return tuple(_scalar(v, kind.base) for v in value)
     except ValueError:
+        if kind.size:
+            raise UserError(f"{where} is {value!r}", "it must be an integer, or [height, width]") from None
         several = f"a list of {kind.length} numbers" if kind.length else "a list of numbers"
         wanted = " or ".join([f"of type {kind.base.__name__}", *kind.words]) if kind.length == 1 else several
         raise UserError(f"{where} is {value!r}", f"it must be {wanted}") from None

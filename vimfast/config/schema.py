@@ -31,6 +31,7 @@ from vimfast.config.choices import (
     Schedule,
 )
 from vimfast.files import write_text
+from vimfast.image_size import ImageSize, SizeLike
 
 
 def option(
@@ -72,9 +73,12 @@ class Kind(NamedTuple):
     length: int = 1  # so many of `base`, in a tuple unless it is 1; 0: any number
     choices: tuple[str, ...] = ()
     words: tuple[str, ...] = ()  # that stand for a value of `base`
+    size: bool = False  # one number, or two for height and width
 
     @classmethod
     def of(cls, annotation: Any) -> Kind:
+        if annotation == SizeLike:
+            return cls(int, False, size=True)
         union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
         options = [o for o in typing.get_args(annotation) if o is not type(None)] if union else [annotation]
         optional = union and type(None) in typing.get_args(annotation)
@@ -106,7 +110,8 @@ class ModelConfig:
     num_classes: int | None = option(
         None, "classes of the head; default: as many as the data has", least=0, neutral=True
     )
-    input_size: int = option(224, "side of the square input, pixels", least=1)
+    input_size: SizeLike = option(224, "side of the square input, pixels; or its height and width", least=1)
+    in_chans: int = option(3, "channels that the model sees: 3, or 1 for grey images")
     drop: float = option(0.0, "dropout rate after the position embedding", least=0, most=1)
     drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0, most=1)
     scan_backend: str = option(
@@ -124,11 +129,18 @@ class ModelConfig:
     torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same", neutral=True)
     cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it", neutral=True)
 
+    @property
+    def size(self) -> ImageSize:
+        """Of the images that the model is built for."""
+        return ImageSize.of(self.input_size)
+
     def options(self) -> dict[str, Any]:
         """Constructor options of the model that have no argument of their own in every model."""
         options: dict[str, Any] = {"if_random_token_rank": True} if self.random_token_rank else {}
         if self.random_cls_token_position:  # which a token held in the middle would be deaf to
             options |= {"if_random_cls_token_position": True, "use_middle_cls_token": False}
+        if self.in_chans != 3:
+            options["in_chans"] = self.in_chans
         return options | self.model_kwargs
 
 
@@ -136,6 +148,11 @@ class ModelConfig:
 class DataConfig:
     data_path: str = option(
         "", "shards from vimfast-prepare, or a folder tree with train/ and val/", neutral=True, path=True
+    )
+    class_map: str = option(
+        "",
+        "class folders in the order of their numbers, one on each line, or JSON of names and numbers; default: sorted",
+        path=True,
     )
     batch_size: int | Auto = option(
         64, "training images a step on each GPU (or process); auto: as many as fit into its memory", least=1
@@ -203,6 +220,12 @@ class MixConfig:
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
     mixup_mode: MixMode = option("batch", "one draw for each batch, pair or element")
     smoothing: float = option(0.1, "label smoothing", least=0, most=1)
+    soft_targets: str = option(
+        "",
+        "targets of the training images in place of their labels: a .npy file of rows, with a .csv beside it that says"
+        " whose they are; smoothed and mixed as labels are",
+        path=True,
+    )
     bce_loss: bool = option(False, "binary cross entropy on every class a target holds (smoothing is then unused)")
 
 
@@ -214,6 +237,13 @@ class OptimConfig:
     momentum: float = option(0.9, "momentum of SGD", least=0)
     weight_decay: float = option(
         0.05, "weight decay; 1-D tensors, biases, position and class tokens have none", least=0
+    )
+    layer_decay: float | None = option(
+        None,
+        "factor from the learning rate of a layer to that of the layer before it, 0.65 to 0.9 for finetuning; default:"
+        " one rate for all",
+        least=0,
+        most=1,
     )
     decay_a_log: bool = option(True, "decay A_log too, as the published runs did")
     clip_grad: float | None = option(None, "largest gradient norm; default: no clipping")

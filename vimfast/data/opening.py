@@ -14,13 +14,14 @@ from vimfast.data.source import open_source
 from vimfast.data.views import Evaluation, training_view
 from vimfast.dist import ranks
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize, SizeLike
 
 
 def training_loader(
     path: str | Path,
     batch_size: int,
     *,
-    size: int = 224,
+    size: SizeLike = 224,
     augmentation: AugmentConfig | None = None,
     repeats: int = 1,
     seed: int = 0,
@@ -36,7 +37,7 @@ def training_loader(
     Args:
         path: a shards folder or a folder tree.
         batch_size: images a step on this rank.
-        size: side of the square, pixels.
+        size: side of the square, pixels; or (height, width).
         augmentation: what is done after crop and flip, ``AugmentConfig()`` for the recipe of Vision Mamba (RandAugment
             and erasing); None: nothing.
         repeats: so many crops of each image in a step (repeated augmentation: 3). An epoch keeps its length, and shows
@@ -49,7 +50,7 @@ def training_loader(
     Raises:
         UserError: the data cannot be used, or is too little for one step.
     """
-    _check(batch_size=batch_size, size=size, repeats=repeats)
+    _check(batch_size=batch_size, size=min(ImageSize.of(size)), repeats=repeats)
     source = open_source(path, split)
     rank, world = ranks()
     order = Order(
@@ -68,7 +69,7 @@ def evaluation_loader(
     path: str | Path,
     batch_size: int,
     *,
-    size: int = 224,
+    size: SizeLike = 224,
     crop_ratio: float = 0.875,
     split: str = "val",
     device: torch.device | str | None = None,
@@ -81,16 +82,17 @@ def evaluation_loader(
 
     Args:
         path, batch_size, size, split, device, settings: as for :func:`training_loader`.
-        crop_ratio: the short side is resized to size / this, then the middle is cut out; 1 for sizes up to 32.
+        crop_ratio: images are resized to cover size / this, then the middle is cut out; 1 for sizes up to 32.
 
     Raises:
         UserError: the data cannot be used.
     """
-    _check(batch_size=batch_size, size=size)
+    _check(batch_size=batch_size, size=min(ImageSize.of(size)))
     source = open_source(path, split)
     rank, world = ranks()
     order = Order(len(source), batch_size, world=world, rank=rank, shuffle=False, drop_last=False)
-    return Loader(source, Evaluation(order, _device(device), size, evaluation_crop(size, crop_ratio)), settings)
+    crop = evaluation_crop(ImageSize.of(size), crop_ratio)
+    return Loader(source, Evaluation(order, _device(device), size, crop), settings)
 
 
 def _check(**numbers: int) -> None:

@@ -31,6 +31,7 @@ from vimfast.data.exchange import Exchange
 from vimfast.data.order import Order
 from vimfast.data.source import Images
 from vimfast.errors import UserError, did_you_mean
+from vimfast.image_size import ImageSize, SizeLike
 
 INTERPOLATIONS = get_args(Interpolation)
 
@@ -40,14 +41,14 @@ Read = Callable[[np.ndarray], tuple[np.ndarray, Images]]  # ids wanted -> ids th
 class Batch(NamedTuple):
     """Normalized images and their labels, on the loader's device."""
 
-    images: Tensor  # [B, 3, S, S], float32 unless asked otherwise
+    images: Tensor  # [B, 3, H, W], float32 unless asked otherwise
     labels: Tensor  # int64 [B]
 
 
 class Stage(NamedTuple):
     """All that varies in the course of a run."""
 
-    size: int  # side of the square, pixels
+    size: SizeLike  # of the images, pixels
     recipe: Recipe
 
 
@@ -70,7 +71,7 @@ class Work(NamedTuple):
     ids: np.ndarray  # int64 [n], of what is decoded
     inputs: tuple[Any, ...]  # the view's, of n images; the encoded images first
     labels: np.ndarray  # int64 [b]
-    size: int  # side of the square, pixels
+    size: ImageSize  # of the images that come out, pixels
     plan: Plan | None = None  # what is done to the crops; None in evaluation
     crops: Cuts | np.ndarray | None = None  # how they are made, or int64 [b], which they are; None: all, as they come
 
@@ -93,8 +94,8 @@ class View(Protocol):
     def most(self) -> int:
         """The most images that are decoded for a step."""
 
-    def side(self, epoch: int) -> int:
-        """Of the images that come out, in pixels."""
+    def size_in(self, epoch: int) -> ImageSize:
+        """Of the images that come out."""
 
     def draw(self, epoch: int, step: int, read: Read) -> Work:
         """Read the images of a step and draw what is done to them. A function of its arguments and the data alone."""
@@ -141,8 +142,8 @@ class Training:
                 f"interpolation is {self.interpolation!r}{hint}; it must be one of {', '.join(INTERPOLATIONS)}"
             )
 
-    def side(self, epoch: int) -> int:
-        return self.stage(epoch).size
+    def size_in(self, epoch: int) -> ImageSize:
+        return ImageSize.of(self.stage(epoch).size)
 
     def _draw(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Uniform numbers, where to mirror and which filter, for the images at these positions."""
@@ -172,7 +173,7 @@ class BoxWork(NamedTuple):
     which: np.ndarray  # int64 [b]: the image of each crop of the batch; in sending order where ranks exchange crops
     copy: np.ndarray  # int64 [b]: which of its boxes
     plan: Plan
-    size: int
+    size: ImageSize
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class _Boxes(Training):
 
     def _draw_boxes(self, epoch: int, step: int, read: Read) -> BoxWork:
         """Each image once. All its copies are drawn, also those in the batches before and after this one."""
-        copies, stage = self.copies, self.stage(epoch)
+        copies, size = self.copies, self.size_in(epoch)
         positions, ids = self.order.decoded(epoch, step) if self.exchange else self.order.step(epoch, step)
         shown, first, which = np.unique(positions // copies, return_index=True, return_inverse=True)
         ids, images = read(ids[first])
@@ -222,10 +223,10 @@ class _Boxes(Training):
         if self.exchange is not None:
             which, copy = which[self.exchange.sending_order], copy[self.exchange.sending_order]
         own, _ = self.order.step(epoch, step)
-        plan = stage.recipe.draw(self.order.seed, epoch, own, stage.size)
+        plan = self.stage(epoch).recipe.draw(self.order.seed, epoch, own, size)
         boxes = np.concatenate([low - corner[:, None], extent], axis=2)
         mirror, cubic = mirror.reshape(-1, copies), cubic.reshape(-1, copies)
-        return BoxWork(ids, images, covered, boxes, mirror, cubic, which, copy, plan, stage.size)
+        return BoxWork(ids, images, covered, boxes, mirror, cubic, which, copy, plan, size)
 
     def _exchanged(self, crops: Tensor, work: Work) -> Batch:
         labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
@@ -294,7 +295,7 @@ class Copies(_Boxes):
             cut_extent=np.ascontiguousarray(d.boxes[..., 2:]),
             mirror=d.mirror,
             cubic=d.cubic,
-            size=np.full((len(d.ids), 2), d.size, np.float32),
+            size=np.tile(np.array(d.size, np.float32), (len(d.ids), 1)),
         )
         crops = d.which * self.copies + d.copy
         return Work((epoch, step), d.ids, inputs, d.images.labels[d.which], d.size, d.plan, crops)
@@ -343,17 +344,17 @@ class CutOut(Training):
         return self.order.batch_size
 
     def draw(self, epoch: int, step: int, read: Read) -> Work:
-        stage = self.stage(epoch)
+        size = self.size_in(epoch)
         positions, ids = self.order.step(epoch, step)
         ids, images = read(ids)
         u, mirror, cubic = self._draw(epoch, positions)
-        resized, corner, shift = self.crop.squares(u, images.sizes, stage.size)
+        resized, corner, shift = self.crop.squares(u, images.sizes, size)
         if shift is not None:
             shift = shift * np.stack([np.ones_like(mirror), 1 - 2 * mirror], axis=1)
-        plan = stage.recipe.draw(self.order.seed, epoch, positions, stage.size, shift)
-        extent = np.full((len(ids), 2), stage.size, np.int32)
+        plan = self.stage(epoch).recipe.draw(self.order.seed, epoch, positions, size, shift)
+        extent = np.tile(np.array(size, np.int32), (len(ids), 1))
         inputs = CutOutInputs(images.encoded, resized.astype(np.float32), corner, extent, mirror, cubic)
-        return Work((epoch, step), ids, inputs, images.labels, stage.size, plan)
+        return Work((epoch, step), ids, inputs, images.labels, size, plan)
 
     def graph(self, x: CutOutInputs, settings: GraphSettings) -> Sequence[Any]:
         whole = decoding.resize(decoding.decode(x.encoded, settings), x.resized, x.cubic)
@@ -379,14 +380,14 @@ class Evaluation:
     Args:
         order: which images come when.
         device: where batches come out.
-        size: side of the square, pixels.
+        size: of the images that come out, pixels.
         crop: where the squares are; draws nothing.
         interpolation: ``"bicubic"`` or ``"bilinear"``.
     """
 
     order: Order
     device: torch.device
-    size: int = 224
+    size: SizeLike = 224
     crop: SquareCrop = field(default_factory=CentreCrop)
     interpolation: Interpolation = "bicubic"
     normalization: Normalization = IMAGENET
@@ -398,19 +399,20 @@ class Evaluation:
     def most(self) -> int:
         return self.order.batch_size
 
-    def side(self, epoch: int) -> int:
-        return self.size
+    def size_in(self, epoch: int) -> ImageSize:
+        return ImageSize.of(self.size)
 
     def draw(self, epoch: int, step: int, read: Read) -> Work:
         ids, images = read(self.order.step(epoch, step)[1])
-        squares = self.crop.squares(np.empty((len(ids), draws.COLUMNS)), images.sizes, self.size)
+        size = self.size_in(epoch)
+        squares = self.crop.squares(np.empty((len(ids), draws.COLUMNS)), images.sizes, size)
         inputs = EvaluationInputs(images.encoded, squares.resized.astype(np.float32), squares.corner)
-        return Work((epoch, step), ids, inputs, images.labels, self.size)
+        return Work((epoch, step), ids, inputs, images.labels, size)
 
     def graph(self, x: EvaluationInputs, settings: GraphSettings) -> Sequence[Any]:
         whole = decoding.decode(x.encoded, settings, fancy=True)
         whole = decoding.resize_as_pillow(whole, x.resized, self.interpolation)
-        squares = decoding.cut(whole, x.corner, [self.size, self.size])
+        squares = decoding.cut(whole, x.corner, [*self.size_in(0)])
         return [decoding.normalize(squares, self.normalization)]
 
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
@@ -427,7 +429,7 @@ def training_view(
     device: torch.device,
     augmentation: AugmentConfig | None = None,
     *,
-    size: int = 224,
+    size: SizeLike = 224,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
@@ -440,7 +442,7 @@ def training_view(
 
     Args:
         augmentation: what is done after crop and flip, and the kind of crop; None: random resized crop and flip only.
-        size: side of the square, pixels.
+        size: of the images that come out, pixels.
         scale, ratio: of :class:`~vimfast.augment.crops.RandomResizedCrop`.
         group: the processes that ``order.node`` counts; None: all.
         stage: size and augmentation of each epoch; None: those given, in the whole run.
@@ -448,7 +450,8 @@ def training_view(
     Raises:
         UserError: a setting out of its range.
     """
-    crop, whole = training_crop(augmentation, size, scale, ratio), Stage(size, Recipe(augmentation, interpolation))
+    crop = training_crop(augmentation, ImageSize.of(size), scale, ratio)
+    whole = Stage(size, Recipe(augmentation, interpolation))
     return crop_view(
         order,
         device,

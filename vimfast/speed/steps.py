@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimfast.config import EmaConfig, OptimConfig
+from vimfast.image_size import ImageSize
 from vimfast.models import create_model
 from vimfast.models.registry import MODELS
 from vimfast.train.optim import build_ema, build_optimizer
@@ -28,7 +29,7 @@ class Subject:
     """A model whose steps are measured.
 
     Args:
-        batch, size: images of a step, and their side in pixels.
+        batch, size: images of a step, and their size.
         amp: bf16 autocast.
         backend: of a Vision Mamba's kernels.
         compiled: by torch.compile.
@@ -36,14 +37,14 @@ class Subject:
 
     model: str
     batch: int
-    size: int
+    size: ImageSize
     amp: bool
     backend: str = "auto"
     compiled: bool = False
 
     def build(self, device: torch.device) -> nn.Module:
         options: dict[str, Any] = {"scan_backend": self.backend} if self.model in MODELS else {}
-        model = create_model(self.model, img_size=self.size, **options).to(device)
+        model = create_model(self.model, img_size=self.size.plain, **options).to(device)
         if self.compiled:
             model.compile()
         return model
@@ -58,7 +59,7 @@ def training(subject: Subject, device: torch.device) -> tuple[Run, Run]:
     optimizer = build_optimizer(OptimConfig(), model, 5e-4)
     average = build_ema(EmaConfig(), model)
     train = TrainStep(model, optimizer, _cross_entropy, amp=subject.autocast(device), average=average)
-    images = torch.randn(subject.batch, 3, subject.size, subject.size, device=device)
+    images = torch.randn(subject.batch, 3, *subject.size, device=device)
     targets = torch.rand(subject.batch, CLASSES, device=device).softmax(1)
     return lambda: train(images, targets), lambda: train.capture(images, targets)
 
@@ -66,7 +67,7 @@ def training(subject: Subject, device: torch.device) -> tuple[Run, Run]:
 def inference(subject: Subject, device: torch.device) -> tuple[Run, Run]:
     """(run a forward pass, capture it as a CUDA graph)."""
     model = subject.build(device).eval()
-    images = torch.randn(subject.batch, 3, subject.size, subject.size, device=device)
+    images = torch.randn(subject.batch, 3, *subject.size, device=device)
     graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()

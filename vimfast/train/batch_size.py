@@ -15,9 +15,10 @@ from vimfast import dist
 from vimfast.checkpoint import Loaded
 from vimfast.config import Config
 from vimfast.config.choices import AUTO
-from vimfast.data.source import open_source
+from vimfast.data.relabelling import open_mapped
 from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 from vimfast.train.fitting import blank_batch, largest_batch
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
@@ -32,13 +33,13 @@ _LOADER = 4_400_000
 
 
 def with_batch_size(
-    cfg: Config, world: World, start: Loaded | None, sizes: Collection[int], report: Reporter
+    cfg: Config, world: World, start: Loaded | None, sizes: Collection[ImageSize], report: Reporter
 ) -> Config:
     """The settings with a number in place of ``--batch-size auto``: the checkpoint's, or else the largest that fits on
     all GPUs. Every process must call it.
 
     Args:
-        sizes: of the images that are trained on, pixels.
+        sizes: of the images that are trained on.
 
     Raises:
         UserError: there is no GPU to try on, or not even one image fits.
@@ -56,9 +57,9 @@ def with_batch_size(
             f"--batch-size {AUTO} tries what fits into a GPU's memory, and this run is on {world.device.type}",
             "give a number",
         )
-    source = open_source(cfg.data.data_path, "train")
+    source = open_mapped(cfg.data.data_path, "train", cfg.data.class_map)
     begin, most = time.monotonic(), len(source) // world.size
-    trial = StepTrial(cfg, len(source.classes), world, max(sizes))
+    trial = StepTrial(cfg, len(source.classes), world, max(sizes, key=lambda size: size.pixels))
     with memory_limit(world.device):
         own = largest_batch(trial, most)
     trial.close()
@@ -92,10 +93,10 @@ class StepTrial:
     """Trains steps of blank images as a run with these settings would, alone, on a model of its own.
 
     Args:
-        size: side of the images, pixels.
+        size: of the images.
     """
 
-    def __init__(self, cfg: Config, num_classes: int, world: World, size: int) -> None:
+    def __init__(self, cfg: Config, num_classes: int, world: World, size: ImageSize) -> None:
         self._device, self._size = world.device, size
         self.tried: list[int] = []
         silent = Reporter(None, active=False)  # the run itself will say the same

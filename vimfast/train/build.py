@@ -15,6 +15,7 @@ from vimfast.data.loader import Loader
 from vimfast.data.views import Stages
 from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 from vimfast.processes.control import Control
 from vimfast.train.batch_size import with_batch_size
 from vimfast.train.boards import WandB, check_boards
@@ -27,7 +28,7 @@ from vimfast.train.hooks import Beginning, Progress, Records
 from vimfast.train.loaders import open_training, open_validation
 from vimfast.train.loop import Evaluated, EvaluationRun, Hook, Place, TrainingRun
 from vimfast.train.losses import Objective
-from vimfast.train.mixing import Mixup
+from vimfast.train.mixing import build_mixup
 from vimfast.train.model import Models, build_models, build_step
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
 from vimfast.train.page import RunPage
@@ -151,11 +152,11 @@ def _build_training(
     return run
 
 
-def _sizes(cfg: Config, stage: Stages | None) -> set[int]:
-    """Of the images that are trained on, pixels."""
+def _sizes(cfg: Config, stage: Stages | None) -> set[ImageSize]:
+    """Of the images that are trained on."""
     if stage is None:
-        return {cfg.model.input_size}
-    return {stage(epoch).size for epoch in range(cfg.schedule.epochs)}
+        return {cfg.model.size}
+    return {ImageSize.of(stage(epoch).size) for epoch in range(cfg.schedule.epochs)}
 
 
 def _assemble(
@@ -170,7 +171,6 @@ def _assemble(
     held: RunFolder | None,
 ) -> TrainingRun:
     """A run at its beginning, without hooks."""
-    num_classes = len(loader.source.classes)
     objective = Objective(cfg.distill, cfg.mix.bce_loss, models.teacher, models.precision.amp)
     optimizer = build_optimizer(cfg.optim, models.model, peak_lr(cfg.optim, loader.order.global_batch * accum_steps))
     place = Place(steps=loader.steps // accum_steps)
@@ -184,7 +184,7 @@ def _assemble(
         average=models.average,
         optimizer=optimizer,
         loader=loader,
-        mixup=Mixup(cfg.mix, num_classes, cfg.run.seed, world.rank),
+        mixup=build_mixup(cfg.mix, loader.source, cfg.run.seed, world.rank),
         objective=objective,
         train_step=build_step(models, optimizer, objective, cfg.optim.clip_grad, accum_steps, world.size),
         rate=rate,

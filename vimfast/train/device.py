@@ -32,8 +32,8 @@ def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> Non
     run.loader.begin(epoch, step * run.accum_steps)
     if run.world.device.type == "cuda" and cfg.cuda_graph and getattr(run.model, "capturable", False):
         with run.memory():
-            side = run.loader.view.side(epoch)
-            run.capture(*blank_batch(run.world.device, run.loader.order.batch_size, side, run.mixup, run.objective))
+            size = run.loader.view.size_in(epoch)
+            run.capture(*blank_batch(run.world.device, run.loader.order.batch_size, size, run.mixup, run.objective))
         if run.train_step.captured:
             run.train_step.time_replays()
             run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))

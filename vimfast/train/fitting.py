@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vimfast.image_size import ImageSize
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 
@@ -53,9 +54,9 @@ def _fits(trial: Trial, size: int) -> bool:
 
 
 def blank_batch(
-    device: torch.device, batch: int, size: int, mixup: Mixup, objective: Objective
+    device: torch.device, batch: int, size: ImageSize, mixup: Mixup, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Images and targets of the shapes that a step has."""
-    images = torch.zeros(batch, 3, size, size, device=device)
+    images = torch.zeros(batch, 3, *size, device=device)
     images, targets = mixup(images, torch.zeros(batch, dtype=torch.int64, device=device), 0)
     return objective.prepare(images), targets

@@ -10,7 +10,8 @@ from vimfast.checkpoint import Loaded
 from vimfast.config import Batches, Config, DataConfig
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
-from vimfast.data.source import Source, open_source
+from vimfast.data.relabelling import numbered, open_mapped
+from vimfast.data.source import Source
 from vimfast.data.views import Evaluation, Stages, training_view
 from vimfast.dist import World
 from vimfast.errors import UserError
@@ -24,8 +25,8 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Loaded | 
     Raises:
         UserError: they are not, or the data cannot be used.
     """
-    data, size = cfg.data, cfg.model.input_size
-    source = open_source(data.data_path, "val")
+    data, size = cfg.data, cfg.model.size
+    source = open_mapped(data.data_path, "val", data.class_map)
     state, origin = (None, "") if start is None else (start.state, str(start.path))
     check_classes(source.classes, cfg.model.num_classes, state, origin, data.data_path)
     order = Order(
@@ -63,7 +64,7 @@ def open_training(
         UserError: the training images are of others, or too few, or cannot be used.
     """
     data = cfg.data
-    source = open_source(data.data_path, "train")
+    source = open_mapped(data.data_path, "train", data.class_map)
     if list(source.classes) != list(classes):
         problem = f"train has {len(source.classes)} classes and val has {len(classes)}"
         if len(source.classes) == len(classes):
@@ -71,13 +72,16 @@ def open_training(
             number, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
             problem = f"class {number} is {here!r} in train and {there!r} in val"
         raise UserError(problem, f"check them with vimfast check {data.data_path}")
-    check_every_class(classes, source.labels, data.data_path)
+    if not data.class_map:  # which may have the classes of other data
+        check_every_class(classes, source.labels, data.data_path)
+    if cfg.mix.soft_targets:
+        source = numbered(source)
     last = cfg.schedule.epochs - 1  # beyond which batches are still read ahead
     view = training_view(
         _training_order(cfg, source, batches, world),
         world.device,
         cfg.augment,
-        size=cfg.model.input_size,
+        size=cfg.model.size,
         scale=data.scale,
         ratio=data.ratio,
         flip=data.hflip,

@@ -363,7 +363,7 @@ class TrainingRun(_Closed):
 
     def _largest_below(self, batch: int) -> int:
         self.control.doing("looking for a batch that fits")
-        device, size = self.world.device, self.loader.view.side(self.place.epoch)
+        device, size = self.world.device, self.loader.view.size_in(self.place.epoch)
 
         def trial(count: int) -> None:
             images, targets = blank_batch(device, count, size, self.mixup, self.objective)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vimfast.checkpoint import described, load_checkpoint, load_weights
 from vimfast.config import DistillConfig
 from vimfast.errors import UserError
+from vimfast.image_size import SizeLike
 from vimfast.models import create_model
 
 
@@ -103,7 +104,7 @@ def check(cfg: DistillConfig) -> None:
 
 
 def build_teacher(
-    cfg: DistillConfig, num_classes: int, input_size: int, dynamic_img_size: bool = False
+    cfg: DistillConfig, num_classes: int, input_size: SizeLike, dynamic_img_size: bool = False
 ) -> nn.Module | None:
     """The teacher with its weights, on the CPU and never trained; None without distillation.
 

@@ -7,11 +7,15 @@ function of (seed, step, rank), so a resumed run repeats them.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from vimfast.config import MixConfig
+from vimfast.data.relabelling import read_soft_targets
+from vimfast.data.source import Source
 
 _STREAM = 0x6D69  # keeps these draws apart from those of the order and of the augmentation
 
@@ -24,10 +28,12 @@ class Mixup:
         num_classes: columns of the targets.
         seed: with the step and the rank, fixes the draws.
         rank: this process.
+        table: targets of the training images, float [N, num_classes]; labels are then the images' numbers.
     """
 
-    def __init__(self, cfg: MixConfig, num_classes: int, seed: int, rank: int) -> None:
+    def __init__(self, cfg: MixConfig, num_classes: int, seed: int, rank: int, table: np.ndarray | None = None) -> None:
         self.cfg, self.num_classes, self.seed, self.rank = cfg, num_classes, seed, rank
+        self._table = None if table is None else torch.from_numpy(table)
 
     @property
     def enabled(self) -> bool:
@@ -38,12 +44,12 @@ class Mixup:
 
         Args:
             images: [B, C, H, W], any float dtype; not changed.
-            labels: [B] int64.
+            labels: [B] int64; with a table, numbers of images.
             step: steps done since the start of the run.
 
         Returns:
             images [B, C, H, W] and targets [B, num_classes], float32, each row summing to 1 (but for BCE, whose
-            targets are 0 or 1). With mixup and cutmix both off, the targets are the smoothed labels.
+            targets are 0 or 1, or the table's). With mixup and cutmix both off, the targets are the smoothed labels.
         """
         targets = self._targets(labels)
         if not self.enabled:
@@ -57,7 +63,8 @@ class Mixup:
         else:
             weight = torch.from_numpy(lam).to(images.device, torch.float32, non_blocking=True)[:, None]
             targets = torch.lerp(targets.flip(0), targets, weight)
-        return images, (targets > 0).float() if self.cfg.bce_loss else targets
+        classes_present = self.cfg.bce_loss and self._table is None
+        return images, (targets > 0).float() if classes_present else targets
 
     def draw(self, rng: np.random.Generator, batch: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """How to mix: ``lam`` [B] float64, the weight of each image's own label (1: not mixed), and ``boxes``
@@ -124,5 +131,20 @@ class Mixup:
         # A smoothed target is above 0 everywhere, which would make every class a target of BCE.
         smoothing = 0.0 if self.cfg.bce_loss else self.cfg.smoothing
         off = smoothing / self.num_classes
+        if self._table is not None:
+            self._table = self._table.to(labels.device)  # once
+            return self._table[labels].float() * (1 - smoothing) + off
         targets = torch.full((len(labels), self.num_classes), off, device=labels.device)
         return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
+
+
+def build_mixup(cfg: MixConfig, source: Source, seed: int, rank: int) -> Mixup:
+    """The mixing of a run that trains on these images.
+
+    Raises:
+        UserError: ``soft_targets`` are not theirs.
+    """
+    table = None
+    if cfg.soft_targets:
+        table = read_soft_targets(Path(cfg.soft_targets), source, sums_to_one=not cfg.bce_loss)
+    return Mixup(cfg, len(source.classes), seed, rank, table)

@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from vimfast.checkpoint import Loaded, OtherModel, described, load_for_finetuning, load_found
 from vimfast.config import Config, ModelConfig
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 from vimfast.models import create_model
+from vimfast.models.grey import Grey
 from vimfast.train.folder import RESOLVED_CONFIG
 from vimfast.train.freezing import freeze
 from vimfast.train.gradients import GradientSum
@@ -46,18 +48,18 @@ def build_models(
     start: Loaded | None,
     device: torch.device,
     report: Reporter,
-    sizes: Collection[int] = (),
+    sizes: Collection[ImageSize] = (),
 ) -> Models:
     """The models that the settings describe, with the weights of the checkpoint, if there is one.
 
     Args:
-        sizes: of the images that are trained on, pixels; none in evaluation.
+        sizes: of the images that are trained on; none in evaluation.
     """
-    dynamic = any(size != cfg.model.input_size for size in sizes)
+    dynamic = any(size != cfg.model.size for size in sizes)
     torch.manual_seed(cfg.run.seed)
     model = build_model(cfg.model, num_classes, dynamic)
     if not cfg.run.eval:
-        check_patches(model, cfg.model.input_size, "--input-size")
+        check_patches(model, cfg.model.size, "--input-size")
         for size in sorted(sizes):
             check_patches(model, size, "a stage's size")
         _begin_with(model, cfg, cfg.finetune.finetune if start is None else "", report)
@@ -112,6 +114,8 @@ def build_model(cfg: ModelConfig, num_classes: int, dynamic_img_size: bool) -> n
         scan_backend=cfg.scan_backend,
         **options,
     )
+    if options.get("in_chans") == 1:
+        Grey().before(model)
     if cfg.use_checkpoint:
         switch = getattr(model, "set_grad_checkpointing", None)
         if switch is None:
@@ -120,7 +124,7 @@ def build_model(cfg: ModelConfig, num_classes: int, dynamic_img_size: bool) -> n
     return model
 
 
-def check_patches(model: nn.Module, size: int, name: str) -> None:
+def check_patches(model: nn.Module, size: ImageSize, name: str) -> None:
     """Whether the patches cover the whole of images of this size, where a model is made of patches.
 
     Raises:
@@ -129,12 +133,17 @@ def check_patches(model: nn.Module, size: int, name: str) -> None:
     conv = getattr(getattr(model, "patch_embed", None), "proj", None)
     if not isinstance(conv, nn.Conv2d):
         return
-    patch, stride = conv.kernel_size[0], conv.stride[0]
-    if rest := (size + 2 * int(conv.padding[0]) - patch) % stride:
+    patch, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+    rest = ImageSize(*((side + 2 * padding - patch) % stride for side in size))
+    if any(rest):
+        smaller = ImageSize(*(side - more for side, more in zip(size, rest, strict=True)))
+        larger = ImageSize(*(side + stride * (more > 0) for side, more in zip(smaller, rest, strict=True)))
+        apart = " and ".join(f"{n} {lines}" for n, lines in zip(rest, ("rows", "columns"), strict=True) if n)
+        unseen = f"{rest.height} rows and columns" if rest.height == rest.width else apart
         raise UserError(
-            f"{name} {size} is not a whole number of patches of {patch} pixels every {stride}: the last {rest} "
-            f"rows and columns would never be seen",
-            f"give {size - rest} or {size - rest + stride}",
+            f"{name} {size} is not a whole number of patches of {patch} pixels every {stride}: the last {unseen} "
+            "would never be seen",
+            f"give {smaller.words} or {larger.words}",
         )
 
 

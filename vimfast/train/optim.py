@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -24,13 +29,18 @@ def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
 def build_optimizer(cfg: OptimConfig, model: nn.Module, lr: float) -> Optimizer:
     """An optimizer of timm's factory over two groups: weights that decay, and those that must not.
 
+    With ``layer_decay`` there are two groups for each layer, with the layer's share of the learning rate.
+
     Raises:
         UserError: timm knows no optimizer of that name, or it does not take these options.
     """
     exempt = set(getattr(model, "no_weight_decay", set)())
     if not cfg.decay_a_log:
         exempt |= {name for name, _ in model.named_parameters() if name.endswith(("A_log", "A_b_log"))}
-    groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=exempt)
+    if cfg.layer_decay is None:
+        groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=exempt)
+    else:
+        groups = param_groups_layer_decay(model, cfg.weight_decay, exempt, layer_decay=cfg.layer_decay)
     options: dict[str, Any] = {} if cfg.opt_eps is None else {"eps": cfg.opt_eps}
     if cfg.opt_betas is not None:
         options["betas"] = cfg.opt_betas
@@ -58,6 +68,7 @@ class LearningRate:
     def __init__(self, cfg: ScheduleConfig, optimizer: Optimizer, steps_per_epoch: int) -> None:
         self.on_updates, self.steps_per_epoch, self.optimizer = cfg.sched_on_updates, steps_per_epoch, optimizer
         self._fixed = [float(group["lr"]) for group in optimizer.param_groups]  # where there is no schedule
+        self._shares = [float(group.get("lr_scale", 1.0)) for group in optimizer.param_groups]  # of their layers
         noise: Any = None if cfg.lr_noise is None else list(cfg.lr_noise)  # shares of the schedule, or None
         try:
             self.scheduler: Scheduler | None = create_scheduler_v2(
@@ -80,6 +91,7 @@ class LearningRate:
             raise UserError(
                 f"timm cannot build --sched {cfg.sched!r} ({error or 'unknown name'})", "try cosine"
             ) from None
+        self.scale(1.0)
 
     def set(self, epoch: int, step: int) -> None:
         """Set the optimizer's rate for `step` of `epoch`."""
@@ -92,14 +104,15 @@ class LearningRate:
 
     def scale(self, factor: float) -> None:
         """Multiply the schedule's rates by `factor` from now on."""
-        for group, fixed in zip(self.optimizer.param_groups, self._fixed, strict=True):
-            group["lr_scale"] = factor  # timm's schedulers multiply by it
+        for group, fixed, share in zip(self.optimizer.param_groups, self._fixed, self._shares, strict=True):
+            group["lr_scale"] = factor * share  # timm's schedulers multiply by it
             if self.scheduler is None:
-                group["lr"] = factor * fixed
+                group["lr"] = factor * share * fixed
 
     @property
     def value(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Of the layers that have all of it."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
 
 _Tensors = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]

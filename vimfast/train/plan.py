@@ -41,7 +41,7 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{_name(cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters"),
         ("computes", _computes(run.world, run.precision, model)),
-        ("evaluates on", f"{images}, at {cfg.model.input_size} pixels{limit}"),
+        ("evaluates on", f"{images}, at {cfg.model.size} pixels{limit}"),
         ("decodes by", _decoding(loader)),
         ("batch", f"{run.world.size} process{'es' * (run.world.size != 1)} x {batch} images"),
         ("memory", _memory(run.world.device)),
@@ -75,7 +75,7 @@ def _decoding(loader: Loader) -> str:
 def _images(run: TrainingRun, cfg: Config) -> str:
     source, val_source = run.loader.source, run.evaluated.loader.source
     images = f"{len(source):,} images of {len(source.classes)} classes in {cfg.data.data_path}"
-    return f"{images}, at {cfg.model.input_size} pixels; {len(val_source):,} to validate"
+    return f"{images}, at {cfg.model.size} pixels; {len(val_source):,} to validate"
 
 
 def _augmentation(cfg: Config) -> str:
@@ -103,6 +103,7 @@ def _rate(run: TrainingRun, cfg: Config) -> str:
     epochs = min(schedule.warmup_epochs, schedule.epochs - 1) if schedule.sched != "none" else 0
     warmup = f", {epochs} epoch{'s' * (epochs != 1)} of warm-up" if epochs else ""
     lowered = f", x {FACTOR ** len(run.turns):g} after {len(run.turns)} rollbacks" if run.turns else ""
+    lowered += f", x {optim.layer_decay:g} from each layer to the one before" if optim.layer_decay is not None else ""
     return f"{peak_lr(optim, run.global_batch):.3g}{scaled}{lowered}, {optim.opt}, {schedule.sched}{warmup}"
 
 

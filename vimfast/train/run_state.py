@@ -162,8 +162,8 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
     except (ValueError, KeyError) as error:
         raise UserError(
             f"the optimizer's state in {origin} does not fit this run ({error})",
-            f"keep --opt, --decay-a-log and what is frozen as they were, or start from its weights alone with "
-            f"--finetune {origin}",
+            "keep --opt, --layer-decay, --decay-a-log and what is frozen as they were, or start from its weights alone "
+            f"with --finetune {origin}",
         ) from None
     take_turns(run, [(int(epoch), int(step)) for epoch, step in state.get("turns", ())])
     place.best_acc1 = float(state.get("best_acc1", NO_ACC1))
