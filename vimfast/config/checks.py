@@ -6,6 +6,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
+from vimfast.config.choices import MUON
 from vimfast.config.schema import Config, OptimConfig, kinds
 from vimfast.errors import UserError, did_you_mean
 
@@ -64,8 +65,8 @@ def _check_range(name: str, value: Any, least: float | None, most: float | None)
 
 
 def _check_optimizer(name: str) -> None:
-    """Whether timm has it; its names are asked for, which imports torch, only where it is not the default."""
-    if name == OptimConfig().opt:
+    """Whether it is ours, or timm's, whose names are asked for only where they matter, since that imports torch."""
+    if name in (OptimConfig().opt, MUON):
         return
     from timm.optim import list_optimizers
 

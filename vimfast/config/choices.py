@@ -18,3 +18,4 @@ Distillation = Literal["none", "soft", "hard"]
 Schedule = Literal["cosine", "tanh", "step", "multistep", "poly", "constant", "wsd", "rsqrt", "none"]
 
 AUTO: Auto = "auto"
+MUON = "muon"  # the optimizer that is ours; all others are timm's

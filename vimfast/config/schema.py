@@ -231,7 +231,11 @@ class MixConfig:
 
 @dataclass
 class OptimConfig:
-    opt: str = option("adamw", "any optimizer of timm's factory")
+    opt: str = option(
+        "adamw",
+        "any optimizer of timm's factory; muon is ours: orthogonal steps for hidden matrices, AdamW's for the rest, at"
+        " one learning rate",
+    )
     opt_eps: float | None = option(1e-8, "epsilon of the optimizer")
     opt_betas: tuple[float, ...] | None = option(None, "betas of the optimizer; default: its own")
     momentum: float = option(0.9, "momentum of SGD", least=0)

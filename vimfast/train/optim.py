@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vimfast.config import EmaConfig, OptimConfig, ScheduleConfig
+from vimfast.config.choices import MUON
 from vimfast.errors import UserError, did_you_mean
+from vimfast.train.muon import Muon, hidden_matrices
 
 
 def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
@@ -27,7 +29,8 @@ def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module, lr: float) -> Optimizer:
-    """An optimizer of timm's factory over two groups: weights that decay, and those that must not.
+    """An optimizer over two groups: weights that decay, and those that must not. It is of timm's factory, but for
+    ``muon``, which is ours and has a third: hidden matrices.
 
     With ``layer_decay`` there are two groups for each layer, with the layer's share of the learning rate.
 
@@ -47,14 +50,28 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module, lr: float) -> Optimizer:
     if cfg.opt == "adamw":
         options["fused"] = True
     try:
+        if cfg.opt == MUON:
+            hidden = hidden_matrices(model)
+            orthogonal = {p for name, p in model.named_parameters() if name in hidden}
+            return Muon(_with_muon(groups, orthogonal), lr, **options)
         return create_optimizer_v2(groups, cfg.opt, lr, 0.0, cfg.momentum, **options)
     except (ValueError, AssertionError, TypeError) as error:
-        known = [str(name) for name in list_optimizers()]
+        known = [MUON, *map(str, list_optimizers())]
         if cfg.opt in known:
             raise UserError(
                 f"--opt {cfg.opt} does not take these options ({error})", "change --opt-eps or --opt-betas"
             ) from None
         raise UserError(f"--opt {cfg.opt!r} is not an optimizer of timm's{did_you_mean(cfg.opt, known)}") from None
+
+
+def _with_muon(groups: list[dict[str, Any]], matrices: set[nn.Parameter]) -> list[dict[str, Any]]:
+    """The groups, with those of their parameters that are such matrices in groups of their own."""
+    split = [
+        {**group, "muon": muon, "params": [p for p in group["params"] if (p in matrices) == muon]}
+        for group in groups
+        for muon in (False, True)
+    ]
+    return [group for group in split if group["params"]]
 
 
 class LearningRate:
