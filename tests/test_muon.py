@@ -121,7 +121,7 @@ def test_which_matrices_are_hidden() -> None:
 def test_a_stopped_run_resumes_to_the_same_bits(tree: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
-    flags = ("--config", str(recipe), "--data-path", str(tree), "--opt", "muon", "--output_dir")
+    flags = ("--config", str(recipe), "--data-path", str(tree), "--opt", "muon", "--model-ema-warmup", "--output_dir")
     train(*flags, str(tmp_path / "whole"))
     train(*flags, str(tmp_path / "parts"), control=Stops("epoch 1, step 1 "))
     train(*flags, str(tmp_path / "parts"), "--resume", "auto")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import vimfast.models  # noqa: F401, registers them
@@ -127,3 +128,18 @@ def test_ema_averages_the_state_dict() -> None:
     ema.update(model)
     torch.testing.assert_close(ema.module.linear.weight, start + 0.1)
     assert build_ema(EmaConfig(model_ema=False), model) is None
+
+
+def test_the_decay_of_the_average_warms_up_as_timms_does() -> None:
+    model = Toy()
+    ema = build_ema(EmaConfig(model_ema_decay=0.9, model_ema_warmup=True), model)
+    theirs = ModelEmaV3(model, decay=0.9, use_warmup=True)
+    assert ema is not None
+    for step in (1, 2, 3, 40, 41):  # a resumed run begins anywhere
+        with torch.no_grad():
+            model.linear.weight += 1
+        ema.updates = step
+        ema.update(model)
+        theirs.update(model, step=step)
+        assert torch.equal(ema.module.linear.weight, theirs.module.linear.weight)
+    assert ema.get_decay() == 0.9

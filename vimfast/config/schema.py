@@ -321,6 +321,9 @@ class ScheduleConfig:
 class EmaConfig:
     model_ema: bool = option(True, "keep an exponential moving average of the weights")
     model_ema_decay: float = option(0.99996, "its decay a step")
+    model_ema_warmup: bool = option(
+        False, "its decay grows to that with the steps n, as 1 - (1 + n)^(-2/3), so that short runs have an average too"
+    )
     model_ema_force_cpu: bool = option(False, "keep it in host memory", neutral=True)
 
 

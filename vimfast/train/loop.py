@@ -307,6 +307,8 @@ class TrainingRun(_Closed):
                 if self.control.should_stop():
                     raise Stopped
                 self.rate.set(place.epoch, place.step)
+                if self.average is not None:
+                    self.average.updates = place.epoch * place.steps + place.step + 1
                 for part in range(self.accum_steps):
                     batch = self._next(batches, part)
                     if part == 0:

@@ -136,7 +136,17 @@ _Tensors = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]
 
 
 class WeightAverage(ModelEmaV3):
-    """timm's exponential moving average of the whole state dict, without a walk over the state dict in each step."""
+    """timm's exponential moving average of the whole state dict, without a walk over the state dict in each step.
+
+    With ``use_warmup`` its decay is a function of `updates`, which the caller sets: those of the run, the next one
+    included.
+    """
+
+    updates = 0
+
+    def get_decay(self, step: int | None = None) -> float:
+        """timm's, of the next update."""
+        return float(super().get_decay(self.updates if step is None and self.use_warmup else step))
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         if not self.foreach:  # kept in host memory
@@ -164,5 +174,8 @@ def build_ema(cfg: EmaConfig, model: nn.Module) -> WeightAverage | None:
     if not cfg.model_ema:
         return None
     return WeightAverage(
-        model, decay=cfg.model_ema_decay, device=torch.device("cpu") if cfg.model_ema_force_cpu else None
+        model,
+        decay=cfg.model_ema_decay,
+        use_warmup=cfg.model_ema_warmup,
+        device=torch.device("cpu") if cfg.model_ema_force_cpu else None,
     )
