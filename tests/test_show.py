@@ -54,7 +54,7 @@ def config(tree: Path, *flags: str) -> Config:
 def samples(cfg: Config, count: int, *, regions: bool = False) -> list[_Sample]:
     source = open_source(cfg.data.data_path, "train")
     batches = Batches(cfg.data.batch_size, 1)
-    loader = open_training(cfg, batches, World(), source.classes, None, Reporter(None, False))
+    loader = open_training(source, cfg, batches, World(), Reporter(None, False))
     if regions:  # as on a GPU, though cut by Pillow
         view = loader.view
         assert isinstance(view, Copies)

@@ -19,13 +19,13 @@ from vimfast import dist
 from vimfast.augment.colours import to_pixels
 from vimfast.augment.plan import Op, Plan
 from vimfast.class_names import english_names
-from vimfast.config import Batches, Config, plan_batches
+from vimfast.config import Batches, Config, plan_batches, staged
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.relabelling import open_mapped
 from vimfast.data.views import CopyInputs, Cuts, Evaluation, RegionInputs, Work
 from vimfast.dist import World
 from vimfast.sheet import PALETTE, Caption, Colour, Sheet, Tile
-from vimfast.train.loaders import open_training, open_validation
+from vimfast.train.loaders import open_training, open_training_source, open_validation
 from vimfast.train.mixing import Mixup, build_mixup
 from vimfast.train.report import Reporter
 
@@ -63,10 +63,13 @@ def draw_samples(cfg: Config, split: str, count: int, recipe: str) -> Image.Imag
     """
     with dist.processes(cfg.run.device) as world:
         draw = _draw_training if split == "train" else _draw_validation
-        return draw(cfg, count, world, f"{cfg.data.data_path}, {split}", _settings(cfg, recipe))
+        return draw(cfg, count, world, f"{cfg.data.data_path}, {split}", _settings(cfg, split, recipe))
 
 
-def _settings(cfg: Config, recipe: str) -> str:
+def _settings(cfg: Config, split: str, recipe: str) -> str:
+    stages = staged(cfg)
+    if split == "train" and len(stages) > 1:
+        recipe, cfg = f"{recipe}, stage 1 of {len(stages)}".removeprefix(", "), stages[0].config
     name = f"recipe {recipe}" if recipe else "no recipe"
     return f"{name} · seed {cfg.run.seed} · {cfg.model.size} pixels"
 
@@ -94,10 +97,13 @@ class _Sample(NamedTuple):
 
 
 def _draw_training(cfg: Config, count: int, world: World, title: str, settings: str) -> Image.Image:
-    source = open_mapped(cfg.data.data_path, "train", cfg.data.class_map)
+    images = open_mapped(cfg.data.data_path, "train", cfg.data.class_map)
+    source = open_training_source(cfg, images.classes)
+    final_size, cfg = cfg.model.size, staged(cfg)[0].config
     batch = min(plan_batches(cfg, 1).batch_size, len(source))
-    loader = open_training(cfg, Batches(batch, 1), world, source.classes, None, Reporter(None, False))
-    mixup = build_mixup(cfg.mix, loader.source, cfg.run.seed, 0)
+    silent = Reporter(None, False)
+    loader = open_training(source, cfg, Batches(batch, 1), world, silent, final_size=final_size)
+    mixup = build_mixup(cfg.mix, source, cfg.run.seed, 0)
     try:
         samples = list(islice(_samples(loader, mixup, count), count))
     finally:

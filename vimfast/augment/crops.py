@@ -78,12 +78,22 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class PaddedCrop:
-    """The image as it is, padded with black; the square is anywhere in it (:func:`padded_crop`)."""
+    """The image as it is, padded with black; the square is anywhere in it (:func:`padded_crop`).
+
+    Args:
+        of: the size of which `padding` and the images are, where squares of another size show the same of them: the
+            images are then resized in proportion; None: they never are.
+    """
 
     padding: int = 4
+    of: ImageSize | None = None
 
     def squares(self, u: np.ndarray, sizes: np.ndarray, size: SizeLike) -> Squares:
-        return Squares(sizes.astype(np.int32), padded_crop(u, sizes, size, self.padding))
+        if self.of is None:
+            return Squares(sizes.astype(np.int32), padded_crop(u, sizes, size, self.padding))
+        factor = np.array(ImageSize.of(size)) / self.of
+        resized = np.rint(sizes * factor).clip(1).astype(np.int32)
+        return Squares(resized, padded_crop(u, resized, size, round(self.padding * factor.mean())))
 
 
 @dataclass(frozen=True)

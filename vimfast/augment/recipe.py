@@ -19,19 +19,27 @@ _STREAM = 1  # of uniform numbers; those of crops, flips and filters are stream 
 
 
 def training_crop(
-    cfg: AugmentConfig | None, size: ImageSize, scale: tuple[float, float], ratio: tuple[float, float]
+    cfg: AugmentConfig | None,
+    size: ImageSize,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    final_size: ImageSize | None = None,
 ) -> BoxCrop | SquareCrop:
     """The crop that a section of settings asks for (None: random resized crop), for inputs of `size` pixels.
 
     Args:
         scale, ratio: of :class:`RandomResizedCrop`.
+        final_size: of a run whose inputs have `size` for a while, and are to be cropped as at the end; None: `size`.
     """
+    final_size = final_size or size
     usual = RandomResizedCrop(scale, ratio)
     if cfg is None:
         return usual
     if cfg.src:
         return ShortSideCrop()
-    return PaddedCrop() if max(size) <= LARGEST_PADDED and not cfg.three_augment else usual
+    if max(final_size) > LARGEST_PADDED or cfg.three_augment:
+        return usual
+    return PaddedCrop(of=None if size == final_size else final_size)
 
 
 def evaluation_crop(size: ImageSize, ratio: float) -> CentreCrop:

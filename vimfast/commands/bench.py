@@ -183,8 +183,8 @@ def _loading(args: argparse.Namespace, world: World) -> Figure:
 
     given = {"data_path": str(args.data), "input_size": args.input_size, "batch_size": args.batch_size}
     cfg = resolve(given)
-    classes = open_source(args.data, "train").classes
-    loader = open_training(cfg, plan_batches(cfg, 1), world, classes, None, Reporter(None, active=True))
+    source = open_source(args.data, "train")
+    loader = open_training(source, cfg, plan_batches(cfg, 1), world, Reporter(None, active=True))
     finish = torch.cuda.synchronize if world.device.type == "cuda" else None
     rate, cores = measure_batches((len(batch.labels) for batch in endless(loader)), args.seconds, finish)
     note = f"decoder {loader.settings.decoder}, threads {loader.settings.threads}"

@@ -1,8 +1,9 @@
 """Every setting of a run: defaults < recipe (``--config``) < command line, typed and strict.
 
 :mod:`~vimfast.config.schema` has the settings, :mod:`~vimfast.config.choices` the words that they choose from,
-:mod:`~vimfast.config.loading` the order in which they win, :mod:`~vimfast.config.checks` what is refused, and
-:mod:`~vimfast.config.compat` the flags of hustvl/Vim that are no settings here.
+:mod:`~vimfast.config.loading` the order in which they win, :mod:`~vimfast.config.stages` what they are in which epoch,
+:mod:`~vimfast.config.checks` what is refused, and :mod:`~vimfast.config.compat` the flags of hustvl/Vim that are no
+settings here.
 """
 
 from vimfast.config.batches import Batches, plan_batches
@@ -20,7 +21,9 @@ from vimfast.config.schema import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
+    StageConfig,
 )
+from vimfast.config.stages import Staged, stage_of, staged
 
 __all__ = [
     "AugmentConfig",
@@ -35,9 +38,13 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "ScheduleConfig",
+    "StageConfig",
+    "Staged",
     "find_recipe",
     "load_config",
     "plan_batches",
     "recipes",
     "resolve",
+    "stage_of",
+    "staged",
 ]

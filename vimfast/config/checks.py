@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from vimfast.config.choices import MUON
-from vimfast.config.schema import Config, OptimConfig, kinds
+from vimfast.config.schema import Config, OptimConfig, StageConfig, kinds
+from vimfast.config.stages import staged
 from vimfast.errors import UserError, did_you_mean
 
 
@@ -22,12 +23,32 @@ def check(config: Config) -> None:
         raise UserError(
             "--sched plateau follows past accuracies, which a resumed run does not have", "try cosine or step"
         )
+    _check_settings(config)
+    for number, stage in enumerate(staged(config), 1):
+        if stage.config is not config:
+            try:
+                _check_settings(stage.config)
+            except UserError as error:
+                raise UserError(f"stage {number}: {error.problem}", error.fix) from None
+    _check_optimizer(config.optim.opt)
+    if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
+        raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
+    if config.model.in_chans not in (1, 3):
+        raise UserError(f"in_chans is {config.model.in_chans}", "it must be 3, or 1 for grey images")
+    if config.optim.layer_decay == 0:
+        raise UserError("layer_decay is 0", "it must be above 0; --freeze-layers keeps layers as they are")
+    if config.optim.on_divergence == "rollback" and not (config.run.output_dir or config.run.eval):
+        raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
+
+
+def _check_settings(config: Config) -> None:
+    """What a stage may be wrong about."""
     for section in fields(Config):
         part = getattr(config, section.name)
         of = kinds(type(part))
         for f in fields(part):
             value = getattr(part, f.name)
-            if value is None or value in of[f.name].words:
+            if value is None or of[f.name].base is StageConfig or value in of[f.name].words:
                 continue
             _check_finite(f.name, value)
             _check_range(f.name, value, f.metadata["least"], f.metadata["most"])
@@ -37,16 +58,7 @@ def check(config: Config) -> None:
             if choices and value not in choices:
                 hint = did_you_mean(value, choices)
                 raise UserError(f"{f.name} is {value!r}{hint}", f"it must be one of {', '.join(choices)}")
-    _check_optimizer(config.optim.opt)
     _check_augmentation(config)
-    if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
-        raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
-    if config.model.in_chans not in (1, 3):
-        raise UserError(f"in_chans is {config.model.in_chans}", "it must be 3, or 1 for grey images")
-    if config.optim.layer_decay == 0:
-        raise UserError("layer_decay is 0", "it must be above 0; --freeze-layers keeps layers as they are")
-    if config.optim.on_divergence == "rollback" and not (config.run.output_dir or config.run.eval):
-        raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
 
 
 def _check_finite(name: str, value: Any) -> None:

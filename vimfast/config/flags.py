@@ -12,7 +12,7 @@ import yaml
 from vimfast.cli import SIZE, Parser, image_size
 from vimfast.config.compat import TIMM, add_flags
 from vimfast.config.recipes import recipes
-from vimfast.config.schema import Config, Kind, kinds
+from vimfast.config.schema import Config, Kind, StageConfig, kinds
 
 CONFIG, PRINT_CONFIG = "config", "print_config"  # the flags that are no settings
 _LETTERS = {int: "N", float: "X", str: "NAME"}  # what stands for a value
@@ -53,7 +53,7 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
     flags = list(dict.fromkeys(f"--{n}" for name in names for n in (name, name.replace("-", "_"))))
     default = f.default_factory() if callable(f.default_factory) else f.default
     text = f.metadata["help"]
-    if not (default in (None, "", {}) or default is False):
+    if not (default in (None, "", {}, ()) or default is False):
         shown = " ".join(f"{part:g}" for part in default) if isinstance(default, tuple) else default
         text += f" [{'on' if default is True else shown}]"
     if kind.base is bool:
@@ -65,6 +65,8 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
         group.add_argument(*flags, dest=f.name, nargs="+", action=_KeyValue, metavar="NAME=VALUE", help=text)
     elif kind.size:
         group.add_argument(*flags, dest=f.name, type=image_size, help=text, metavar=SIZE)
+    elif kind.base is StageConfig:
+        group.add_argument(*flags, dest=f.name, type=_yaml, help=text, metavar="YAML")
     elif kind.length != 1:
         several = {"nargs": kind.length or "+", "action": _AsTuple, "metavar": _LETTERS[kind.base]}
         group.add_argument(*flags, dest=f.name, type=kind.base, help=text, **several)
@@ -88,6 +90,13 @@ def _reader(kind: Kind) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text!r} must be {words}") from None
 
     return read
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML ({' '.join(str(error).split())})") from None
 
 
 class _KeyValue(argparse.Action):

@@ -16,7 +16,8 @@ from vimfast.config.checks import check
 from vimfast.config.compat import TIMM
 from vimfast.config.flags import CONFIG, PRINT_CONFIG, flag_parser
 from vimfast.config.recipes import find_recipe
-from vimfast.config.schema import Config, Kind, kinds
+from vimfast.config.schema import Config, Kind, StageConfig, kinds
+from vimfast.config.stages import staged_settings
 from vimfast.errors import UserError, did_you_mean
 from vimfast.image_size import ImageSize
 
@@ -48,8 +49,9 @@ def resolve(given: dict[str, Any]) -> Config:
     for section in fields(Config):
         part = getattr(config, section.name)
         for name in given.keys() & {f.name for f in fields(part)}:
-            setattr(part, name, given[name])
             origins[name] = f"--{name.replace('_', '-')}"
+            stages = kinds(type(part))[name].base is StageConfig
+            setattr(part, name, _stages(given[name], origins[name]) if stages else given[name])
         for f in fields(part):
             if f.metadata["path"]:
                 setattr(part, f.name, os.path.expanduser(getattr(part, f.name)))
@@ -157,6 +159,8 @@ def _convert(value: Any, kind: Kind, where: str) -> Any:
     """`value` as `kind`, strictly, but for what YAML gets wrong: it reads ``3e-4`` as a string."""
     if value is None and kind.optional:
         return None
+    if kind.base is StageConfig:
+        return _stages(value, where)
     try:
         if isinstance(value, str) and value in kind.words:
             return value
@@ -175,6 +179,28 @@ def _convert(value: Any, kind: Kind, where: str) -> Any:
         several = f"a list of {kind.length} numbers" if kind.length else "a list of numbers"
         wanted = " or ".join([f"of type {kind.base.__name__}", *kind.words]) if kind.length == 1 else several
         raise UserError(f"{where} is {value!r}", f"it must be {wanted}") from None
+
+
+def _stages(value: Any, where: str) -> tuple[StageConfig, ...]:
+    if not isinstance(value, list):
+        raise UserError(f"{where} is {value!r}", "it must be a list of stages, such as [{epochs: 10, input_size: 128}]")
+    return tuple(_stage(stage, f"{where}, stage {number}") for number, stage in enumerate(value, 1))
+
+
+def _stage(value: Any, where: str) -> StageConfig:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r}", "it must be settings, such as {epochs: 10, input_size: 128}")
+    own, known = kinds(StageConfig), staged_settings()
+    lengths = {name: own[name] for name in ("epochs", "share")}
+    for name in value:
+        if name in lengths or name in known:
+            continue
+        everywhere = any(name in kinds(type(part)) for part in vars(Config()).values())
+        words = f"{name} cannot change with the stage" if everywhere else f"unknown key {name!r}"
+        hint = "" if everywhere else did_you_mean(str(name), [*lengths, *known])
+        raise UserError(f"{where}: {words}{hint}", f"a stage may have {', '.join([*lengths, *known])}")
+    given = {name: _convert(v, {**known, **lengths}[name], f"{where}: {name}") for name, v in value.items()}
+    return StageConfig(given.pop("epochs", None), given.pop("share", None), given)
 
 
 def _scalar(value: Any, base: type) -> Any:

@@ -6,7 +6,6 @@ hustvl/Vim's ``main.py`` where it has them, so its command lines carry over.
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -101,6 +100,35 @@ def _backend_names() -> tuple[str, ...]:
     from vimfast_kernels import backend_names  # imports torch, which a command line without this flag can do without
 
     return backend_names()
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Some epochs of a run, and the settings that are others there than in the run as a whole.
+
+    Args:
+        epochs: how many; None: as `share` says.
+        share: of the run's epochs, in (0, 1]; None, like `epochs`: what the stages before leave of it.
+        changes: values by the names of settings, those of :data:`~vimfast.config.stages.MAY_CHANGE`.
+    """
+
+    epochs: int | None = None
+    share: float | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a YAML file has it."""
+        own = {name: value for name, value in (("epochs", self.epochs), ("share", self.share)) if value is not None}
+        return {**own, **_plain(self.changes)}
+
+
+def _plain(value: Any) -> Any:
+    """What YAML and checkpoints hold of a setting's value."""
+    if isinstance(value, StageConfig):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return {name: _plain(part) for name, part in value.items()} if isinstance(value, Mapping) else value
 
 
 @dataclass
@@ -304,6 +332,11 @@ class DistillConfig:
 @dataclass
 class ScheduleConfig:
     epochs: int = option(300, "epochs to train", least=1)
+    stages: tuple[StageConfig, ...] = option(
+        (),
+        "the curriculum: a list of stages, each with its epochs, or share of them, and settings of its own, such as"
+        " input_size (docs/curriculum.md)",
+    )
     sched: Schedule = option("cosine", "schedule of the learning rate, by timm's factory")
     sched_on_updates: bool = option(False, "move the learning rate every step instead of every epoch")
     warmup_lr: float = option(1e-6, "first learning rate of the warm-up (not scaled)")
@@ -389,10 +422,9 @@ class Config:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values by section and name, as YAML and checkpoints hold them."""
-        plain = dataclasses.asdict(self)
+        sections = {section.name: getattr(self, section.name) for section in fields(self)}
         return {
-            section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-            for section, values in plain.items()
+            section: {f.name: _plain(getattr(part, f.name)) for f in fields(part)} for section, part in sections.items()
         }
 
     def changed_since(self, earlier: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any, Any]]:

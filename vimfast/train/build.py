@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from vimfast.checkpoint import ASIDE, CHECKPOINT, Loaded, set_aside
-from vimfast.config import Config, plan_batches
+from vimfast.config import Config, plan_batches, staged
 from vimfast.config.choices import AUTO
 from vimfast.data.loader import Loader
+from vimfast.data.source import Source
 from vimfast.data.views import Stages
 from vimfast.dist import World
 from vimfast.errors import UserError
@@ -20,19 +22,21 @@ from vimfast.processes.control import Control
 from vimfast.train.batch_size import with_batch_size
 from vimfast.train.boards import WandB, check_boards
 from vimfast.train.continuity import order_changes
-from vimfast.train.device import prepare_device
+from vimfast.train.curriculum import Curriculum, TrainingStage
+from vimfast.train.depth import StochasticDepth
+from vimfast.train.device import StageEntry, captures, prepare_device
 from vimfast.train.folder import RunFolder, check_folder, unwritable
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.health import GradientHealth, LossHealth
 from vimfast.train.hooks import Beginning, Progress, Records
-from vimfast.train.loaders import open_training, open_validation
+from vimfast.train.loaders import open_training, open_training_source, open_validation
 from vimfast.train.loop import Evaluated, EvaluationRun, Hook, Place, TrainingRun
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import build_mixup
 from vimfast.train.model import Models, build_models, build_step
 from vimfast.train.optim import LearningRate, build_optimizer, peak_lr
 from vimfast.train.page import RunPage
-from vimfast.train.plan import plan, plan_evaluation
+from vimfast.train.plan import plan, plan_evaluation, stage_table
 from vimfast.train.report import Reporter
 from vimfast.train.rollback import Rollback
 from vimfast.train.run_state import load_origin, load_place
@@ -124,27 +128,33 @@ def _build_training(
     report = Reporter(folder, world.is_main)
     control.say = report.say
 
+    if stage is not None and cfg.schedule.stages:
+        raise UserError("the settings have stages, and the caller a function from an epoch to a stage", "drop one")
     control.doing("looking for the largest batch")
     cfg = with_batch_size(cfg, world, start, _sizes(cfg, stage), report)
     control.doing("building the run")
-    batches = plan_batches(cfg, world.size)
-    val_loader = open_validation(cfg, batches.batch_size, world, start, report)
+    val_loader = open_validation(cfg, plan_batches(cfg, world.size).batch_size, world, start, report)
+    source = open_training_source(cfg, val_loader.source.classes)
     # One process saves its place when it cannot have an image. Of several, the others are inside the step by then.
     stop = control.stop_for if world.size > 1 else None
-    loader = open_training(cfg, batches, world, val_loader.source.classes, stage, report, stop)
+    curriculum = _curriculum(cfg, source, world, stage, report, stop)
     start_up.done("data")
 
-    models = build_models(cfg, len(loader.source.classes), start, world.device, report, _sizes(cfg, stage))
-    run = _assemble(cfg, batches.accum_steps, loader, val_loader, models, world, control, report, held)
-    images = loader.source.identity
+    rates = {own.config.model.drop_path for own in curriculum.stages}
+    most = max(rates)
+    models = build_models(cfg, len(source.classes), start, world.device, report, _sizes(cfg, stage), most)
+    depth = StochasticDepth(models.model, most) if len(rates) > 1 else None
+    run = _assemble(cfg, curriculum, val_loader, models, world, control, report, held)
+    images = source.identity
     _resume(run, cfg, start, images)
     start_up.done("model")
 
     control.place = lambda: str(run.place)
     kept = f"saving the place in {folder / CHECKPOINT}" if folder else "ending; no --output_dir, no saving"
     control.promise = f"finishing the step, then {kept}"
-    run.hooks = _hooks(run, cfg, images, start_up, hooks)
-    prepare_device(run, cfg.model, start_up)
+    entry = StageEntry(run, capture=captures(run, cfg.model), depth=depth)
+    run.hooks = [entry, *_hooks(run, cfg, images, start_up, hooks)]
+    prepare_device(run, entry, start_up)
     _introduce(run, cfg, start)
     if held is not None:
         _take_over(held, cfg, start, run.place, report)
@@ -155,14 +165,34 @@ def _build_training(
 def _sizes(cfg: Config, stage: Stages | None) -> set[ImageSize]:
     """Of the images that are trained on."""
     if stage is None:
-        return {cfg.model.size}
+        return {own.config.model.size for own in staged(cfg)}
     return {ImageSize.of(stage(epoch).size) for epoch in range(cfg.schedule.epochs)}
+
+
+def _curriculum(
+    cfg: Config,
+    source: Source,
+    world: World,
+    stage: Stages | None,
+    report: Reporter,
+    stop: Callable[[UserError], None] | None,
+) -> Curriculum:
+    """What each epoch trains with; rates are shares of the highest that a stage has at its peak."""
+    final_size, parts = cfg.model.size, []
+    for epochs, own in staged(cfg):
+        batches = plan_batches(own, world.size)
+        loader = open_training(source, own, batches, world, report, final_size=final_size, stage=stage, stop=stop)
+        mixup = build_mixup(own.mix, source, cfg.run.seed, world.rank)
+        parts.append(TrainingStage(epochs, own, loader, mixup, batches.accum_steps))
+    peaks = [peak_lr(part.config.optim, part.global_batch) for part in parts]
+    highest = max(peaks)
+    shares = [1.0 if peak == highest else peak / highest for peak in peaks]
+    return Curriculum([replace(part, rate=share) for part, share in zip(parts, shares, strict=True)], highest)
 
 
 def _assemble(
     cfg: Config,
-    accum_steps: int,
-    loader: Loader,
+    curriculum: Curriculum,
     val_loader: Loader,
     models: Models,
     world: World,
@@ -172,19 +202,17 @@ def _assemble(
 ) -> TrainingRun:
     """A run at its beginning, without hooks."""
     objective = Objective(cfg.distill, cfg.mix.bce_loss, models.teacher, models.precision.amp)
-    optimizer = build_optimizer(cfg.optim, models.model, peak_lr(cfg.optim, loader.order.global_batch * accum_steps))
-    place = Place(steps=loader.steps // accum_steps)
-    rate = LearningRate(cfg.schedule, optimizer, place.steps)
+    optimizer = build_optimizer(cfg.optim, models.model, curriculum.peak_lr)
+    rate = LearningRate(cfg.schedule, optimizer, curriculum.stages[-1].steps)
+    accum_steps = curriculum.at(0).accum_steps
     torch.manual_seed(cfg.run.seed + world.rank)
     return TrainingRun(
-        place=place,
+        place=Place(steps=curriculum.at(0).steps),
         epochs=cfg.schedule.epochs,
-        accum_steps=accum_steps,
+        curriculum=curriculum,
         model=models.model,
         average=models.average,
         optimizer=optimizer,
-        loader=loader,
-        mixup=build_mixup(cfg.mix, loader.source, cfg.run.seed, world.rank),
         objective=objective,
         train_step=build_step(models, optimizer, objective, cfg.optim.clip_grad, accum_steps, world.size),
         rate=rate,
@@ -202,7 +230,7 @@ def _resume(run: TrainingRun, cfg: Config, start: Loaded | None, images: str) ->
     if start is not None:
         load_place(run, start.state, str(start.path), cfg, order_changes(start.state, cfg, images))
     elif cfg.run.start_epoch is not None:
-        run.place.epoch = cfg.run.start_epoch
+        run.move(cfg.run.start_epoch)
     if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
         run.model.compile()
     for module in run.evaluated.models.values():
@@ -239,6 +267,8 @@ def _introduce(run: TrainingRun, cfg: Config, start: Loaded | None) -> None:
         run.report.warn(note)
     run.plan = plan(run, cfg) if run.report.active else []
     _print(run.plan, run.report)
+    if len(run.curriculum.stages) > 1:
+        run.report.table(*stage_table(run, cfg))
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
     if warmup >= epochs and cfg.schedule.sched != "none":
         run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")

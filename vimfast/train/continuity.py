@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vimfast.config import Config
+from vimfast.config import Config, stage_of
 from vimfast.errors import UserError
 
 State = Mapping[str, Any]
@@ -54,7 +54,7 @@ def check_every_class(classes: Sequence[str], labels: np.ndarray, data: str) -> 
 
 
 def order_changes(state: State, cfg: Config, images: str) -> list[str]:
-    """What makes the images of this run come in another order than the checkpoint's; a phrase each.
+    """What makes the images of this run come in another order than the checkpoint's, in its epoch; a phrase each.
 
     Args:
         images: :attr:`~vimfast.data.source.Source.identity` of those that this run trains on.
@@ -63,7 +63,11 @@ def order_changes(state: State, cfg: Config, images: str) -> list[str]:
     if state.get("images", images) != images:
         changes.append(f"{cfg.data.data_path} holds other images, or in another order")
     before = state.get("config") or {}
-    then, now = ({**d.get("data", {}), **d.get("run", {})} for d in (before, cfg.to_dict()))
+    epoch = int(state.get("epoch", 0))
+    then, now = (
+        {**d.get("data", {}), **d.get("run", {}), **stage_of(d.get("schedule", {}), epoch)}
+        for d in (before, cfg.to_dict())
+    )
     for name in ("seed", "repeated_aug", "order", "order_window"):
         if name not in then or then[name] == now[name]:
             continue

@@ -1,17 +1,24 @@
-"""Before the first step: kernels tuned, batches begun, the step captured, a decoder chosen by what it takes."""
+"""Before the first step of a run, or of a stage: kernels tuned, batches begun, the step captured, a decoder chosen."""
 
 from __future__ import annotations
+
+import time
 
 import torch
 from torch import nn
 
 from vimfast import dist
 from vimfast.config import ModelConfig
+from vimfast.train.curriculum import TrainingStage
+from vimfast.train.depth import StochasticDepth
 from vimfast.train.fitting import blank_batch
-from vimfast.train.loop import Precision, TrainingRun
+from vimfast.train.loop import Hook, Place, Precision, TrainingRun
+from vimfast.train.report import duration
 from vimfast.train.start_up import StartUp
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again
+
+AHEAD = 100  # steps before its stage in which a loader builds what decodes, and decodes the first batches
 
 
 def kernels(model: nn.Module, precision: Precision) -> str:
@@ -20,7 +27,82 @@ def kernels(model: nn.Module, precision: Precision) -> str:
     return "" if explain is None else explain(precision.dtype)
 
 
-def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> None:
+def captures(run: TrainingRun, cfg: ModelConfig) -> bool:
+    """Whether the run's steps are to be CUDA graphs."""
+    return run.world.device.type == "cuda" and cfg.cuda_graph and bool(getattr(run.model, "capturable", False))
+
+
+class StageEntry(Hook):
+    """Has model, step and loader be those of the epoch's stage.
+
+    A stage is entered where an epoch begins, not where its first batch arrives: a loader reads ahead. The loader of the
+    stage that follows begins on its batches :data:`AHEAD` steps earlier, so that nothing waits for it.
+
+    Args:
+        capture: the step of each stage as a CUDA graph.
+        depth: of the model; None: its rate is the same in all stages.
+    """
+
+    def __init__(self, run: TrainingRun, *, capture: bool, depth: StochasticDepth | None) -> None:
+        self._run, self._capture, self._depth = run, capture, depth
+        self._entered: TrainingStage | None = None
+        self._begun: TrainingStage | None = None
+        self._seconds: float | None = None  # of a batch on the GPU
+
+    def enter(self, epoch: int) -> None:
+        """Prepare for the steps of an epoch, whose loader has begun; every process must call it at the same place."""
+        run, stage = self._run, self._run.curriculum.at(epoch)
+        if self._entered is not None or run.train_step.accum_steps != stage.accum_steps:
+            run.train_step.restart(stage.accum_steps)
+        if self._depth is not None:
+            self._depth.set(stage.config.model.drop_path)
+        self._entered = stage
+        if not self._capture:
+            return
+        with run.memory():
+            size = stage.loader.view.size_in(epoch)
+            batch = blank_batch(run.world.device, stage.loader.order.batch_size, size, stage.mixup, run.objective)
+            run.capture(*batch)
+        if run.train_step.captured:
+            run.train_step.time_replays()
+            self._seconds = min(dist.gather_objects(run.train_step.seconds))
+            stage.loader.expect(self._seconds)
+
+    def epoch_begin(self, place: Place) -> None:
+        run, stage = self._run, self._run.stage
+        if stage is self._entered:
+            return
+        run.control.doing("preparing the training step for another stage")
+        begin = time.perf_counter()
+        self.enter(place.epoch)
+        stages, seconds = run.curriculum.stages, run.train_step.seconds
+        text = f"stage {stages.index(stage) + 1} of {len(stages)}, prepared in {time.perf_counter() - begin:.1f} s"
+        if seconds is not None:
+            its = duration(stage.updates * stage.accum_steps * seconds)
+            text += f"; at least {its} of GPU time for the steps of its {len(stage.epochs)} epochs"
+        run.report.say(text)
+
+    def after_step(self, place: Place) -> None:
+        run, following = self._run, self._run.curriculum.after(self._run.stage)
+        if following is None or following is self._begun or place.epoch != run.stage.epochs[-1]:
+            return
+        if place.steps - place.step <= AHEAD:
+            self._begun = following
+            if self._seconds is not None:
+                here, there = (own.work / own.accum_steps for own in (run.stage, following))
+                following.loader.expect(self._seconds * there / here)
+            following.loader.begin(following.epochs.start)
+
+    def epoch_trained(self, place: Place) -> None:
+        stage = self._run.stage
+        if place.epoch == stage.epochs[-1] and self._run.curriculum.after(stage) is not None:
+            stage.loader.close()  # what it has read ahead is of no stage
+
+    def returned(self, place: Place) -> None:
+        self._begun = None
+
+
+def prepare_device(run: TrainingRun, entry: StageEntry, start_up: StartUp) -> None:
     """Tune kernels, begin the first batches, capture the step, and choose the decoder by what it takes."""
     if run.world.device.type == "cuda":
         _tune(run)
@@ -29,14 +111,9 @@ def prepare_device(run: TrainingRun, cfg: ModelConfig, start_up: StartUp) -> Non
         return
     run.control.doing("preparing the training step")
     epoch, step = run.next_step
-    run.loader.begin(epoch, step * run.accum_steps)
-    if run.world.device.type == "cuda" and cfg.cuda_graph and getattr(run.model, "capturable", False):
-        with run.memory():
-            size = run.loader.view.size_in(epoch)
-            run.capture(*blank_batch(run.world.device, run.loader.order.batch_size, size, run.mixup, run.objective))
-        if run.train_step.captured:
-            run.train_step.time_replays()
-            run.loader.expect(min(dist.gather_objects(run.train_step.seconds)))
+    stage = run.curriculum.at(epoch)
+    stage.loader.begin(epoch, step * stage.accum_steps)
+    entry.enter(epoch)
 
 
 def _tune(run: TrainingRun) -> None:

@@ -79,17 +79,16 @@ class LossHealth:
         self._first = self._lowest = math.nan
         self._warned = False
         self._skipped = 0.0
-        self._proven = self._retried = -1  # steps of the whole run
+        self._proven = self._retried = (-1, 0)  # epoch, step
 
     def is_proven(self, epoch: int, step: int) -> bool:
         """Whether training went on well from the weights of that place."""
-        at = epoch * self._run.place.steps + step
-        return at < self._proven and at != self._retried
+        return self._retried != (epoch, step) < self._proven
 
     def returned(self, place: Place) -> None:
         """What came after this place is forgotten; if it goes badly from here again, the place is no good either."""
-        self._skipped, self._retried = 0.0, place.epoch * place.steps + place.step
-        self._proven = self._retried + 1
+        self._skipped, self._retried = 0.0, (place.epoch, place.step)
+        self._proven = place.epoch, place.step + 1
 
     def check(self, loss: float, place: Place, skipped: float) -> None:
         """With the loss of each report, and the steps skipped up to it."""
@@ -101,7 +100,7 @@ class LossHealth:
         if not self._is_bad(loss):
             self._lowest = min(self._lowest, loss)
             if sound:
-                self._proven, self._retried = place.epoch * place.steps + place.step, -1
+                self._proven, self._retried = (place.epoch, place.step), (-1, 0)
             return
         problem = f"the loss has risen to {loss:.4g} from {self._lowest:.4g}, by epoch {place.epoch}, step {place.step}"
         if self._raises:

@@ -98,7 +98,7 @@ class Progress(Hook):
         images, share = asked.stretch.images * run.world.size, asked.stretch.data_share(seconds)
         speed = images / seconds
         run.pace.spend(images, seconds, share)
-        left = (run.epochs - asked.epoch) * place.steps - asked.step
+        left = run.curriculum.updates_left(asked.epoch, asked.step)
         each = seconds / max(asked.stretch.steps / run.accum_steps, 1)
         memory, power = memory_gib(run.world.device), watts(run.world.device)
         run.report.news(
@@ -110,7 +110,7 @@ class Progress(Hook):
         self._foretell(left * each)
         scalars = {"loss": loss, "lr": asked.lr, "img_s": speed, "data_share": share, "memory_gib": memory}
         scalars |= {} if power is None else {"power_w": power}
-        at = asked.epoch * place.steps + asked.step
+        at = run.curriculum.updates(asked.epoch, asked.step)
         run.report.scalars({f"train/{name}": value for name, value in scalars.items()}, at)
         self._before, self._since = (loss_sum, steps), asked.reading.mark
         self._losses.check(loss, Place(place.steps, asked.epoch, asked.step), counts[0])

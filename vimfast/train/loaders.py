@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from vimfast.augment.recipe import evaluation_crop
+from vimfast.augment.recipe import Recipe, evaluation_crop, training_crop
 from vimfast.checkpoint import Loaded
 from vimfast.config import Batches, Config, DataConfig
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.relabelling import numbered, open_mapped
 from vimfast.data.source import Source
-from vimfast.data.views import Evaluation, Stages, training_view
+from vimfast.data.views import Evaluation, Stage, Stages, crop_view
 from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.image_size import ImageSize
 from vimfast.train.continuity import check_classes, check_every_class
 from vimfast.train.report import Reporter
 
@@ -44,24 +45,14 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Loaded | 
     return Loader(source, Evaluation(order, world.device, size, crop), _settings(data, report))
 
 
-def open_training(
-    cfg: Config,
-    batches: Batches,
-    world: World,
-    classes: Sequence[str],
-    stage: Stages | None,
-    report: Reporter,
-    stop: Callable[[UserError], None] | None = None,
-) -> Loader:
-    """The loader of the training images.
+def open_training_source(cfg: Config, classes: Sequence[str]) -> Source:
+    """The training images.
 
     Args:
         classes: of the validation images.
-        stage: of an epoch; None: the settings', in all epochs.
-        stop: as :class:`LoaderSettings` has it.
 
     Raises:
-        UserError: the training images are of others, or too few, or cannot be used.
+        UserError: the training images are of others, or cannot be used.
     """
     data = cfg.data
     source = open_mapped(data.data_path, "train", data.class_map)
@@ -74,20 +65,41 @@ def open_training(
         raise UserError(problem, f"check them with vimfast check {data.data_path}")
     if not data.class_map:  # which may have the classes of other data
         check_every_class(classes, source.labels, data.data_path)
-    if cfg.mix.soft_targets:
-        source = numbered(source)
+    return numbered(source) if cfg.mix.soft_targets else source
+
+
+def open_training(
+    source: Source,
+    cfg: Config,
+    batches: Batches,
+    world: World,
+    report: Reporter,
+    *,
+    final_size: ImageSize | None = None,
+    stage: Stages | None = None,
+    stop: Callable[[UserError], None] | None = None,
+) -> Loader:
+    """The loader of the training images, with the settings of a run or of one of its stages.
+
+    Args:
+        final_size: the run's, which decides how all its stages crop; None: that of the settings.
+        stage: of an epoch; None: the settings', in all epochs.
+        stop: as :class:`LoaderSettings` has it.
+
+    Raises:
+        UserError: they are too few, or a setting is out of its range.
+    """
+    data, size = cfg.data, cfg.model.size
     last = cfg.schedule.epochs - 1  # beyond which batches are still read ahead
-    view = training_view(
+    own = Stage(size, Recipe(cfg.augment, data.train_interpolation))
+    view = crop_view(
         _training_order(cfg, source, batches, world),
         world.device,
-        cfg.augment,
-        size=cfg.model.size,
-        scale=data.scale,
-        ratio=data.ratio,
+        training_crop(cfg.augment, size, data.scale, data.ratio, final_size),
+        (lambda epoch: own) if stage is None else (lambda epoch: stage(min(epoch, last))),
         flip=data.hflip,
         interpolation=data.train_interpolation,
         group=world.host,
-        stage=stage and (lambda epoch: stage(min(epoch, last))),
     )
     return Loader(source, view, replace(_settings(data, report), stop=stop))
 

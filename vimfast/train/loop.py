@@ -23,6 +23,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.answers import Answers
+from vimfast.train.curriculum import Curriculum, TrainingStage
 from vimfast.train.evaluation import Scores, evaluate
 from vimfast.train.fitting import blank_batch, largest_batch
 from vimfast.train.folder import RunFolder
@@ -201,7 +202,7 @@ class TrainingRun(_Closed):
     Args:
         place: where it stands.
         epochs: where it ends.
-        accum_steps: batches of a step.
+        curriculum: what it trains with, by epoch.
         hooks: act on its events, in this order.
         recover: makes a run that has diverged ready to continue, or raises the error.
         turns: the places (epoch, step) that it was rolled back to.
@@ -210,12 +211,10 @@ class TrainingRun(_Closed):
 
     place: Place
     epochs: int
-    accum_steps: int
+    curriculum: Curriculum
     model: nn.Module
     average: WeightAverage | None
     optimizer: Optimizer
-    loader: Loader
-    mixup: Mixup
     objective: Objective
     train_step: TrainStep
     rate: LearningRate
@@ -237,9 +236,38 @@ class TrainingRun(_Closed):
         self.sums, self.pace = Sums(("loss", "steps"), self.world.device), Pace(self.world.device)
 
     @property
+    def stage(self) -> TrainingStage:
+        """What the epoch in progress trains with."""
+        return self.curriculum.at(self.place.epoch)
+
+    @property
+    def next_stage(self) -> TrainingStage:
+        """What the next step is trained with, or was the last one."""
+        return self.curriculum.at((self.next_step or (self.place.epoch, 0))[0])
+
+    @property
+    def loader(self) -> Loader:
+        """Of the training images of the epoch in progress."""
+        return self.stage.loader
+
+    @property
+    def mixup(self) -> Mixup:
+        """Of the epoch in progress."""
+        return self.stage.mixup
+
+    @property
+    def accum_steps(self) -> int:
+        """Batches of a step of the epoch in progress."""
+        return self.stage.accum_steps
+
+    @property
     def global_batch(self) -> int:
-        """Images of an update, on all processes."""
-        return self.loader.order.global_batch * self.accum_steps
+        """Images of an update of the epoch in progress, on all processes."""
+        return self.stage.global_batch
+
+    def move(self, epoch: int, step: int = 0) -> None:
+        """Stand at this place from now on."""
+        self.place.epoch, self.place.step, self.place.steps = epoch, step, self.curriculum.at(epoch).steps
 
     @property
     def next_step(self) -> tuple[int, int] | None:
@@ -272,7 +300,7 @@ class TrainingRun(_Closed):
                     self.pace = Pace(self.world.device)
                     continue
                 self._evaluate_epoch()
-                self.place.epoch, self.place.step = self.place.epoch + 1, 0
+                self.move(self.place.epoch + 1)
                 self.sums.values.zero_()
             if anything:
                 self.report.say(f"Training time {duration(time.perf_counter() - begin)}")
@@ -306,9 +334,9 @@ class TrainingRun(_Closed):
             while place.step < place.steps:
                 if self.control.should_stop():
                     raise Stopped
-                self.rate.set(place.epoch, place.step)
+                self.rate.set(place.epoch, place.step, place.steps, self.stage.rate)
                 if self.average is not None:
-                    self.average.updates = place.epoch * place.steps + place.step + 1
+                    self.average.updates = self.curriculum.updates(place.epoch, place.step) + 1
                 for part in range(self.accum_steps):
                     batch = self._next(batches, part)
                     if part == 0:
@@ -397,7 +425,7 @@ class TrainingRun(_Closed):
     def _train_batch(self, batch: Batch, part: int) -> None:
         """Batch `part` of the `accum_steps` of this step."""
         place, last = self.place, part == self.accum_steps - 1
-        number = (place.epoch * place.steps + place.step) * self.accum_steps + part
+        number = self.curriculum.batches(place.epoch, place.step) + part
         images, targets = self.mixup(batch.images, batch.labels, number)
         images = self.objective.prepare(images)
         if part == 0 and self.train_step.captured and not self.train_step.has_captured(images, targets):
@@ -429,7 +457,8 @@ class TrainingRun(_Closed):
         self.train_step.forget()
         if not failing:
             _synchronize(self.world.device)
-            self.loader.close()
+            for stage in self.curriculum.stages:
+                stage.loader.close()
             self.evaluated.loader.close()
         if self.folder is not None:
             self.folder.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,15 +50,18 @@ def build_models(
     device: torch.device,
     report: Reporter,
     sizes: Collection[ImageSize] = (),
+    drop_path: float | None = None,
 ) -> Models:
     """The models that the settings describe, with the weights of the checkpoint, if there is one.
 
     Args:
         sizes: of the images that are trained on; none in evaluation.
+        drop_path: the largest rate of stochastic depth; None: that of the settings.
     """
     dynamic = any(size != cfg.model.size for size in sizes)
     torch.manual_seed(cfg.run.seed)
-    model = build_model(cfg.model, num_classes, dynamic)
+    built = cfg.model if drop_path is None else replace(cfg.model, drop_path=drop_path)
+    model = build_model(built, num_classes, dynamic)
     if not cfg.run.eval:
         check_patches(model, cfg.model.size, "--input-size")
         for size in sorted(sizes):

@@ -86,6 +86,7 @@ class LearningRate:
         self.on_updates, self.steps_per_epoch, self.optimizer = cfg.sched_on_updates, steps_per_epoch, optimizer
         self._fixed = [float(group["lr"]) for group in optimizer.param_groups]  # where there is no schedule
         self._shares = [float(group.get("lr_scale", 1.0)) for group in optimizer.param_groups]  # of their layers
+        self._lowered = 1.0
         noise: Any = None if cfg.lr_noise is None else list(cfg.lr_noise)  # shares of the schedule, or None
         try:
             self.scheduler: Scheduler | None = create_scheduler_v2(
@@ -110,17 +111,29 @@ class LearningRate:
             ) from None
         self.scale(1.0)
 
-    def set(self, epoch: int, step: int) -> None:
-        """Set the optimizer's rate for `step` of `epoch`."""
+    def set(self, epoch: int, step: int, steps: int | None = None, share: float = 1.0) -> None:
+        """Set the optimizer's rate for `step` of `epoch`.
+
+        Args:
+            steps: of this epoch; None: as many as an epoch of the schedule has, which is passed faster or more slowly
+                where they differ.
+            share: of the schedule's rate, in this epoch.
+        """
+        self._scale_by(self._lowered * share)
         if self.scheduler is None:
             return
         if self.on_updates:
-            self.scheduler.step_update(epoch * self.steps_per_epoch + step)
+            of = self.steps_per_epoch
+            self.scheduler.step_update(epoch * of + step * of // (steps or of))
         else:
             self.scheduler.step(max(epoch - 1, 0))
 
     def scale(self, factor: float) -> None:
         """Multiply the schedule's rates by `factor` from now on."""
+        self._lowered = factor
+        self._scale_by(factor)
+
+    def _scale_by(self, factor: float) -> None:
         for group, fixed, share in zip(self.optimizer.param_groups, self._fixed, self._shares, strict=True):
             group["lr_scale"] = factor * share  # timm's schedulers multiply by it
             if self.scheduler is None:

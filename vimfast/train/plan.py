@@ -10,9 +10,10 @@ from vimfast.data.loader import Loader
 from vimfast.dist import World
 from vimfast.train.device import kernels
 from vimfast.train.loop import EvaluationRun, Precision, TrainingRun
-from vimfast.train.optim import peak_lr
 from vimfast.train.report import duration
 from vimfast.train.run_state import FACTOR
+
+_IN_COLUMNS = ("input_size", "batch_size")  # of the table of stages
 
 
 def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
@@ -21,9 +22,10 @@ def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
         ("model", _model(run, cfg)),
         ("computes", _computes(run.world, run.precision, run.model, captured=run.train_step.captured)),
         ("trains on", _images(run, cfg)),
-        ("augments by", _augmentation(cfg)),
+        ("stages", _stages(run)),
+        ("augments by", _augmentation(run.stage.config) + _in_stage(run)),
         ("decodes by", _decoding(run.loader)),
-        ("batch", _batch(run)),
+        ("batch", _batch(run) + _in_stage(run)),
         ("learning rate", _rate(run, cfg)),
         ("length", _length(run)),
         ("memory", _memory(run.world.device)),
@@ -78,6 +80,43 @@ def _images(run: TrainingRun, cfg: Config) -> str:
     return f"{images}, at {cfg.model.size} pixels; {len(val_source):,} to validate"
 
 
+def stage_table(run: TrainingRun, cfg: Config) -> tuple[str, list[str], list[list[object]]]:
+    """Title, columns and rows of the run's stages."""
+    stages, here, seconds = run.curriculum.stages, run.next_stage, run.train_step.seconds
+    work = {stage: stage.updates * stage.work for stage in stages}
+    rows: list[list[object]] = []
+    for number, (stage, own) in enumerate(zip(stages, cfg.schedule.stages, strict=True), 1):
+        changes = ", ".join(f"{name} {value}" for name, value in own.changes.items() if name not in _IN_COLUMNS)
+        if seconds is None:
+            share = f"{work[stage] / sum(work.values()):.0%}"
+        else:
+            share = duration(work[stage] / here.work * here.accum_steps * seconds)
+        epochs = f"{stage.epochs.start} to {stage.epochs[-1]}"
+        batch = f"{stage.global_batch:,}"
+        rows.append([number, epochs, stage.config.model.size, batch, f"{stage.updates:,}", changes, share])
+    title = "stages; work is counted in pixels"
+    if seconds is not None:
+        title = f"stages; GPU time as measured in stage {stages.index(here) + 1}, of others in proportion to pixels"
+    columns = ["", "epochs", "pixels", "images", "steps", "changes", "work" if seconds is None else "GPU time"]
+    return title, columns, rows
+
+
+def _stages(run: TrainingRun) -> str:
+    stages = run.curriculum.stages
+    if len(stages) == 1:
+        return ""
+    return ", ".join(f"{_epochs(len(stage.epochs))} at {stage.config.model.size} pixels" for stage in stages)
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
+
+
+def _in_stage(run: TrainingRun) -> str:
+    stages = run.curriculum.stages
+    return f" (stage {stages.index(run.stage) + 1} of {len(stages)})" if len(stages) > 1 else ""
+
+
 def _augmentation(cfg: Config) -> str:
     augment, mix = cfg.augment, cfg.mix
     three = "ThreeAugment" if augment.three_augment else augment.aa if augment.aa not in ("", "none", None) else ""
@@ -100,18 +139,24 @@ def _batch(run: TrainingRun) -> str:
 def _rate(run: TrainingRun, cfg: Config) -> str:
     optim, schedule = cfg.optim, cfg.schedule
     scaled = "" if optim.unscale_lr else f" = {optim.lr:g} x {run.global_batch:,} / 512"
+    if len({stage.rate for stage in run.curriculum.stages}) > 1:
+        scaled = " in the stage where it is highest"
     epochs = min(schedule.warmup_epochs, schedule.epochs - 1) if schedule.sched != "none" else 0
-    warmup = f", {epochs} epoch{'s' * (epochs != 1)} of warm-up" if epochs else ""
+    warmup = f", {_epochs(epochs)} of warm-up" if epochs else ""
     lowered = f", x {FACTOR ** len(run.turns):g} after {len(run.turns)} rollbacks" if run.turns else ""
     lowered += f", x {optim.layer_decay:g} from each layer to the one before" if optim.layer_decay is not None else ""
-    return f"{peak_lr(optim, run.global_batch):.3g}{scaled}{lowered}, {optim.opt}, {schedule.sched}{warmup}"
+    return f"{run.curriculum.peak_lr:.3g}{scaled}{lowered}, {optim.opt}, {schedule.sched}{warmup}"
 
 
 def _length(run: TrainingRun) -> str:
-    text = f"{run.epochs} epoch{'s' * (run.epochs != 1)} of {run.place.steps:,} steps"
+    stages = run.curriculum.stages
+    text = f"{_epochs(run.epochs)} of {run.place.steps:,} steps"
+    if len(stages) > 1:
+        text = f"{_epochs(run.epochs)}, {sum(stage.updates for stage in stages):,} steps"
     if run.train_step.seconds is not None:
-        steps = (run.epochs - run.place.epoch) * run.place.steps - run.place.step
-        text += f"; at least {duration(steps * run.accum_steps * run.train_step.seconds)} of GPU time for the steps"
+        steps = run.curriculum.updates_left(*(run.next_step or (run.epochs, 0)))
+        seconds = steps * run.next_stage.accum_steps * run.train_step.seconds
+        text += f"; at least {duration(seconds)} of GPU time for the steps"
     return text
 
 

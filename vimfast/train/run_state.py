@@ -149,7 +149,7 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
     place, start_epoch = run.place, cfg.run.start_epoch
     run.sums.values.zero_()  # a run that is rolled back has some
     if "optimizer" not in state or "epoch" not in state:
-        place.epoch = start_epoch or 0
+        run.move(start_epoch or 0)
         return
     then, now = _optimizer_name(state), cfg.optim.opt
     if then is not None and then.lower() != now.lower():
@@ -167,13 +167,15 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
         ) from None
     take_turns(run, [(int(epoch), int(step)) for epoch, step in state.get("turns", ())])
     place.best_acc1 = float(state.get("best_acc1", NO_ACC1))
-    place.epoch, place.step = int(state["epoch"]), int(state.get("step", place.steps))
-    if state.get("evaluated", True) and place.step >= state.get("steps", place.steps):
-        place.epoch, place.step = place.epoch + 1, 0
+    epoch = int(state["epoch"])
+    steps = run.curriculum.at(epoch).steps
+    run.move(epoch, int(state.get("step", steps)))
+    if state.get("evaluated", True) and place.step >= state.get("steps", steps):
+        run.move(epoch + 1)
     if place.epoch == 0:  # nothing has been evaluated; earlier versions have 0 here
         place.best_acc1 = NO_ACC1
     if start_epoch is not None:
-        place.epoch, place.step = start_epoch, 0
+        run.move(start_epoch)
     if place.step and (state["steps"], state["global_batch"]) != (place.steps, run.global_batch):
         fix = "the data and --steps-per-epoch as they were"
         if state["global_batch"] != run.global_batch:
@@ -206,9 +208,14 @@ def take_turns(run: TrainingRun, turns: Sequence[tuple[int, int]]) -> None:
         return
     run.turns = tuple(turns)
     run.rate.scale(FACTOR ** len(turns))
-    detours = tuple(Detour(epoch, step * run.accum_steps, number) for number, (epoch, step) in enumerate(turns, 1))
-    if run.loader.order.detours != detours:
-        run.loader.reorder(replace(run.loader.order, detours=detours))
+    for stage in run.curriculum.stages:
+        detours = tuple(
+            Detour(epoch, step * stage.accum_steps, number)
+            for number, (epoch, step) in enumerate(turns, 1)
+            if run.curriculum.at(epoch) is stage
+        )
+        if stage.loader.order.detours != detours:
+            stage.loader.reorder(replace(stage.loader.order, detours=detours))
 
 
 def _load_sums(run: TrainingRun, saved: list[list[float]], accum_steps: int) -> None:

@@ -168,6 +168,16 @@ class TrainStep:
         self._captured, self._in_place = {}, None
         gc.collect()
 
+    def restart(self, accum_steps: int) -> None:
+        """Train on batches of other shapes from the next step on, so many of them to a step.
+
+        What was captured and timed is forgotten, and its memory is free, that of its gradients too.
+        """
+        self.forget()
+        self._drop_gradients()
+        self._parts = self._parts // self.accum_steps * accum_steps
+        self.accum_steps, self.seconds = accum_steps, None
+
     def time_replays(self) -> None:
         """Measure `seconds` of the first graph; every process must have captured, as they replay together.
 

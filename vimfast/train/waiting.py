@@ -31,6 +31,7 @@ class DataWaits:
     def __init__(self, run: TrainingRun, data: DataConfig) -> None:
         self._run, self._data = run, data
         self._steps, self._epoch = 0, -1  # since the last look, and the epoch of it
+        self._loader: Loader | None = None  # of the last look
         self._read_before = 0.0  # seconds
         self._suspected, self._tried, self._told = False, False, False
 
@@ -41,6 +42,8 @@ class DataWaits:
     def look(self, share: float, stretch: Stretch, place: Place) -> None:
         """With each report, its share of the time spent waiting; every process must call it at the same step."""
         loader = self._run.loader
+        if loader is not self._loader:  # at first, and in each stage
+            self._loader, self._read_before = loader, 0.0
         read, self._read_before = loader.read_waits - self._read_before, loader.read_waits
         if self._steps < SETTLED_AFTER or place.epoch == self._epoch or self._told or place.step >= place.steps:
             return
