@@ -239,3 +239,23 @@ def test_a_stage_has_a_graph_of_its_own(
     assert "GPU time as measured in stage 1, of others in proportion to pixels" in out
     assert "stage 2 of 3, prepared in " in out
     assert "at least 0:00:12 of GPU time for the steps of its 2 epochs" in out
+
+
+def test_the_evening_recipe_runs_on_a_cpu(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its first stage to its last, with a tiny model; the sizes are the recipe's."""
+    seen: list[Sees] = []
+
+    def hooks(run: TrainingRun) -> list[Hook]:
+        seen.append(Sees(run))
+        return [seen[-1]]
+
+    tiny = ("--model-kwargs", "depth=1", "embed_dim=16", "--device", "cpu", "--num-workers", "1")
+    short = ("--epochs", "8", "--steps-per-epoch", "1", "--eval-steps", "1", "--save-minutes", "0")
+    batches = ("--batch-size", "2", "--global-batch-size", "4", "--eval-batch-size", "2")
+    run = train("--config", "vim_tiny_evening", "--data-path", str(tree), *tiny, *short, *batches, hooks=hooks)
+    sizes = [seen[0].given[epoch] for epoch in range(8)]
+    assert sizes == [{(2, 128, 128)}] * 4 + [{(2, 160, 160)}] * 2 + [{(2, 192, 192)}] + [{(2, 224, 224)}]
+    assert run.evaluated.loader.view.size_in(0) == (224, 224)
+    assert run.place.epoch == 8
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    assert "stage 4 of 4, prepared in " in capsys.readouterr().out
