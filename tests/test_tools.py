@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
-from runs import FORKING
+from runs import FORKING, TINY, environment
 from watch import Line, Watched
 
 from vimfast.errors import UserError
@@ -176,3 +178,30 @@ def test_the_demo_knows_the_lowest_loss_of_smoothed_labels(smoothing: float) -> 
     logits[0, 0] = math.log(1 - smoothing + smoothing / 10)
     assert F.cross_entropy(logits, label, label_smoothing=smoothing).item() == pytest.approx(floor, abs=1e-6)
     assert F.cross_entropy(logits * 1.1, label, label_smoothing=smoothing).item() >= floor - 1e-6
+
+
+def test_how_soon_a_recipe_is_how_good(tree: Path, tmp_path: Path) -> None:
+    """A real run of two epochs; and what is made of several."""
+    from bench_recipe import Evaluated, Trained, mean
+
+    recipe, figures = tmp_path / "tiny.yaml", tmp_path / "figures.json"
+    recipe.write_text(yaml.safe_dump(TINY))
+    words = [str(tree), "--recipes", str(recipe), "--seeds", "1", "--target", "0", "--out", str(tmp_path / "runs")]
+    own = ["--json", str(figures), "--", "--epochs", "2", "--steps-per-epoch", "1", "--no-repeated-aug"]
+    command = [sys.executable, str(TOOLS / "bench_recipe.py"), *words, *own]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment()})
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(figures.read_text())
+    logged = [json.loads(line) for line in (tmp_path / "runs" / "tiny-seed1" / "log.txt").open()]
+    for weights, name in (("raw", "test_acc1"), ("averaged", "ema_test_acc1")):
+        seen = [e["top1"] for e in run["evaluations"] if e["weights"] == weights]
+        assert seen == pytest.approx([record[name] for record in logged], abs=1e-3)
+    times = [e["seconds"] for e in run["evaluations"]]
+    assert 0 < times[0] <= times[-1] <= run["seconds"]
+    assert len([line for line in done.stdout.splitlines() if " raw " in line or " averaged " in line]) == 2
+
+    pairs = [(10, "raw", 5.0), (20, "raw", 30.0), (20, "averaged", 28.0), (30, "raw", 29.0), (30, "averaged", 31.0)]
+    trained = Trained("x", 0, 33.0, [Evaluated(*pair) for pair in pairs])
+    assert (trained.reached(29, "raw"), trained.reached(29, "averaged"), trained.reached(40, "raw")) == (20, 30, None)
+    assert (trained.within(25, "raw"), trained.within(99, "averaged"), trained.within(5, "raw")) == (30.0, 31.0, None)
+    assert (mean([1.0, 3.0], 1), mean([1.0, None], 0), mean([None], 0)) == ("2.0 ± 1.4", "1 (1 of 2)", "-")
