@@ -70,7 +70,7 @@ NOT_RUN_CODE = {
 SMALL = (  # before a page's own flags, which win; processes become two
     *("--device", "cpu", "--num-workers", "1", "--input-size", "48", "--model-kwargs", "depth=1", "embed_dim=32"),
     *("--batch-size", "4", "--global-batch-size", "4", "--epochs", "1", "--warmup-epochs", "0"),
-    *("--steps-per-epoch", "2", "--eval-steps", "1", "--log-every", "1"),
+    *("--steps-per-epoch", "2", "--eval-steps", "1", "--log-every", "1", "--stages", "[]"),
 )
 WRITES = ("--out", "--output_dir", "--grid")
 ELSEWHERE = {  # flags on pages that are no program's of this repository
