@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from runs import RECIPE, Stops, differences, records, same, train
 from test_step import graphs  # noqa: F401  # a fixture
 
 from vimfast.augment.crops import PaddedCrop, RandomResizedCrop
+from vimfast.augment.draws import COLUMNS
 from vimfast.config import OptimConfig, ScheduleConfig, StageConfig, load_config, staged
 from vimfast.config.stages import MAY_CHANGE
 from vimfast.errors import UserError
@@ -129,6 +131,7 @@ class Sees(Hook):
     def __init__(self, run: TrainingRun) -> None:
         self.given: dict[int, set[tuple[int, ...]]] = {}
         self.depth: list[float] = []
+        self.ahead: list[tuple[object, object]] = []  # where the loaders of a stage and of the next stand at its end
         self.run = run
         run.model.register_forward_pre_hook(self.note)
 
@@ -138,6 +141,10 @@ class Sees(Hook):
 
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
         self.depth.append(self.run.model.drop_path_rate)
+        own, following = self.run.stage, self.run.curriculum.after(self.run.stage)
+        if following is not None and place.epoch == own.epochs[-1]:
+            following.loader._join()
+            self.ahead.append((own.loader._next_place, following.loader._next_place))
 
 
 def test_a_run_resumes_in_every_stage_to_the_same_bits(recipe: str, tree: Path, tmp_path: Path) -> None:
@@ -151,6 +158,7 @@ def test_a_run_resumes_in_every_stage_to_the_same_bits(recipe: str, tree: Path, 
     whole = train(*flags, str(tmp_path / "whole"), hooks=hooks)
     assert seen[0].given == {0: {(12, 32, 32)}, 1: {(3, 40, 40)}, 2: {(3, 40, 40)}, 3: {(4, 48, 48)}}
     assert seen[0].depth == pytest.approx([0.0, 0.2, 0.2, 0.3])
+    assert seen[0].ahead == [(None, (1, 0)), (None, (3, 0))]
     assert [stage.steps for stage in whole.curriculum.stages] == [3, 6, 9]
     assert whole.curriculum.updates(3, 2) == 3 + 6 + 6 + 2
     assert whole.curriculum.batches(3, 2) == 3 + 12 + 12 + 2
@@ -212,6 +220,12 @@ def test_all_stages_crop_as_the_last_one_does(tree: Path, tmp_path: Path) -> Non
     crops = [[stage.loader.view.crop for stage in run.curriculum.stages] for run in (small, large)]
     assert crops[0] == [PaddedCrop(of=(32, 32)), PaddedCrop()]
     assert all(isinstance(crop, RandomResizedCrop) for crop in crops[1])
+
+    u, sizes = np.random.default_rng(0).random((50, COLUMNS)), np.full((50, 2), 32)
+    whole, half = (crop.squares(u, sizes, size) for crop, size in ((crops[0][1], 32), (crops[0][0], 16)))
+    assert (half.resized == 16).all()
+    assert np.ptp(half.corner) == 4  # of 2 pixels of padding on either side
+    assert np.abs(half.corner - whole.corner / 2).max() <= 1  # they show the same
 
 
 @pytest.mark.usefixtures("graphs")

@@ -56,7 +56,7 @@ class StageEntry(Hook):
             run.train_step.restart(stage.accum_steps)
         if self._depth is not None:
             self._depth.set(stage.config.model.drop_path)
-        self._entered = stage
+        self._entered, self._seconds = stage, None
         if not self._capture:
             return
         with run.memory():

@@ -173,6 +173,8 @@ class TrainStep:
 
         What was captured and timed is forgotten, and its memory is free, that of its gradients too.
         """
+        if self._on_gpu:
+            torch.cuda.synchronize()  # a graph may still be running
         self.forget()
         self._drop_gradients()
         self._parts = self._parts // self.accum_steps * accum_steps
