@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked, run_program
+from forking_torchrun import torchrun
 from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
@@ -70,11 +72,22 @@ def command(program: str, *flags: str, processes: int = 0, launcher: Sequence[st
 
 
 def call(
-    program: str, *flags: str, processes: int = 0, ok: bool = True, importtime: bool = False
-) -> subprocess.CompletedProcess:
-    """Run a module to its end, as a user would; `importtime`: its imports are in stderr."""
-    env = {**os.environ, **environment(), **({"PYTHONPROFILEIMPORTTIME": "1"} if importtime else {})}
-    done = subprocess.run(command(program, *flags, processes=processes), capture_output=True, text=True, env=env)
+    program: str, *flags: str, processes: int = 0, ok: bool = True, fresh: bool = False, importtime: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a module to its end, as a user would.
+
+    Args:
+        processes: of torchrun; 0: no torchrun.
+        fresh: in a new interpreter, as a user's are, rather than in a fork of one that has everything imported.
+        importtime: its imports are in stderr; it is fresh, too.
+    """
+    if fresh or importtime:
+        env = {**os.environ, **environment(), **({"PYTHONPROFILEIMPORTTIME": "1"} if importtime else {})}
+        done = subprocess.run(command(program, *flags, processes=processes), capture_output=True, text=True, env=env)
+    elif processes:
+        done = run_forked(torchrun, *command(program, *flags, processes=processes)[3:])
+    else:
+        done = run_forked(run_program, program, *flags)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
 

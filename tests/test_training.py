@@ -41,13 +41,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    call("vimfast.prepare", str(tree), "--out", str(out))
-    return out
-
-
 def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = call("vimfast.train", "--config", recipe, "--data-path", str(shards), "--output_dir", str(run))
