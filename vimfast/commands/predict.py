@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vimfast.cli import Parser, path, say_written, whole
+from vimfast.cli import Parser, fit_terminal, path, say_written, whole
 from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
@@ -44,14 +44,14 @@ def main() -> int:
             device=world.device,
         )
         for note in classifier.notes:
-            print(f"warning: {note}", file=sys.stderr)
+            print(fit_terminal(f"warning: {note}", sys.stderr), file=sys.stderr)
         predictions = _predict(classifier, args)
         if args.json:
             print(json.dumps(to_json(classifier, predictions), indent=1))
         else:
             _print(classifier, predictions)
         for _, why in predictions.unreadable:
-            print(f"warning: {printable(why)}", file=sys.stderr)
+            print(fit_terminal(f"warning: {printable(why)}", sys.stderr), file=sys.stderr)
         if args.grid is not None and predictions.images:
             _save(draw(classifier, predictions), args.grid)
             say_written(args.grid, aside=args.json)

@@ -69,7 +69,7 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
     start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     report = Reporter(None, world.is_main)
-    control.say = report.say
+    control.say, control.let_go = report.say, report.let_go
     for note in start.notes if start is not None else ():
         report.warn(note)
     cfg = with_batch_size(cfg, world, start, (), report)
@@ -121,7 +121,7 @@ def _build_training(
     folder = None if held is None else held.path
     start = load_origin(cfg.run, cfg.finetune.finetune, Path(cfg.run.output_dir) if cfg.run.output_dir else None)
     report = Reporter(folder, world.is_main)
-    control.say = report.say
+    control.say, control.let_go = report.say, report.let_go
 
     control.doing("looking for the largest batch")
     cfg = with_batch_size(cfg, world, start, _sizes(cfg, stage), report)
