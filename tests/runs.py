@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import run_forked, run_program
+from forked import WatchedFork, run_forked, run_program
 from forking_torchrun import torchrun
 from watch import Watched
 
@@ -92,10 +92,26 @@ def call(
     return done
 
 
-def start(program: str, *flags: str, processes: int = 0, launcher: Sequence[str] = TORCHRUN, **env: str) -> Watched:
-    """A run to be followed, signalled and waited for."""
-    words = command(program, *flags, processes=processes, launcher=launcher)
-    return Watched(words, env={**environment(), **env})
+def start(
+    program: str,
+    *flags: str,
+    processes: int = 0,
+    launcher: Sequence[str] = FORKING,
+    fresh: bool = False,
+    **env: str,
+) -> Watched:
+    """A run to be followed, signalled and waited for.
+
+    Args:
+        processes, fresh: as :func:`call` has them.
+        launcher: of the processes; torchrun itself is fresh, too.
+    """
+    words, env = command(program, *flags, processes=processes, launcher=launcher), {**environment(), **env}
+    if fresh or (processes and launcher[: len(FORKING)] != FORKING):
+        return Watched(words, env=env)
+    if processes:
+        return WatchedFork(torchrun, *words[1 + len(FORKING) :], env=env)
+    return WatchedFork(run_program, program, *flags, env=env)
 
 
 def assert_gone(run: Watched, within: float) -> None:
