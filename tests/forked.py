@@ -22,7 +22,14 @@ from typing import Any
 from watch import MARK, Watched
 
 _NO_MARK = "0" * 32  # as long as what Watched marks processes with
-_EVERYTHING = ["torch.utils.tensorboard", "vimfast.train.build", "vimfast.inference", "vimfast.samples", "preloaded"]
+_EVERYTHING = [
+    "torch.utils.tensorboard",
+    "vimfast.train.build",
+    "vimfast.inference",
+    "vimfast.samples",
+    "forked",
+    "preloaded",
+]
 
 
 def run_forked(
@@ -119,6 +126,13 @@ def run_program(program: str, *flags: str) -> None:
         runpy.run_path(program, run_name="__main__")
     else:
         runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def run_in_forks(program: str, *flags: str) -> None:
+    """The same, where processes that it starts with multiprocessing are forks of it."""
+    context = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: context  # type: ignore[assignment]
+    run_program(program, *flags)
 
 
 def _context() -> Any:

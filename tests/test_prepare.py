@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import enlarged, forbidden, visible, write_image
-from forked import run_forked, run_program
+from forked import run_forked, run_in_forks
 from PIL import Image
 
 from vimfast import prepare
@@ -41,9 +41,12 @@ TIMEOUT = 300.0  # seconds for what takes a few
 
 
 def run(*words: object, status: int = 0, **options: Any) -> str:
-    """Run vimfast-prepare, expect this exit status, return all that it said."""
+    """Run vimfast-prepare, expect this exit status, return all that it said.
+
+    Its workers are forks, too: as new interpreters, which those of COMMAND are, each takes longer than its images.
+    """
     words = ("--workers", "1", *words)  # the last --workers counts
-    done = run_forked(run_program, "vimfast.prepare", *map(str, words), together=True, seconds=TIMEOUT, **options)
+    done = run_forked(run_in_forks, "vimfast.prepare", *map(str, words), together=True, seconds=TIMEOUT, **options)
     assert done.returncode == status, done.stdout
     assert "Traceback" not in done.stdout
     return done.stdout
