@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from vimfast import __version__
-from vimfast.cli import Parser, path
+from vimfast.cli import Parser, fit_terminal, path
 from vimfast.doctor import Line, State, examine
 
 _MARKS: Mapping[State, str] = {"green": "✓", "yellow": "!", "red": "✗"}
@@ -41,7 +41,8 @@ def main() -> int:
     args = parser().parse_args(sys.argv[1:])
     live = sys.stderr.isatty()
     if live:
-        print(f"looking at this machine; it takes about {_USUAL}, minutes where something hangs", file=sys.stderr)
+        begin = f"looking at this machine, which takes about {_USUAL}, or minutes where something hangs"
+        print(fit_terminal(begin, sys.stderr), file=sys.stderr)
     lines = examine(args.data, _progress if live else None)
     if live:
         print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -150,7 +150,7 @@ def _print(classifier: Classifier, predictions: Predictions) -> None:
 
 
 def _weights(classifier: Classifier) -> str:
-    return "averaged" if classifier.weights == "ema" else "raw"
+    return "averaged" if classifier.weights == "ema" else "trained"
 
 
 def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:
