@@ -52,7 +52,7 @@ def run_forked(
     with TemporaryDirectory() as place:
         streams = [os.path.join(place, name) for name in ("out", "out" if together else "err")]
         setting = (str(folder or os.getcwd()), dict(os.environ if env is None else env), streams)
-        process = _context().Process(target=_run, args=(setting, function, arguments))
+        process = forking().Process(target=_run, args=(setting, function, arguments))
         process.start()
         process.join(seconds)
         if process.is_alive():
@@ -91,7 +91,7 @@ class _Fork:
             streams = [os.path.join(place, name) for name in ("out", "err")]
             for stream in streams:
                 os.mkfifo(stream)
-            self._process = _context().Process(target=_run, args=((os.getcwd(), env, streams), function, arguments))
+            self._process = forking().Process(target=_run, args=((os.getcwd(), env, streams), function, arguments))
             self._process.start()
             self.stdout, self.stderr = (open(stream, errors="replace") for stream in streams)  # noqa: SIM115  # for long
         assert self._process.pid is not None
@@ -135,7 +135,8 @@ def run_in_forks(program: str, *flags: str) -> None:
     run_program(program, *flags)
 
 
-def _context() -> Any:
+def forking() -> Any:
+    """The context of multiprocessing whose processes are forks of the one that has everything imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_EVERYTHING)
     os.environ.setdefault(MARK, _NO_MARK)  # room for another, in the forked process and so in each fork
