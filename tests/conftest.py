@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -21,7 +22,8 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from vimfast.shards.format import MANIFEST
+from vimfast.shards.convert import convert
+from vimfast.shards.format import MANIFEST, ConversionOptions
 
 # A shell has background jobs ignore it, and every process that a test starts would too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -45,6 +47,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"needs two or more CUDA devices; {count} here"))
         elif item.get_closest_marker("gpu") and count == 0:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """As a run does once everything is imported: a collection then looks at what came later alone.
+
+    The modules of all tests are a million objects, and whatever closes a loader collects.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else bindings complain of leaks when the interpreter ends
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> None:
@@ -126,6 +141,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 seed = 1000 * label + i + (500 if split == "val" else 0)
                 write_image(root / split / name / f"{name}_{i}.JPEG", seed, (60 + 7 * i, 50 + 11 * label))
     return root
+
+
+@pytest.fixture(scope="session")
+def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree as shards, one for each split. Do not write into it."""
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    convert(tree, out, ConversionOptions(), workers=1)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from forked import run_forked
+
+from vimfast.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 _DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -64,39 +66,16 @@ def blocks(page: str, kind: str) -> list[str]:
 
 
 def run(what: str | list[str], folder: Path) -> tuple[int, str]:
-    """Run Python, or the words of a ``vimfast`` command, in a folder; returns exit status and output.
-
-    It runs in a fork of a process that has imported everything once.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vimfast.train.build", "vimfast.inference", "vimfast.samples"])
-    output = folder / ".output"
-    process = context.Process(target=_run, args=(what, str(folder), str(output)))
-    process.start()
-    process.join(300)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    text = output.read_text()
-    output.unlink()
-    assert process.exitcode is not None
-    return process.exitcode, text
+    """Run Python, or the words of a ``vimfast`` command, in a folder; returns exit status and output."""
+    function, words = (_run_python, [what]) if isinstance(what, str) else (_run_words, what)
+    done = run_forked(function, *words, folder=folder, together=True)
+    return done.returncode, done.stdout
 
 
-def _run(what: str | list[str], folder: str, output: str) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    os.chdir(folder)
-    try:
-        if isinstance(what, str):
-            exec(compile(what, "<page>", "exec"), {"__name__": "__main__"})
-        else:
-            from vimfast.__main__ import main
+def _run_python(text: str) -> None:
+    exec(compile(text, "<page>", "exec"), {"__name__": "__main__"})
 
-            sys.argv = what
-            main()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+
+def _run_words(*words: str) -> None:
+    sys.argv = list(words)
+    main()

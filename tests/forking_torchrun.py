@@ -47,8 +47,13 @@ def fork(args: tuple[str, ...], env: dict[str, str], **options: Any) -> subproce
     return subprocess.Popen(args, env=env, preexec_fn=program, **options)
 
 
+def torchrun(*words: str) -> None:
+    """What the command ``torchrun`` does with these words."""
+    subprocess_handler.Popen = fork  # type: ignore[attr-defined]
+    run.main(words)
+
+
 if __name__ == "__main__":
     import_dali()
     gc.freeze()  # a collection in a fork would copy every page
-    subprocess_handler.Popen = fork  # type: ignore[attr-defined]
-    run.main()
+    torchrun(*sys.argv[1:])

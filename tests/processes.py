@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from forked import forking
 
 
 def run_on(processes: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -16,7 +17,8 @@ def run_on(processes: int, function: Callable[..., Any], folder: Path, *argument
 
     `function` is defined at the top of a module, and what it returns can be loaded with ``weights_only``.
     """
-    mp.spawn(_run, (processes, function, folder, arguments), processes)
+    forking()
+    mp.start_processes(_run, (processes, function, folder, arguments), processes, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import WatchedFork, run_forked, run_program
+from forking_torchrun import torchrun
 from watch import Watched
 
 from vimfast.checkpoint import load_checkpoint
@@ -70,19 +72,46 @@ def command(program: str, *flags: str, processes: int = 0, launcher: Sequence[st
 
 
 def call(
-    program: str, *flags: str, processes: int = 0, ok: bool = True, importtime: bool = False
-) -> subprocess.CompletedProcess:
-    """Run a module to its end, as a user would; `importtime`: its imports are in stderr."""
-    env = {**os.environ, **environment(), **({"PYTHONPROFILEIMPORTTIME": "1"} if importtime else {})}
-    done = subprocess.run(command(program, *flags, processes=processes), capture_output=True, text=True, env=env)
+    program: str, *flags: str, processes: int = 0, ok: bool = True, fresh: bool = False, importtime: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a module to its end, as a user would.
+
+    Args:
+        processes: of torchrun; 0: no torchrun.
+        fresh: in a new interpreter, as a user's are, rather than in a fork of one that has everything imported.
+        importtime: its imports are in stderr; it is fresh, too.
+    """
+    if fresh or importtime:
+        env = {**os.environ, **environment(), **({"PYTHONPROFILEIMPORTTIME": "1"} if importtime else {})}
+        done = subprocess.run(command(program, *flags, processes=processes), capture_output=True, text=True, env=env)
+    elif processes:
+        done = run_forked(torchrun, *command(program, *flags, processes=processes)[3:])
+    else:
+        done = run_forked(run_program, program, *flags)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def start(program: str, *flags: str, processes: int = 0, launcher: Sequence[str] = TORCHRUN, **env: str) -> Watched:
-    """A run to be followed, signalled and waited for."""
-    words = command(program, *flags, processes=processes, launcher=launcher)
-    return Watched(words, env={**environment(), **env})
+def start(
+    program: str,
+    *flags: str,
+    processes: int = 0,
+    launcher: Sequence[str] = FORKING,
+    fresh: bool = False,
+    **env: str,
+) -> Watched:
+    """A run to be followed, signalled and waited for.
+
+    Args:
+        processes, fresh: as :func:`call` has them.
+        launcher: of the processes; torchrun itself is fresh, too.
+    """
+    words, env = command(program, *flags, processes=processes, launcher=launcher), {**environment(), **env}
+    if fresh or (processes and launcher[: len(FORKING)] != FORKING):
+        return Watched(words, env=env)
+    if processes:
+        return WatchedFork(torchrun, *words[1 + len(FORKING) :], env=env)
+    return WatchedFork(run_program, program, *flags, env=env)
 
 
 def assert_gone(run: Watched, within: float) -> None:

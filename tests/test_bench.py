@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ def test_a_model_and_its_data(run: Run, tree: Path, tmp_path: Path, capsys: pyte
     for f in figures[:2]:
         assert f["of"] == "vim_tiny_patch16_224"
         assert f["img_s"] == pytest.approx(2000 / f["ms"])
+        assert f["spread"] > 0
     assert figures[2]["of"] == str(tree)
     assert figures[2]["img_s"] > 0 < figures[2]["cores"]
     with Image.open(plot) as image:
@@ -71,3 +73,11 @@ def test_what_it_refuses(run: Run, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             run(*words)
+
+
+def test_a_machine_that_is_busy_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stretches of 1, 2, ... seconds: the figures are that uncertain."""
+    now = (n * n / 2 for n in range(10**6))
+    monkeypatch.setattr("vimfast.speed.steps.time.perf_counter", lambda: next(now))
+    said = " ".join(run("--no-deit").split())
+    assert re.search(r"they differ by up to \d+%: the machine is busy", said), said

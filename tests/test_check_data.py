@@ -699,7 +699,7 @@ def test_the_table_caps_long_lists(
     assert text.count(": empty (0 bytes)") == 5
     assert "and 7 more; --json" in text
     assert "download the file again" in text
-    assert "not fit to train on: 12 error(s), 0 warning(s)" in text
+    assert "not fit to train on: 12 errors, 0 warnings" in text
 
 
 def test_findings_beyond_a_limit_are_counted(
@@ -714,7 +714,7 @@ def test_findings_beyond_a_limit_are_counted(
     assert check_data.main() == 1
     text = capsys.readouterr().out
     assert "and 7 more; --json lists some" in text
-    assert "12 error(s)" in text
+    assert "12 errors" in text
 
 
 def test_from_the_command_line(root: Path) -> None:
@@ -834,7 +834,7 @@ def test_where_a_page_is_stands_before_the_verdict(
     said = f"written to {tmp_path / 'page.html'}"
     monkeypatch.setattr(sys, "argv", words)
     check_data.main()
-    assert capsys.readouterr().out.splitlines()[-2:] == [said, "fit to train on: 0 error(s), 0 warning(s)"]
+    assert capsys.readouterr().out.splitlines()[-2:] == [said, "fit to train on: 0 errors, 0 warnings"]
     monkeypatch.setattr(sys, "argv", [*words, "--json"])
     check_data.main()
     assert capsys.readouterr().err == f"{said}\n"

@@ -86,14 +86,14 @@ def test_names_of_others_and_of_wrappers(tmp_path: Path, raw: str, averaged: str
     }
     torch.save({**state, "epoch": 3}, tmp_path / "c.pth")
     got = load_checkpoint(tmp_path / "c.pth")
-    assert weights_held(got) == "raw weights and their average (EMA)"
+    assert weights_held(got) == "weights and their moving average (EMA)"
     other = nn.Linear(3, 2)
     for name, want in (("model", model), ("model_ema", average)):
         assert load_weights(other, got[name], "c.pth") == []
         assert torch.equal(other.weight, want.weight)
     assert got["epoch"] == 3
     torch.save({**state, averaged: None}, tmp_path / "c.pth")
-    assert weights_held(load_checkpoint(tmp_path / "c.pth")) == "raw weights"
+    assert weights_held(load_checkpoint(tmp_path / "c.pth")) == "weights"
 
 
 def test_a_checkpoint_of_lightning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

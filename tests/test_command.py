@@ -20,7 +20,8 @@ def test_each_command_explains_itself_by_the_name_it_was_called(name: str) -> No
     assert callable(getattr(import_module(module), function))
     text = call("vimfast", name, "--help").stdout
     assert f"usage: vimfast {name} " in text
-    assert "\nexample: vimfast" in text
+    assert re.search(r"\nexamples?:\s+vimfast", text)
+    assert not re.search(r"--[\w-]+-$", text, re.MULTILINE)  # no line ends inside a flag
     assert max(map(len, text.splitlines())) <= 80
 
 

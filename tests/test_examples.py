@@ -97,3 +97,38 @@ def test_lightning(tree: Path, tmp_path: Path) -> None:
 
     check_that_it_resumes(fit, tmp_path)
     assert tops[0] == tops[1]
+
+
+def test_segmentation_on_feature_maps() -> None:
+    """Digits that it has not seen, at both sizes of its training: their ink, and which of two they are."""
+    example = runpy.run_path(str(EXAMPLES / "segment.py"))
+    torch.manual_seed(0)
+    model, digits, sizes = example["build"](32), (0, 1), (32, 48)
+    unseen = [example["Canvases"](validation=True, digits=digits).draw(32, size, seed=0) for size in sizes]
+    before = [example["intersection_over_union"](model, batch) for batch in unseen]
+    example["train"](model, example["Canvases"](validation=False, digits=digits), sizes, steps=60, batch=6)
+    for batch, untrained in zip(unseen, before, strict=True):
+        assert model(batch.images).shape == (32, 11, *batch.images.shape[2:])
+        found = example["intersection_over_union"](model, batch)
+        assert found[0] > 0.85  # the background
+        assert found[1:3].mean() > 0.2 + untrained[1:3].nan_to_num().mean()
+
+
+def test_intersection_over_union() -> None:
+    """By hand, with a model that always answers the same."""
+    example = runpy.run_path(str(EXAMPLES / "segment.py"))
+    answer = torch.tensor([[[[0, 1], [1, 2]]]])
+    batch = example["Batch"](torch.zeros(1, 3, 2, 2), torch.tensor([[[0, 1], [0, 1]]]))
+    model = Always(nn.functional.one_hot(answer[:, 0], 4).movedim(-1, 1).float())
+    found = example["intersection_over_union"](model, batch, classes=4)
+    assert found[:3].tolist() == pytest.approx([1 / 2, 1 / 3, 0])
+    assert found[3].isnan()
+
+
+class Always(nn.Module):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits

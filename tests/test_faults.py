@@ -55,7 +55,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def convert(root: Path, out: Path, *flags: str, program: str = "vimfast.prepare", **env: str) -> Watched:
     """A conversion into many small shards."""
     words = [str(root), "--out", str(out), "--resize", "64", "--shard-samples", "100", "--workers", "2", *flags]
-    return start(program, *words, **env)
+    return start(program, *words, fresh=True, **env)
 
 
 def finish(root: Path, out: Path, *flags: str) -> float:
@@ -328,7 +328,7 @@ def flags(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_trainings_killed_at_random(flags: tuple[str, ...], tmp_path: Path, chance: random.Random) -> None:
     """A tenth of them before the first step, the others within what a seventh of the run takes from there."""
-    with start("vimfast.train", *flags, str(tmp_path / "undisturbed")) as run:
+    with start("vimfast.train", *flags, str(tmp_path / "undisturbed"), fresh=True) as run:
         first = run.wait_for("^first step", TIMEOUT)
         begun = next(line.at for line in run.lines if line.text.startswith(first[0]))
         assert run.wait(TIMEOUT) == 0, run.text
@@ -339,7 +339,7 @@ def test_trainings_killed_at_random(flags: tuple[str, ...], tmp_path: Path, chan
         folder = tmp_path / str(attempt)
         status: int | None = None
         while status is None:
-            with start("vimfast.train", *flags, str(folder)) as run:
+            with start("vimfast.train", *flags, str(folder), fresh=True) as run:
                 if kills < KILLS:
                     if chance.random() < 0.1:
                         time.sleep(chance.uniform(0, start_up))
@@ -378,7 +378,7 @@ subprocess.run(["cp", "-r", f"{disk}/run", target], check=True)
 def test_trainings_onto_a_disk_that_fills(flags: tuple[str, ...], tmp_path: Path, chance: random.Random) -> None:
     """It ends with one sentence, whatever there was space for; with more of it, it is resumed to the same bits."""
     flags = ("--epochs", "2", "--steps-per-epoch", "25", *flags)
-    with start("vimfast.train", *flags, str(tmp_path / "undisturbed")) as run:
+    with start("vimfast.train", *flags, str(tmp_path / "undisturbed"), fresh=True) as run:
         assert run.wait(TIMEOUT) == 0, run.text
     held = sum(path.stat().st_size for path in (tmp_path / "undisturbed").rglob("*") if path.is_file())
     for attempt in range(5):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import vimfast.__main__
+import vimfast.train.__main__
 from vimfast.config import Config, compat, load_config, plan_batches
 from vimfast.errors import UserError
 from vimfast.models import create_model
@@ -99,6 +104,19 @@ REFUSED: list[tuple[str, ...]] = [
     *(("--patience-epochs", "10"), ("--inat-category", "name"), ("--world_size", "8"), ("--dist_url", "env://")),
     *(("--local-rank", "0"), ("--local-rank=0",), ("--data-set", "CIFAR"), ("--data-set", "INAT19")),
 ]
+# What hustvl/Vim's scripts give to main.py, on 8 GPUs, and the recipe that docs/coming_from_vim.md names instead.
+ORIGINALS_NAME = "bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+FINETUNED = "--lr 5e-6 --min-lr 1e-5 --warmup-lr 1e-5 --drop-path 0.0 --weight-decay 1e-8 --epochs 30 --finetune CKPT"
+SCRIPTS = {
+    "pt-vim-t.sh": ("vim_tiny_patch16_224", "--batch-size 128 --drop-path 0.0 --weight-decay 0.1", "vim_tiny"),
+    "pt-vim-s.sh": (
+        "vim_small_patch16_224",
+        "--batch-size 64 --drop-path 0.05 --weight-decay 0.05 --lr 1e-3",
+        "vim_small",
+    ),
+    "ft-vim-t.sh": ("vim_tiny_patch16_stride8_224", f"--batch-size 128 {FINETUNED}", "vim_tiny_stride8"),
+    "ft-vim-s.sh": ("vim_small_patch16_stride8_224", f"--batch-size 128 {FINETUNED}", "vim_small_stride8"),
+}
 
 
 def spellings(flag: str) -> set[str]:
@@ -114,6 +132,65 @@ def test_a_flag_of_the_original_sets_what_it_set(flag: str, words: tuple[str, ..
         assert getattr(getattr(config, section), name) == value
         changed = {k for k, v in config.to_dict().items() if v != Config().to_dict()[k]}
         assert changed <= {section}
+
+
+Printed = Callable[..., str]
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Printed:
+    """The settings that an entry point prints for a command line."""
+
+    def run(main: Callable[[], Any], *argv: str) -> str:
+        monkeypatch.setattr("sys.argv", [*argv, "--print-config"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert (end.value.code, err) == (0, "")
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("spell", ["-", "_"])
+def test_vimfast_train_takes_the_command_lines_of_the_docs(spell: str, printed: Printed) -> None:
+    """``vimfast train`` makes of the original's flags in docs/flags.md what ``python -m vimfast.train`` does."""
+
+    def spelled(flag: str) -> str:
+        return "--" + re.sub("[-_]", spell, flag[2:])
+
+    rows = [line.split(" | ") for line in (ROOT / "docs" / "flags.md").read_text().splitlines() if "| `--" in line]
+    theirs = [re.findall(r"`(--[\w-]+)", row[0]) for row in rows if len(row) == 5 and row[3] != "-"]
+    taken = {spelled(flag) for flag, _, _, _ in SETTINGS}
+    assert [names for names in theirs if not taken & set(map(spelled, names))] == [["--torch-compile"]]
+
+    for negative in (False, True):  # of a flag and its opposite, the second would win
+        argv = [
+            word
+            for flag, words, _, _ in SETTINGS
+            if flag.startswith("--no") == negative
+            for word in (spelled(flag), *words)
+        ]
+        argv += [word for flag, *words in ACCEPTED for word in (spelled(flag), *words)]
+        alone = printed(vimfast.train.__main__.main, "vimfast.train", *argv)
+        assert alone.count("  # --") >= 5
+        assert printed(vimfast.__main__.main, "vimfast", "train", *argv) == alone
+        assert printed(vimfast.__main__.main, "vimfast", "train", "--processes", "8", *argv) == alone
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_originals_scripts_and_our_recipes_are_the_same_settings(script: str, printed: Printed) -> None:
+    model, flags, recipe = SCRIPTS[script]
+    ends = ("--num_workers", "25", "--data-path", "D", "--output_dir", "O", "--no_amp")
+    argv = ("--model", f"{model}_{ORIGINALS_NAME}", *flags.split(), *ends)
+    there = yaml.safe_load(printed(vimfast.__main__.main, "vimfast", "train", "--processes", "8", *argv))
+    own = load_config(["--config", recipe, "--no_amp"])
+    batches = plan_batches(own, 8)
+    assert (batches.batch_size, batches.accum_steps) == (there["data"]["batch_size"], 1)
+    assert there["model"]["model"].startswith(f"{own.model.model}_")
+    there["model"]["model"], there["optim"]["global_batch_size"] = own.model.model, own.optim.global_batch_size
+    assert own.changed_since(there) == []
+    assert script in (ROOT / "docs" / "coming_from_vim.md").read_text()
 
 
 @pytest.mark.parametrize("words", ACCEPTED)

@@ -31,7 +31,7 @@ def assert_complete(notebook: nbformat.NotebookNode) -> None:
     """Digits were converted, trained on and recognized; a command that fails inside a cell stops nothing by itself."""
     text = printed(notebook)
     assert "quickstart/shards is complete: 1,437 train images" in text[1]
-    assert "fit to train on: 0 error(s), 0 warning(s)" in text[2]
+    assert "fit to train on: 0 errors, 0 warnings" in text[2]
     assert "torch.Size([16, 3, 48, 48]) torch.float32" in text[3]
     assert float(re.findall(r"top-1 (\d+\.\d) %", text[5])[-1]) > 85  # 95 was seen
     assert int(re.findall(r"for (\d+)% of them", text[7])[0]) > 80

@@ -127,7 +127,7 @@ def test_an_average_that_has_learned_little_is_not_taken_unasked(run: Path, tmp_
     assert unasked.weights == "raw"
     (note,) = unasked.notes
     updates = state["epoch"] * state["steps"] + state["step"]
-    assert f"are still {0.99**updates:.0%} initial weights, so the raw ones are taken" in note
+    assert f"are still {0.99**updates:.0%} initial weights, so the trained ones are taken" in note
     for asked in ("raw", "ema"):
         assert load_classifier(tmp_path / "young.pth", weights=asked).notes == []
 
@@ -284,7 +284,7 @@ def test_the_command(main: Callable[..., tuple[int, str, str]], run: Path, tree:
         assert grid.width > 5 * 176
     status, out, err = main(run, images[0], tmp_path / "none.jpg", "--weights", "raw")
     assert (status, err) == (1, f"warning: {tmp_path / 'none.jpg'} does not exist\n")
-    assert "best_checkpoint.pth, raw weights" in " ".join(out.split())  # the table may be narrower than a path
+    assert "best_checkpoint.pth, trained weights" in " ".join(out.split())  # the table may be narrower than a path
     assert out.count("%") == 3
     with pytest.raises(UserError, match=r"no/grid.png cannot be written .*; give --grid a file in a folder"):
         main(run, images[0], "--grid", tmp_path / "no" / "grid.png")

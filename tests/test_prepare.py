@@ -19,10 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import enlarged, forbidden, visible, write_image
+from forked import run_forked, run_in_forks
 from PIL import Image
 
 from vimfast import prepare
@@ -38,11 +40,29 @@ COMMAND = [sys.executable, "-m", "vimfast.prepare"]
 TIMEOUT = 300.0  # seconds for what takes a few
 
 
-def run(*words: object, status: int = 0, **options: object) -> str:
-    """Run vimfast-prepare, expect this exit status, return all that it said."""
-    command = [*COMMAND, "--workers", "1", *map(str, words)]  # the last --workers counts
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+def run(*words: object, status: int = 0, **options: Any) -> str:
+    """Run vimfast-prepare, expect this exit status, return all that it said.
+
+    Its workers are forks, too: as new interpreters, which those of COMMAND are, each takes longer than its images.
+    """
+    words = ("--workers", "1", *words)  # the last --workers counts
+    done = run_forked(run_in_forks, "vimfast.prepare", *map(str, words), together=True, seconds=TIMEOUT, **options)
     assert done.returncode == status, done.stdout
+    assert "Traceback" not in done.stdout
+    return done.stdout
+
+
+def run_short_of_room(size: int, *words: object) -> str:
+    """The same where no file may be larger than `size` bytes: what it says when it is refused."""
+    done = subprocess.run(
+        [*COMMAND, "--workers", "1", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stdout
     return done.stdout
 
@@ -424,7 +444,7 @@ def test_what_a_conversion_keeps_for_itself_may_be_a_fifo(tree: Path, out: Path,
     for name in ("plan.json", "source.txt"):
         (copy / ".prepare" / name).unlink()
         os.mkfifo(copy / ".prepare" / name)
-    run(tree, "--out", copy, "--shard-samples", 10, timeout=TIMEOUT)
+    run(tree, "--out", copy, "--shard-samples", 10)
     (copy / MANIFEST).unlink()
     with pytest.raises(UserError, match="is not finished"):
         read_manifest(copy)
@@ -720,8 +740,7 @@ def test_the_estimate_is_near(tree: Path, out: Path) -> None:
 
 def test_a_full_disk_is_reported_and_resumed_from(tree: Path, out: Path, tmp_path: Path) -> None:
     words = [tree, "--out", tmp_path / "out", "--shard-samples", 10]
-    limit = (out / "train-000000.tar").stat().st_size // 2
-    said = run(*words, status=2, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    said = run_short_of_room((out / "train-000000.tar").stat().st_size // 2, *words)
     assert "cannot be written (File too large)" in said.splitlines()[-1]
     assert not (tmp_path / "out" / MANIFEST).exists()
     assert not list(tmp_path.glob("out/*.tmp"))
@@ -731,8 +750,7 @@ def test_a_full_disk_is_reported_and_resumed_from(tree: Path, out: Path, tmp_pat
 
 def test_a_disk_that_is_full_at_once_is_reported(tree: Path, tmp_path: Path) -> None:
     """Before there are workers; it was a traceback."""
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))}
-    said = run(tree, "--out", tmp_path / "out", status=2, **limit)
+    said = run_short_of_room(100, tree, "--out", tmp_path / "out")
     assert said.splitlines()[-1].startswith(f"error: {tmp_path / 'out'} cannot be written (File too large); fix that")
     assert visible(tmp_path / "out") == {}
     run(tree, "--out", tmp_path / "out")
@@ -760,7 +778,7 @@ def test_links_to_a_disk_that_went_away_are_not_skipped(odd: Path, tmp_path: Pat
     assert "JPEG cannot be read (No such file or directory); once the source folder is back, run again" in said
     (tmp_path / "away").rename(tmp_path / "disk")
     (tmp_path / "disk/0.JPEG").unlink()
-    assert "6 train images in 1 shard(s), 2 changed, 1 skipped" in run(odd, "--out", tmp_path / "out", "--skip-bad")
+    assert "6 train images in 1 shard, 2 changed, 1 skipped" in run(odd, "--out", tmp_path / "out", "--skip-bad")
     (tmp_path / "disk").rename(tmp_path / "away")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "lock"}
     said = run(odd, "--out", tmp_path / "out", "--skip-bad", status=2)
@@ -903,11 +921,11 @@ def test_only_regular_files_are_read(odd: Path, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(folder / "socket.JPEG"))
     for extra in ([], ["--resize", 32]):
-        said = run(odd, "--out", tmp_path / "out", *extra, status=2, timeout=TIMEOUT)
+        said = run(odd, "--out", tmp_path / "out", *extra, status=2)
         assert "fifo.JPEG: not a regular file, but a FIFO" in said
         assert "zero.JPEG: not a regular file, but a device" in said
         assert "socket.JPEG: not a regular file, but a socket or a device" in said
-        run(odd, "--out", tmp_path / "out", *extra, "--skip-bad", timeout=TIMEOUT)
+        run(odd, "--out", tmp_path / "out", *extra, "--skip-bad")
         assert read_manifest(tmp_path / "out").splits["train"].samples == 7
         shutil.rmtree(tmp_path / "out")
 
@@ -916,7 +934,7 @@ def test_home_is_known_in_every_path(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "tree").symlink_to(tree)
     home = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     (tmp_path / "elsewhere").mkdir()
-    run("~/tree", "--out=~/out", env=home, cwd=tmp_path / "elsewhere")
+    run("~/tree", "--out=~/out", env=home, folder=tmp_path / "elsewhere")
     assert (tmp_path / "out" / MANIFEST).is_file()
     assert not list((tmp_path / "elsewhere").iterdir())
 

@@ -13,13 +13,6 @@ from runs import RECIPE, Stops, call, differences, records, refused, train
 
 
 @pytest.fixture(scope="module")
-def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    call("vimfast.prepare", str(tree), "--out", str(out))
-    return out
-
-
-@pytest.fixture(scope="module")
 def flags(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))

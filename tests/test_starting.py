@@ -43,7 +43,7 @@ def wait_until_read(settings: Path, run: Watched) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75), ("SIGHUP", 75)])
 def test_a_signal_ends_a_run_that_starts(number: str, status: int, settings: Path) -> None:
-    with start("vimfast.train", "--config", str(settings)) as run:
+    with start("vimfast.train", "--config", str(settings), fresh=True) as run:
         wait_until_read(settings, run)
         run.process.send_signal(getattr(signal, number))
         assert run.wait(TIMEOUT) == status
@@ -54,7 +54,7 @@ def test_a_process_that_starts_after_torchrun_has_ended(settings: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with start("vimfast.train", "--config", str(settings), **UNDER_TORCHRUN, **store) as run:
+    with start("vimfast.train", "--config", str(settings), fresh=True, **UNDER_TORCHRUN, **store) as run:
         assert run.wait(TIMEOUT) == 75
         assert run.text == f"torchrun is gone: {NOTHING}\n"
 
@@ -71,7 +71,7 @@ print("ranks", *(rank.pid for rank in ranks), flush=True)
 print("statuses", *(rank.wait() for rank in ranks), flush=True)
 """
     (tmp_path / "parent.py").write_text(parent)
-    run = start(str(tmp_path / "parent.py"), **UNDER_TORCHRUN)
+    run = start(str(tmp_path / "parent.py"), fresh=True, **UNDER_TORCHRUN)
     found = run.wait_for(r"^ranks (\d+) (\d+)$", TIMEOUT)
     for path in (settings, second):
         wait_until_read(path, run)
@@ -102,7 +102,7 @@ def test_a_process_that_is_ended_because_another_has_failed_is_silent(
         monkeypatch.setenv(name, value)
     word = reporting.first_on_host(reporting.attempt())
     assert word is not None
-    with start("vimfast.train", "--config", str(settings)) as run:
+    with start("vimfast.train", "--config", str(settings), fresh=True) as run:
         wait_until_read(settings, run)
         word.settimeout(TIMEOUT)
         word.accept()  # it has seen that another says why the run ends

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import RECIPE, Stops, call, differences, records, refused, same, train
+from runs import RECIPE, ROOT, Stops, call, differences, records, refused, same, train
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import Recipe
@@ -41,17 +41,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("shards") / "shards"
-    call("vimfast.prepare", str(tree), "--out", str(out))
-    return out
-
-
 def test_a_run_leaves_what_a_user_looks_for(recipe: str, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = call("vimfast.train", "--config", recipe, "--data-path", str(shards), "--output_dir", str(run))
-    assert {"checkpoint.pth", "best_checkpoint.pth", "log.txt", "train.log", "config.yaml"} <= set(os.listdir(run))
+    readme = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^\| (`.*?) \|", readme[readme.index("| in a run folder |") :], re.MULTILINE)
+    named = {name.strip("`/") for row in listed for name in row.split(", ")}
+    assert {"checkpoint.pth", "log.txt", "tensorboard"} < set(os.listdir(run)) <= named
     assert list((run / "tensorboard").iterdir())
     records = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [0, 1]

@@ -1,4 +1,4 @@
-"""What a run says of the time that it waits for data, and of the time it will end."""
+"""What a run says on a terminal: of the time that it waits for data, of the time it will end, and how it looks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import pytest
 import yaml
 from runs import TINY, train
 
+from vimfast.cli import report_once
 from vimfast.config import DataConfig, load_config
 from vimfast.data.hardware import available_cores
 from vimfast.data.loader import Loader
 from vimfast.data.source import FolderSource, Images
 from vimfast.dist import World
+from vimfast.processes.control import Control
 from vimfast.train.build import build
 from vimfast.train.loop import Place, TrainingRun
 from vimfast.train.pace import Stretch
 from vimfast.train.report import Reporter, short_duration
 from vimfast.train.waiting import SETTLED_AFTER, DataWaits, decoding_advice, reading_advice
 
+HIDE, SHOW, ERASE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"  # what a terminal does with its cursor and a line
 SLOW = "of its time for data: reading is slow"
 
 
@@ -90,15 +93,45 @@ def test_a_bar_and_its_figures_fit_into_80_columns(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     report = Reporter(None, active=True)
     assert report.live
-    brief = f"loss 2.298 21,500 img/s, waits 21%, {short_duration(97300)} left"
+    brief = f"loss 2.298 21,500 img/s, waiting for data 21%, {short_duration(97300)} left"
     with report.steps("epoch 299", 1251, 1250):
         report.news("", "x" * 200, brief)
         report.advance()
     line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue().replace("\r", "\n")).strip().splitlines()[-1]
-    assert f"epoch 299 {'━' * 10} 1251/1251 {brief}" in line
+    assert line.strip() == f"epoch 299 1251/1251 {brief}"
     before = len(shown.getvalue())
     report.row("trains on", "20,000 images of 10 classes in " + "folder/" * 4 + ", at 224 pixels; 4,000 to validate")
     rows = shown.getvalue()[before:].splitlines()
     assert len(rows) == 2
     assert all(len(row) <= 80 for row in rows)
     assert rows[1].startswith(" " * 15)
+
+
+def test_a_process_that_ends_at_once_leaves_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a second Ctrl-C: the bar stayed, and the terminal had no cursor."""
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    report, control = Reporter(None, active=True), Control(World())
+    control.let_go = report.let_go
+    with report.steps("epoch 0", 10):
+        report.advance()
+        assert shown.getvalue().rindex(HIDE) > shown.getvalue().find(SHOW)
+        control._report("interrupted again")
+        assert shown.getvalue().rindex(SHOW) > shown.getvalue().rindex("epoch 0")
+        assert shown.getvalue().endswith(ERASE)
+
+
+def test_a_sentence_is_not_broken_inside_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is longer than a terminal is wide. What reads a pipe or a file gets it in one line."""
+    shown = io.StringIO()
+    sentence = "error: " + "a word, " * 20 + "/a/path/longer/than/" * 5
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("COLUMNS", "80")
+    report_once(sentence)
+    assert shown.getvalue() == f"{sentence}\n"
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    report_once(sentence)
+    lines = shown.getvalue().splitlines()[1:]
+    assert [word for line in lines for word in line.split()] == sentence.split()
+    assert [len(line) <= 80 for line in lines] == [True, True, True, False]

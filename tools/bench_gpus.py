@@ -59,7 +59,7 @@ TORCHRUN = ("-m", "torch.distributed.run")
 AUGMENTATIONS = {"default": (), "one-rank": ("--repeated-aug-on", "one-rank"), "none": ("--no-repeated-aug",)}
 REPORT = re.compile(
     r"epoch 0 \[(?P<step>\d+)/\d+\].* (?P<img_s>[\d,]+) img/s, waiting for data (?P<waiting>\d+)%"
-    r", (?P<gib>[\d.]+) GiB"
+    r", (?P<gib>[\d.]+) GiB of"
 )
 FIRST_STEP = re.compile(r"^first step [\d.]+ s after")
 DECODING = re.compile(r"decoder (?P<decoder>\w+), threads (?P<threads>\d+)")

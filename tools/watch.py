@@ -68,15 +68,7 @@ class Watched:
         try:
             if cores is not None:
                 os.sched_setaffinity(0, cores)  # of this thread; the child inherits it
-            self.process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                env=environment,
-                start_new_session=True,  # signals to the command's group must not reach this process
-            )
+            self.process = self._start(command, environment)
         finally:
             if cores is not None:
                 os.sched_setaffinity(0, mine)
@@ -87,6 +79,17 @@ class Watched:
         self._waiter = threading.Thread(target=self._note_end, daemon=True)
         for thread in (*self._readers, self._waiter):
             thread.start()
+
+    def _start(self, command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,  # signals to the command's group must not reach this process
+        )
 
     def _read(self, stream: IO[str], is_error: bool) -> None:
         for text in stream:

@@ -26,7 +26,7 @@ from vimfast.checks.findings import CheckOptions, Finding, Findings, Report, in_
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
 from vimfast.cli import SIZE, Parser, image_size, path, run_main, say_written, whole
-from vimfast.errors import UserError, one_line
+from vimfast.errors import UserError, counted, one_line
 from vimfast.shards.format import SPLITS, is_shards_folder
 
 _LINES_PER_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
@@ -139,7 +139,7 @@ def _print(report: Report, console: Console) -> None:
 
 
 def _print_verdict(report: Report, console: Console) -> None:
-    counts = f"{report.findings.errors:,} error(s), {report.findings.warnings:,} warning(s)"
+    counts = f"{counted(report.findings.errors, 'error')}, {counted(report.findings.warnings, 'warning')}"
     verdict = f"{'fit to train on' if report.fit else 'not fit to train on'}: {counts}"
     console.print(Text(verdict, "green" if report.fit else "red"))
 

@@ -23,6 +23,11 @@ class UserError(Exception):
         return one_line(self.problem if self.fix is None else f"{self.problem}; {self.fix}")
 
 
+def counted(number: int, what: str) -> str:
+    """``1 image``, ``2,000 images``: for nouns whose plural ends in s, of things or of a kind ("train image")."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def one_line(text: str) -> str:
     """With control characters spelled out: names of files may have line ends in them."""
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)

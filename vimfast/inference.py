@@ -272,7 +272,7 @@ def load_classifier(
         raise UserError(f"{origin} holds no averaged weights", "drop --weights ema")
     if share > _YOUNG:
         notes.append(
-            f"the averaged weights in {origin} are still {share:.0%} initial weights, so the raw ones are taken; "
+            f"the averaged weights in {origin} are still {share:.0%} initial weights, so the trained ones are taken; "
             "--weights ema takes the average"
         )
     told = described(state)

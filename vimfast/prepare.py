@@ -13,7 +13,7 @@ import os
 import sys
 
 from vimfast import __version__
-from vimfast.cli import Parser, path, run_main, whole
+from vimfast.cli import Parser, fit_terminal, path, run_main, whole
 from vimfast.errors import one_line
 from vimfast.shards.convert import classes_without_images, convert
 from vimfast.shards.format import ConversionOptions
@@ -27,7 +27,7 @@ def parser() -> Parser:
         "vimfast-prepare",
         "Turn a folder in the ImageNet layout into WebDataset shards with an index for random access. "
         "Images are stored byte for byte unless --resize is given. If it is interrupted, run it again: it resumes.",
-        epilog="example: vimfast-prepare imagenet_data/ --out shards/",
+        epilog="example: vimfast prepare imagenet_data/ --out shards/",
     )
     add = parser.add_argument
     text = "folder that holds train/ and val/ (or one of them)"
@@ -35,7 +35,7 @@ def parser() -> Parser:
     add("--out", metavar="FOLDER", type=path, help="folder to write the shards into")
     add("--resize", metavar="N", type=whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")
     add("--quality", metavar="Q", type=whole(1, 100), help="JPEG quality of resized images, 1 to 100 [90]")
-    add("--seed", type=whole(0), default=0, help="of the training set's shuffle [0]")
+    add("--seed", type=whole(0), default=0, help="seed of the training set's shuffle [0]")
     add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
     add("--shard-samples", metavar="S", type=whole(1), default=4096, help="most images in a shard [4096]")
     add("--skip-bad", action="store_true", help="leave unreadable images out and record them in the manifest")
@@ -61,12 +61,12 @@ def run() -> None:
     """Do as the command line says."""
     args = _parse(sys.argv[1:])
     if args.reindex is not None:
-        print(one_line(reindex(args.reindex, workers=args.workers)))
+        print(fit_terminal(one_line(reindex(args.reindex, workers=args.workers)), sys.stdout))
         return
     quality = None if args.resize is None else args.quality or 90
     options = ConversionOptions(args.seed, args.resize, quality, args.shard_samples)
     done = convert(args.root, args.out, options, workers=args.workers, skip_bad=args.skip_bad, overwrite=args.overwrite)
-    print(one_line(done), flush=True)
+    print(fit_terminal(one_line(done), sys.stdout), flush=True)
     for line in classes_without_images(args.out):  # last, for the line before says that all is complete
         report(f"warning: {line}")
 

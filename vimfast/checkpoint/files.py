@@ -167,4 +167,4 @@ def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 def weights_held(state: Mapping[str, Any]) -> str:
     """Which weights :func:`load_checkpoint` found, for a line to the user."""
-    return "raw weights" if state.get("model_ema") is None else "raw weights and their average (EMA)"
+    return "weights" if state.get("model_ema") is None else "weights and their moving average (EMA)"

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vimfast.cli import end_with_parent
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 from vimfast.shards import jpeg
 from vimfast.shards.tree import EXTENSIONS
 
@@ -335,7 +335,7 @@ class ClassCheck:
         usual = f"{least:,} to {most:,}" if least < most else f"exactly {least}"
         for name, images in held.items():
             if images and name in wnids and not least <= images <= most:
-                what = f"holds {images:,} image(s), ImageNet-1k's classes hold {usual}"
+                what = f"holds {counted(images, 'image')}, ImageNet-1k's classes hold {usual}"
                 yield Finding(self._strict, split, self.place(split, name), what, fix)
         total = sum(held.values())
         if total != IMAGENET_IMAGES[split] and wnids <= set(held):

@@ -25,7 +25,7 @@ from vimfast.checks.findings import (
     check_image,
     run_tasks,
 )
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 from vimfast.shards.format import SPLITS
 from vimfast.shards.tree import Ancestors, identity, is_dead_link, is_folder, is_image_name, read_image, scan_split
 
@@ -128,7 +128,7 @@ class _Lister:
             else:
                 self._stray(self.folder / name, unpacked=False)
         if loose:
-            what = f"holds {len(loose):,} image(s) outside class folders, the first is {loose[0]}"
+            what = f"holds {counted(len(loose), 'image')} outside class folders, the first is {loose[0]}"
             self._note("error", self.folder, what, _SORT)
         for name in [name for name in folders if name in SPLITS]:
             fix = f"move its contents up into {self.folder}/ and delete it, then check again"

@@ -2,7 +2,16 @@
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
 from vimfast.cli.parser import SIZE, Parser, image_size, path, whole
-from vimfast.cli.reporting import first_on_host, leave_word, print_out, report_once, say_written, was_reported
+from vimfast.cli.reporting import (
+    first_on_host,
+    fit_terminal,
+    leave_word,
+    print_out,
+    report_once,
+    say_written,
+    was_reported,
+    wrapped,
+)
 from vimfast.cli.running import run_main
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "end_with_parent",
     "exit_now",
     "first_on_host",
+    "fit_terminal",
     "image_size",
     "leave_word",
     "path",
@@ -22,4 +32,5 @@ __all__ = [
     "say_written",
     "was_reported",
     "whole",
+    "wrapped",
 ]

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,18 @@ from vimfast.image_size import ImageSize, SizeLike
 
 
 class _OneSpelling(argparse.HelpFormatter):
-    """Lists each flag by the first of its spellings, and by ``-h``."""
+    """Lists each flag by the first of its spellings, and by ``-h``; breaks no line inside a flag, and keeps those of an
+    epilog with several examples."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "".join(f"{indent}{line}\n" for line in text.splitlines()).rstrip()
+        return textwrap.fill(
+            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or "-h" in action.option_strings:

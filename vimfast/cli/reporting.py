@@ -6,11 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import socket
 import sys
+import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 from vimfast.errors import printable
 
@@ -23,9 +26,27 @@ def print_out(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, when the program ends
 
 
+def fit_terminal(text: str, stream: TextIO | None) -> str:
+    """Lines no wider than the terminal, if `stream` is one, which breaks longer ones inside words."""
+    if stream is None or not stream.isatty():
+        return text
+    return wrapped(text, shutil.get_terminal_size().columns)
+
+
+def wrapped(text: str, width: int, indent: int = 0) -> str:
+    """Lines of at most `width` columns, but for longer words.
+
+    Args:
+        indent: columns before the second line and those after it.
+    """
+    keep: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * indent}
+    return "\n".join("\n".join(textwrap.wrap(line, width, **keep)) for line in text.split("\n"))
+
+
 def say_written(file: Path, *, aside: bool = False) -> None:
     """Say where a file is; `aside`: on stderr, as stdout has only the result."""
-    print(printable(f"written to {file}"), file=sys.stderr if aside else sys.stdout)
+    stream = sys.stderr if aside else sys.stdout
+    print(fit_terminal(printable(f"written to {file}"), stream), file=stream)
 
 
 def report_once(sentence: str) -> None:
@@ -35,7 +56,7 @@ def report_once(sentence: str) -> None:
     held = None if alone else first_on_host(attempt())
     if alone or held is not None:
         with suppress(OSError):
-            print(sentence, file=sys.stderr, flush=True)
+            print(fit_terminal(sentence, sys.stderr), file=sys.stderr, flush=True)
     if held is not None:
         time.sleep(1)  # by then the others have failed too, or torchrun has ended them
         held.close()

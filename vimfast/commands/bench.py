@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vimfast.speed import Subject
 
 _DEIT = {"deit_tiny_patch16_224": 5.7e6, "deit_small_patch16_224": 22.1e6, "deit_base_patch16_224": 86.6e6}
+_NOISY = 0.1  # spread beyond which figures are called uncertain
 _GREEN, _GREY, _BLUE = "#2a7f62", "#8a8f98", "#4c6fa5"
 
 
@@ -41,6 +42,7 @@ class Figure:
     ms: float | None = None  # of a step
     gib: float | None = None  # of the GPU
     cores: float | None = None  # in use
+    spread: float | None = None  # between the fastest of five stretches and the slowest, as a share of `ms`
 
 
 def parser() -> Parser:
@@ -146,7 +148,7 @@ def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
 def _figure(what: str, prepare: Callable[..., Any], subject: Subject, device: torch.device, seconds: float) -> Figure:
     import torch
 
-    from vimfast.speed import milliseconds, peak_gib
+    from vimfast.speed import peak_gib, timing
     from vimfast.speed.steps import repeats_for
 
     on_gpu, notes = device.type == "cuda", ["compiled"] if subject.compiled else []
@@ -167,9 +169,9 @@ def _figure(what: str, prepare: Callable[..., Any], subject: Subject, device: to
     if on_gpu:
         capture()
         notes.append("CUDA graph")
-    ms = milliseconds(run, device, repeats)
+    ms, spread = timing(run, device, repeats)
     gib = peak_gib() if on_gpu else None
-    return Figure(what, subject.model, ", ".join(notes), 1000 * subject.batch / ms, ms, gib)
+    return Figure(what, subject.model, ", ".join(notes), 1000 * subject.batch / ms, ms, gib, spread=spread)
 
 
 def _loading(args: argparse.Namespace, world: World) -> Figure:
@@ -218,7 +220,7 @@ def _print(figures: list[Figure], where: str, args: argparse.Namespace) -> None:
     table = Table(title=where, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("what")
     table.add_column("of", overflow="fold")
-    for column in ("img/s", "ms a step", "GiB", "cores"):
+    for column in ("img/s", "ms a step", "spread", "GiB", "cores"):
         table.add_column(column, justify="right")
     before = ""
     for f in figures:
@@ -226,7 +228,9 @@ def _print(figures: list[Figure], where: str, args: argparse.Namespace) -> None:
             table.add_section()
         before = f.what
         numbers = [f"{f.img_s:,.0f}" if f.img_s >= 100 else f"{f.img_s:.1f}"]
-        numbers += ["" if n is None else f"{n:,.1f}" for n in (f.ms, f.gib, f.cores)]
+        spread = "" if f.spread is None else f"{f.spread:.0%}"
+        ms, gib, cores = ("" if n is None else f"{n:,.1f}" for n in (f.ms, f.gib, f.cores))
+        numbers += [ms, spread, gib, cores]
         table.add_row(f.what, f"{f.of}{f.note and f' ({f.note})'}", *numbers)
     console = Console(highlight=False)
     console.print(table)
@@ -241,6 +245,12 @@ def _verdicts(figures: list[Figure], args: argparse.Namespace) -> list[str]:
         rates = [f.img_s for f in figures if f.what == what]
         if len(rates) == 2:
             lines.append(f"{what}: {rates[0] / rates[1]:.2f} times the rate of compiled DeiT")
+    widest = max((f.spread for f in figures if f.spread is not None), default=0.0)
+    if widest > _NOISY:
+        lines.append(
+            f"five stretches of each were timed, and they differ by up to {widest:.0%}: the machine is busy or its "
+            "clock changes, and the ratios are as uncertain; try again when it is quiet, or with --seconds 20"
+        )
     if args.reference:
         lines.append("the kernels of a Vision Mamba need an NVIDIA GPU; here it runs its reference in plain torch")
     loading = next((f for f in figures if f.what == "loading"), None)

@@ -15,10 +15,11 @@ from itertools import groupby
 from typing import Any
 
 from vimfast import __version__
-from vimfast.cli import Parser, path
+from vimfast.cli import Parser, fit_terminal, path
 from vimfast.doctor import Line, State, examine
 
 _MARKS: Mapping[State, str] = {"green": "✓", "yellow": "!", "red": "✗"}
+_USUAL = "half a minute"  # 12 to 20 s on two cores
 _PLAIN_MARKS: Mapping[State, str] = {"green": "+", "yellow": "!", "red": "x"}
 
 
@@ -39,9 +40,12 @@ def main() -> int:
     """Look at everything; returns the exit status."""
     args = parser().parse_args(sys.argv[1:])
     live = sys.stderr.isatty()
+    if live:
+        begin = f"looking at this machine, which takes about {_USUAL}, or minutes where something hangs"
+        print(fit_terminal(begin, sys.stderr), file=sys.stderr)
     lines = examine(args.data, _progress if live else None)
     if live:
-        _progress("")
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
     if args.json:
         print(json.dumps(to_json(lines), indent=1))
     else:
@@ -56,9 +60,9 @@ def to_json(lines: Sequence[Line]) -> dict[str, Any]:
     return {"vimfast": __version__, **counts, "lines": [asdict(line) for line in lines]}
 
 
-def _progress(what: str) -> None:
+def _progress(what: str, number: int, of: int) -> None:
     """What is looked at, in place of what was before."""
-    print(f"\r\033[K{what and f'looking at {what} ...'}", end="", file=sys.stderr, flush=True)
+    print(f"\r\033[K{number}/{of} {what} ...", end="", file=sys.stderr, flush=True)
 
 
 def _marks() -> Mapping[State, str]:

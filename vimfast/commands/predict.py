@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from vimfast.cli import SIZE, Parser, image_size, path, say_written, whole
+from vimfast.cli import SIZE, Parser, fit_terminal, image_size, path, say_written, whole
 from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
@@ -47,14 +47,14 @@ def main() -> int:
             device=world.device,
         )
         for note in classifier.notes:
-            print(f"warning: {note}", file=sys.stderr)
+            print(fit_terminal(f"warning: {note}", sys.stderr), file=sys.stderr)
         predictions = _predict(classifier, args)
         if args.json:
             print(json.dumps(to_json(classifier, predictions), indent=1))
         else:
             _print(classifier, predictions)
         for _, why in predictions.unreadable:
-            print(f"warning: {printable(why)}", file=sys.stderr)
+            print(fit_terminal(f"warning: {printable(why)}", sys.stderr), file=sys.stderr)
         if args.grid is not None and predictions.images:
             _save(draw(classifier, predictions), args.grid)
             say_written(args.grid, aside=args.json)
@@ -155,7 +155,7 @@ def _print(classifier: Classifier, predictions: Predictions) -> None:
 
 
 def _weights(classifier: Classifier) -> str:
-    return "averaged" if classifier.weights == "ema" else "raw"
+    return "averaged" if classifier.weights == "ema" else "trained"
 
 
 def draw(classifier: Classifier, predictions: Predictions) -> Image.Image:

@@ -24,7 +24,14 @@ def flag_parser() -> Parser:
         "python -m vimfast.train",
         "Train or evaluate a Vision Mamba. Settings: defaults < --config RECIPE < these flags.",
         argument_default=argparse.SUPPRESS,
-        epilog="example: vimfast train --config vim_tiny --data-path shards/ --output_dir runs/tiny",
+        epilog="\n".join(
+            [
+                "examples:",
+                "  vimfast train --config vim_tiny --data-path shards/ --output_dir runs/tiny",
+                "without a GPU, for minutes, to see that everything works:",
+                "  vimfast train --config debug --data-path shards/ --output_dir runs/try",
+            ]
+        ),
     )
     parser.usage = f"{parser.prog} --data-path DATA [--config RECIPE] [FLAGS]"
     parser.elsewhere = {

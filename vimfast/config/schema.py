@@ -193,7 +193,7 @@ class DataConfig:
         "all-ranks", "where the copies go: spread as DeiT does, or together, which decodes each image once"
     )
     order: ImageOrder = option(
-        "permutation", "of the training images: of all of them, or of --order-window shards at a time"
+        "permutation", "order of the training images: drawn over all of them, or over --order-window shards at a time"
     )
     order_window: int = option(64, "shards that --order window shuffles together; they should fit in memory", least=1)
     scale: tuple[float, float] = option((0.08, 1.0), "area of a training crop, as a share of the image: MIN MAX")

@@ -22,7 +22,7 @@ from vimfast.doctor.software import (
     look_at_triton,
 )
 
-Report = Callable[[str], None]
+Report = Callable[[str, int, int], None]
 
 
 def examine(data: Path | None = None, report: Report | None = None) -> list[Line]:
@@ -32,12 +32,12 @@ def examine(data: Path | None = None, report: Report | None = None) -> list[Line
 
     Args:
         data: shards or a folder tree whose speed is measured; None: none is.
-        report: is told what is looked at next.
+        report: is told what is looked at next, what number it has, and how many there are.
 
     Returns:
         what was found, by part. What is missing or broken raises nothing: it has a red line.
     """
-    return _Examination(report or (lambda what: None)).all(data)
+    return _Examination(report or (lambda what, number, of: None)).all(data)
 
 
 class _Examination:
@@ -51,27 +51,33 @@ class _Examination:
         self._usable = Usable()
 
     def all(self, data: Path | None) -> list[Line]:
-        look = self._look
-        look(SOFTWARE, "Python", look_at_python)
-        look(SOFTWARE, "torch", self._look_at_torch)
-        look(SOFTWARE, "packages", look_at_packages)
-        look(GPUS, "GPUs", self._look_at_gpus)
-        count = len(self._usable.numbers)
-        look(SOFTWARE, "triton", lambda: look_at_triton(count))
-        look(SOFTWARE, "NCCL", lambda: look_at_nccl(self._torch, count))
-        look(SOFTWARE, "optional packages", look_at_optional)
-        look(GPUS, "DALI", lambda: look_at_dali(self._driver, self._torch, self._usable))
-        look(MACHINE, "cores", lambda: look_at_cores(count))
-        look(MACHINE, "memory", lambda: look_at_memory(count))
-        look(MACHINE, "/dev/shm", lambda: look_at_shared_memory(count))
-        look(MACHINE, "open files", look_at_open_files)
-        if data is not None:
-            look("data", str(data), lambda: self._look_at_data(data))
-        look("Vim-Tiny", "Vim-Tiny", self._look_at_backends)
+        steps: list[tuple[str, str, Callable[[], Line | list[Line]]]] = [
+            (SOFTWARE, "Python", look_at_python),
+            (SOFTWARE, "torch", self._look_at_torch),
+            (SOFTWARE, "packages", look_at_packages),
+            (GPUS, "GPUs", self._look_at_gpus),
+            (SOFTWARE, "triton", lambda: look_at_triton(self._gpus)),
+            (SOFTWARE, "NCCL", lambda: look_at_nccl(self._torch, self._gpus)),
+            (SOFTWARE, "optional packages", look_at_optional),
+            (GPUS, "DALI", lambda: look_at_dali(self._driver, self._torch, self._usable)),
+            (MACHINE, "cores", lambda: look_at_cores(self._gpus)),
+            (MACHINE, "memory", lambda: look_at_memory(self._gpus)),
+            (MACHINE, "/dev/shm", lambda: look_at_shared_memory(self._gpus)),
+            (MACHINE, "open files", look_at_open_files),
+            *([("data", str(data), lambda: self._look_at_data(data))] if data is not None else []),
+            ("Vim-Tiny", "Vim-Tiny", self._look_at_backends),
+        ]
+        for number, (part, what, at) in enumerate(steps, 1):
+            self._report(what, number, len(steps))
+            self._look(part, what, at)
         return [line for lines in self._found.values() for line in lines]
 
+    @property
+    def _gpus(self) -> int:
+        """How many can be used."""
+        return len(self._usable.numbers)
+
     def _look(self, part: str, what: str, at: Callable[[], Line | list[Line]]) -> None:
-        self._report(what)
         try:
             lines = at()
         except Exception as error:  # whatever is broken, the others are to be looked at
@@ -93,7 +99,7 @@ class _Examination:
     def _look_at_data(self, folder: Path) -> Line:
         from vimfast.doctor.storage import look_at_data
 
-        return look_at_data(folder, len(self._usable.numbers))
+        return look_at_data(folder, self._gpus)
 
     def _look_at_backends(self) -> list[Line]:
         from vimfast.doctor.backends import look_at_backends

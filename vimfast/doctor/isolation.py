@@ -38,8 +38,7 @@ def isolated(function: Callable[[], T], seconds: float) -> T:
     if child == 0:
         _answer(function, theirs)
     os.close(theirs)
-    with suppress(OSError):
-        os.setpgid(child, child)  # so that what it starts ends with it
+    _lead_group(child)
     try:
         answer = _read(ours, time.monotonic() + seconds)
         status = None if answer else _wait(child)
@@ -59,6 +58,15 @@ def isolated(function: Callable[[], T], seconds: float) -> T:
     return result
 
 
+def _lead_group(process: int) -> None:
+    """Give a process a group of its own, so that what it starts ends with it.
+
+    Parent and child both do it: whoever comes second is too late for what was started or killed in between.
+    """
+    with suppress(OSError):
+        os.setpgid(process, process)
+
+
 def _why(status: int | None) -> str:
     if status is not None and os.WIFSIGNALED(status):
         return f"crashed ({signal.Signals(os.WTERMSIG(status)).name})"
@@ -75,6 +83,7 @@ def describe(error: BaseException) -> str:
 
 def _answer(function: Callable[[], Any], to: int) -> NoReturn:
     """What the child does."""
+    _lead_group(os.getpid())
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)

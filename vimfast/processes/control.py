@@ -86,6 +86,7 @@ class Control:
         self.place: Callable[[], str] = lambda: ""  # in the run
         self.promise = "ending"  # what the run does when told to stop, for the answer to a signal
         self.say: Callable[[str], None] = lambda text: farewell.print_at_once(f"{text}\n", sys.stdout)
+        self.let_go: Callable[[], None] = lambda: None  # of the terminal, before the last words
         self.status = 0  # to exit with
         self.fault: UserError | None = None  # of one of the processes, for which the run was told to stop
         self._ticks = Ticks()
@@ -181,9 +182,7 @@ class Control:
         try:
             beaten = looked = time.monotonic()
             while not self._left.is_set():
-                sources: list[Any] = [self._wake, *self._links.ranks]
-                if self._links.hub is not None:
-                    sources.append(self._links.hub)
+                sources: list[Any] = [self._wake, *self._links.ranks, *filter(None, [self._links.hub])]
                 ready = wait(sources, timeout=self._beat / 2)
                 now = time.monotonic()
                 gap = now - looked - self._beat / 2
@@ -356,8 +355,8 @@ class Control:
             dist.abort()
 
     def _report(self, sentence: str, trace: str = "", *, aloud: bool = True) -> None:
-        keeps_log = self.folder is not None and self.world.is_main
-        log = self.folder / "train.log" if keeps_log and self.folder else None
+        self.let_go()
+        log = self.folder / "train.log" if self.folder is not None and self.world.is_main else None
         farewell.report(sentence, trace, log, aloud=aloud)
 
     def _state(self, peer: Peer) -> str:

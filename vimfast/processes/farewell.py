@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TextIO
 
-from vimfast.cli import leave_word
+from vimfast.cli import fit_terminal, leave_word
 from vimfast.processes.hub import Peer
 
 TRACE = 20_000  # last characters of a traceback that are reported
@@ -25,7 +25,7 @@ def report(sentence: str, trace: str, log: Path | None, *, aloud: bool = True) -
     leave_word(sentence)
     if not aloud:
         return
-    print_at_once(f"{trace}{sentence}\n")
+    print_at_once(f"{trace}{fit_terminal(sentence, sys.__stderr__)}\n")
     if log is not None and log.parent.is_dir():
         with suppress(OSError), open(log, "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")

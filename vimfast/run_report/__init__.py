@@ -10,7 +10,7 @@ from vimfast.run_report.facts import (
     read_facts,
     write_facts,
 )
-from vimfast.run_report.page import PAGE, write_page
+from vimfast.run_report.page import PAGE, render_page, write_page
 from vimfast.run_report.records import TABLE, read_records, write_table
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Pace",
     "read_facts",
     "read_records",
+    "render_page",
     "write_facts",
     "write_page",
     "write_table",

@@ -29,14 +29,17 @@ _TRAINING, _RAW, _AVERAGED = 2, 1, 3  # colours of the palette
 _WAITS = 0.05  # of the time: more is worth a word
 
 
-def write_page(folder: Path) -> Path:
+def write_page(folder: Path, page: bytes | None = None) -> Path:
     """Write the page of a run folder, atomically; returns its path.
+
+    Args:
+        page: what :func:`render_page` made of the folder; None: it is made now.
 
     Raises:
         UserError: the folder is not a run's, or what is in it is damaged.
         OSError: the page cannot be written.
     """
-    page = render_page(folder)
+    page = render_page(folder) if page is None else page
     with atomic_write(folder / PAGE, durable=False) as file:
         file.write(page)
     return folder / PAGE

@@ -21,7 +21,7 @@ import numpy as np
 
 from vimfast import __version__
 from vimfast.class_names import are_imagenets
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 from vimfast.files import TEMPORARY, write_bytes
 from vimfast.shards.format import (
     FORMAT,
@@ -358,7 +358,7 @@ def _summarize(manifest: Manifest) -> str:
     for split, entry in manifest.splits.items():
         counts = {"changed": len(entry.changed), "skipped": len(entry.skipped)}
         notes = "".join(f", {count} {what}" for what, count in counts.items() if count)
-        parts.append(f"{entry.samples:,} {split} images in {len(entry.shards)} shard(s){notes}")
+        parts.append(f"{counted(entry.samples, f'{split} image')} in {counted(len(entry.shards), 'shard')}{notes}")
     total = sum(shard.bytes for entry in manifest.splits.values() for shard in entry.shards)
     return f"{', '.join(parts)}, {_gigabytes(total)}"
 

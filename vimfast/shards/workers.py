@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vimfast.cli import end_with_parent
+from vimfast.cli import end_with_parent, fit_terminal
 from vimfast.errors import UserError, one_line
 from vimfast.shards.format import shard_name
 from vimfast.shards.plan import Part, ShardPlan
@@ -131,7 +131,7 @@ def run(
 def report(line: str) -> None:
     """Print a line for the user, on stderr: stdout has only the result. If nobody can hear it, work continues."""
     with suppress(OSError):
-        print(one_line(line), file=sys.stderr, flush=True)
+        print(fit_terminal(one_line(line), sys.stderr), file=sys.stderr, flush=True)
 
 
 # In a worker

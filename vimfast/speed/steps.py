@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +97,15 @@ def inference(subject: Subject, device: torch.device) -> tuple[Run, Run]:
     return run, capture
 
 
-def milliseconds(run: Run, device: torch.device, repeats: int) -> float:
-    """Median time of one call in blocks of calls, the device's work included; calls are not waited for one by one."""
+class Timing(NamedTuple):
+    """How long a call takes."""
+
+    ms: float  # median of blocks of calls
+    spread: float  # between the fastest block and the slowest, as a share of the median
+
+
+def timing(run: Run, device: torch.device, repeats: int) -> Timing:
+    """Of one call, the device's work included; calls are not waited for one by one."""
     for _ in range(min(3, repeats)):
         run()
     _wait(device)
@@ -109,7 +116,13 @@ def milliseconds(run: Run, device: torch.device, repeats: int) -> float:
             run()
         _wait(device)
         times.append((time.perf_counter() - begin) / calls)
-    return 1000 * statistics.median(times)
+    median = statistics.median(times)
+    return Timing(1000 * median, (max(times) - min(times)) / median)
+
+
+def milliseconds(run: Run, device: torch.device, repeats: int) -> float:
+    """The median of :func:`timing`."""
+    return timing(run, device, repeats).ms
 
 
 def repeats_for(run: Run, device: torch.device, seconds: float) -> int:

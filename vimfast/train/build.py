@@ -74,7 +74,7 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
     start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     report = Reporter(None, world.is_main)
-    control.say = report.say
+    control.say, control.let_go = report.say, report.let_go
     for note in start.notes if start is not None else ():
         report.warn(note)
     cfg = with_batch_size(cfg, world, start, (), report)
@@ -126,7 +126,7 @@ def _build_training(
     folder = None if held is None else held.path
     start = load_origin(cfg.run, cfg.finetune.finetune, Path(cfg.run.output_dir) if cfg.run.output_dir else None)
     report = Reporter(folder, world.is_main)
-    control.say = report.say
+    control.say, control.let_go = report.say, report.let_go
 
     if stage is not None and cfg.schedule.stages:
         raise UserError("the settings have stages, and the caller a function from an epoch to a stage", "drop one")

@@ -26,8 +26,17 @@ class Scores(NamedTuple):
     loss: float
     images: int
 
-    def __str__(self) -> str:
-        return f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}"
+    def describe(self, classes: int) -> str:
+        """In words; of five classes or fewer, every image's is among the first five answers."""
+        top5 = f"top-5 {self.acc5:.2f} %, " if classes > 5 else ""
+        return f"top-1 {self.acc1:.2f} %, {top5}loss {self.loss:.3f}"
+
+    def like_the_original(self, network: str) -> list[str]:
+        """The lines that hustvl/Vim prints, of the "network" or the "ema network"."""
+        return [
+            f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}",
+            f"Accuracy of the {network} on the {self.images} test images: {self.acc1:.1f}%",
+        ]
 
 
 @torch.no_grad()

@@ -103,9 +103,10 @@ class Progress(Hook):
         memory, power = memory_gib(run.world.device), watts(run.world.device)
         run.report.news(
             f"epoch {asked.epoch} [{asked.step}/{place.steps}]",
-            f"loss {loss:.4f} lr {asked.lr:.3g} {speed:,.0f} img/s, waiting for data {share:.0%}, {memory:.1f} GiB, "
+            f"loss {loss:.4f} lr {asked.lr:.3g} {speed:,.0f} img/s, waiting for data {share:.0%}, "
+            f"{memory:.1f} GiB of {'GPU ' if run.world.device.type == 'cuda' else ''}memory, "
             f"{f'{power:.0f} W, ' if power is not None else ''}{duration(left * each)} left",
-            f"loss {loss:.3f} {speed:,.0f} img/s, waits {share:.0%}, {short_duration(left * each)} left",
+            f"loss {loss:.3f} {speed:,.0f} img/s, waiting for data {share:.0%}, {short_duration(left * each)} left",
         )
         self._foretell(left * each)
         scalars = {"loss": loss, "lr": asked.lr, "img_s": speed, "data_share": share, "memory_gib": memory}
@@ -144,7 +145,7 @@ class Records(Hook):
         record: dict[str, Any] = {"train_lr": end.lr, "train_loss": end.loss}
         for whose, found in end.scores.items():
             record |= {f"{whose}test_{name}": value for name, value in found._asdict().items() if name != "images"}
-        self._report.say(f"Max accuracy: {place.best_acc1:.2f}%")
+        self._report.say_for_scripts(f"Max accuracy: {place.best_acc1:.2f}%")
         self._report.record({**record, "epoch": end.epoch, "n_parameters": self._parameters})
         if self._table:
             self._report.table_of_records()

@@ -141,9 +141,10 @@ class Evaluated:
             found = evaluate(there, self.loader, self.amp, self.report, self.control, self.answers)
         scores = dict(zip(self.models, found, strict=True))
         for whose, own in scores.items():
-            self.report.say(f"{own} ({'averaged' if whose else 'raw'} weights)")
-            name = "ema network" if whose else "network"
-            self.report.say(f"Accuracy of the {name} on the {own.images} test images: {own.acc1:.1f}%")
+            average = " of the averaged weights (EMA)" if whose else ""
+            self.report.say(f"validation{average}: {own.describe(len(self.loader.source.classes))}")
+            for line in own.like_the_original("ema network" if whose else "network"):
+                self.report.say_for_scripts(line)
         return scores
 
 

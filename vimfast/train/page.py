@@ -15,7 +15,18 @@ from vimfast.data.source import Source
 from vimfast.dist import World
 from vimfast.errors import UserError, printable
 from vimfast.pages import thumbnail
-from vimfast.run_report import PAGE, Confused, Facts, Hard, Mistakes, Pace, read_facts, write_facts, write_page
+from vimfast.run_report import (
+    PAGE,
+    Confused,
+    Facts,
+    Hard,
+    Mistakes,
+    Pace,
+    read_facts,
+    render_page,
+    write_facts,
+    write_page,
+)
 from vimfast.run_report.environment import software
 from vimfast.run_report.mistakes import confused, hardest
 from vimfast.train.answers import Answered, Answers
@@ -77,7 +88,9 @@ class RunPage(Hook):
             # If another change follows, its page will do.
             if facts is not None and facts.mistakes is not None and number == self._submitted and self._held.is_ours():
                 write_facts(self._folder, facts)
-                write_page(self._folder)
+                page = render_page(self._folder)
+                if self._held.is_ours():  # rendering takes long enough for the folder to become another run's
+                    write_page(self._folder, page)
         except Exception as error:  # whatever it is, training matters more
             self._warn(error)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from vimfast.cli import fit_terminal, wrapped
 from vimfast.errors import UserError
 from vimfast.run_report import TABLE, write_table
 from vimfast.train.boards import Board, TensorBoard
@@ -62,6 +62,8 @@ def _encodable(text: str) -> str:
 
 _INDENT = 15  # columns before what a line of the plan says
 _WIDE = 130  # columns of a terminal that shows all figures beside its bar
+_NARROW = 90  # columns below which the figures take the bar's place
+_PATIENCE = 0.5  # seconds for a bar to leave the terminal when the process ends at once
 
 
 class _Outlasted:
@@ -117,32 +119,30 @@ class Reporter:
                 self._thread_hook = threading.excepthook
                 threading.excepthook = partial(_report_thread, self._thread_hook)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, indent: int = 0) -> None:
+        """A line; on a terminal, what does not fit comes below it, indented by so many columns."""
         text = _encodable(text)
-        self.console.print(text, markup=False)
+        self.console.print(wrapped(text, self.console.width, indent) if self.live else text, markup=False)
         self._log(text)
 
     def row(self, what: str, how: str) -> None:
-        """A line of the plan; on a terminal, what does not fit is indented below it."""
-        text = _encodable(f"{what:{_INDENT}}{how}")
-        wrapped = [text]
-        if self.live:
-            wrapped = textwrap.wrap(
-                text,
-                self.console.width,
-                subsequent_indent=" " * _INDENT,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-        self.console.print("\n".join(wrapped), markup=False)
-        self._log(text)
+        """A line of the plan."""
+        self.say(f"{what:{_INDENT}}{how}", _INDENT)
+
+    def say_for_scripts(self, text: str) -> None:
+        """A line that is read by programs rather than by people: in ``train.log``, or, where there is none, on the
+        console unless that is a terminal."""
+        if self.folder is not None:
+            self._log(_encodable(text))
+        elif not self.live:
+            self.say(text)
 
     def warn(self, text: str) -> None:
-        text = _encodable(text)
+        text = _encodable(f"warning: {text}")
         if self.active:
             with suppress(OSError):
-                print(f"warning: {text}", file=sys.stderr)
-            self._log(f"warning: {text}")
+                print(fit_terminal(text, sys.stderr), file=sys.stderr)
+            self._log(text)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table on the console, and as one line in ``train.log``."""
@@ -178,9 +178,10 @@ class Reporter:
         if not self.live:
             yield
             return
+        bar = BarColumn(bar_width=10 if self.console.width < _WIDE else 20)
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=10 if self.console.width < _WIDE else 20),
+            *([bar] if self.console.width >= _NARROW else []),
             MofNCompleteColumn(),
             TextColumn("{task.fields[news]}"),
         )
@@ -190,6 +191,13 @@ class Reporter:
                 yield
             finally:
                 self._bar = None
+
+    def let_go(self) -> None:
+        """The process ends at once: its bar leaves the terminal, whose cursor comes back."""
+        if self._bar is not None:
+            stopping = threading.Thread(target=self._bar[0].stop, daemon=True)  # the console may be blocked
+            stopping.start()
+            stopping.join(_PATIENCE)
 
     def advance(self) -> None:
         if self._bar is not None:

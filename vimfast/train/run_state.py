@@ -124,7 +124,7 @@ def load_models(
     Args:
         resample: as :func:`load_weights` has it.
     """
-    report.say(f"{origin}: {weights_held(state)}")
+    report.say(f"reading {origin}, which holds {weights_held(state)}")
     size = described(state).img_size
     for line in load_weights(model, state["model"], origin, resample=resample, img_size=size):
         report.say(line)
@@ -136,7 +136,7 @@ def load_models(
         return None
     else:
         average.module.load_state_dict(model.state_dict())
-        report.warn(f"{origin} holds no averaged weights; the average starts again from the raw ones")
+        report.warn(f"{origin} holds no averaged weights; the average starts again from the weights")
     return average
 
 

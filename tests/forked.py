@@ -1,0 +1,179 @@
+"""Programs in forks of one process that has everything imported: as apart as new interpreters, without their 4 seconds.
+
+Each has its own process id, environment, working directory, arguments, streams and exit status.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from watch import MARK, Watched
+
+_NO_MARK = "0" * 32  # as long as what Watched marks processes with
+_EVERYTHING = [
+    "torch.utils.tensorboard",
+    "vimfast.train.build",
+    "vimfast.inference",
+    "vimfast.samples",
+    "forked",
+    "preloaded",
+]
+
+
+def run_forked(
+    function: Callable[..., object],
+    *arguments: Any,
+    folder: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    together: bool = False,
+    seconds: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """``function(*arguments)`` in a fork, with all that it and its children print.
+
+    Args:
+        function: defined at the top of a module. An exception ends the fork with a traceback and status 1.
+        folder: to work in; None for this process's.
+        env: the whole environment; None for this process's.
+        together: stdout has what is written to stderr, too, in the order in which it comes.
+        seconds: after which it is killed.
+    """
+    with TemporaryDirectory() as place:
+        streams = [os.path.join(place, name) for name in ("out", "out" if together else "err")]
+        setting = (str(folder or os.getcwd()), dict(os.environ if env is None else env), streams)
+        process = forking().Process(target=_run, args=(setting, function, arguments))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        out, err = (Path(stream).read_text(errors="replace") if os.path.exists(stream) else "" for stream in streams)
+    if together:
+        err = ""
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess([function.__name__, *map(str, arguments)], process.exitcode, out, err)
+
+
+class WatchedFork(Watched):
+    """A program in a fork, to be followed as any other is.
+
+    Args:
+        function: runs it; defined at the top of a module.
+        arguments: of the function.
+        env: added to this process's environment.
+    """
+
+    def __init__(self, function: Callable[..., object], *arguments: Any, env: Mapping[str, str]) -> None:
+        self._function = function
+        super().__init__(arguments, env=env)
+
+    def _start(self, command: Sequence[str], environment: dict[str, str]) -> Any:
+        return _Fork(self._function, command, environment)
+
+
+class _Fork:
+    """What :class:`Watched` needs of a ``subprocess.Popen``."""
+
+    def __init__(self, function: Callable[..., object], arguments: Sequence[Any], env: dict[str, str]) -> None:
+        self.returncode: int | None = None
+        with TemporaryDirectory() as place:
+            streams = [os.path.join(place, name) for name in ("out", "err")]
+            for stream in streams:
+                os.mkfifo(stream)
+            self._process = forking().Process(target=_run, args=((os.getcwd(), env, streams), function, arguments))
+            self._process.start()
+            self.stdout, self.stderr = (open(stream, errors="replace") for stream in streams)  # noqa: SIM115  # for long
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        self._waiter = threading.Thread(target=self._wait, daemon=True)
+        self._waiter.start()
+
+    def _wait(self) -> None:
+        self._process.join()  # in one thread alone: it reads the status from a pipe
+        self.returncode = self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._waiter.join()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run_program(program: str, *flags: str) -> None:
+    """What ``python -m program ...`` runs; of a ``.py`` file, ``python program ...``."""
+    sys.argv = [program, *flags]
+    if program.endswith(".py"):
+        sys.path.insert(0, os.path.dirname(program))
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def run_in_forks(program: str, *flags: str) -> None:
+    """The same, where processes that it starts with multiprocessing are forks of it."""
+    context = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: context  # type: ignore[assignment]
+    run_program(program, *flags)
+
+
+def forking() -> Any:
+    """The context of multiprocessing whose processes are forks of the one that has everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_EVERYTHING)
+    os.environ.setdefault(MARK, _NO_MARK)  # room for another, in the forked process and so in each fork
+    return context
+
+
+def _mark(mark: str) -> None:
+    """Have /proc/<pid>/environ of this process and its forks show it, as if it had been there from the start."""
+    begin, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[47:49])
+    found = ctypes.string_at(begin, end - begin).find(f"{MARK}=".encode())
+    assert found >= 0
+    ctypes.memmove(begin + found + len(MARK) + 1, mark.encode(), len(_NO_MARK))
+
+
+def _run(
+    setting: tuple[str, dict[str, str], list[str]], function: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    folder, env, streams = setting
+    if len(env.get(MARK, "")) == len(_NO_MARK):
+        _mark(env[MARK])
+    for number, stream in enumerate(streams, 1):
+        file = os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    unbuffered = "PYTHONUNBUFFERED" in env
+    sys.stdout = os.fdopen(1, "w", 1 if unbuffered else -1, errors="replace")
+    sys.stderr = os.fdopen(2, "w", 1, errors="replace")
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    os.setsid()  # a signal to its group is not for the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        function(*arguments)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
