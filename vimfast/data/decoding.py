@@ -25,8 +25,6 @@ Encoded = Annotated[Sequence[np.ndarray], ("UINT8", 1)]  # n arrays of uint8
 Flag = Annotated[np.ndarray, ("INT32", 0)]  # int32 [n]
 Pair = Annotated[np.ndarray, ("INT32", 1)]  # int32 [n, 2]: of rows and of columns
 Size = Annotated[np.ndarray, ("FLOAT", 1)]  # float32 [n, 2]: height and width to resize to
-Flags = Annotated[np.ndarray, ("INT32", 1)]  # int32 [n, copies]
-Pairs = Annotated[np.ndarray, ("INT32", 2)]  # int32 [n, copies, 2]
 
 Feed = Callable[[], tuple[Any, ...]]
 
