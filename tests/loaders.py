@@ -13,7 +13,7 @@ from vimfast.config import AugmentConfig
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.source import Source
-from vimfast.data.views import Copies, CutRegions, Evaluation, View, training_view
+from vimfast.data.views import Evaluation, View, training_view
 
 SETTINGS = {field.name for field in fields(LoaderSettings)}
 
@@ -25,14 +25,10 @@ def make_loader(
     device: Any = "cpu",
     training: bool = True,
     augmentation: AugmentConfig | None = None,
-    regions: bool = False,
     crop_ratio: float = 0.875,
     **options: Any,
 ) -> Loader:
-    """Options are those of LoaderSettings, Normalization and training_view (or Evaluation).
-
-    With `regions`, crops are cut as on a GPU, though on a CPU by Pillow.
-    """
+    """Options are those of LoaderSettings, Normalization and training_view (or Evaluation)."""
     settings = LoaderSettings(**{name: options.pop(name) for name in SETTINGS & options.keys()})
     names = set(Normalization._fields) & options.keys()
     normalization = Normalization(**{name: options.pop(name) for name in names})
@@ -40,9 +36,6 @@ def make_loader(
     view: View
     if training:
         view = training_view(order, device, augmentation, normalization=normalization, **options)
-        if regions:
-            assert isinstance(view, Copies)
-            view = CutRegions(**{field.name: getattr(view, field.name) for field in fields(view)})
     else:
         view = Evaluation(order, device, crop=CentreCrop(crop_ratio), normalization=normalization, **options)
     return Loader(source, view, settings)

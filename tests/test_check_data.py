@@ -151,6 +151,19 @@ def test_what_prepare_converts_is_a_warning(check: Check, root: Path, mode: str,
     assert "vimfast-prepare" in only(report, "warning")["fix"]
 
 
+def test_a_jpeg_of_12_bits_is_one_finding(check: Check, root: Path) -> None:
+    file = root / "train" / IMAGE
+    data = bytearray(file.read_bytes())
+    data[data.index(b"\xff\xc0") + 4] = 12
+    file.write_bytes(data)
+    status, report = check(root, "--decode")
+    (found,) = report["findings"]
+    assert status == 1
+    assert (found["severity"], found["file"]) == ("error", str(file))
+    assert "12 bits" in found["what"]
+    assert found["fix"] == "save it with 8 bits, or delete it"
+
+
 def test_samples_of_more_than_eight_bits(check: Check, root: Path) -> None:
     shades = np.linspace(0, 65535, 60 * 60).reshape(60, 60)
     path = root / "train" / "n01" / "deep.png"

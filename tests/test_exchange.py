@@ -49,40 +49,37 @@ class Counted:
 
 
 def batches(
-    root: Path, rank: int, world: int, batch_size: int, node: int, start: int = 0, cuts: bool = False, **options: Any
+    root: Path, rank: int, world: int, batch_size: int, node: int, start: int = 0, **options: Any
 ) -> tuple[list[Tensor], list[Tensor], int]:
     source = Counted(open_source(root, "train"))
     order = Order(len(source), batch_size, world=world, rank=rank, seed=5, repeats=3, node=node)
     loader = make_loader(
         source, order, device="cpu", training=True, augmentation=AugmentConfig(), size=40, threads=1, readahead=1,
-        prefetch=1, regions=cuts, **options,
+        prefetch=1, **options,
     )  # fmt: skip
     taken = [next(stream) for stream in [loader.epoch(1, start)] for _ in range(STEPS)]
     loader.close()
     return [batch.images for batch in taken], [batch.labels for batch in taken], source.count
 
 
-def exchanged(
-    root: Path, batch_size: int, nodes: int, steps_at_once: int, cuts: bool
-) -> tuple[list[Tensor], list[Tensor], int]:
+def exchanged(root: Path, batch_size: int, nodes: int, steps_at_once: int) -> tuple[list[Tensor], list[Tensor], int]:
     rank, world = dist.get_rank(), dist.get_world_size()
     node = world // nodes
     groups = [dist.new_group(list(range(first, first + node))) for first in range(0, world, node)]
     group = groups[rank // node]
-    return batches(root, rank, world, batch_size, node, cuts=cuts, steps_at_once=steps_at_once, group=group)
+    return batches(root, rank, world, batch_size, node, steps_at_once=steps_at_once, group=group)
 
 
 @pytest.mark.parametrize(
-    ("world", "nodes", "batch_size", "steps_at_once", "cuts"),
-    [(2, 1, 6, 1, False), (3, 1, 4, 2, True), (4, 2, 3, 1, True), (4, 1, 5, 3, False)],
+    ("world", "nodes", "batch_size", "steps_at_once"), [(2, 1, 6, 1), (3, 1, 4, 2), (4, 2, 3, 1), (4, 1, 5, 3)]
 )
 def test_batches_are_those_that_each_rank_would_decode(
-    images: Path, tmp_path: Path, world: int, nodes: int, batch_size: int, steps_at_once: int, cuts: bool
+    images: Path, tmp_path: Path, world: int, nodes: int, batch_size: int, steps_at_once: int
 ) -> None:
-    ranks = run_on(world, exchanged, tmp_path, images, batch_size, nodes, steps_at_once, cuts)
+    ranks = run_on(world, exchanged, tmp_path, images, batch_size, nodes, steps_at_once)
     read = 0
     for rank, (pixels, labels, count) in enumerate(ranks):
-        expected_pixels, expected_labels, alone = batches(images, rank, world, batch_size, node=1, cuts=cuts)
+        expected_pixels, expected_labels, alone = batches(images, rank, world, batch_size, node=1)
         assert all(torch.equal(a, b) for a, b in zip(pixels, expected_pixels, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(labels, expected_labels, strict=True))
         assert count < 0.8 * alone * (STEPS + 2 * steps_at_once) / STEPS  # more is read ahead
@@ -113,17 +110,14 @@ def test_every_position_is_decoded_once_on_its_host(world: int, node: int, batch
             assert np.array_equal(shown[rank::node], ids)
 
 
-def test_crops_cut_here_are_pillows(images: Path) -> None:
-    """The way to the crops on a GPU, here on the CPU: regions from DALI, the rest from Pillow. DALI's own is close."""
+def test_crops_are_pillows_within_two_levels(images: Path) -> None:
+    """Decoded as parts of images, and several from one part."""
     source = open_source(images, "train")
-    order = Order(len(source), 8, seed=5, repeats=3)
-    for copies in (False, True):
-        order = Order(len(source), 8, seed=5, repeats=3 if copies else 1)
-        shown = []
-        for cuts in (True, False):
-            loader = make_loader(source, order, regions=cuts, size=40, threads=1, std=(1 / 255,) * 3, mean=(0.0,) * 3)
-            shown.append(next(loader.epoch(1, 1)).images)
-            loader.close()
+    for repeats in (1, 3):
+        order = Order(len(source), 8, seed=5, repeats=repeats)
+        loader = make_loader(source, order, size=40, threads=2, std=(1 / 255,) * 3, mean=(0.0,) * 3)
+        shown = next(loader.epoch(1, 1)).images
+        loader.close()
         positions, ids = order.step(1, 1)
         u = draws.uniforms(5, 1, positions)
         _, sizes, _ = source.read(ids)
@@ -133,5 +127,6 @@ def test_crops_cut_here_are_pillows(images: Path) -> None:
             image = Image.open(source.name(i)).convert("RGB").crop((left, top, left + width, top + height))
             square = np.array(image.resize((40, 40), Image.Resampling.BICUBIC))
             expected = torch.from_numpy(np.ascontiguousarray(square[:, ::-1] if flipped else square)).permute(2, 0, 1)
-            assert torch.equal(shown[0][k].round().to(torch.uint8), expected)
-        assert (shown[0] - shown[1]).abs().max() < 2.5
+            difference = (shown[k] - expected).abs()
+            assert difference.max() < 2.01
+            assert difference.mean() < 0.02  # measured: 0.002

@@ -97,6 +97,13 @@ def test_jpegs_that_few_decoders_read_are_not_plain(marker: int, bits: int, form
     assert not jpeg.is_plain(info)
 
 
+def test_a_jpeg_of_12_bits_is_called_what_it_is() -> None:
+    data = bytearray(encode(smooth_image()))
+    data[data.index(b"\xff\xc0") + 4] = 12
+    with pytest.raises(ValueError, match=r"^its samples have 12 bits, and only JPEGs of 8 are decoded$"):
+        jpeg.to_rgb_jpeg(bytes(data))
+
+
 def test_the_frames_size_whatever_exif_says() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to show"

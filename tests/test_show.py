@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from vimfast.augment.colours import to_pixels
 from vimfast.class_names import english_names
 from vimfast.commands import show
 from vimfast.config import Batches, Config, load_config
-from vimfast.data.loader import Loader
 from vimfast.data.source import open_source
-from vimfast.data.views import Copies, CutRegions
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.samples import _Sample, _samples, draw_samples
@@ -51,14 +48,10 @@ def config(tree: Path, *flags: str) -> Config:
     return load_config(["--data-path", str(tree), "--device", "cpu", "--input-size", "48", *flags])
 
 
-def samples(cfg: Config, count: int, *, regions: bool = False) -> list[_Sample]:
+def samples(cfg: Config, count: int) -> list[_Sample]:
     source = open_source(cfg.data.data_path, "train")
     batches = Batches(cfg.data.batch_size, 1)
     loader = open_training(source, cfg, batches, World(), Reporter(None, False))
-    if regions:  # as on a GPU, though cut by Pillow
-        view = loader.view
-        assert isinstance(view, Copies)
-        loader = Loader(source, CutRegions(**{field.name: getattr(view, field.name) for field in fields(view)}))
     mixup = Mixup(cfg.mix, len(source.classes), cfg.run.seed, 0)
     found = list(_samples(loader, mixup, count))[:count]
     loader.close()
@@ -85,11 +78,11 @@ def test_what_is_shown_is_what_the_model_is_given(tree: Path, tmp_path: Path, fl
     assert {len(sample.copies) for sample in found} == {1 if flags else 3}
 
 
-@pytest.mark.parametrize(("flags", "regions"), [((), False), ((), True), (("--src",), False)])
-def test_the_outlined_crop_is_the_one_that_is_cut_out(textured: Path, flags: tuple[str, ...], regions: bool) -> None:
+@pytest.mark.parametrize("flags", [(), ("--src",)])
+def test_the_outlined_crop_is_the_one_that_is_cut_out(textured: Path, flags: tuple[str, ...]) -> None:
     """Cut out of the original by Pillow, it is nearly the image that is trained on."""
     cfg = config(textured, *PLAIN, "--batch-size", "7", *flags)
-    found = samples(cfg, 7, regions=regions)
+    found = samples(cfg, 7)
     assert len(found) == 7
     for sample in found:
         (copy,) = sample.copies

@@ -325,14 +325,19 @@ def test_a_step_without_numbers_is_skipped(
 
 
 def test_a_run_that_only_skips_ends_and_leaves_sound_weights(recipe: str, shards: Path, tmp_path: Path) -> None:
+    seen: list[TrainingRun] = []
+
     def hooks(run: TrainingRun) -> list[Hook]:
+        seen.append(run)
         return [Poison(run, lambda epoch, step: epoch == 1)]
 
-    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path), "--save-every", "1")
+    flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(tmp_path))
     with pytest.raises(
-        UserError, match=r"2 steps in a row are non-finite, by epoch 1.*first in .*--lr.*is from before"
-    ):
+        UserError, match=r"2 steps in a row are non-finite, by epoch 1, step 2,.*first in .*is from before"
+    ) as error:
         train(*flags, "--log-every", "1000", "--skip-limit", "2", hooks=hooks)
+    assert "try a lower --lr, --clip-grad 1, --on-divergence rollback;" in str(error.value)  # --no_amp is what it has
+    assert seen[0].place.steps > 2  # it does not end at a report
     state = load_checkpoint(tmp_path / "checkpoint.pth")
     assert all(torch.isfinite(weight).all() for weight in state["model"].values())
 

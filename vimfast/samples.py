@@ -22,7 +22,7 @@ from vimfast.class_names import english_names
 from vimfast.config import Batches, Config, plan_batches, staged
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.relabelling import open_mapped
-from vimfast.data.views import CopyInputs, Cuts, Evaluation, RegionInputs, Work
+from vimfast.data.views import Evaluation, RegionInputs, Work
 from vimfast.dist import World
 from vimfast.sheet import PALETTE, Caption, Colour, Sheet, Tile
 from vimfast.train.loaders import open_training, open_training_source, open_validation
@@ -166,28 +166,16 @@ def _boxes(work: Work, places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The crops of some images of a batch, all from an original of this (width, height)."""
     x = work.inputs
     if isinstance(x, RegionInputs):
-        assert isinstance(work.crops, Cuts)
-        corner, boxes = x.corner[work.crops.which[places]], work.crops.boxes[places]
+        assert work.cuts is not None
+        corner, boxes = x.corner[work.cuts.which[places]], work.cuts.boxes[places]
         return np.concatenate([corner + boxes[:, :2], boxes[:, 2:]], axis=1).astype(float)
-    if isinstance(x, CopyInputs):
-        assert isinstance(work.crops, np.ndarray)
-        which, copy = np.divmod(work.crops[places], x.mirror.shape[1])
-        corner = x.corner[which] + x.cut_corner[which, copy]
-        return np.concatenate([corner, x.cut_extent[which, copy]], axis=1).astype(float)
     scale = np.array(size[::-1]) / x.resized[places]  # type: ignore[attr-defined]
     return np.concatenate([x.corner[places] * scale, np.array(work.size) * scale], axis=1)  # type: ignore[attr-defined]
 
 
 def _done(work: Work, place: int) -> list[str]:
-    x = work.inputs
-    if isinstance(work.crops, Cuts):
-        mirror = work.crops.mirror[place]
-    elif isinstance(x, CopyInputs):
-        assert isinstance(work.crops, np.ndarray)
-        mirror = x.mirror.ravel()[work.crops[place]]
-    else:
-        mirror = x.mirror[place]  # type: ignore[attr-defined]
-    words = ["flip"] if mirror else []
+    mirror = work.inputs.mirror if work.cuts is None else work.cuts.mirror  # type: ignore[attr-defined]
+    words = ["flip"] if mirror[place] else []
     assert work.plan is not None
     return words + _operations(work.plan, place)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vimfast.augment.plan import OPERATION, PATCH, Plan
+from vimfast.augment.threads import ALONE, Threads
 
 
 def carry_out(
@@ -21,6 +22,7 @@ def carry_out(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
+    threads: Threads = ALONE,
 ) -> Tensor:  # [B, 3, H, W]
     """(image / 255 - mean) / std of the changed images, then boxes erased.
 
@@ -29,6 +31,7 @@ def carry_out(
         plan: for the images of the batch, in their order.
         mean, std: of the three channels, for values in [0, 1]. Warps fill with round(255 mean).
         dtype: of the result, a floating one.
+        threads: that share out the images of a CPU.
 
     Raises:
         ValueError: shapes or types that do not fit.
@@ -46,4 +49,4 @@ def carry_out(
             return pixels_triton.carry_out(images, plan, mean, std, dtype)
     from vimfast.augment import pixels_pillow
 
-    return pixels_pillow.carry_out(images, plan, mean, std, dtype)
+    return pixels_pillow.carry_out(images, plan, mean, std, dtype, threads)

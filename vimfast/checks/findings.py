@@ -185,6 +185,7 @@ class Flaw(NamedTuple):
 
 
 _REPLACE = "download the file again, or delete it"
+_SAVE_AGAIN = "save it with 8 bits, or delete it"
 _CONVERTED = "nothing to do: vimfast-prepare stores it as an RGB JPEG, and training from the folder converts it too"
 _ODD = "look at the image; if it is damaged, download the file again"
 
@@ -214,6 +215,12 @@ def _check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg
         info = jpeg.inspect(data)
     except ValueError as error:
         return None, [Flaw("error", f"not an image: {error}", _REPLACE)]
+    complete = b"IEND" in data[-64:] if info.format == "png" else info.complete
+    uncommon = info.format not in _KNOWN_BY_HEADER  # the header does not say whether it decodes
+    if (decode or uncommon or not complete) and (why := _why_undecodable(data)):
+        what = "does not decode" if complete else "cut off or damaged"
+        fix = _SAVE_AGAIN if info.format.endswith("bit") else _REPLACE
+        return info, [Flaw("error", f"{what}: {why}", fix)]  # whatever else is unusual about it
     flaws = []
     if extension is not None and extension not in EXTENSIONS.get(info.format.partition("-")[0], ()):
         flaws.append(Flaw("warning", f"a {info.format.upper()} by its content", _CONVERTED))
@@ -221,8 +228,6 @@ def _check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg
         flaws.append(Flaw("warning", f"a JPEG of {info.components} components (CMYK)", _CONVERTED))
     elif info.format.startswith("jpeg-"):
         flaws.append(Flaw("warning", f"an uncommon kind of JPEG ({info.format})", _CONVERTED))
-    complete = b"IEND" in data[-64:] if info.format == "png" else info.complete
-    uncommon = info.format not in _KNOWN_BY_HEADER  # the header does not say whether it decodes
     try:
         wide = jpeg.wide_samples(data)
     except ValueError as error:
@@ -230,10 +235,7 @@ def _check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg
     else:
         if wide:
             flaws.append(Flaw("warning", f"a {wide} {info.format.upper()}, scaled to 8 bits", _CONVERTED))
-    if (decode or uncommon or not complete) and (why := _why_undecodable(data)):
-        what = "does not decode" if complete else "cut off or damaged"
-        flaws.append(Flaw("error", f"{what}: {why}", _REPLACE))
-    elif not complete:
+    if not complete:
         flaws.append(Flaw("warning", "looks damaged (junk, or no end marker) but decodes", _ODD))
     return info, flaws
 
@@ -245,7 +247,7 @@ def _why_undecodable(data: bytes) -> str | None:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's parsers raise nearly anything on garbage
-        return str(error) or type(error).__name__
+        return jpeg.why_undecodable(error, data)
     return None
 
 

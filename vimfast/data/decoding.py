@@ -1,8 +1,8 @@
 """DALI: encoded JPEGs in, what a view's graph makes of them out. The only module that imports ``nvidia.dali``.
 
 Graphs draw nothing at random: boxes and flips come in with the images, as the fields of a view's inputs. On a GPU the
-decoder is DALI's mixed one (or the CPU's, if that is chosen) and everything after it runs on the GPU; on a CPU a graph
-is the same with CPU operators.
+decoder is DALI's mixed one (or the CPU's, if that is chosen) and everything after it runs on the GPU. On a CPU, DALI's
+resizing is slow: only the graph of squares has any there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ Encoded = Annotated[Sequence[np.ndarray], ("UINT8", 1)]  # n arrays of uint8
 Flag = Annotated[np.ndarray, ("INT32", 0)]  # int32 [n]
 Pair = Annotated[np.ndarray, ("INT32", 1)]  # int32 [n, 2]: of rows and of columns
 Size = Annotated[np.ndarray, ("FLOAT", 1)]  # float32 [n, 2]: height and width to resize to
-Flags = Annotated[np.ndarray, ("INT32", 1)]  # int32 [n, copies]
-Pairs = Annotated[np.ndarray, ("INT32", 2)]  # int32 [n, copies, 2]
 
 Feed = Callable[[], tuple[Any, ...]]
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from vimfast.augment.threads import Threads
 from vimfast.config.choices import Decoder, OnBadImage
 from vimfast.data import decoding
 from vimfast.data.decoding import DecodeError, Graph, GraphSettings
@@ -94,6 +95,7 @@ class Loader(Epochs):
         skip = wanted.on_bad_image == "skip"
         self._reader = Reader(source, skip=skip, stand_in=view.training, stop=wanted.stop, report=wanted.report)
         self._graph: Graph | None = None  # built with the first epoch
+        self._threads = Threads(self._settings.threads)
         self._ahead: _ReadAhead | None = None
         self._in_work: deque[list[Work]] = deque()  # oldest first: what DALI holds, batches that it decodes together
         self._decoded: deque[tuple[Work, Any]] = deque()  # oldest first: batches, and what is decoded for them
@@ -260,7 +262,7 @@ class Loader(Epochs):
         if not self._decoded and not self._decode():
             return None
         work, decoded = self._decoded.popleft()
-        return self.view.finish(decoded, work)
+        return self.view.finish(decoded, work, self._threads)
 
     def _decode(self) -> bool:
         """Take what DALI has had in work for longest; False at the end of an evaluation."""
@@ -354,6 +356,7 @@ class Loader(Epochs):
         self._ahead = self._graph = self._next_place = None
         self._in_work.clear()
         self._decoded.clear()
+        self._threads.close()
         if built:
             # DALI's pipelines hold themselves in a circle: without this, their threads and memory live until a full
             # collection happens to come, graph upon graph (31 evaluations: 188 threads).

@@ -1,9 +1,8 @@
 """What a loader makes of the images of a step. A view owns all of it: the draws, DALI's graph, and what comes after.
 
-:class:`CutRegions` and :class:`Copies` train on boxes (:class:`~vimfast.augment.crops.BoxCrop`): on a GPU, where a
-kernel of ours cuts them from what DALI decodes, and on a CPU, where DALI does it all. :class:`CutOut` trains on squares
-cut out of resized images (:class:`~vimfast.augment.crops.SquareCrop`), and :class:`Evaluation` looks at the middle.
-:func:`training_view` and :func:`crop_view` choose.
+:class:`CutRegions` trains on boxes (:class:`~vimfast.augment.crops.BoxCrop`), which are cut from what DALI decodes.
+:class:`CutOut` trains on squares cut out of resized images (:class:`~vimfast.augment.crops.SquareCrop`), and
+:class:`Evaluation` looks at the middle. :func:`training_view` and :func:`crop_view` choose.
 """
 
 from __future__ import annotations
@@ -17,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from vimfast.augment import draws, resize
+from vimfast.augment import draws, resize, resize_cpu
 from vimfast.augment.colours import IMAGENET, Normalization
 from vimfast.augment.crops import BoxCrop, CentreCrop, SquareCrop
 from vimfast.augment.pixels import carry_out
 from vimfast.augment.plan import Plan
 from vimfast.augment.recipe import Recipe, training_crop
+from vimfast.augment.threads import Threads
 from vimfast.config import AugmentConfig
 from vimfast.config.choices import Interpolation
 from vimfast.data import decoding
-from vimfast.data.decoding import Encoded, Flag, Flags, GraphSettings, Pair, Pairs, Size
+from vimfast.data.decoding import Encoded, Flag, GraphSettings, Pair, Size
 from vimfast.data.exchange import Exchange
 from vimfast.data.order import Order
 from vimfast.data.source import Images
@@ -73,7 +73,7 @@ class Work(NamedTuple):
     labels: np.ndarray  # int64 [b]
     size: ImageSize  # of the images that come out, pixels
     plan: Plan | None = None  # what is done to the crops; None in evaluation
-    crops: Cuts | np.ndarray | None = None  # how they are made, or int64 [b], which they are; None: all, as they come
+    cuts: Cuts | None = None  # how crops are made of decoded regions; None: what is decoded are the crops
 
 
 class View(Protocol):
@@ -106,8 +106,12 @@ class View(Protocol):
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Any]:
         """What DALI made, for each of the works that it got together."""
 
-    def finish(self, decoded: Any, work: Work) -> Batch:
-        """The batch; on a GPU, in the order of the current stream, and in memory that DALI does not own."""
+    def finish(self, decoded: Any, work: Work, threads: Threads) -> Batch:
+        """The batch; on a GPU, in the order of the current stream, and in memory that DALI does not own.
+
+        Args:
+            threads: what is left to do on a CPU is shared out among them.
+        """
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,13 @@ class Training:
         u = draws.uniforms(self.order.seed, epoch, positions)
         return u, draws.flips(u, self.flip), draws.filters(u, self.interpolation)
 
-    def _batch(self, crops: Tensor, labels: Tensor, plan: Plan | None) -> Batch:
+    def _batch(self, crops: Tensor, labels: Tensor, plan: Plan | None, threads: Threads) -> Batch:
         assert plan is not None
-        mean, std, dtype = self.normalization
-        return Batch(carry_out(crops, plan, mean=mean, std=std, dtype=dtype), labels)
+        return _normalized(crops, labels, plan, self.normalization, threads)
+
+
+def _normalized(squares: Tensor, labels: Tensor, plan: Plan, by: Normalization, threads: Threads) -> Batch:
+    return Batch(carry_out(squares, plan, mean=by.mean, std=by.std, dtype=by.dtype, threads=threads), labels)
 
 
 def _split(images: Tensor, counts: list[int]) -> Sequence[Tensor]:
@@ -161,24 +168,15 @@ def _split(images: Tensor, counts: list[int]) -> Sequence[Tensor]:
     return parts
 
 
-class BoxWork(NamedTuple):
-    """What is drawn for the images of a step that are trained on as boxes."""
-
-    ids: np.ndarray  # int64 [n], each image once
-    images: Images  # n
-    covered: np.ndarray  # int32 [n, 4]: top, left, height, width of what the boxes of an image cover together
-    boxes: np.ndarray  # int32 [n, copies, 4], in what is covered
-    mirror: np.ndarray  # int32 [n, copies]
-    cubic: np.ndarray  # int32 [n, copies]
-    which: np.ndarray  # int64 [b]: the image of each crop of the batch; in sending order where ranks exchange crops
-    copy: np.ndarray  # int64 [b]: which of its boxes
-    plan: Plan
-    size: ImageSize
+class RegionInputs(NamedTuple):
+    encoded: Encoded
+    corner: Pair
+    extent: Pair
 
 
 @dataclass(frozen=True)
-class _Boxes(Training):
-    """Random boxes of images.
+class CutRegions(Training):
+    """Random boxes of images. DALI only decodes; the crops are cut and resized here (:mod:`vimfast.augment.resize`).
 
     Where the copies of repeated augmentation come to one rank (``order.neighbours``, or a single process), an image is
     read and decoded once and then cropped, mirrored and augmented as often as it is repeated. So it is where the ranks
@@ -192,6 +190,8 @@ class _Boxes(Training):
 
     crop: BoxCrop = field(kw_only=True)
     exchange: Exchange | None = field(kw_only=True, default=None)
+
+    inputs: ClassVar[type[tuple[Any, ...]]] = RegionInputs
 
     @property
     def copies(self) -> int:
@@ -208,8 +208,11 @@ class _Boxes(Training):
         runs = 1 if run == order.batch_size else 1 + -(-order.batch_size // run)
         return min(order.batch_size, runs * (1 + -(-(run - 1) // self.copies)))
 
-    def _draw_boxes(self, epoch: int, step: int, read: Read) -> BoxWork:
-        """Each image once. All its copies are drawn, also those in the batches before and after this one."""
+    def draw(self, epoch: int, step: int, read: Read) -> Work:
+        """Each image is read once, and what its boxes cover together is decoded.
+
+        All its copies are drawn, also those in the batches before and after this one.
+        """
         copies, size = self.copies, self.size_in(epoch)
         positions, ids = self.order.decoded(epoch, step) if self.exchange else self.order.step(epoch, step)
         shown, first, which = np.unique(positions // copies, return_index=True, return_inverse=True)
@@ -218,41 +221,15 @@ class _Boxes(Training):
         drawn = self.crop.boxes(u, np.repeat(images.sizes, copies, axis=0))
         low, extent = (part.reshape(len(ids), copies, 2) for part in drawn)
         corner = low.min(axis=1)
-        covered = np.concatenate([corner, (low + extent).max(axis=1) - corner], axis=1)
-        copy = positions % copies
+        inputs = RegionInputs(images.encoded, corner, (low + extent).max(axis=1) - corner)
+        boxes = np.concatenate([low - corner[:, None], extent], axis=2).reshape(-1, 4)
+        at = which * copies + positions % copies  # of each position, its box
         if self.exchange is not None:
-            which, copy = which[self.exchange.sending_order], copy[self.exchange.sending_order]
+            at = at[self.exchange.sending_order]
+        cuts = Cuts(at // copies, boxes[at], mirror[at], cubic[at])
         own, _ = self.order.step(epoch, step)
         plan = self.stage(epoch).recipe.draw(self.order.seed, epoch, own, size)
-        boxes = np.concatenate([low - corner[:, None], extent], axis=2)
-        mirror, cubic = mirror.reshape(-1, copies), cubic.reshape(-1, copies)
-        return BoxWork(ids, images, covered, boxes, mirror, cubic, which, copy, plan, size)
-
-    def _exchanged(self, crops: Tensor, work: Work) -> Batch:
-        labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
-        if self.exchange is not None:
-            crops, labels = self.exchange(crops), self.exchange(labels)
-        return self._batch(crops, labels, work.plan)
-
-
-class RegionInputs(NamedTuple):
-    encoded: Encoded
-    corner: Pair
-    extent: Pair
-
-
-class CutRegions(_Boxes):
-    """DALI only decodes; a kernel of ours cuts and resizes, in less than half of DALI's time on a busy GPU."""
-
-    inputs: ClassVar[type[tuple[Any, ...]]] = RegionInputs
-
-    def draw(self, epoch: int, step: int, read: Read) -> Work:
-        d = self._draw_boxes(epoch, step, read)
-        at = d.which, d.copy
-        cuts = Cuts(d.which, d.boxes[at], d.mirror[at], d.cubic[at])
-        corner, extent = np.ascontiguousarray(d.covered[:, :2]), np.ascontiguousarray(d.covered[:, 2:])
-        inputs = RegionInputs(d.images.encoded, corner, extent)
-        return Work((epoch, step), d.ids, inputs, d.images.labels[d.which], d.size, d.plan, cuts)
+        return Work((epoch, step), ids, inputs, images.labels[cuts.which], size, plan, cuts)
 
     def graph(self, x: RegionInputs, settings: GraphSettings) -> Sequence[Any]:
         return [decoding.decode_boxes(x.encoded, x.corner, x.extent, settings)]
@@ -260,62 +237,16 @@ class CutRegions(_Boxes):
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[decoding.Regions]:
         return decoding.Regions.of(*outputs).split([len(work.ids) for work in works])
 
-    def finish(self, decoded: decoding.Regions, work: Work) -> Batch:
-        assert isinstance(work.crops, Cuts)
+    def finish(self, decoded: decoding.Regions, work: Work, threads: Threads) -> Batch:
+        assert work.cuts is not None
         if self.device.type == "cuda":
-            crops = resize.crop_resize_at(decoded.addresses, decoded.sizes, *work.crops, work.size, self.device)
+            crops = resize.crop_resize_at(decoded.addresses, decoded.sizes, *work.cuts, work.size, self.device)
         else:
-            crops = resize.crop_resize(decoded.images(), *work.crops, work.size)
-        return self._exchanged(crops, work)
-
-
-class CopyInputs(NamedTuple):
-    encoded: Encoded
-    corner: Pair
-    extent: Pair
-    cut_corner: Pairs
-    cut_extent: Pairs
-    mirror: Flags
-    cubic: Flags
-    size: Size
-
-
-class Copies(_Boxes):
-    """DALI decodes what the boxes of an image cover together, then cuts, resizes and mirrors each."""
-
-    inputs: ClassVar[type[tuple[Any, ...]]] = CopyInputs
-
-    def draw(self, epoch: int, step: int, read: Read) -> Work:
-        d = self._draw_boxes(epoch, step, read)
-        inputs = CopyInputs(
-            d.images.encoded,
-            corner=np.ascontiguousarray(d.covered[:, :2]),
-            extent=np.ascontiguousarray(d.covered[:, 2:]),
-            cut_corner=np.ascontiguousarray(d.boxes[..., :2]),
-            cut_extent=np.ascontiguousarray(d.boxes[..., 2:]),
-            mirror=d.mirror,
-            cubic=d.cubic,
-            size=np.tile(np.array(d.size, np.float32), (len(d.ids), 1)),
-        )
-        crops = d.which * self.copies + d.copy
-        return Work((epoch, step), d.ids, inputs, d.images.labels[d.which], d.size, d.plan, crops)
-
-    def graph(self, x: CopyInputs, settings: GraphSettings) -> Sequence[Any]:
-        covered = decoding.decode_boxes(x.encoded, x.corner, x.extent, settings)
-        squares = []
-        for i in range(self.copies):
-            box = decoding.cut(covered, x.cut_corner[i], x.cut_extent[i])
-            squares.append(decoding.mirror(decoding.resize(box, x.size, x.cubic[i]), x.mirror[i]))
-        return squares
-
-    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
-        copies = [decoding.tensor(output) for output in outputs]
-        together = copies[0] if len(copies) == 1 else torch.stack(copies, 1).flatten(0, 1)
-        return _split(together, [len(work.ids) * self.copies for work in works])
-
-    def finish(self, decoded: Tensor, work: Work) -> Batch:
-        assert isinstance(work.crops, np.ndarray)
-        return self._exchanged(decoded[torch.from_numpy(work.crops)], work)
+            crops = resize.crop_resize(decoded.images(), *work.cuts, work.size, threads)
+        labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
+        if self.exchange is not None:
+            crops, labels = self.exchange(crops), self.exchange(labels)
+        return self._batch(crops, labels, work.plan, threads)
 
 
 class CutOutInputs(NamedTuple):
@@ -363,8 +294,9 @@ class CutOut(Training):
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
         return _split(decoding.tensor(*outputs), [len(work.ids) for work in works])
 
-    def finish(self, decoded: Tensor, work: Work) -> Batch:
-        return self._batch(decoded, torch.from_numpy(work.labels).to(self.device, non_blocking=True), work.plan)
+    def finish(self, decoded: Tensor, work: Work, threads: Threads) -> Batch:
+        labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
+        return self._batch(decoded, labels, work.plan, threads)
 
 
 class EvaluationInputs(NamedTuple):
@@ -411,17 +343,27 @@ class Evaluation:
 
     def graph(self, x: EvaluationInputs, settings: GraphSettings) -> Sequence[Any]:
         whole = decoding.decode(x.encoded, settings, fancy=True)
+        if self.device.type != "cuda":
+            return [whole, x.resized, x.corner]  # the latter two because DALI warns of inputs that it has no use for
         whole = decoding.resize_as_pillow(whole, x.resized, self.interpolation)
         squares = decoding.cut(whole, x.corner, [*self.size_in(0)])
         return [decoding.normalize(squares, self.normalization)]
 
-    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
-        return _split(decoding.tensor(*outputs), [len(work.ids) for work in works])
+    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Any]:
+        counts = [len(work.ids) for work in works]
+        if self.device.type != "cuda":
+            return decoding.Regions.of(outputs[0]).split(counts)
+        return _split(decoding.tensor(*outputs), counts)
 
-    def finish(self, decoded: Tensor, work: Work) -> Batch:
+    def finish(self, decoded: Any, work: Work, threads: Threads) -> Batch:
         labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
-        # DALI takes its memory back in the order of this stream, and knows nothing of the one that evaluates.
-        return Batch(decoded.clone() if self.device.type == "cuda" else decoded, labels)
+        if self.device.type == "cuda":
+            # DALI takes its memory back in the order of this stream, and knows nothing of the one that evaluates.
+            return Batch(decoded.clone(), labels)
+        _, resized, corner = work.inputs
+        cubic = self.interpolation == "bicubic"
+        squares = resize_cpu.resize_cut(decoded.images(), resized, corner, work.size, cubic, threads)
+        return _normalized(squares, labels, Plan.nothing(len(squares)), self.normalization, threads)
 
 
 def training_view(
@@ -480,4 +422,4 @@ def crop_view(
     if isinstance(crop, SquareCrop):
         return CutOut(*common, crop=crop)
     exchange = Exchange(order, group) if order.node > 1 else None
-    return (CutRegions if device.type == "cuda" else Copies)(*common, crop=crop, exchange=exchange)
+    return CutRegions(*common, crop=crop, exchange=exchange)

@@ -6,6 +6,7 @@ in memory, so training from either sees the same bytes.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from io import BytesIO
 from typing import Any, NamedTuple, TypeAlias
 
@@ -119,7 +120,7 @@ def _inspect_other(view: bytes | memoryview) -> ImageInfo:
             width, height = image.size
             return ImageInfo((image.format or "unknown").lower(), height, width, len(image.getbands()), True)
     except Exception as error:  # Pillow's parsers raise nearly anything on garbage
-        raise _fault(error, _webp_size(view)) from None
+        raise _fault(error, view, _webp_size(view)) from None
 
 
 def is_plain(info: ImageInfo) -> bool:
@@ -161,7 +162,7 @@ def to_rgb_jpeg(data: Buffer, *, resize: int | None = None, quality: int = 100) 
         out = BytesIO()
         rgb.save(out, "JPEG", quality=quality, subsampling="4:4:4" if resize is None else "4:2:0")
     except Exception as error:  # as above
-        raise _fault(error, size) from None
+        raise _fault(error, view, size) from None
     return out.getvalue(), (rgb.height, rgb.width)
 
 
@@ -186,7 +187,7 @@ def wide_samples(data: Buffer) -> str | None:
             raw = image.tile[0][3] if getattr(image, "tile", None) else ""
             return "16-bit" if ";16" in str(raw) else None
     except Exception as error:  # as above
-        raise _fault(error, _webp_size(view)) from None
+        raise _fault(error, view, _webp_size(view)) from None
 
 
 _SIXTEEN_BITS = (0.0, 65535.0)
@@ -240,8 +241,8 @@ def _first(value: Any) -> float | None:
 # Whose fault it is
 
 
-def _fault(error: Exception, size: tuple[int, int] | None) -> Exception:
-    """What to raise for what Pillow raised on an image of this (width, height).
+def _fault(error: Exception, view: bytes | memoryview, size: tuple[int, int] | None) -> Exception:
+    """What to raise for what Pillow raised on an image of these bytes and this (width, height).
 
     Some of its decoders call an allocation that failed a broken image. So it is looked whether there would have been
     memory: for the samples, and for the coefficients or buffers that a decoder holds beside them.
@@ -252,8 +253,8 @@ def _fault(error: Exception, size: tuple[int, int] | None) -> Exception:
         try:
             np.empty(size[0] * size[1] * _BYTES_PER_PIXEL, np.uint8)
         except MemoryError:
-            return MemoryError(_why(error))
-    return ValueError(_why(error))
+            return MemoryError(why_undecodable(error, view))
+    return ValueError(why_undecodable(error, view))
 
 
 _BYTES_PER_PIXEL = 16
@@ -273,8 +274,15 @@ def _webp_size(view: bytes | memoryview) -> tuple[int, int] | None:
     return width, height
 
 
-def _why(error: Exception) -> str:
-    """Pillow's reason without its object addresses."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in any known format"
-    return str(error) or type(error).__name__
+def why_undecodable(error: Exception, data: Buffer) -> str:
+    """The reason for which Pillow raised `error` on these bytes, without its object addresses."""
+    if not isinstance(error, UnidentifiedImageError):
+        return str(error) or type(error).__name__
+    view = _view(data)
+    if view[:2] == b"\xff\xd8":  # which Pillow does not say
+        with suppress(ValueError):
+            kind = inspect(view).format
+            if kind.endswith("bit"):
+                bits = kind.removeprefix("jpeg-").removesuffix("bit")
+                return f"its samples have {bits} bits, and only JPEGs of 8 are decoded"
+    return "not an image in any known format"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from pathlib import Path
+
+import torch
 
 from vimfast.checkpoint import CHECKPOINT
 from vimfast.train.loop import Diverged, Place, TrainingRun
-from vimfast.train.step import Health
+from vimfast.train.step import IN_FLIGHT, Health
+from vimfast.train.sums import Reading
 
 # Far beyond the noise of a mean over 50 steps, and reached within one or two reports where weights are ruined.
 _BLOWN_UP = 2.0  # times the first loss
@@ -25,14 +29,35 @@ class GradientHealth:
     def __init__(self, run: TrainingRun, limit: int, folder: Path | None) -> None:
         self._run, self._limit, self._folder = run, limit, folder
         self._skipped = 0
+        self._behind = IN_FLIGHT if run.world.device.type == "cuda" else 0  # steps that the device may not have done
+        self._asked: deque[tuple[Place, float, Reading]] = deque()  # oldest first
 
     @property
     def is_sound(self) -> bool:
         """Whether the last step changed the weights; the host waits for the device."""
         return not bool(self._run.train_step.counts[1])
 
+    def after_step(self, place: Place) -> None:
+        """Look whether the limit is reached, at the latest step that the device has done: the host does not wait.
+
+        Every process looks at the same step.
+
+        Raises:
+            Diverged: it is.
+        """
+        here = Place(place.steps, place.epoch, place.step)
+        self._asked.append((here, self._run.rate.value, Reading(None, [self._run.train_step.counts])))
+        if len(self._asked) > self._behind:
+            there, lr, reading = self._asked.popleft()
+            counts = reading.get()
+            if self._is_too_many(counts[2], there):
+                self.check(there, counts, lr)
+
+    def _is_too_many(self, in_a_row: float, place: Place) -> bool:
+        return in_a_row >= min(self._limit, place.steps)
+
     def check(self, place: Place, counts: list[float] | None = None, lr: float | None = None) -> None:
-        """Raises :class:`Diverged` where there is nothing to continue with.
+        """Raises :class:`Diverged` where there is nothing to continue with, and says what was skipped.
 
         Args:
             counts, lr: those of :attr:`TrainStep.counts` and the learning rate, as they were at `place`; None: as they
@@ -46,13 +71,15 @@ class GradientHealth:
         first = f", first in {', '.join(health.names[:3])}" if health.names else ""
         lr = self._run.rate.value if lr is None else lr
         where = f"epoch {place.epoch}, step {place.step}, learning rate {lr:.3g}{first}"
-        if health.in_a_row >= min(self._limit, place.steps):
+        if self._is_too_many(health.in_a_row, place):
             own = self._folder / CHECKPOINT if self._folder else None
             kept = f"; {own} is from before" if own is not None and own.exists() else ""
-            rollback = ", --on-divergence rollback" if self._run.recover is None else ""
+            helps = _what_helps(self._run)
+            helps += ["--no_amp"] if self._run.precision.dtype != torch.float32 else []
+            helps += ["--on-divergence rollback"] if self._run.recover is None else []
             raise Diverged(
                 f"the gradients of {health.in_a_row} steps in a row are non-finite, by {where}",
-                f"try a lower --lr, --clip-grad 1, --no_amp{rollback}{kept}",
+                f"try {', '.join(helps)}{kept}",
             )
         if health.skipped > self._skipped:
             count = health.skipped - self._skipped
@@ -63,6 +90,13 @@ class GradientHealth:
     def reset(self) -> None:
         """The counts begin again."""
         self._skipped = 0
+        self._asked.clear()
+
+
+def _what_helps(run: TrainingRun) -> list[str]:
+    """Against any divergence, of what the run does not have."""
+    clip = run.train_step.clip_grad
+    return ["a lower --lr", *(["--clip-grad 1"] if clip is None or clip > 1 else [])]
 
 
 class LossHealth:
@@ -104,7 +138,7 @@ class LossHealth:
             return
         problem = f"the loss has risen to {loss:.4g} from {self._lowest:.4g}, by epoch {place.epoch}, step {place.step}"
         if self._raises:
-            raise Diverged(problem, "try a lower --lr, or --clip-grad 1")
+            raise Diverged(problem, f"try {', or '.join(_what_helps(self._run))}")
         if not self._warned:
             self._warned = True
             self._run.report.warn(f"{problem}; --on-divergence rollback would return to the last checkpoint")

@@ -66,6 +66,7 @@ class Progress(Hook):
 
     def after_step(self, place: Place) -> None:
         self._steps_here += 1
+        self._health.after_step(place)
         self._waits.after_step()
         if flushed := self._flush(place):
             self._waits.look(*flushed, place)

@@ -56,15 +56,16 @@ class Mark:
 class Reading:
     """Values on their way from the device to the host, as they are now; the device works on meanwhile.
 
-    Every process must read at the same place, as the sums are added up over processes.
+    Every process must read sums at the same place, as they are added up over processes.
 
     Args:
-        sums: float64 [n], of this process.
+        sums: float64 [n], of this process; None: there are none.
         others: any numbers that are the same on all processes.
     """
 
-    def __init__(self, sums: Tensor, others: Sequence[Tensor]) -> None:
-        values = torch.cat([dist.all_sum(sums.clone()), *(other.double().flatten() for other in others)])
+    def __init__(self, sums: Tensor | None, others: Sequence[Tensor]) -> None:
+        summed = [] if sums is None else [dist.all_sum(sums.clone())]
+        values = torch.cat([*summed, *(other.double().flatten() for other in others)])
         self._values = values
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
