@@ -1,6 +1,15 @@
 """How fast this machine trains, infers and loads: what ``vimfast bench`` and the benchmarks of tools/ measure."""
 
 from vimfast.speed.loading import endless, measure_batches
-from vimfast.speed.steps import Subject, inference, milliseconds, peak_gib, training
+from vimfast.speed.steps import Subject, inference, milliseconds, milliseconds_in_turn, peak_gib, training
 
-__all__ = ["Subject", "endless", "inference", "measure_batches", "milliseconds", "peak_gib", "training"]
+__all__ = [
+    "Subject",
+    "endless",
+    "inference",
+    "measure_batches",
+    "milliseconds",
+    "milliseconds_in_turn",
+    "peak_gib",
+    "training",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,17 +98,25 @@ def inference(subject: Subject, device: torch.device) -> tuple[Run, Run]:
 
 def milliseconds(run: Run, device: torch.device, repeats: int) -> float:
     """Median time of one call in blocks of calls, the device's work included; calls are not waited for one by one."""
-    for _ in range(min(3, repeats)):
-        run()
-    _wait(device)
-    times, calls = [], max(repeats // _BLOCKS, 1)
-    for _ in range(_BLOCKS):
-        begin = time.perf_counter()
-        for _ in range(calls):
+    return milliseconds_in_turn([run], device, [repeats])[0]
+
+
+def milliseconds_in_turn(runs: Sequence[Run], device: torch.device, repeats: Sequence[int]) -> list[float]:
+    """The same of each, a block of one after a block of the other, so that all of them meet the same other load."""
+    for run, count in zip(runs, repeats, strict=True):
+        for _ in range(min(3, count)):
             run()
-        _wait(device)
-        times.append((time.perf_counter() - begin) / calls)
-    return 1000 * statistics.median(times)
+    _wait(device)
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(_BLOCKS):
+        for run, count, own in zip(runs, repeats, times, strict=True):
+            calls = max(count // _BLOCKS, 1)
+            begin = time.perf_counter()
+            for _ in range(calls):
+                run()
+            _wait(device)
+            own.append((time.perf_counter() - begin) / calls)
+    return [1000 * statistics.median(own) for own in times]
 
 
 def repeats_for(run: Run, device: torch.device, seconds: float) -> int:
