@@ -22,6 +22,7 @@ from vimfast.models.vision_mamba import VisionMamba
 from vimfast_kernels import (
     add_layer_norm,
     add_rms_norm,
+    bidirectional_block,
     bidirectional_conv1d_silu,
     bidirectional_scan,
     causal_conv1d_silu,
@@ -29,6 +30,7 @@ from vimfast_kernels import (
     explain,
     selective_scan,
 )
+from vimfast_kernels.backends import _forget
 from vimfast_kernels.llvm import launch, machine
 
 pytestmark = pytest.mark.skipif(bool(vimfast_kernels.llvm._missing()), reason="needs llvmlite")
@@ -88,7 +90,7 @@ def both_ways(scale: float = 1.0) -> Callable[..., Tensor]:
 @pytest.mark.usefixtures("poison", "lanes")
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "states"),
-    [(1, 1, 5, 16), (2, 3, 8, 1), (3, 17, 48, 3), (2, 197, 32, 16), (1, 63, 6, 64)],
+    [(1, 1, 5, 16), (2, 3, 8, 1), (3, 17, 48, 3), (2, 197, 32, 16), (1, 63, 6, 33)],
 )
 def test_scan(batch: int, length: int, channels: int, states: int, runs: list[str]) -> None:
     inputs = make(batch, length, channels, states)
@@ -303,11 +305,28 @@ def test_what_looks_at_the_ops_sees_those_of_torch(inputs: dict[str, Tensor], ru
 
 
 def test_export_sees_the_reference(runs: list[str]) -> None:
+    """Even if the backend is tried meanwhile."""
     model, images = small("v2"), torch.ones(1, 3, 32, 32)
+    _forget()
+    vimfast_kernels.llvm._trial.cache_clear()
     with torch.no_grad():
         program = torch.export.export(model, (images,))
-    assert not runs
-    assert "vimfast.scan" in str(program.graph)
+        assert runs == ["Scan"]
+        assert "vimfast.scan" in str(program.graph)
+        torch.testing.assert_close(program.module()(images), model(images))
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    """Instead of reading beyond them."""
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"norm: weight is \(4,\), and the other tensors imply \(8,\)"):
+            add_rms_norm(torch.ones(2, 8), None, torch.ones(4), backend="llvm")
+        mixer = small("v2").layers[0].mixer
+        mixer.A_b_log = torch.nn.Parameter(torch.ones(64, 8))
+        with pytest.raises(ValueError, match=r"mixer: A_log is \(64, 8\), and the other tensors imply \(64, 16\)"):
+            bidirectional_block(torch.ones(1, 3, 32), None, torch.ones(32), None, mixer.weights(), backend="llvm")
+        with pytest.raises(RuntimeError, match="meta"):
+            add_rms_norm(torch.ones(2, 8), torch.ones(2, 8, device="meta"), torch.ones(8), backend="llvm")
 
 
 # Threads, and machines without it
@@ -332,12 +351,10 @@ def test_threads_change_nothing(inputs: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def without_llvmlite(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from vimfast_kernels import backends
-
-    backends._forget()
+    _forget()
     monkeypatch.setattr(vimfast_kernels.llvm, "find_spec", lambda name: None)
     yield
-    backends._forget()
+    _forget()
 
 
 @pytest.mark.usefixtures("without_llvmlite")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +20,8 @@ from vimfast_kernels.block.weights import MixerWeights, flatten
 from vimfast_kernels.reference import BACKEND as REFERENCE
 
 MOST_STATES = 64  # a step of the scan is written out for each
+_TYPES = (Tensor, nn.Parameter)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def scan(
@@ -98,7 +101,7 @@ def block(
 
 
 def _served(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may read them: plain tensors, of which no gradient is asked and no trace is kept."""
+    """Whether a kernel may read their memory: plain ones on the CPU, and nobody asks for gradients or keeps a trace."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     # Modes (FLOP counting, fake tensors), transformations (vmap) and forward derivatives see torch's ops only.
@@ -106,7 +109,7 @@ def _served(*tensors: Tensor | None) -> bool:
     if watched or forward_ad._current_level >= 0:
         return False
     here = [x for x in tensors if x is not None]
-    if any(type(x) not in (Tensor, nn.Parameter) or x.dtype == torch.float64 for x in here):
+    if not all(type(x) in _TYPES and x.device.type == "cpu" and x.dtype in _DTYPES for x in here):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in here))
 
@@ -119,21 +122,29 @@ def _missing() -> str | None:
     return machine.missing()
 
 
-@functools.cache
-def _trial(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
-    """Why the kernels do not work on this machine, or None: the scan is compiled and run."""
+def _why_not(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
     if states > MOST_STATES:
         return f"state size {states} is above {MOST_STATES}"
+    return _trial(int(states))
+
+
+@functools.cache
+def _trial(states: int) -> str | None:
+    """Why the kernels do not work on this machine, or None: the scan is compiled and run."""
+    with ThreadPoolExecutor(1) as elsewhere:  # where no mode of torch is on, as fake tensors' may be here
+        return elsewhere.submit(_try_scan, states).result()
+
+
+def _try_scan(states: int) -> str | None:
     try:
         from vimfast_kernels.llvm import launch
 
-        with torch.inference_mode():
-            u = torch.full((2, 1, 3, 16), 0.5, device="cpu")
-            A, B = -torch.ones(2, 16, states, device="cpu"), torch.full((2, 1, 3, states), 0.25, device="cpu")
-            D = A[..., 0]
-            out = launch.scan(u, u, A, B, B, D, u[0], D, (False, True), 1.0)
-            want = REFERENCE.ops["scan"](u, u, A, B, B, D, u[0], D, [False, True], 1.0)
-            exact = bool(torch.isclose(out, want, rtol=1e-4, atol=1e-4).all())
+        u = torch.full((2, 1, 3, 16), 0.5, device="cpu")
+        A, B = -torch.ones(2, 16, states, device="cpu"), torch.full((2, 1, 3, states), 0.25, device="cpu")
+        D = A[..., 0]
+        out = launch.scan(u, u, A, B, B, D, u[0], D, (False, True), 1.0)
+        want = REFERENCE.ops["scan"](u, u, A, B, B, D, u[0], D, [False, True], 1.0)
+        exact = bool(torch.isclose(out, want, rtol=1e-4, atol=1e-4).all())
     except Exception as error:  # an llvmlite with other names, a processor that it does not know
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     return None if exact else "a trial run gave wrong outputs"
@@ -142,9 +153,9 @@ def _trial(device: torch.device, dtype: torch.dtype, states: int) -> str | None:
 BACKEND = Backend(
     "llvm",
     ops={"scan": scan, "conv": conv, "norm": norm, "block": block},
-    why_not=_trial,
+    why_not=_why_not,
     missing=_missing,
     devices=("cpu",),
-    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    dtypes=_DTYPES,
     gradients=False,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ def norm(
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:  # 2 x [..., c], fp32
     """(norm(r), r) with r = residual + x, in the residual's memory if that may be overwritten."""
+    _check("norm", {"weight": (weight, x.shape[-1:]), "bias": (bias, x.shape[-1:]), "residual": (residual, x.shape)})
     x, weight = _packed(x), _packed(weight)
     own = None if residual is None else _packed(residual)
     bias = None if bias is None else _packed(bias)
@@ -96,17 +97,22 @@ def mixer(x: Tensor, weights: MixerWeights, scale: float) -> Tensor:
     """
     ways = weights.forth, weights.back
     channels, states = weights.forth.A_log.shape
-    rank = weights.forth.dt_weight.shape[1]
+    rank, taps = weights.forth.dt_weight.shape[1], weights.forth.conv_weight.shape[1]
+    _check("mixer", {"in_weight": (weights.in_weight, (2 * channels, x.shape[-1]))})
+    for way in ways:
+        own = (channels,)
+        shapes = (channels, taps), own, (rank + 2 * states, channels), (channels, rank), own, (channels, states), own
+        _check("mixer", dict(zip(way._fields, zip(way, shapes, strict=True), strict=True)))
     xz = F.linear(x, weights.in_weight, weights.in_bias)
     z = _rows(xz[..., channels:])
     u = conv(xz[..., :channels], [way.conv_weight for way in ways], [way.conv_bias for way in ways], BOTH)
     # [b, L, R + 2 N] of both: time steps, B, C
     projected = [_packed(F.linear(u[k].to(xz.dtype), way.x_weight)) for k, way in enumerate(ways)]
-    own = [[_packed(w) for w in (way.dt_weight, way.A_log, way.D, way.dt_bias)] for way in ways]
+    packed = [[_packed(w) for w in (way.dt_weight, way.A_log, way.D, way.dt_bias)] for way in ways]
     y = torch.empty_like(u[0])
     steps = projected[0].stride()[:2]
     arguments = [*u.shape[1:], *u.stride()[1:3], *steps, *steps, *_gate(z), _numbers(scale).data_ptr(), y.data_ptr()]
-    for k, (dt_weight, A_log, D, dt_bias) in enumerate(own):
+    for k, (dt_weight, A_log, D, dt_bias) in enumerate(packed):
         at = projected[k].data_ptr()
         arguments += (
             u[k].data_ptr(), at, dt_weight.data_ptr(), A_log.data_ptr(), at + 4 * rank, at + 4 * (rank + states),
@@ -114,6 +120,13 @@ def mixer(x: Tensor, weights: MixerWeights, scale: float) -> Tensor:
         )  # fmt: skip
     run(Scan(BOTH, states, rank, log=True, skip=True, bias=True, gate=True), channels, arguments)
     return F.linear(y.to(xz.dtype), weights.out_weight, weights.out_bias)
+
+
+def _check(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:
+    """ValueError for the first tensor of another shape, outside of which a kernel would read."""
+    for name, (x, shape) in expected.items():
+        if x is not None and tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{op}: {name} is {tuple(x.shape)}, and the other tensors imply {tuple(shape)}")
 
 
 def _packed(x: Tensor) -> Tensor:

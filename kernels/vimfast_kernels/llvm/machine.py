@@ -60,7 +60,7 @@ def _machine() -> tuple[Any, int]:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     has = llvm.get_host_cpu_features()
-    features = f"{has.flatten()},-prefer-256-bit"  # vectors are as long as they are written
+    features = has.flatten() + ",-prefer-256-bit" * bool(has.get("avx512f"))  # vectors are as long as they are written
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
     return machine, next((width for feature, width in _WIDTHS.items() if has.get(feature)), 4)
