@@ -6,6 +6,7 @@ Errors in fp32 are at most twice those of plain torch.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -347,6 +348,16 @@ def test_threads_change_nothing(inputs: dict[str, Tensor]) -> None:
         torch.set_num_threads(before)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(got, want) for got in pool.map(scan, range(20)))
+
+
+def test_compiled_code_may_be_dropped(inputs: dict[str, Tensor]) -> None:
+    """Each has all that it needs of LLVM to itself."""
+    with torch.no_grad():
+        want = bidirectional_scan(**inputs, backend="llvm")
+        for _ in range(3):
+            machine._compiled.cache_clear()
+            gc.collect()
+            assert torch.equal(bidirectional_scan(**inputs, backend="llvm"), want)
 
 
 @pytest.fixture

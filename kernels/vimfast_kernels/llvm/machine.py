@@ -55,21 +55,19 @@ def _gomp_parallel() -> Any:
 
 
 @functools.cache
-def _machine() -> tuple[Any, int]:
-    """LLVM's description of this processor, and the floats in one of its vectors."""
+def _processor() -> tuple[str, str, int]:
+    """(name, features, floats in a vector) of this one."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     has = llvm.get_host_cpu_features()
     features = has.flatten() + ",-prefer-256-bit" * bool(has.get("avx512f"))  # vectors are as long as they are written
-    target = llvm.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
-    return machine, next((width for feature, width in _WIDTHS.items() if has.get(feature)), 4)
+    return llvm.get_host_cpu_name(), features, next((width for name, width in _WIDTHS.items() if has.get(name)), 4)
 
 
 @functools.cache
 def _lanes(channels: int) -> int:
     """The longest vector, a power of two, that divides the channels."""
-    return min(_machine()[1], channels & -channels)
+    return min(_processor()[2], channels & -channels)
 
 
 @functools.cache
@@ -77,7 +75,10 @@ def _compiled(kernel: Kernel, lanes: int) -> tuple[int, Any]:
     """(address of the function, what keeps it in memory)."""
     module = ir.Module()
     kernel.write(Code(module, "kernel", kernel.names, lanes))
-    parsed, machine = llvm.parse_assembly(str(module)), _machine()[0]
+    parsed = llvm.parse_assembly(str(module))
+    name, features, _ = _processor()
+    # One for each engine, which takes it over and frees it in the end.
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=3)
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(parsed, passes)
     engine = llvm.create_mcjit_compiler(parsed, machine)
