@@ -84,6 +84,7 @@ def test_models_are_measured_in_turn() -> None:
 
 def test_what_it_refuses(run: Run, tmp_path: Path) -> None:
     for words, sentence in (
+        (("--scan-backend", "fast"), "unknown scan backend 'fast'"),
         (("--model", "vim_tny"), "did you mean 'vim_tiny_patch16_224'"),
         (("--plot", str(tmp_path / "no" / "a.png")), "in a folder that does not exist"),
         (("--batch-size", "0"), "must be >= 1"),

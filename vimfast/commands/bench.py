@@ -59,6 +59,7 @@ def parser() -> Parser:
     add("--batch-size", metavar="N", type=whole(1), help="images of a step [128; on a CPU 2]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
     add("--fp32", action="store_true", help="compute in fp32; default: bf16 autocast on a GPU, fp32 on a CPU")
+    add("--scan-backend", metavar="NAME", default="auto", help="kernels of a Vision Mamba, as in training [auto]")
     add("--no-deit", action="store_true", help="leave DeiT out; compiling it for a GPU takes a minute or more")
     add("--no-training", action="store_true", help="leave training out")
     add("--seconds", metavar="X", type=float, default=3.0, help="about how long each measurement takes [3]")
@@ -116,7 +117,8 @@ def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
     from vimfast.models import create_model
     from vimfast.speed import Subject, inference, training
 
-    model = create_model(args.model, img_size=args.input_size)
+    backend = {} if args.scan_backend == "auto" else {"scan_backend": args.scan_backend}
+    model = create_model(args.model, img_size=args.input_size, **backend)
     size = sum(p.numel() for p in model.parameters())
     on_gpu = world.device.type == "cuda"
     kernels: Any = getattr(model, "kernels", None)
@@ -126,7 +128,7 @@ def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
     if not args.no_deit:
         names.append(min(_DEIT, key=lambda name: abs(_DEIT[name] - size)))
     subjects = [
-        Subject(name, args.batch_size, args.input_size, args.amp, compiled=on_gpu and i > 0)
+        Subject(name, args.batch_size, args.input_size, args.amp, args.scan_backend, compiled=on_gpu and i > 0)
         for i, name in enumerate(names)
     ]
     found = []
