@@ -299,7 +299,7 @@ def test_what_a_hook_keeps_stays_as_it_was(watched: str, monkeypatch: pytest.Mon
     assert all(allowed) == (watched == "nothing")
     assert all(map(torch.equal, kept, copies))
     assert len(kept) >= 2 * (watched != "nothing")
-    assert torch.equal(got, small().eval()(random_images()))
+    torch.testing.assert_close(got, small().eval()(random_images()), rtol=1e-5, atol=1e-5)  # by other kernels
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""``vimfast bench`` on a CPU, at the smallest size; compiling DeiT takes too long for a test."""
+"""``vimfast bench`` on a CPU, at the smallest size."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from vimfast.commands import bench
 from vimfast.errors import UserError
-from vimfast.speed import Subject
+from vimfast.models.vision_mamba import VisionMamba
+from vimfast.speed import Subject, timings
 
 SMALL = ("--device", "cpu", "--input-size", "16", "--batch-size", "2", "--seconds", "0.05")
 Run = Callable[..., str]
@@ -51,21 +53,39 @@ def test_a_model_and_its_data(run: Run, tree: Path, tmp_path: Path, capsys: pyte
 def test_deit_of_the_same_size_stands_beside_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     built, build = [], Subject.build
 
-    def eager(subject: Subject, device: object) -> object:
+    def small(subject: Subject, device: object) -> object:
         built.append((subject.model, subject.compiled))
         return build(Subject("deit_tiny_patch16_224", subject.batch, subject.size, amp=False), device)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Subject, "build", eager)
+    monkeypatch.setattr(Subject, "build", small)
     said = " ".join(run("--model", "vim_small_patch16_224").split())
-    assert built == [("vim_small_patch16_224", False), ("deit_small_patch16_224", True)] * 2
-    assert "(compiled)" in said
-    assert "training: " in said
-    assert "times the rate of compiled DeiT" in said
-    assert "here it runs its reference in plain torch" in said
+    assert built == [("vim_small_patch16_224", False), ("deit_small_patch16_224", False)] * 2
+    assert "compiled" not in said
+    for what in ("training", "inference"):
+        assert re.search(rf"{what}: \d+\.\d\d times the rate of DeiT", said)
+
+
+@pytest.mark.parametrize("kernels", ["llvm (no GPU; training: reference)", "reference (no GPU)"])
+def test_inference_alone_and_its_kernels(run: Run, monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    monkeypatch.setattr(VisionMamba, "kernels", lambda *_: kernels)
+    said = run("--no-training", "--no-deit")
+    assert "inference" in said
+    assert "training " not in said
+    assert f"kernels {kernels}" in said
+    assert ("pip install 'vimfast[cpu]'" in said) == kernels.startswith("reference")
+
+
+def test_models_are_measured_in_turn() -> None:
+    order: list[str] = []
+    runs = [lambda: order.append("a"), lambda: order.append("b")]
+    times = [timed.ms for timed in timings(runs, torch.device("cpu"), [5, 10])]
+    assert order == [*"aaabbb", *("abb" * 5)]
+    assert len(times) == 2
 
 
 def test_what_it_refuses(run: Run, tmp_path: Path) -> None:
     for words, sentence in (
+        (("--scan-backend", "fast"), "unknown scan backend 'fast'"),
         (("--model", "vim_tny"), "did you mean 'vim_tiny_patch16_224'"),
         (("--plot", str(tmp_path / "no" / "a.png")), "in a folder that does not exist"),
         (("--batch-size", "0"), "must be >= 1"),

@@ -94,6 +94,14 @@ def test_only_one_module_imports_dali() -> None:
     assert importers == {"vimfast.data.decoding"}
 
 
+def test_only_one_room_imports_llvm() -> None:
+    """And no sooner than it compiles: llvmlite is optional, and large."""
+    importers = {name for name, path in modules().items() if any(n.startswith("llvmlite") for n in imports(path))}
+    assert importers == {"vimfast_kernels.llvm.language", "vimfast_kernels.llvm.machine"}
+    code = "import sys, vimfast_kernels; vimfast_kernels.check_backend('auto'); print('llvmlite' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
 @pytest.mark.parametrize("module", ["vimfast", "vimfast.config", "vimfast.prepare"])
 def test_light_modules_stay_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'nvidia.dali', 'timm') if m in sys.modules])"

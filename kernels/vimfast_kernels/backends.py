@@ -37,6 +37,7 @@ class Backend:
             None. ``auto`` warns about it once. Answers are cached, so a trial run is affordable.
         missing: what this machine lacks, phrased to follow the backend's name ("needs ..."), or None.
         devices, dtypes: what the ops support; anything if empty. ``auto`` skips unsupported tensors silently.
+        gradients: False: the ops give what needs gradients to the reference.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Backend:
     missing: Callable[[], str | None] = _nothing
     devices: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
+    gradients: bool = True
 
     def unfit(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why such tensors are unsupported, or None."""
@@ -131,7 +133,8 @@ def report(backend: str, device: torch.device, dtype: torch.dtype, states: int =
 
 
 def explain(backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES) -> str:
-    """:func:`report` in one line: ``"reference (no GPU)"``, ``"mamba_ssm (norm and block: reference)"``."""
+    """:func:`report` in one line: ``"reference"``, ``"llvm (no GPU; training: reference)"``,
+    ``"mamba_ssm (norm and block: reference)"``."""
     choices = report(backend, device, dtype, states)
     main, reason = choices["scan"]
     notes = [reason] if reason else []
@@ -139,6 +142,8 @@ def explain(backend: str, device: torch.device, dtype: torch.dtype, states: int 
         ops = [op for op, choice in choices.items() if choice.backend == other]
         if other != main:
             notes.append(f"{' and '.join(filter(None, [', '.join(ops[:-1]), ops[-1]]))}: {other}")
+    if not _registry[main].gradients:
+        notes.append(f"training: {REFERENCE}")
     return f"{main} ({'; '.join(notes)})" if notes else main
 
 

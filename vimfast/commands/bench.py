@@ -2,7 +2,8 @@
 
     vimfast bench shards/ --model vim_tiny_patch16_224
 
-Beside the model stands timm's DeiT of its size, compiled, which is what a transformer does on the same machine.
+Beside the model stands timm's DeiT of its size, which is what a transformer does on the same machine: compiled on a
+GPU, as it comes on a CPU, where compiling needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def parser() -> Parser:
     """Of the command line."""
     parser = Parser(
         "vimfast bench",
-        "Measure training and inference of a model on synthetic images, beside timm's DeiT of its size, compiled, and "
-        "with DATA the loader by itself, with the augmentation of training.",
+        "Measure training and inference of a model on synthetic images, beside timm's DeiT of its size (on a GPU "
+        "compiled), and with DATA the loader by itself, with the augmentation of training.",
         epilog="example: vimfast bench shards/ --model vim_small_patch16_224 --plot speed.png",
     )
     add = parser.add_argument
@@ -62,7 +63,9 @@ def parser() -> Parser:
     add("--batch-size", metavar="N", type=whole(1), help="images of a step [128; on a CPU 2]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
     add("--fp32", action="store_true", help="compute in fp32; default: bf16 autocast on a GPU, fp32 on a CPU")
-    add("--no-deit", action="store_true", help="leave DeiT out; compiling it takes a minute or more")
+    add("--scan-backend", metavar="NAME", default="auto", help="kernels of a Vision Mamba, as in training [auto]")
+    add("--no-deit", action="store_true", help="leave DeiT out; compiling it for a GPU takes a minute or more")
+    add("--no-training", action="store_true", help="leave training out")
     add("--seconds", metavar="X", type=float, default=3.0, help="about how long each measurement takes [3]")
     add("--json", action="store_true", help="print a JSON object instead of a table")
     add("--plot", metavar="PNG", type=path, help="draw the images per second; needs matplotlib")
@@ -118,26 +121,28 @@ def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
     from vimfast.models import create_model
     from vimfast.speed import Subject, inference, training
 
-    model = create_model(args.model, img_size=args.input_size)
-    size = sum(p.numel() for p in model.parameters())
-    args.reference = world.device.type == "cpu" and hasattr(model, "kernels")
-    del model
-    rows = [(args.model, False)]
+    backend = {} if args.scan_backend == "auto" else {"scan_backend": args.scan_backend}
+    model = create_model(args.model, img_size=args.input_size, **backend)
+    parameters = sum(p.numel() for p in model.parameters())
+    on_gpu = world.device.type == "cuda"
+    kernels: Any = getattr(model, "kernels", None)
+    args.kernels = "" if on_gpu or kernels is None else kernels(torch.float32)
+    del model, kernels
+    names = [args.model]
     if not args.no_deit:
-        rows.append((min(_DEIT, key=lambda name: abs(_DEIT[name] - size)), True))
+        names.append(min(_DEIT, key=lambda name: abs(_DEIT[name] - parameters)))
+    size = ImageSize.of(args.input_size)
+    subjects = [
+        Subject(name, args.batch_size, size, args.amp, args.scan_backend, compiled=on_gpu and i > 0)
+        for i, name in enumerate(names)
+    ]
     found = []
-    kinds: tuple[tuple[str, Callable[..., Any]], ...] = (("training", training), ("inference", inference))
+    kinds = [("inference", inference)] if args.no_training else [("training", training), ("inference", inference)]
     for what, prepare in kinds:
-        for model, compiled in rows:
-            _progress(f"{what} of {model}")
-            subject = Subject(model, args.batch_size, ImageSize.of(args.input_size), args.amp, compiled=compiled)
-            try:
-                found.append(_figure(what, prepare, subject, world.device, args.seconds))
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{world.device} has too little memory for {what} of {model} on {args.batch_size} images",
-                    f"give --batch-size {max(args.batch_size // 2, 1)}",
-                ) from None
+        if on_gpu:  # one by one, since each is to have the memory to itself
+            found += [_on_gpu(what, prepare, subject, world.device, args.seconds) for subject in subjects]
+        else:
+            found += _on_cpu(what, prepare, subjects, world.device, args.seconds)
     if args.data is not None:
         _progress(f"the loader of {args.data}")
         found.append(_loading(args, world))
@@ -145,33 +150,54 @@ def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
     return found
 
 
-def _figure(what: str, prepare: Callable[..., Any], subject: Subject, device: torch.device, seconds: float) -> Figure:
+def _on_cpu(
+    what: str, prepare: Callable[..., Any], subjects: list[Subject], device: torch.device, seconds: float
+) -> list[Figure]:
+    """In turn, since other processes take now more and now less of the cores."""
+    from vimfast.speed import timings
+    from vimfast.speed.steps import repeats_for
+
+    _progress(f"{what} of {' and '.join(subject.model for subject in subjects)}")
+    gc.collect()
+    runs = [prepare(subject, device)[0] for subject in subjects]
+    times = timings(runs, device, [repeats_for(run, device, seconds) for run in runs])
+    return [
+        Figure(what, subject.model, "", 1000 * subject.batch / timed.ms, timed.ms, spread=timed.spread)
+        for subject, timed in zip(subjects, times, strict=True)
+    ]
+
+
+def _on_gpu(what: str, prepare: Callable[..., Any], subject: Subject, device: torch.device, seconds: float) -> Figure:
     import torch
 
     from vimfast.speed import peak_gib, timing
     from vimfast.speed.steps import repeats_for
 
-    on_gpu, notes = device.type == "cuda", ["compiled"] if subject.compiled else []
+    _progress(f"{what} of {subject.model}")
     gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    run, capture = prepare(subject, device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     try:
-        repeats = repeats_for(run, device, seconds)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if not subject.compiled:
+        run, capture = prepare(subject, device)
+        try:
+            repeats = repeats_for(run, device, seconds)
+        except torch.OutOfMemoryError:
             raise
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{subject.model} cannot be compiled here ({why})", "add --no-deit") from None
-    if on_gpu:
+        except Exception as error:
+            if not subject.compiled:
+                raise
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{subject.model} cannot be compiled here ({why})", "add --no-deit") from None
         capture()
-        notes.append("CUDA graph")
-    ms, spread = timing(run, device, repeats)
-    gib = peak_gib() if on_gpu else None
-    return Figure(what, subject.model, ", ".join(notes), 1000 * subject.batch / ms, ms, gib, spread=spread)
+        timed = timing(run, device, repeats)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{device} has too little memory for {what} of {subject.model} on {subject.batch} images",
+            f"give --batch-size {max(subject.batch // 2, 1)}",
+        ) from None
+    note = "compiled, CUDA graph" if subject.compiled else "CUDA graph"
+    rate = 1000 * subject.batch / timed.ms
+    return Figure(what, subject.model, note, rate, timed.ms, peak_gib(), spread=timed.spread)
 
 
 def _loading(args: argparse.Namespace, world: World) -> Figure:
@@ -244,17 +270,20 @@ def _verdicts(figures: list[Figure], args: argparse.Namespace) -> list[str]:
     for what in ("training", "inference"):
         rates = [f.img_s for f in figures if f.what == what]
         if len(rates) == 2:
-            lines.append(f"{what}: {rates[0] / rates[1]:.2f} times the rate of compiled DeiT")
+            compiled = any("compiled" in f.note for f in figures)
+            lines.append(f"{what}: {rates[0] / rates[1]:.2f} times the rate of {'compiled ' * compiled}DeiT")
     widest = max((f.spread for f in figures if f.spread is not None), default=0.0)
     if widest > _NOISY:
         lines.append(
             f"five stretches of each were timed, and they differ by up to {widest:.0%}: the machine is busy or its "
             "clock changes, and the ratios are as uncertain; try again when it is quiet, or with --seconds 20"
         )
-    if args.reference:
-        lines.append("the kernels of a Vision Mamba need an NVIDIA GPU; here it runs its reference in plain torch")
+    if args.kernels:
+        lines.append(f"kernels {args.kernels}")
+    if args.kernels.startswith("reference"):
+        lines.append("inference is several times faster on a CPU with llvmlite: pip install 'vimfast[cpu]'")
     loading = next((f for f in figures if f.what == "loading"), None)
-    if loading is not None:
+    if loading is not None and figures[0].what == "training":
         ratio = loading.img_s / figures[0].img_s
         lines.append(f"the loader alone gives {ratio:.2f} times what {args.model} trains on; 1.2 and more keep it fed")
     return lines
@@ -280,7 +309,7 @@ def _plot(figures: list[Figure], where: str, out: Path) -> None:
 
     rows = figures[::-1]
     figure, axes = plt.subplots(figsize=(9, 0.55 * len(rows) + 1.3), layout="constrained")
-    colours = [_BLUE if f.what == "loading" else _GREY if "compiled" in f.note else _GREEN for f in rows]
+    colours = [_BLUE if f.what == "loading" else _GREY if f.of in _DEIT else _GREEN for f in rows]
     bars = axes.barh(range(len(rows)), [f.img_s for f in rows], height=0.6, color=colours)
     axes.bar_label(bars, [f"{f.img_s:,.0f}" if f.img_s >= 100 else f"{f.img_s:.1f}" for f in rows], padding=4)
     axes.set_yticks(range(len(rows)), [f"{f.what}: {f.of}\n{f.note}".strip() for f in rows], fontsize=9)

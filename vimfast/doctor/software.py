@@ -31,10 +31,12 @@ REQUIRED = (
     ("tensorboard", "tensorboard", "2.15"),
     ("shtab", "shtab", "1.13"),
 )
-OPTIONAL = {  # what of a package is used, by package
-    "mamba_ssm": "mamba_ssm.ops.selective_scan_interface",
-    "causal_conv1d": "causal_conv1d",
+OPTIONAL = {  # what of a package is used, and for what, by package
+    "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", "only --scan-backend mamba_ssm needs it"),
+    "causal_conv1d": ("causal_conv1d", "only --scan-backend mamba_ssm needs it"),
+    "llvmlite": ("llvmlite.binding", "on a CPU, inference is several times faster with it"),
 }
+_OF_TORCH = ("mamba_ssm", "causal_conv1d")  # built for one version of torch
 DALI = "nvidia-dali-cuda"  # what the names of its packages begin with; the rest is the version of CUDA
 _SECONDS = 60.0  # an import from a cold network disk takes its time
 
@@ -129,14 +131,18 @@ def look_at_nccl(torch: Torch, gpus: int) -> Line:
 def look_at_optional() -> list[Line]:
     """Packages that vimfast can do without."""
     lines = []
-    for package, module in OPTIONAL.items():
-        version = _version(package.replace("_", "-"))
+    for package, (module, purpose) in OPTIONAL.items():
+        name = package.replace("_", "-")
+        version = _version(name)
         if version is None and find_spec(package) is None:
-            lines.append(Line(PART, package, "green", "not installed; only --scan-backend mamba_ssm needs it"))
+            lines.append(Line(PART, package, "green", f"not installed; {purpose}"))
         elif reason := _why_not(module):
-            name = package.replace("_", "-")
-            fix = f"pip install --force-reinstall --no-deps --no-build-isolation {name}, or pip uninstall {name}"
-            found = f"{version or 'installed'}, does not fit this torch ({reason})"
+            fitting = package in _OF_TORCH
+            options = " --no-deps --no-build-isolation" * fitting
+            fix = f"pip install --force-reinstall{options} {name}, or pip uninstall {name}"
+            found = (
+                f"{version or 'installed'}, {'does not fit this torch' if fitting else 'cannot be imported'} ({reason})"
+            )
             lines.append(Line(PART, package, "yellow", found, fix))
         else:
             lines.append(Line(PART, package, "green", version or "installed", figures={"version": version}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,25 +104,34 @@ class Timing(NamedTuple):
     spread: float  # between the fastest block and the slowest, as a share of the median
 
 
-def timing(run: Run, device: torch.device, repeats: int) -> Timing:
-    """Of one call, the device's work included; calls are not waited for one by one."""
-    for _ in range(min(3, repeats)):
-        run()
-    _wait(device)
-    times, calls = [], max(repeats // _BLOCKS, 1)
-    for _ in range(_BLOCKS):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        _wait(device)
-        times.append((time.perf_counter() - begin) / calls)
-    median = statistics.median(times)
-    return Timing(1000 * median, (max(times) - min(times)) / median)
-
-
 def milliseconds(run: Run, device: torch.device, repeats: int) -> float:
     """The median of :func:`timing`."""
     return timing(run, device, repeats).ms
+
+
+def timing(run: Run, device: torch.device, repeats: int) -> Timing:
+    """Of one call, the device's work included; calls are not waited for one by one."""
+    return timings([run], device, [repeats])[0]
+
+
+def timings(runs: Sequence[Run], device: torch.device, repeats: Sequence[int]) -> list[Timing]:
+    """The same of each, a block of one after a block of the other, so that all of them meet the same other load."""
+    for run, count in zip(runs, repeats, strict=True):
+        for _ in range(min(3, count)):
+            run()
+    _wait(device)
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(_BLOCKS):
+        for run, count, own in zip(runs, repeats, times, strict=True):
+            calls = max(count // _BLOCKS, 1)
+            begin = time.perf_counter()
+            for _ in range(calls):
+                run()
+            _wait(device)
+            own.append((time.perf_counter() - begin) / calls)
+    return [
+        Timing(1000 * median, (max(own) - min(own)) / median) for own in times for median in [statistics.median(own)]
+    ]
 
 
 def repeats_for(run: Run, device: torch.device, seconds: float) -> int:
