@@ -98,6 +98,13 @@ def test_the_onnx_model_is_standard_and_whole(exported: Exported) -> None:
     model = onnx.load(str(path), load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
+    assert not {node.op_type for node in model.graph.node} & {
+        "SplitToSequence",
+        "SequenceAt",
+        "Reciprocal",
+        "Loop",
+        "If",
+    }
     assert [node.op_type for node in model.graph.node].count("Scan") == 1  # of the only block
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
 

@@ -38,7 +38,7 @@ COMMANDS = {
     "predict": Command("vimfast.commands.predict:main", "say what a trained model sees in images", end_process),
     "doctor": Command("vimfast.commands.doctor:main", "look for what is missing, broken or slow on this machine"),
     "bench": Command("vimfast.commands.bench:main", "measure training, inference and loading here", end_process),
-    "export": Command("vimfast.export:main", "write a checkpoint in the Hugging Face hub's layout"),
+    "export": Command("vimfast.export:main", "write a checkpoint for timm, torch.export or ONNX"),
 }
 
 

@@ -155,7 +155,8 @@ def norm(
         return add_norm(x, residual, weight, bias, noise, drop_rate, eps, rms)
     kept = drop_path(wide(x), noise, drop_rate)
     total = kept if residual is None else wide(residual) + kept
-    scaled = total * torch.rsqrt((total * total).mean(-1, keepdim=True) + eps)  # F.rms_norm is unknown to older formats
+    # By hand: F.rms_norm and rsqrt are unknown to older converters.
+    scaled = total / torch.sqrt((total * total).mean(-1, keepdim=True) + eps)
     return (scaled * weight.to(total.dtype)).to(x.dtype), total
 
 
