@@ -38,6 +38,8 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
         UserError: a package is not installed, the model cannot be recorded or converted, or the file not be written.
     """
     require_onnx()
+    from onnxscript import optimizer
+
     from vimfast.formats.onnx_scan import recurrence
 
     with recurrences_as_one_op():
@@ -51,15 +53,17 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
                 input_names=[IMAGES],
                 output_names=[LOGITS],
                 external_data=False,
-                optimize=False,  # takes time in the square of the depth; runtimes optimize as they load
+                optimize=False,  # takes time in the square of the depth, and runtimes do the same as they load
                 verbose=False,
             )
+            assert converted is not None
+            optimizer.fold_constants(converted.model)  # what is left are operators that all runtimes have
+            optimizer.remove_unused_nodes(converted.model)
     except Exception as error:  # of private classes
         why = one_line(str(error).strip().partition("\n")[0])
         raise UserError(
             f"torch.onnx cannot convert this {type(model).__name__} ({why})", "write it without ONNX"
         ) from error
-    assert converted is not None
     try:
         write_bytes(path, converted.model_proto.SerializeToString())
     except OSError as error:
