@@ -54,9 +54,9 @@ def doubled_scan(*inputs: Any) -> Tensor:
 
 
 def test_the_backends_of_the_package() -> None:
-    assert backend_names() == ("auto", "gluon", "mamba_ssm", "llvm", "reference")
+    assert backend_names() == ("auto", "gluon", "mamba_ssm", "llvm", "reference", "portable")
     assert set(reference.BACKEND.ops) == set(OPS)
-    assert serving("scan", CPU, torch.float64) == ["reference"]
+    assert serving("scan", CPU, torch.float64) == ["reference", "portable"]
 
 
 def test_an_unknown_name_and_the_known_ones() -> None:
@@ -71,7 +71,7 @@ def test_auto_takes_the_first_that_serves(added: Callable[..., None]) -> None:
     assert torch.equal(plain, selective_scan(**inputs, backend="reference"))
     scan = Backend("double", ops={"scan": doubled_scan}, dtypes=(torch.float64,))
     added(scan, before="reference")
-    assert backend_names() == ("auto", "gluon", "mamba_ssm", "llvm", "double", "reference")
+    assert backend_names() == ("auto", "gluon", "mamba_ssm", "llvm", "double", "reference", "portable")
     assert torch.equal(selective_scan(**inputs), 2 * plain)
     low = {name: x.float() for name, x in inputs.items()}  # not made for fp32, which is no reason to warn
     with warnings.catch_warnings():
@@ -156,7 +156,7 @@ def test_names_and_ops_are_checked() -> None:
     with pytest.raises(ValueError, match="unknown op 'scna'; ops are scan, conv, norm, block"):
         register(Backend("new", ops={"scna": doubled_scan}))  # type: ignore[dict-item]
     with pytest.raises(
-        ValueError, match="no kernel backend 'fast' to prefer 'new' to; use gluon, mamba_ssm, llvm, reference"
+        ValueError, match="no kernel backend 'fast' to prefer 'new' to; use gluon, mamba_ssm, llvm, reference, portable"
     ):
         register(Backend("new", ops={}), before="fast")
     assert "new" not in backend_names()

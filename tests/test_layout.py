@@ -23,7 +23,14 @@ FLOORS = (
         *("vimfast.augment.crops", "vimfast.augment.randaugment"),  # crops and policies check themselves
     ),
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
-    ("vimfast.augment", "vimfast.models", "vimfast.dist", "vimfast.checkpoint", "vimfast.run_report"),
+    (
+        "vimfast.augment",
+        "vimfast.models",
+        "vimfast.dist",
+        "vimfast.checkpoint",
+        "vimfast.formats",
+        "vimfast.run_report",
+    ),
     ("vimfast.data", "vimfast.processes"),
     ("vimfast.train", "vimfast.doctor"),
     ("vimfast.inference", "vimfast.samples", "vimfast.speed"),

@@ -39,7 +39,7 @@ COMMANDS = {
     "embed": Command("vimfast.commands.embed:main", "write the features of images, a vector for each"),
     "doctor": Command("vimfast.commands.doctor:main", "look for what is missing, broken or slow on this machine"),
     "bench": Command("vimfast.commands.bench:main", "measure training, inference and loading here", end_process),
-    "export": Command("vimfast.export:main", "write a checkpoint in the Hugging Face hub's layout"),
+    "export": Command("vimfast.export:main", "write a checkpoint for timm, torch.export or ONNX"),
 }
 
 

@@ -5,7 +5,7 @@ One package per op, with its public function, its plain-torch reference and the 
 :mod:`vimfast_kernels.backends` chooses between backends, which are registered here.
 """
 
-from vimfast_kernels import gluon, llvm, mamba, reference
+from vimfast_kernels import gluon, llvm, mamba, portable, reference
 from vimfast_kernels.backends import Backend, backend_names, check_backend, explain, register, report, serving
 from vimfast_kernels.block import bidirectional_block, bidirectional_mixer
 from vimfast_kernels.block.weights import Direction, MixerWeights
@@ -13,7 +13,8 @@ from vimfast_kernels.conv import bidirectional_conv1d_silu, causal_conv1d_silu
 from vimfast_kernels.norm import add_layer_norm, add_rms_norm, drop_path
 from vimfast_kernels.scan import bidirectional_scan, selective_scan
 
-for _backend in (gluon.BACKEND, mamba.BACKEND, llvm.BACKEND, reference.BACKEND):  # in the order that "auto" prefers
+# In the order that "auto" prefers
+for _backend in (gluon.BACKEND, mamba.BACKEND, llvm.BACKEND, reference.BACKEND, portable.BACKEND):
     register(_backend)
 
 __all__ = [

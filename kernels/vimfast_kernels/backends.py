@@ -1,7 +1,8 @@
 """Which implementation runs an op. A backend is one object; to add one, register it.
 
 ``auto`` picks, for each op, the first registered backend that implements it and serves the given tensors; it never
-fails. A backend requested by name runs the ops it has, or raises ValueError; the reference runs those it lacks.
+fails. While torch.export or torch.jit.trace records a model to run elsewhere, it picks ``portable``. A backend that is
+requested by name runs the ops it has, or raises ValueError; the reference runs those it lacks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ Op = Literal["scan", "conv", "norm", "block"]
 OPS: tuple[Op, ...] = get_args(Op)
 AUTO = "auto"
 REFERENCE = "reference"  # has every op and serves every tensor
+PORTABLE = "portable"  # likewise, in operators that other programs know
 STATES = 16  # the state size to ask about for ops that have none
 
 
@@ -113,6 +115,8 @@ def dispatch(
     op: Op, backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES
 ) -> Callable[..., Any]:
     """The function that runs an op on such tensors, given a backend's name or ``auto``."""
+    if backend == AUTO and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        backend = PORTABLE
     return _registry[_chosen(op, backend, device, dtype, states)].ops[op]
 
 

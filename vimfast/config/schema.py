@@ -143,7 +143,10 @@ class ModelConfig:
     drop: float = option(0.0, "dropout rate after the position embedding", least=0, most=1)
     drop_path: float = option(0.1, "stochastic depth rate of the last block", least=0, most=1)
     scan_backend: str = option(
-        "auto", "kernels of the model: auto, gluon, mamba_ssm, llvm, reference", choices=_backend_names, neutral=True
+        "auto",
+        "kernels of the model: auto, gluon, mamba_ssm, llvm, reference, portable",
+        choices=_backend_names,
+        neutral=True,
     )
     random_cls_token_position: bool = option(
         False,

@@ -72,8 +72,7 @@ class PatchEmbed(nn.Module):
         x = x[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
         x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, channels, size, size]
         x = x.to(autocast_dtype(x), memory_format=torch.contiguous_format)
-        x = x.reshape(len(x), rows * columns, channels * size**2)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Rotary(nn.Module):

@@ -125,6 +125,11 @@ class VisionMamba(TimmModel):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, ...], list[int] | None]:
         """(tokens [B, M, C] in scan order, rotary tables, places of the class tokens before ordering, the order)."""
+        if isinstance(x, torch.fx.Proxy):
+            raise UserError(
+                "torch.fx.symbolic_trace knows no shapes, which decide what a Vision Mamba does",
+                "take torch.export.export(model, (images,)).module(), which is a torch.fx.GraphModule",
+            )
         height, width = x.shape[2:]
         x = self.patch_embed(x)  # [B, P, C]
         grid = self.patch_embed.grid((height, width))
@@ -134,7 +139,7 @@ class VisionMamba(TimmModel):
         turns = None if self.rope is None else self.rope(places, grid)  # 2 x [M, C]
         if places:
             class_tokens = torch.cat([getattr(self, name) for name in self.class_token_names()], dim=1)
-            x = insert_tokens(x, class_tokens.expand(len(x), -1, -1), places)  # [B, M, C]
+            x = insert_tokens(x, class_tokens.expand(x.shape[0], -1, -1), places)  # [B, M, C]
         if self.pos_embed is not None:
             x = self.pos_drop(x + self._positions(self.pos_embed, grid))
         order = self._draw_order(x.shape[1])
