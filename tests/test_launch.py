@@ -126,6 +126,50 @@ def test_killed_ranks_are_named_where_none_is_left_to_do_it(flags: tuple[str, ..
         assert re.search(r"^error: rank \d \(pid \d+\) was killed by SIGKILL$", run.err, re.MULTILINE), run.text
 
 
+FROZEN = """
+import os, signal
+from vimfast.processes import launch
+launch.IMPATIENCE = 0.5
+def rank():
+    os.write(1, f"rank {os.environ['RANK']}\\n".encode())
+    os.kill(os.getpid(), signal.SIGSTOP)
+os._exit(launch.launch(rank, 2))
+"""
+
+
+def test_a_second_interrupt_ends_frozen_ranks() -> None:
+    with Watched([sys.executable, "-c", FROZEN], env=environment()) as run:
+        for rank in (0, 1):
+            run.wait_for(f"^rank {rank}$", TIMEOUT)
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(TIMEOUT) == 130, run.text
+        assert run.err == "interrupted again: the processes do not answer and are killed\n"
+        assert_gone(run, 5)
+
+
+KILLER = """
+import os, signal, time
+from vimfast.processes import launch
+reading, writing = os.pipe()
+def rank():
+    if os.environ["RANK"] == "1":
+        os.write(writing, str(os.getpid()).encode())
+        time.sleep(3600)
+    os.kill(int(os.read(reading, 10)), signal.SIGKILL)
+    time.sleep(1)  # until the launcher has seen it
+    os._exit(4)
+os._exit(launch.launch(rank, 2))
+"""
+
+
+def test_a_stall_is_the_status_though_the_frozen_rank_is_killed_first() -> None:
+    with Watched([sys.executable, "-c", KILLER], env=environment()) as run:
+        assert run.wait(TIMEOUT) == 4
+        assert run.err == ""  # the rank that kills another has said why
+
+
 STUBBORN = """
 import os, signal, time
 from vimfast.processes import launch
