@@ -211,17 +211,22 @@ def test_a_failure_is_one_sentence_and_bad_input_is_not_tried_again(flags: tuple
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--processes 0", "--processes is '0'; it must be an integer >= 1, or gpus"),
+        ("--processes 0 --data-path x", "--processes is '0'; it must be an integer >= 1, or gpus"),
         ("--max-restarts x", "'x' is not an integer"),
+        ("--processes 2", "--data-path is missing"),
+        ("--data-path x --output_dir y --max-restarts 2", "would not continue the run; add --resume auto"),
         ("--lrr 1", "unknown flag --lrr; did you mean '--lr'?"),
         ("--proceses 2", "unknown flag --proceses; did you mean '--processes'?"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_starts(words: str, sentence: str) -> None:
-    done = call("vimfast", "train", *words.split(), ok=False)
+    done = call("vimfast", "train", *words.split(), ok=False, importtime=True)
     assert done.returncode == 2
-    assert sentence in done.stderr
-    assert done.stderr.count("\n") == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert re.search(r"\| +vimfast\.config$", done.stderr, re.MULTILINE)
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
 
 
 def test_it_refuses_to_start_under_torchrun(flags: tuple[str, ...], tmp_path: Path) -> None:
