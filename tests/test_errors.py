@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
+import torch
 
+from vimfast import dist
 from vimfast.errors import UserError
 
 
@@ -14,3 +17,19 @@ def test_a_problem_and_its_fix(fix: str | None, sentence: str) -> None:
     error = UserError("it is 0; a", fix)
     for each in (error, pickle.loads(pickle.dumps(error))):
         assert (each.problem, each.fix, str(each)) == ("it is 0; a", fix, sentence)
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "processes", "sentence"),
+    [
+        ("auto", 0, 4, "4 processes requested but only 2 GPUs are visible; start at most 2"),
+        ("cuda:5", 0, 1, "--device is 'cuda:5' but only 2 GPUs are visible; give a lower number, or cuda"),
+    ],
+)
+def test_more_gpus_than_there_are(
+    device: str, local_rank: int, processes: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        dist._device(device, local_rank, processes)

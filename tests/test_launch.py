@@ -126,6 +126,50 @@ def test_killed_ranks_are_named_where_none_is_left_to_do_it(flags: tuple[str, ..
         assert re.search(r"^error: rank \d \(pid \d+\) was killed by SIGKILL$", run.err, re.MULTILINE), run.text
 
 
+FROZEN = """
+import os, signal
+from vimfast.processes import launch
+launch.IMPATIENCE = 0.5
+def rank():
+    os.write(1, f"rank {os.environ['RANK']}\\n".encode())
+    os.kill(os.getpid(), signal.SIGSTOP)
+os._exit(launch.launch(rank, 2))
+"""
+
+
+def test_a_second_interrupt_ends_frozen_ranks() -> None:
+    with Watched([sys.executable, "-c", FROZEN], env=environment()) as run:
+        for rank in (0, 1):
+            run.wait_for(f"^rank {rank}$", TIMEOUT)
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(TIMEOUT) == 130, run.text
+        assert run.err == "interrupted again: the processes do not answer and are killed\n"
+        assert_gone(run, 5)
+
+
+KILLER = """
+import os, signal, time
+from vimfast.processes import launch
+reading, writing = os.pipe()
+def rank():
+    if os.environ["RANK"] == "1":
+        os.write(writing, str(os.getpid()).encode())
+        time.sleep(3600)
+    os.kill(int(os.read(reading, 10)), signal.SIGKILL)
+    time.sleep(1)  # until the launcher has seen it
+    os._exit(4)
+os._exit(launch.launch(rank, 2))
+"""
+
+
+def test_a_stall_is_the_status_though_the_frozen_rank_is_killed_first() -> None:
+    with Watched([sys.executable, "-c", KILLER], env=environment()) as run:
+        assert run.wait(TIMEOUT) == 4
+        assert run.err == ""  # the rank that kills another has said why
+
+
 STUBBORN = """
 import os, signal, time
 from vimfast.processes import launch
@@ -167,17 +211,22 @@ def test_a_failure_is_one_sentence_and_bad_input_is_not_tried_again(flags: tuple
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--processes 0", "--processes is '0'; it must be an integer >= 1, or gpus"),
+        ("--processes 0 --data-path x", "--processes is '0'; it must be an integer >= 1, or gpus"),
         ("--max-restarts x", "'x' is not an integer"),
+        ("--processes 2", "--data-path is missing"),
+        ("--data-path x --output_dir y --max-restarts 2", "would not continue the run; add --resume auto"),
         ("--lrr 1", "unknown flag --lrr; did you mean '--lr'?"),
         ("--proceses 2", "unknown flag --proceses; did you mean '--processes'?"),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_starts(words: str, sentence: str) -> None:
-    done = call("vimfast", "train", *words.split(), ok=False)
+    done = call("vimfast", "train", *words.split(), ok=False, importtime=True)
     assert done.returncode == 2
-    assert sentence in done.stderr
-    assert done.stderr.count("\n") == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert re.search(r"\| +vimfast\.config$", done.stderr, re.MULTILINE)
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
 
 
 def test_it_refuses_to_start_under_torchrun(flags: tuple[str, ...], tmp_path: Path) -> None:

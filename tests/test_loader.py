@@ -462,10 +462,18 @@ def test_a_vanished_image_is_named(tmp_path: Path) -> None:
     assert len(list(loader.epoch(0))) == 2
 
 
-@pytest.mark.parametrize(("world", "fix"), [(2, "lower --batch-size to at most 18"), (64, "use at most 36 processes")])
-def test_too_few_images_for_one_step(train: Source, world: int, fix: str) -> None:
-    with pytest.raises(UserError, match=f"36 training images do not fill one step of {world} x 64; {fix}"):
-        training_loader(train, 64, world=world)
+@pytest.mark.parametrize(
+    ("world", "batch", "fix"),
+    [
+        (2, 64, "lower --batch-size to at most 18"),
+        (64, 2, "use at most 18 processes"),
+        (64, 20, "use at most 1 process"),
+        (64, 64, "use at most 36 processes and --batch-size 1"),
+    ],
+)
+def test_too_few_images_for_one_step(train: Source, world: int, batch: int, fix: str) -> None:
+    with pytest.raises(UserError, match=f"36 training images do not fill one step of {world} x {batch}; {fix}$"):
+        training_loader(train, batch, world=world)
 
 
 @pytest.mark.parametrize(

@@ -143,8 +143,10 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
     if count == 0:
         raise UserError(f"--device is {device!r} but no GPU is visible; check nvidia-smi, or use --device cpu")
     if index >= count or (local_size > 1 and local_size > count):
-        wanted = f"{local_size} processes" if local_size > count else f"GPU {index}"
-        raise UserError(f"{wanted} requested but only {count} GPUs are visible; lower --nproc_per_node or --device")
+        visible = f"only {count} GPU{'s are' if count > 1 else ' is'} visible"
+        if local_size > count:
+            raise UserError(f"{local_size} processes requested but {visible}", f"start at most {count}")
+        raise UserError(f"--device is {device!r} but {visible}", "give a lower number, or cuda")
     return torch.device("cuda", index)
 
 

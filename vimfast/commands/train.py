@@ -24,10 +24,11 @@ _GPUS = "gpus"
 def main() -> int:
     """Train as the command line says; returns the exit status."""
     own, sys.argv[1:] = _split(sys.argv[1:])
-    from vimfast.config import load_config
     from vimfast.train import __main__ as train
 
-    cfg = load_config(sys.argv[1:])  # first of all: a misspelled flag, or --help, answers at once
+    cfg = train.settings(sys.argv[1:])  # first of all: a misspelled flag, or --help, answers at once
+    if own.max_restarts and cfg.run.output_dir and cfg.run.resume != "auto" and not cfg.run.eval:
+        raise UserError("a restart by --max-restarts would not continue the run", "add --resume auto")
     processes = _count(own.processes)
     if processes == 1 and not own.max_restarts:
         return train.main()

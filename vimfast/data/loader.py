@@ -417,8 +417,11 @@ def _joined(inputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def _refuse_small_split(order: Order) -> None:
-    per_rank = order.samples // order.world
-    fix = f"lower --batch-size to at most {per_rank}" if per_rank else f"use at most {order.samples} processes"
+    per_rank, processes = order.samples // order.world, order.samples // order.batch_size
+    fix = f"lower --batch-size to at most {per_rank}"
+    if not per_rank:
+        count = processes or order.samples
+        fix = f"use at most {count} process{'es' * (count > 1)}{'' if processes else ' and --batch-size 1'}"
     raise UserError(
         f"{order.samples} training images do not fill one step of {order.world} x {order.batch_size}; {fix}"
     )

@@ -44,6 +44,7 @@ from vimfast.processes.hub import (
 from vimfast.processes.meeting import Links, meet
 from vimfast.processes.starting import (
     SIGNALS,
+    TWICE,
     Launcher,
     Starting,
     blurs_signals,
@@ -53,7 +54,6 @@ from vimfast.processes.starting import (
 )
 
 BEAT = 1.0  # seconds between two signs of life
-TWICE = 1.0  # seconds within which the copies of one Ctrl-C arrive: the terminal sends one, torchrun another
 LEAVING = 5.0  # seconds for everything after the last goodbye
 FAREWELL = 3.0  # seconds to report an error in
 # Seconds to save the place in when the launcher is gone: the scheduler may be killing everything, or a second SIGTERM

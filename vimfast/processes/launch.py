@@ -11,16 +11,18 @@ import gc
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
 from vimfast.errors import UserError
-from vimfast.processes.hub import BEFORE_FIRST_STEP, RANK_LOST, STOPPED, USER_ERROR
-from vimfast.processes.starting import LAUNCHER_NAME, SIGNALS
+from vimfast.processes.hub import BEFORE_FIRST_STEP, RANK_LOST, STALLED, STOPPED, USER_ERROR
+from vimfast.processes.starting import LAUNCHER_NAME, SIGNALS, TWICE
 
 PATIENCE = 30.0  # seconds between SIGTERM and SIGKILL for processes that are left when one has failed
+IMPATIENCE = 5.0  # seconds between a second Ctrl-C and SIGKILL; a process that can end does so in less
 _OWN = {signal.SIGCHLD, signal.SIGALRM}  # what a launcher wakes up at, beside what it passes on
 _PORT = 5  # characters of a port number
 
@@ -76,6 +78,8 @@ def _suspend() -> None:
 class _Attempt:
     def __init__(self, program: Callable[[], None], processes: int, number: int) -> None:
         self.told = False  # a signal has asked the run to stop
+        self._interrupted: float | None = None  # when Ctrl-C came first
+        self._patience = PATIENCE
         self._killed = ""  # by which signal the first rank was, if the run failed by that
         self._failed = 0  # the first status that is not 0
         # What is ignored, such as SIGHUP under nohup, is left alone: sigwait would return it.
@@ -135,15 +139,20 @@ class _Attempt:
             if heard == signal.SIGTSTP:
                 _suspend()
             elif heard == signal.SIGALRM:
+                if not self._failed:  # no rank has answered a second Ctrl-C
+                    self._failed = STOPPED["SIGINT"]
+                    print("interrupted again: the processes do not answer and are killed", file=sys.stderr, flush=True)
                 self._send(signal.SIGKILL)
             elif heard != signal.SIGCHLD:
                 self.told = True
                 self._send(heard)
+                if heard == signal.SIGINT:
+                    self._interrupt(time.monotonic())
             self._reap()
             if self._failed and not ending:
                 ending = True
                 self._send(signal.SIGTERM)
-                signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+                signal.setitimer(signal.ITIMER_REAL, self._patience)
         signal.setitimer(signal.ITIMER_REAL, 0)
         if self._killed:
             print(f"error: {self._killed}", file=sys.stderr, flush=True)
@@ -152,6 +161,14 @@ class _Attempt:
             signal.sigwait({signal.SIGALRM})
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         return self._failed
+
+    def _interrupt(self, now: float) -> None:
+        """A second Ctrl-C ends the run at once, also where a rank is frozen."""
+        if self._interrupted is None:
+            self._interrupted = now
+        elif now - self._interrupted > TWICE and self._patience != IMPATIENCE:
+            self._patience = IMPATIENCE
+            signal.setitimer(signal.ITIMER_REAL, self._patience)
 
     def _send(self, number: signal.Signals) -> None:
         for pid in self._alive:
@@ -166,6 +183,6 @@ class _Attempt:
             rank, status = self._alive.pop(pid, None), os.waitstatus_to_exitcode(state)
             if status < 0 and not self._failed:
                 self._killed = f"rank {rank} (pid {pid}) was killed by {signal.Signals(-status).name}"
-            elif status == RANK_LOST:
-                self._killed = ""  # this one has said so
+            elif self._killed and status in (RANK_LOST, STALLED):  # this one has said so, or has killed a frozen one
+                self._killed, self._failed = "", status
             self._failed = self._failed or (status if status >= 0 else RANK_LOST)

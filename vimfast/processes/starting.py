@@ -15,6 +15,7 @@ from vimfast.errors import UserError
 from vimfast.processes.hub import BEFORE_FIRST_STEP, STOPPED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+TWICE = 1.0  # seconds within which the copies of one Ctrl-C arrive: the terminal sends one, torchrun another
 LOOK = 0.25  # seconds between two looks at the launcher
 SETTLE = 0.5  # seconds after an error, which may come before the launcher's end can be seen
 

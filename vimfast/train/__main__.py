@@ -14,6 +14,7 @@ from vimfast.errors import UserError
 from vimfast.processes.starting import Starting
 
 if TYPE_CHECKING:
+    from vimfast.config import Config
     from vimfast.data.views import Stages
     from vimfast.train.build import Hooks
 
@@ -29,12 +30,22 @@ def main(hooks: Hooks | None = None, stage: Stages | None = None) -> int:
         return _run(starting, hooks, stage)
 
 
-def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
+def settings(words: list[str]) -> Config:
+    """Of these flags.
+
+    Raises:
+        UserError: a flag or a value is wrong, or there is no data.
+    """
     from vimfast.config import load_config
 
-    cfg = load_config(sys.argv[1:])
+    cfg = load_config(words)
     if not cfg.data.data_path:
         raise UserError("--data-path is missing", "give the folder of shards, or of train/ and val/")
+    return cfg
+
+
+def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
+    cfg = settings(sys.argv[1:])
     # After the flags, so that --help and a misspelt one answer at once. Looking for garbage among the modules again and
     # again takes a fifth of the imports' time.
     gc.disable()
