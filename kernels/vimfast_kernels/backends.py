@@ -1,8 +1,9 @@
 """Which implementation runs an op. A backend is one object; to add one, register it.
 
 ``auto`` picks, for each op, the first registered backend that implements it and serves the given tensors; it never
-fails. While torch.export or torch.jit.trace records a model to run elsewhere, it picks ``portable``. A backend that is
-requested by name runs the ops it has, or raises ValueError; the reference runs those it lacks.
+fails. While torch.export or torch.jit.trace records a model to run elsewhere, it picks ``portable``. Under
+transforms of ``torch.func``, ``portable`` also stands in for the reference. A backend that is requested by name runs
+the ops it has, or raises ValueError; the reference runs those it lacks.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ def dispatch(
     op: Op, backend: str, device: torch.device, dtype: torch.dtype, states: int = STATES
 ) -> Callable[..., Any]:
     """The function that runs an op on such tensors, given a backend's name or ``auto``."""
-    if backend == AUTO and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    if backend in (AUTO, REFERENCE) and torch._C._are_functorch_transforms_active():
+        backend = PORTABLE  # the reference's custom ops have no rules for vmap, and their gradients none for grad
+    elif backend == AUTO and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         backend = PORTABLE
     return _registry[_chosen(op, backend, device, dtype, states)].ops[op]
 
