@@ -79,7 +79,7 @@ class _Attempt:
     def __init__(self, program: Callable[[], None], processes: int, number: int) -> None:
         self.told = False  # a signal has asked the run to stop
         self._interrupted: float | None = None  # when Ctrl-C came first
-        self._patience = PATIENCE
+        self._forced = False  # by a second Ctrl-C
         self._killed = ""  # by which signal the first rank was, if the run failed by that
         self._failed = 0  # the first status that is not 0
         # What is ignored, such as SIGHUP under nohup, is left alone: sigwait would return it.
@@ -152,7 +152,8 @@ class _Attempt:
             if self._failed and not ending:
                 ending = True
                 self._send(signal.SIGTERM)
-                signal.setitimer(signal.ITIMER_REAL, self._patience)
+                if not self._forced:
+                    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         signal.setitimer(signal.ITIMER_REAL, 0)
         if self._killed:
             print(f"error: {self._killed}", file=sys.stderr, flush=True)
@@ -166,9 +167,9 @@ class _Attempt:
         """A second Ctrl-C ends the run at once, also where a rank is frozen."""
         if self._interrupted is None:
             self._interrupted = now
-        elif now - self._interrupted > TWICE and self._patience != IMPATIENCE:
-            self._patience = IMPATIENCE
-            signal.setitimer(signal.ITIMER_REAL, self._patience)
+        elif now - self._interrupted > TWICE and not self._forced:
+            self._forced = True
+            signal.setitimer(signal.ITIMER_REAL, IMPATIENCE)
 
     def _send(self, number: signal.Signals) -> None:
         for pid in self._alive:

@@ -53,13 +53,14 @@ def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
     threading.Thread(target=_import_all, args=(folder is not None,), daemon=True).start()
     from vimfast.dist import processes
     from vimfast.processes.control import Control
+    from vimfast.processes.hub import START
     from vimfast.train.start_up import StartUp
 
     run, start_up = cfg.run, StartUp()
     # What is started first ends last: CUDA graphs and loaders, then the control, then the process group, whose end
     # waits for graphs that use it. On an error the control ends all processes, and nothing is waited for.
     with (
-        processes(run.device, timeout=run.stall_timeout + 120) as world,  # the control's sentence comes first
+        processes(run.device, timeout=max(run.stall_timeout, START) + 120) as world,  # the control's sentence first
         Control(world, run.stall_timeout, folder, starting) as control,
     ):
         start_up.done("process group")
