@@ -179,10 +179,11 @@ def _curriculum(
 ) -> Curriculum:
     """What each epoch trains with; rates are shares of the highest that a stage has at its peak."""
     final_size, parts = cfg.model.size, []
+    mixing = build_mixup(cfg.mix, source, cfg.run.seed, world.rank)
     for epochs, own in staged(cfg):
         batches = plan_batches(own, world.size)
         loader = open_training(source, own, batches, world, report, final_size=final_size, stage=stage, stop=stop)
-        mixup = build_mixup(own.mix, source, cfg.run.seed, world.rank)
+        mixup = mixing.as_in(own.mix)
         parts.append(TrainingStage(epochs, own, loader, mixup, batches.accum_steps))
     peaks = [peak_lr(part.config.optim, part.global_batch) for part in parts]
     highest = max(peaks)

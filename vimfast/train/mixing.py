@@ -7,6 +7,7 @@ function of (seed, step, rank), so a resumed run repeats them.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,12 @@ class Mixup:
     def __init__(self, cfg: MixConfig, num_classes: int, seed: int, rank: int, table: np.ndarray | None = None) -> None:
         self.cfg, self.num_classes, self.seed, self.rank = cfg, num_classes, seed, rank
         self._table = None if table is None else torch.from_numpy(table)
+
+    def as_in(self, cfg: MixConfig) -> Mixup:
+        """The same with other settings, those of a stage; of the same classes and targets."""
+        other = copy.copy(self)
+        other.cfg = cfg
+        return other
 
     @property
     def enabled(self) -> bool:
