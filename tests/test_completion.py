@@ -72,9 +72,9 @@ def test_commands_flags_and_values(shell: str, tmp_path: Path, printed: Printed)
     assert set(COMMANDS) <= set(commands)
     assert start == ["train"]
     assert flags == ["--output-dir"]  # one spelling
-    assert negative == ["--no-model-ema", "--no-model-ema-force-cpu"]
+    assert sorted(negative) == ["--no-model-ema", "--no-model-ema-force-cpu", "--no-model-ema-warmup"]
     assert set(decoders) == {"auto", "hardware", "cuda", "cpu"}
-    assert set(recipe) == {"vim_small", "vim_small_stride8"}
+    assert set(recipe) == {"vim_small", "vim_small_fast", "vim_small_stride8"}
     assert [name.rstrip("/") for name in data] == ["shards"]
     assert other == ["--resize"]
 

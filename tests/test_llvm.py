@@ -295,6 +295,8 @@ def test_what_looks_at_the_ops_sees_those_of_torch(inputs: dict[str, Tensor], ru
 
     with torch.no_grad():
         want = scan()
+        runs.clear()  # of the first use, which also tries the backend
+        scan()
         assert runs == ["Scan"]
         with FlopCounterMode(display=False) as counter:
             scan()
@@ -305,15 +307,15 @@ def test_what_looks_at_the_ops_sees_those_of_torch(inputs: dict[str, Tensor], ru
     assert runs == ["Scan"]
 
 
-def test_export_sees_the_reference(runs: list[str]) -> None:
+def test_export_sees_none_of_it(runs: list[str]) -> None:
     """Even if the backend is tried meanwhile."""
     model, images = small("v2"), torch.ones(1, 3, 32, 32)
     _forget()
     vimfast_kernels.llvm._trial.cache_clear()
     with torch.no_grad():
         program = torch.export.export(model, (images,))
-        assert runs == ["Scan"]
-        assert "vimfast.scan" in str(program.graph)
+        assert "vimfast" not in str(program.graph)
+        runs.clear()
         torch.testing.assert_close(program.module()(images), model(images))
 
 

@@ -4,7 +4,7 @@
     python tools/bench_recipe.py DATA --recipes tiny_imagenet --target 27.4 --within 276 --json figures.json
 
 Runs go one after the other, each as ``vimfast train`` starts it; what follows ``--`` is for all of them. Times are from
-the command to the line that reports the evaluation. Raw and averaged weights are counted apart, for who takes the
+the command to the line that reports the evaluation. Trained and averaged weights are counted apart, for who takes the
 better of the two chooses by the validation images. The run folders stay in ``--out``.
 """
 
@@ -25,9 +25,9 @@ from watch import Watched
 
 from vimfast.files import write_text
 
-WEIGHTS = ("raw", "averaged")
+WEIGHTS = ("trained", "averaged")
 _LONGEST = 7 * 24 * 3600.0  # seconds of a run
-_SCORED = re.compile(r"\* Acc@1 ([\d.]+) Acc@5 [\d.]+ loss \S+ \((raw|averaged) weights\)")
+_SCORED = re.compile(r"^validation( of the averaged weights \(EMA\))?: top-1 ([\d.]+) %")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def train(data: str, recipe: str, seed: int, out: Path, flags: Sequence[str]) ->
     if status:
         sys.exit(f"{' '.join(command)} ended with status {status}")
     found = [(line.at - run.begin, _SCORED.search(line.text)) for line in run.lines]
-    evaluations = [Evaluated(at, match[2], float(match[1])) for at, match in found if match]
+    evaluations = [Evaluated(at, WEIGHTS[match[1] is not None], float(match[2])) for at, match in found if match]
     assert run.ended is not None
     return Trained(recipe, seed, run.ended - run.begin, evaluations)
 
