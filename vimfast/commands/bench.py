@@ -280,7 +280,7 @@ def _verdicts(figures: list[Figure], args: argparse.Namespace) -> list[str]:
         )
     if args.kernels:
         lines.append(f"kernels {args.kernels}")
-    if args.kernels.startswith("reference"):
+    if args.kernels.startswith("reference") and args.scan_backend != "reference":
         lines.append("inference is several times faster on a CPU with llvmlite: pip install 'vimfast[cpu]'")
     loading = next((f for f in figures if f.what == "loading"), None)
     if loading is not None and figures[0].what == "training":
