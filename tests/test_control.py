@@ -118,6 +118,13 @@ def test_a_fault_before_the_first_step_is_the_error() -> None:
     assert (0, {"do": "stop", "ticks": 3}) in late.messages
 
 
+def test_a_fault_is_the_error_of_a_run_that_loses_a_rank_before_its_first_step() -> None:
+    recorded = Recorded(2)
+    recorded.hub.hear(1, {"say": "stop", "why": FAULT, "fault": ["image 7 is gone", None]}, 0)
+    recorded.hub.lost(1, 0)
+    assert recorded.end() == {"do": "end", "status": USER_ERROR, "sentence": "error: image 7 is gone"}
+
+
 def test_a_rank_that_has_said_goodbye_is_not_lost_and_counts_in_a_vote() -> None:
     recorded = Recorded(3)
     recorded.hub.hear(2, {"say": "bye", "ticks": 9}, 0)

@@ -113,7 +113,7 @@ class Control:
         stop = self._ticks.stop_here()
         self._since = time.monotonic()
         if stop:
-            self.status = USER_ERROR if self._stopping == FAULT else STOPPED[self._stopping]
+            self.status = STOPPED[self._stopping]
         return stop
 
     def stop_for(self, error: UserError) -> None:

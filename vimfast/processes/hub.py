@@ -17,8 +17,15 @@ Message = dict[str, Any]  # what JSON can hold
 
 # Exit statuses of a run, listed in docs/stopping.md.
 CRASHED, USER_ERROR, RANK_LOST, STALLED, COME_AGAIN = 1, 2, 3, 4, 75
-STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": COME_AGAIN, "SIGHUP": COME_AGAIN, "launcher": COME_AGAIN}
 FAULT = "fault"  # of a process, which stops the run as a signal does and then ends it as bad input
+STOPPED = {
+    "SIGINT": 130,
+    "SIGTERM": 143,
+    "SIGUSR1": COME_AGAIN,
+    "SIGHUP": COME_AGAIN,
+    "launcher": COME_AGAIN,
+    FAULT: USER_ERROR,
+}
 
 # Failures come in groups: when one process dies, the collectives of the others fail a moment later, or even before its
 # death is noticed. Seconds to wait for the cause before a consequence is reported.
@@ -169,7 +176,7 @@ class Hub:
         """The connection to a process is closed. That is a death unless the process has said why."""
         if not self.peers[rank].left and not any(f.rank == rank for f in self._failures):
             if self._why and not any(p.ticks for p in self.peers):  # the signal met it before it had a control
-                self._end(STOPPED[self._why], BEFORE_FIRST_STEP)
+                self._end_before_first_step()
             self._lost.append(rank)
             self._expect_verdict(now + GRACE_LOST)
         self._judge(now)
@@ -212,12 +219,12 @@ class Hub:
         self._decided = True
         target = max(p.ticks for p in self.peers)
         if target == 0 and not any(p.left for p in self.peers):  # still building or tuning
-            if self._fault is not None:
-                self._end(USER_ERROR, f"error: {self._fault}")
-            else:
-                self._end(STOPPED[self._why], BEFORE_FIRST_STEP)
+            self._end_before_first_step()
         else:
             self._tell_all({"do": "stop", "ticks": target})
+
+    def _end_before_first_step(self) -> None:
+        self._end(STOPPED[self._why], BEFORE_FIRST_STEP if self._fault is None else f"error: {self._fault}")
 
     # Ending
 
