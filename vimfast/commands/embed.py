@@ -12,8 +12,8 @@ import io
 import sys
 from typing import TYPE_CHECKING
 
-from vimfast.cli import SIZE, Parser, image_size, path, say_written, whole
-from vimfast.commands.predict import check_order, with_bar
+from vimfast.cli import Parser, path, say_written
+from vimfast.commands.predict import add_model_flags, check_order, loaded, warn, with_bar
 from vimfast.errors import UserError, printable
 from vimfast.files import write_bytes
 
@@ -29,26 +29,16 @@ def main() -> int:
     check_order(args.checkpoint, "embed")
     if args.out.suffix != ".npy":
         raise UserError(f"--out is {args.out}", "give a file name ending in .npy; a .csv is written beside it")
-    from vimfast import dist
-    from vimfast.inference import embed, find_images, load_classifier
+    from vimfast.inference import embed, find_images
 
-    with dist.processes(args.device) as world:
-        classifier = load_classifier(
-            args.checkpoint,
-            weights=args.weights,
-            model=args.model,
-            input_size=args.input_size,
-            device=world.device,
-        )
-        for note in classifier.notes:
-            print(f"warning: {note}", file=sys.stderr)
+    with loaded(args) as classifier:
         images, missing = find_images(args.images)
         found = with_bar(
             len(images), lambda report: embed(classifier, images, batch_size=args.batch_size, report=report)
         )
     unreadable = missing + found.unreadable
     for _, why in unreadable:
-        print(f"warning: {printable(why)}", file=sys.stderr)
+        warn(printable(why))
     if found.images:
         for file in save(found, args.out):
             say_written(file)
@@ -67,13 +57,7 @@ def parser() -> Parser:
     add("images", metavar="IMAGE", nargs="+", type=path, help="images, and folders of images at any depth")
     text = "file to write: float32 [images, features]; a .csv beside it has the images' paths and folders"
     add("--out", metavar="NPY", type=path, required=True, help=text)
-    text = "the trained ones, or their average; default: the average, once it has left the initial weights behind"
-    add("--weights", choices=("raw", "ema"), help=text)
-    add("--model", metavar="NAME", default="", help="name of the model, where the checkpoint does not say")
-    text = "side of the images, pixels, or height and width; default: the checkpoint's"
-    add("--input-size", metavar=SIZE, type=image_size, help=text)
-    add("--batch-size", metavar="N", type=whole(1), default=64, help="images at once [64]")
-    add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
+    add_model_flags(parser)
     return parser
 
 

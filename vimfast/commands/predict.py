@@ -11,7 +11,8 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
@@ -35,26 +36,14 @@ def main() -> int:
     """Predict as the command line says; returns the exit status."""
     args = parser().parse_args(sys.argv[1:])
     check_order(args.checkpoint, "predict")
-    from vimfast import dist
-    from vimfast.inference import load_classifier
-
-    with dist.processes(args.device) as world:
-        classifier = load_classifier(
-            args.checkpoint,
-            weights=args.weights,
-            model=args.model,
-            input_size=args.input_size,
-            device=world.device,
-        )
-        for note in classifier.notes:
-            print(fit_terminal(f"warning: {note}", sys.stderr), file=sys.stderr)
+    with loaded(args) as classifier:
         predictions = _predict(classifier, args)
         if args.json:
             print(json.dumps(to_json(classifier, predictions), indent=1))
         else:
             _print(classifier, predictions)
         for _, why in predictions.unreadable:
-            print(fit_terminal(f"warning: {printable(why)}", sys.stderr), file=sys.stderr)
+            warn(printable(why))
         if args.grid is not None and predictions.images:
             _save(draw(classifier, predictions), args.grid)
             say_written(args.grid, aside=args.json)
@@ -77,6 +66,13 @@ def parser() -> Parser:
     add("--top", metavar="K", type=whole(1), default=5, help="classes to list for each image [5]")
     add("--json", action="store_true", help="print a JSON object instead of a table")
     add("--grid", metavar="PNG", type=path, help=f"draw the images, up to {_MOST}, with what is seen in them")
+    add_model_flags(parser)
+    return parser
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Which model, and how it runs: what :func:`loaded` reads."""
+    add = parser.add_argument
     text = "the trained ones, or their average; default: the average, once it has left the initial weights behind"
     add("--weights", choices=("raw", "ema"), help=text)
     add("--model", metavar="NAME", default="", help="name of the model, where the checkpoint does not say")
@@ -84,7 +80,30 @@ def parser() -> Parser:
     add("--input-size", metavar=SIZE, type=image_size, help=text)
     add("--batch-size", metavar="N", type=whole(1), default=64, help="images at once [64]")
     add("--device", metavar="NAME", default="auto", help="auto, cuda, cuda:N or cpu [auto]")
-    return parser
+
+
+@contextmanager
+def loaded(args: argparse.Namespace) -> Iterator[Classifier]:
+    """The model of the command line, on its device, after a warning for each thing to know about it."""
+    from vimfast import dist
+    from vimfast.inference import load_classifier
+
+    with dist.processes(args.device) as world:
+        classifier = load_classifier(
+            args.checkpoint,
+            weights=args.weights,
+            model=args.model,
+            input_size=args.input_size,
+            device=world.device,
+        )
+        for note in classifier.notes:
+            warn(note)
+        yield classifier
+
+
+def warn(sentence: str) -> None:
+    """On stderr, broken at words where that is a terminal."""
+    print(fit_terminal(f"warning: {sentence}", sys.stderr), file=sys.stderr)
 
 
 def check_order(checkpoint: Path, command: str) -> None:
