@@ -21,7 +21,6 @@ from vimfast.augment.plan import Op, Plan
 from vimfast.class_names import english_names
 from vimfast.config import Batches, Config, plan_batches, staged
 from vimfast.data.loader import Loader, LoaderSettings
-from vimfast.data.relabelling import open_mapped
 from vimfast.data.views import Evaluation, RegionInputs, Work
 from vimfast.dist import World
 from vimfast.sheet import PALETTE, Caption, Colour, Sheet, Tile
@@ -97,8 +96,7 @@ class _Sample(NamedTuple):
 
 
 def _draw_training(cfg: Config, count: int, world: World, title: str, settings: str) -> Image.Image:
-    images = open_mapped(cfg.data.data_path, "train", cfg.data.class_map)
-    source = open_training_source(cfg, images.classes)
+    source = open_training_source(cfg)
     final_size, cfg = cfg.model.size, staged(cfg)[0].config
     batch = min(plan_batches(cfg, 1).batch_size, len(source))
     silent = Reporter(None, False)

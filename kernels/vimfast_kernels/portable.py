@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from vimfast_kernels.arithmetic import wide
 from vimfast_kernels.backends import PORTABLE, Backend
@@ -105,7 +105,7 @@ def _steps(decay: Tensor, inputs: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-@torch.library.custom_op("vimfast::recurrence", mutates_args=())
+@library.custom_op("vimfast::recurrence", mutates_args=())
 def recurrence_op(start: Tensor, A: Tensor, dt: Tensor, dtu: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """:func:`recurrence` from h = start [k, b, N, d], for formats that have an operator of their own for it."""
     first = torch.addcmul(dtu[:1] * B[:1], (dt[:1] * A).exp(), start)

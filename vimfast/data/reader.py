@@ -121,13 +121,13 @@ class Reader:
 
     def _leave_out_unreadable(self, ids: np.ndarray, error: UserError) -> None:
         """Those of these images that cannot be read; if none of them can, it is not the images."""
-        found: dict[int, str] = {}
-        for i in np.unique(ids).tolist():
+        wanted, found = np.unique(ids).tolist(), dict[int, str]()
+        for i in wanted:
             try:
                 self.source.read(np.array([i], np.int64))
             except UserError as why:  # noqa: PERF203
                 found[i] = why.problem
-        if len(found) == len(np.unique(ids)) or not found:
+        if len(found) in (0, len(wanted)):
             raise error
         for i, sentence in found.items():
             self._leave_out(i, sentence)

@@ -45,17 +45,18 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Loaded | 
     return Loader(source, Evaluation(order, world.device, size, crop), _settings(data, report))
 
 
-def open_training_source(cfg: Config, classes: Sequence[str]) -> Source:
+def open_training_source(cfg: Config, classes: Sequence[str] | None = None) -> Source:
     """The training images.
 
     Args:
-        classes: of the validation images.
+        classes: of the validation images; None: their own.
 
     Raises:
         UserError: the training images are of others, or cannot be used.
     """
     data = cfg.data
     source = open_mapped(data.data_path, "train", data.class_map)
+    classes = source.classes if classes is None else classes
     if list(source.classes) != list(classes):
         problem = f"train has {len(source.classes)} classes and val has {len(classes)}"
         if len(source.classes) == len(classes):
