@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from torchvision.transforms import functional as tvf
 from vimfast.augment import crops, draws
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.config import AugmentConfig
+from vimfast.data.hardware import Decoding
 from vimfast.data.loader import Loader
 from vimfast.data.order import Order
 from vimfast.data.source import Images, Source, open_source
@@ -231,6 +233,25 @@ def test_an_older_iterator_does_not_take_the_batches_of_a_newer(train: Source) -
     next(newer)
     with pytest.raises(RuntimeError, match="another epoch"):
         next(older)
+
+
+def test_batches_begun_again_after_their_iterator_was_asked_for_stay_the_same(
+    train: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage whose measured step asks for another decoder: one run in four ended in an AssertionError."""
+    expected = list(training_loader(train).epoch(1))
+    loader, restart = training_loader(train), Loader._restart
+
+    def late(self: Loader, epoch: int, start: int) -> None:
+        time.sleep(0.2)
+        restart(self, epoch, start)
+
+    iterator = loader.epoch(1)
+    monkeypatch.setattr(Loader, "_restart", late)
+    place = loader._switch_to(Decoding("cpu", 1, 0.0))  # as expect() does, where there is another decoder
+    assert place == (1, 0)
+    loader.begin(*place)
+    assert_same(list(iterator), expected)
 
 
 def test_encoded_images_are_let_go(train: Source) -> None:

@@ -244,6 +244,7 @@ class Loader(Epochs):
 
     def _take_beside(self) -> Batch | None:
         """:meth:`_take` on the loader's stream; what the current stream is given from here on waits for it."""
+        self._join()  # a decoder chosen since the iterator was asked for begins on the same batches
         if self._stream is None:
             return self._take()
         current = torch.cuda.current_stream(self.device)
