@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,12 @@ def test_a_gap_stays_a_gap_and_a_lone_value_is_a_dot() -> None:
     assert len(re.findall("M", chart([1.0, 2.0, None, 3.0, 4.0]).paths[0])) == 2
     assert chart([None, 1.0, None]).paths[0].endswith("h0")
     assert [tick.text for tick in chart([1.0]).x_ticks] == ["0"]
+
+
+def test_a_line_leads_on_over_epochs_without_an_evaluation() -> None:
+    gappy = chart([None, 1.0, None, 2.0, None, 3.0, None])
+    (bridged,) = replace(gappy, series=[gappy.series[0]._replace(bridged=True)]).paths
+    assert re.findall("[ML]|h0", bridged) == ["M", "L", "L"]
 
 
 def test_a_long_run_has_stops_for_a_hundred_epochs_and_its_last() -> None:

@@ -127,6 +127,18 @@ def test_a_run_that_begins_a_later_epoch_forgets_half_of_an_earlier(recipe: str,
         assert run.sums.read() == {"loss": 0.0, "steps": 0.0}
 
 
+def test_some_epochs_without_an_evaluation(recipe: str, shards: Path, tmp_path: Path) -> None:
+    """What was not measured is not in the records, and the report has the mistakes of the last evaluation."""
+    every, some = tmp_path / "every", tmp_path / "some"
+    words = ("--config", recipe, "--data-path", str(shards), "--epochs", "3", "--steps-per-epoch", "1")
+    train(*words, "--output_dir", str(every))
+    train(*words, "--output_dir", str(some), "--eval-every", "2")
+    measured, own = records(every), records(some)
+    assert own[1:] == measured[1:]  # the second and, as always, the last
+    assert own[0] == {name: value for name, value in measured[0].items() if "test_" not in name}
+    assert "weights after epoch 2:" in (some / "report.html").read_text()
+
+
 def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:
     """One class; what it is given is what the run records."""
     seen: list[EpochEnd] = []

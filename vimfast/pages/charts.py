@@ -34,6 +34,7 @@ class Series(NamedTuple):
     values: Sequence[float | None]
     colour: int  # of the palette, from 1
     dashed: bool = False
+    bridged: bool = False  # the line leads on over places without a value
 
 
 class Mark(NamedTuple):
@@ -118,15 +119,16 @@ class LineChart:
     @property
     def paths(self) -> list[str]:
         """Of each series, the ``d`` of its path: a piece of it for each run of values; a dot for one that is alone."""
-        return [self._path(series.values) for series in self.series]
+        return [self._path(series) for series in self.series]
 
-    def _path(self, values: Sequence[float | None]) -> str:
+    def _path(self, series: Series) -> str:
         words, drawing = [], False
-        for place, value in enumerate(values):
-            if value is None:
+        places = [place for place, value in enumerate(series.values) if value is not None or not series.bridged]
+        for place, after in itertools.zip_longest(places, places[1:]):
+            if (value := series.values[place]) is None:
                 drawing = False
                 continue
-            following = values[place + 1] if place + 1 < len(values) else None
+            following = None if after is None else series.values[after]
             words.append(f"{'L' if drawing else 'M'}{self._x(self.x[place])} {self._y(value)}")
             if not drawing and following is None:
                 words.append("h0")  # which round ends make a dot

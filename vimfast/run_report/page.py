@@ -210,10 +210,12 @@ class _Run:
 
     def _weights(self, name: str) -> list[Series]:
         """Of the raw weights, and of their average if there is one."""
-        raw, averaged = Series("validation", self.values(name), _RAW), self.values(f"ema_{name}")
+        bridged = any(name not in record for record in self.records)  # not every epoch was evaluated
+        raw = Series("validation", self.values(name), _RAW, bridged=bridged)
+        averaged = self.values(f"ema_{name}")
         if all(value is None for value in averaged):
             return [raw]
-        return [raw, Series("EMA", averaged, _AVERAGED, dashed=True)]
+        return [raw, Series("EMA", averaged, _AVERAGED, dashed=True, bridged=bridged)]
 
     @property
     def about_training_loss(self) -> str:

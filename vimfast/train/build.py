@@ -217,7 +217,9 @@ def _assemble(
         objective=objective,
         train_step=build_step(models, optimizer, objective, cfg.optim.clip_grad, accum_steps, world.size),
         rate=rate,
-        evaluated=Evaluated(models.evaluated, val_loader, models.precision.amp, report, control),
+        evaluated=Evaluated(
+            models.evaluated, val_loader, models.precision.amp, report, control, every=cfg.run.eval_every
+        ),
         precision=models.precision,
         report=report,
         control=control,

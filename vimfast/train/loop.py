@@ -62,12 +62,12 @@ class Place:
 
 
 class EpochEnd(NamedTuple):
-    """What is known once an epoch has been trained and evaluated."""
+    """What is known once an epoch has been trained, and evaluated if that was due."""
 
     epoch: int
     lr: float
     loss: float  # mean over the epoch's steps that count
-    scores: dict[str, Scores]  # of the weights (""), and of their average ("ema_")
+    scores: dict[str, Scores]  # of the weights (""), and of their average ("ema_"); empty where it was not evaluated
     best: bool  # of all epochs, by the weights' top-1
 
 
@@ -93,7 +93,7 @@ class Hook:
         """All steps are done, the evaluation follows."""
 
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
-        """The evaluation is done."""
+        """The evaluation is done, if one was due."""
 
     def diverged(self, place: Place) -> None:
         """The run is about to return to an earlier place."""
@@ -124,6 +124,7 @@ class Evaluated:
         loader: of the validation images.
         amp: the autocast context to run under.
         answers: collects those of the raw weights, if anybody wants them.
+        every: epochs from one evaluation to the next.
     """
 
     models: dict[str, nn.Module]
@@ -132,6 +133,11 @@ class Evaluated:
     report: Reporter
     control: Control
     answers: Answers | None = None
+    every: int = 1
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether this epoch of so many ends with an evaluation; the last one always does."""
+        return (epoch + 1) % self.every == 0 or epoch + 1 == epochs
 
     def score(self) -> dict[str, Scores]:
         for model in self.models.values():
@@ -352,9 +358,10 @@ class TrainingRun(_Closed):
 
     def _evaluate_epoch(self) -> None:
         place, trained = self.place, self.sums.read()
-        scores = self.evaluated.score()
-        best = scores[""].acc1 > place.best_acc1
-        place.best_acc1 = max(place.best_acc1, scores[""].acc1)
+        scores = self.evaluated.score() if self.evaluated.due(place.epoch, self.epochs) else {}
+        best = bool(scores) and scores[""].acc1 > place.best_acc1
+        if best:
+            place.best_acc1 = scores[""].acc1
         loss = trained["loss"] / trained["steps"] if trained["steps"] else math.nan
         end = EpochEnd(place.epoch, self.rate.value, loss, scores, best)
         for hook in self.hooks:

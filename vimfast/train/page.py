@@ -62,7 +62,7 @@ class RunPage(Hook):
             self._submit(partial(self._begin, place.epoch))
 
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
-        self._submit(partial(self._epoch, end.epoch, self._run.pace.spent, self._answers.last))
+        self._submit(partial(self._epoch, end.epoch, self._run.pace.spent, self._answers.last if end.scores else None))
         if place.epoch + 1 == self._run.epochs:
             self._run.report.say(f"curves, hardest images and settings are in {self._folder / PAGE}")
 
@@ -123,7 +123,7 @@ class RunPage(Hook):
         pace = [pace for pace in self._facts.pace if pace.epoch < epoch]  # those behind were rolled back
         if spent.seconds > 0:
             pace.append(Pace(epoch, spent.images / spent.seconds, min(spent.waited / spent.seconds, 1.0)))
-        found = None if answered is None else self._mistakes(epoch, answered)
+        found = self._facts.mistakes if answered is None else self._mistakes(epoch, answered)
         self._facts = replace(self._facts, pace=pace, mistakes=found, stopped=None)
 
     def _stop(self, place: str) -> None:

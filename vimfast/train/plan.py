@@ -77,7 +77,8 @@ def _decoding(loader: Loader) -> str:
 def _images(run: TrainingRun, cfg: Config) -> str:
     source, val_source = run.loader.source, run.evaluated.loader.source
     images = f"{len(source):,} images of {len(source.classes)} classes in {cfg.data.data_path}"
-    return f"{images}, at {cfg.model.size} pixels; {len(val_source):,} to validate"
+    when = f" after every {cfg.run.eval_every} epochs" if cfg.run.eval_every > 1 else ""
+    return f"{images}, at {cfg.model.size} pixels; {len(val_source):,} to validate{when}"
 
 
 def stage_table(run: TrainingRun, cfg: Config) -> tuple[str, list[str], list[list[object]]]:
