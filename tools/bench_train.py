@@ -45,9 +45,11 @@ class Row:
     fp32: bool = False
     training: bool = True
     original: int | None = None  # hustvl/Vim dd0358a with mamba_ssm 2.3's CUDA kernels
+    compiled: bool = False
 
     def __str__(self) -> str:
         what = "training" if self.training else "inference"
+        what += ", compiled" * self.compiled
         return f"{self.model.removesuffix('_patch16_224')} {self.size}, {self.batch}, {what}, {self.precision}"
 
     @property
@@ -59,12 +61,17 @@ ROWS = (
     Row("tiny", "vim_tiny_patch16_224", 128, original=1075),
     Row("tiny512", "vim_tiny_patch16_224", 512, original=1147),
     Row("small", "vim_small_patch16_224", 128, original=586),
+    Row("base", "vim_base_patch16_224", 128),
     Row("fp32", "vim_tiny_patch16_224", 128, fp32=True, original=911),
     Row("infer", "vim_tiny_patch16_224", 256, training=False, original=4547),
     Row("infer1248", "vim_tiny_patch16_224", 32, size=1248, training=False, original=214),
 )
 BASELINES = (
     Row("deit", "deit_tiny_patch16_224", 128),
+    Row("deit_compiled", "deit_tiny_patch16_224", 128, compiled=True),
+    Row("deit512_compiled", "deit_tiny_patch16_224", 512, compiled=True),
+    Row("deit_small_compiled", "deit_small_patch16_224", 128, compiled=True),
+    Row("deit_base_compiled", "deit_base_patch16_224", 128, compiled=True),
     Row("deit1248", "deit_tiny_patch16_224", 32, size=1248, training=False),
 )
 WIDTHS = {"vim_tiny_patch16_224": 192, "vim_small_patch16_224": 384, "vim_base_patch16_224": 768}
@@ -91,7 +98,7 @@ def measure(row: Row, args: argparse.Namespace, backend: str, gpu: Gpu) -> dict[
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     device = torch.device("cuda")
-    subject = Subject(row.model, row.batch, ImageSize.of(row.size), not row.fp32, backend, args.compile)
+    subject = Subject(row.model, row.batch, ImageSize.of(row.size), not row.fp32, backend, row.compiled)
     run, capture = (training if row.training else inference)(subject, device)
     launched = milliseconds(run, device, args.repeats)
     found: dict[str, Any] = {**asdict(row), "backend": backend, "launched_ms": launched}
@@ -156,7 +163,6 @@ def main() -> None:
     known = [row.name for row in (*ROWS, *BASELINES)]
     parser.add_argument("--rows", nargs="+", choices=known, default=known, metavar="ROW", help=" ".join(known))
     parser.add_argument("--backends", nargs="+", default=["auto"], choices=backend_names(), help="kernels to time")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw the figures of this file, as a PNG")

@@ -157,7 +157,12 @@ class ModelConfig:
         False, "shuffle the sequence in training, again at each step", aliases=("if-random-token-rank",)
     )
     use_checkpoint: bool = option(False, "recompute activations in backward to save memory", neutral=True)
-    torch_compile: bool = option(False, "compile the model; TORCH_COMPILE=1 does the same", neutral=True)
+    torch_compile: bool | None = option(
+        None,
+        "compile the model for training, which takes a minute before the first step; TORCH_COMPILE=1 does the same; "
+        "default: timm's vision transformers on a GPU; --no-torch-compile for none",
+        neutral=True,
+    )
     cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it", neutral=True)
 
     @property

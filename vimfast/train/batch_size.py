@@ -19,6 +19,7 @@ from vimfast.data.relabelling import open_mapped
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
+from vimfast.train.compiling import captures
 from vimfast.train.fitting import blank_batch, largest_batch
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
@@ -105,8 +106,7 @@ class StepTrial:
         self._objective = Objective(cfg.distill, cfg.mix.bce_loss, models.teacher, models.precision.amp)
         optimizer = build_optimizer(cfg.optim, models.model, peak_lr(cfg.optim, 512))
         self._step = build_step(models, optimizer, self._objective, cfg.optim.clip_grad, cfg.optim.accum_steps, 1)
-        capturable = cfg.model.cuda_graph and getattr(models.model, "capturable", False)
-        self._captures = capturable and world.device.type == "cuda"
+        self._captures = captures(models.model, cfg.model, world.device)
         models.model.train()
 
     def __call__(self, batch: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,11 @@ from vimfast.image_size import ImageSize
 from vimfast.processes.control import Control
 from vimfast.train.batch_size import with_batch_size
 from vimfast.train.boards import WandB, check_boards
+from vimfast.train.compiling import captures, compiles
 from vimfast.train.continuity import order_changes
 from vimfast.train.curriculum import Curriculum, TrainingStage
 from vimfast.train.depth import StochasticDepth
-from vimfast.train.device import StageEntry, captures, prepare_device
+from vimfast.train.device import StageEntry, prepare_device
 from vimfast.train.folder import RunFolder, check_folder, unwritable
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.health import GradientHealth, LossHealth
@@ -152,7 +152,7 @@ def _build_training(
     control.place = lambda: str(run.place)
     kept = f"saving the place in {folder / CHECKPOINT}" if folder else "ending; no --output_dir, no saving"
     control.promise = f"finishing the step, then {kept}"
-    entry = StageEntry(run, capture=captures(run, cfg.model), depth=depth)
+    entry = StageEntry(run, capture=captures(run.model, cfg.model, world.device), depth=depth)
     run.hooks = [entry, *_hooks(run, cfg, images, start_up, hooks)]
     prepare_device(run, entry, start_up)
     _introduce(run, cfg, start)
@@ -234,7 +234,7 @@ def _resume(run: TrainingRun, cfg: Config, start: Loaded | None, images: str) ->
         load_place(run, start.state, str(start.path), cfg, order_changes(start.state, cfg, images))
     elif cfg.run.start_epoch is not None:
         run.move(cfg.run.start_epoch)
-    if cfg.model.torch_compile or os.environ.get("TORCH_COMPILE") == "1":
+    if compiles(run.model, cfg.model, run.world.device):
         run.model.compile()
     for module in run.evaluated.models.values():
         copy_from_first(module)

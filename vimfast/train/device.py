@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from vimfast import dist
-from vimfast.config import ModelConfig
 from vimfast.train.curriculum import TrainingStage
 from vimfast.train.depth import StochasticDepth
 from vimfast.train.fitting import blank_batch
@@ -25,11 +24,6 @@ def kernels(model: nn.Module, precision: Precision) -> str:
     """Names of the kernels in use; empty for a model that has no choice of them."""
     explain = getattr(model, "kernels", None)
     return "" if explain is None else explain(precision.dtype)
-
-
-def captures(run: TrainingRun, cfg: ModelConfig) -> bool:
-    """Whether the run's steps are to be CUDA graphs."""
-    return run.world.device.type == "cuda" and cfg.cuda_graph and bool(getattr(run.model, "capturable", False))
 
 
 class StageEntry(Hook):

@@ -23,6 +23,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.answers import Answers
+from vimfast.train.compiling import uncompiled
 from vimfast.train.curriculum import Curriculum, TrainingStage
 from vimfast.train.evaluation import Scores, evaluate
 from vimfast.train.fitting import blank_batch, largest_batch
@@ -144,7 +145,8 @@ class Evaluated:
             copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with memory_for(self.loader, lambda: f"--eval-batch-size {max(self.loader.order.batch_size // 2, 1)}"):
             there = [_on(self.loader.device, model) for model in self.models.values()]
-            found = evaluate(there, self.loader, self.amp, self.report, self.control, self.answers)
+            with uncompiled(there):
+                found = evaluate(there, self.loader, self.amp, self.report, self.control, self.answers)
         scores = dict(zip(self.models, found, strict=True))
         for whose, own in scores.items():
             average = " of the averaged weights (EMA)" if whose else ""
@@ -379,6 +381,8 @@ class TrainingRun(_Closed):
             raise
         except RuntimeError as error:
             why = " ".join(str(error).split())
+            if type(error).__module__.startswith("torch._dynamo"):  # which takes a second to import
+                raise UserError(f"the model cannot be compiled ({why[:200]})", "add --no-torch-compile") from error
             self.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
         if not all(dist.gather_objects(self.train_step.has_captured(images, targets))):
             self.train_step.forget()

@@ -8,6 +8,7 @@ from torch import nn
 from vimfast.config import Config
 from vimfast.data.loader import Loader
 from vimfast.dist import World
+from vimfast.train.compiling import is_compiled
 from vimfast.train.device import kernels
 from vimfast.train.loop import EvaluationRun, Precision, TrainingRun
 from vimfast.train.report import duration
@@ -67,7 +68,8 @@ def _model(run: TrainingRun, cfg: Config) -> str:
 def _computes(world: World, precision: Precision, model: nn.Module, *, captured: bool = False) -> str:
     explained = kernels(model, precision)
     parts = [f"{precision} on {world.size} x {world.device.type}", explained and f"kernels {explained}"]
-    return ", ".join(filter(None, [*parts, "steps as a CUDA graph" if captured else ""]))
+    parts += ["compiled" if is_compiled(model) else "", "steps as a CUDA graph" if captured else ""]
+    return ", ".join(filter(None, parts))
 
 
 def _decoding(loader: Loader) -> str:

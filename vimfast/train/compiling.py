@@ -1,0 +1,47 @@
+"""Which models are compiled, and of which the training step is a CUDA graph.
+
+A graph of a step replays what the step did when it was captured, so nothing in the model may be drawn or decided on the
+host. A Vision Mamba says whether that is so. Of timm's models its vision transformers are known to be like that, and
+compiling them pays: DeiT-Tiny takes 16.3 ms a step as a graph and 8.9 compiled (docs/benchmarks.md). A Vision Mamba is
+made of kernels of its own, which the compiler leaves as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+
+from vimfast.config import ModelConfig
+
+
+def captures(model: nn.Module, cfg: ModelConfig, device: torch.device) -> bool:
+    """Whether the training steps of a model are to be CUDA graphs."""
+    capturable = getattr(model, "capturable", isinstance(model, VisionTransformer))
+    return device.type == "cuda" and cfg.cuda_graph and bool(capturable)
+
+
+def compiles(model: nn.Module, cfg: ModelConfig, device: torch.device) -> bool:
+    """Whether a model is to be compiled for training: as requested, else timm's vision transformers on a GPU."""
+    if os.environ.get("TORCH_COMPILE") == "1":
+        return True
+    if cfg.torch_compile is not None:
+        return cfg.torch_compile
+    return device.type == "cuda" and isinstance(model, VisionTransformer)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether :meth:`torch.nn.Module.compile` was called on it."""
+    return getattr(model, "_compiled_call_impl", None) is not None
+
+
+def uncompiled(models: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    """Models compute as they are written: compiling them once more, for evaluation, takes longer than it saves."""
+    eager: AbstractContextManager[object] = nullcontext()
+    if any(map(is_compiled, models)):
+        eager = torch.compiler.set_stance("force_eager")
+    return eager
