@@ -134,8 +134,7 @@ class Loader(Epochs):
         chosen = choose_decoding(self._wanted.decoder, self._wanted.threads, self.device, self._demand)
         if chosen.decoder == self._settings.decoder:
             return
-        place = self._switch_to(chosen)
-        if place is not None:
+        if (place := self._switch_to(chosen)) is not None:
             self.begin(*place)
 
     def reconsider(self) -> str | None:
@@ -147,8 +146,8 @@ class Loader(Epochs):
         decoder = next_decoder(self._settings.decoder, self.device)
         if self._wanted.decoder != "auto" or decoder is None:
             return None
-        place = self._switch_to(choose_decoding(decoder, self._wanted.threads, self.device, self._demand))
-        if place is not None:
+        chosen = choose_decoding(decoder, self._wanted.threads, self.device, self._demand)
+        if (place := self._switch_to(chosen)) is not None:
             self._restart(*place)
         return decoder
 
