@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from vimfast_kernels.block.weights import unflatten  # noqa: E402
 from vimfast_kernels.conv.launch import causal_conv_silu  # noqa: E402
 from vimfast_kernels.norm.launch import add_norm  # noqa: E402
 from vimfast_kernels.scan import launch as scan_launch  # noqa: E402
-from vimfast_kernels.scan.launch import selective_scan  # noqa: E402
+from vimfast_kernels.scan.launch import Inputs, launch_backward, launch_forward, selective_scan  # noqa: E402
 from vimfast_kernels.tuning import CHOICES, DEFAULT  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -168,6 +169,72 @@ def test_scan_reads_any_strides() -> None:
         assert torch.equal(a, b)
 
 
+class ProjectedScan(torch.autograd.Function):
+    """The scan of time steps that the kernels project themselves, with the gradients that a block makes of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, reverse: list[bool], u: Tensor, low: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        inputs = Inputs(u, low, *rest, reverse, 0.5, weight)
+        out, *saved = launch_forward(inputs, save=True)
+        assert relative(launch_forward(inputs, save=False)[0], out.double()) <= NOISE[out.dtype]
+        ctx.reverse = reverse
+        ctx.save_for_backward(u, low, weight, *rest, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        u, low, weight, *rest, y, states = ctx.saved_tensors
+        inputs = Inputs(u, low, *rest, ctx.reverse, 0.5, weight)
+        dB, dC, dz, out = (torch.empty_like(x) for x in (inputs.B, inputs.C, dout, dout))
+        du, ddelta, dA, dD, dbias = launch_backward(dout, inputs, y, states, dB, dC, dz, out)
+        dlow = torch.einsum("kbld,kdr->kblr", ddelta, weight)
+        return None, du, dlow, torch.einsum("kbld,kblr->kdr", ddelta, low), dA, dB, dC, dD, dz, dbias
+
+
+@pytest.mark.parametrize(
+    ("b", "length", "d", "rank", "n", "dtype", "reverse"),
+    [
+        (2, 197, 384, 16, 16, BF16, [False, True]),
+        (2, 100, 768, 24, 16, BF16, [False, True]),
+        (1, 45, 1536, 48, 16, BF16, [False, True]),
+        (2, 1, 64, 8, 16, BF16, [False, True]),
+        (1, 7, 80, 64, 16, BF16, [False, True]),
+        (3, 63, 16, 40, 16, BF16, [True]),
+        (1, 1000, 48, 32, 16, BF16, [False]),
+        (2, 21, 48, 8, 8, BF16, [False, True]),
+        (2, 21, 48, 24, 32, BF16, [False, True]),
+        (2, 21, 48, 16, 64, BF16, [True]),
+        (2, 45, 64, 16, 16, FP16, [False, True]),
+        (1, 9, 48, 24, 64, FP16, [False]),
+        (2, 45, 64, 16, 16, FP32, [False, True]),  # these two by a product outside
+        (2, 20, 64, 72, 16, BF16, [False, True]),
+    ],
+)
+@pytest.mark.parametrize("wide", [True, False])
+def test_scan_projects_time_steps(
+    b: int, length: int, d: int, rank: int, n: int, dtype: torch.dtype, reverse: list[bool], wide: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In rows that end with B and C, as in a block."""
+    monkeypatch.setattr(scan_launch, "multiprocessors", lambda device: 0 if wide else 10**6)
+    k = len(reverse)
+    (u, _, A, _, _, D, z, bias), grad = scan_inputs(k, b, length, d, n, dtype)
+    x_dbl = torch.randn(k, b, length, rank + 2 * n, device="cuda", dtype=dtype)
+    weight = torch.randn(k, d, rank, device="cuda", dtype=dtype) / 2 / rank**0.5
+
+    def kernel(u: Tensor, x_dbl: Tensor, weight: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
+        low, B, C = x_dbl.split([rank, n, n], dim=-1)
+        return ProjectedScan.apply(reverse, u, low, weight, A, B, C, *rest)
+
+    def plain(u: Tensor, x_dbl: Tensor, weight: Tensor, A: Tensor, *rest: Tensor) -> Tensor:
+        low, B, C = x_dbl.split([rank, n, n], dim=-1)
+        return reference.scan(u, torch.einsum("kblr,kdr->kbld", low, weight), A, B, C, *rest, reverse, 0.5)[0]
+
+    inputs = [u, x_dbl, weight, A, D, z, bias]
+    slack = {i: 2e-3 for i in range(9) if ours_is_fp32(inputs, i)} if dtype == BF16 else None
+    check(kernel, plain, inputs, [grad], dtype, slack)
+
+
 def test_scan_without_gradients_is_the_same() -> None:
     inputs, _ = scan_inputs(2, 2, 45, 64, 16, BF16)
     with torch.no_grad():
@@ -297,6 +364,8 @@ def test_block_lengths(length: int, dtype: torch.dtype) -> None:
         ((5, 9, 72), {"biases": True, "conv_bias": False, "dropped": True}),
         ((2, 33, 32), {"rms": False, "residual": False, "taps": 3}),
         ((4, 50, 192), {"rank": 12, "rms": False, "biases": True, "dropped": True}),
+        ((2, 37, 48), {"rank": 24}),
+        ((1, 70, 32), {"rank": 70}),
     ],
 )
 @pytest.mark.parametrize("amp", [True, False])

@@ -74,16 +74,6 @@ def test_other_kernels_are_tuned_again(a_gpu: Path, monkeypatch: pytest.MonkeyPa
     assert not tuning.is_tuned(0)
 
 
-def test_a_file_of_the_former_name_counts_for_the_same_kernels(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(tuning, "FORMER_NAMES", {tuning.kernels_name(): "former"})
-    save(OTHER, tuning.cache_file(0, "former"))
-    assert tuning.is_tuned(0)
-    assert tuning_of(torch.device("cuda", 0)) == OTHER
-    monkeypatch.setattr(tuning, "FORMER_NAMES", {"other kernels": "former"})
-    assert not tuning.is_tuned(0)
-
-
 def test_kernels_are_named_after_device_code_alone() -> None:
     kernel = "@triton.jit\ndef f(x):\n    return x\n"
     assert list(tuning._device_functions(f"import triton\n\n\n{kernel}\n\ndef launch():\n    f(1)\n")) == [kernel[:-1]]

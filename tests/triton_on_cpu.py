@@ -114,9 +114,16 @@ def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
     return wrong + relative(got.A, -torch.exp(both(lambda way: way.A_log, torch.float64)))
 
 
+def projected(inputs):  # type: ignore[no-untyped-def]
+    """The reference's arguments: time steps projected, as the kernels do it themselves."""
+    *arguments, weight = inputs
+    arguments[1] = torch.einsum("kblr,kdr->kbld", inputs.delta, weight)
+    return arguments
+
+
 def forward_by_reference(inputs, save, out=None):  # type: ignore[no-untyped-def]
     """The Gluon scan, which has no interpreter."""
-    u, delta, A, B, C, D, z, bias, reverse, scale = inputs
+    u, delta, A, B, C, D, z, bias, reverse, scale = projected(inputs)
     y, states = scan_launch.empty_saved(u, *u.shape, A.shape[2], save, True)
     if save:
         y.copy_(reference.scan(u, delta, A, B, C, D, None, bias, reverse, 1.0)[0])
@@ -126,7 +133,8 @@ def forward_by_reference(inputs, save, out=None):  # type: ignore[no-untyped-def
 
 def backward_by_reference(dout, inputs, y, _, dB, dC, dz, out):  # type: ignore[no-untyped-def]
     out.copy_(inputs.scale * F.silu(inputs.z) * y)
-    du, ddelta, dA, *others, dbias = reference.scan_backward(dout, reference.scan(*inputs)[1], *inputs)
+    arguments = projected(inputs)
+    du, ddelta, dA, *others, dbias = reference.scan_backward(dout, reference.scan(*arguments)[1], *arguments)
     dB.copy_(others[0])
     dC.copy_(others[1])
     dz.copy_(others[3])

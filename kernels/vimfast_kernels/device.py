@@ -124,7 +124,7 @@ def one_minus_exp_neg(v, PRECISE: gl.constexpr):
 @gluon.jit
 def axis(DIM: gl.constexpr, START, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
     """START .. START + SIZE - 1 along one dimension of a 2-D or 3-D layout, the others of size 1."""
-    if len(LAYOUT.order) == 2:
+    if LAYOUT.rank == 2:
         v = START + gl.arange(0, SIZE, gl.SliceLayout(1 - DIM, LAYOUT))
         return gl.expand_dims(v, 1 - DIM)
     elif DIM == 0:

@@ -67,10 +67,11 @@ def kernels() -> dict[str, Callable[[], Any]]:
         rows = (2, BATCH, LENGTH)
         A = -torch.rand(2, CHANNELS, STATES, device="cuda") * 8
         D, bias = random(2, CHANNELS, dtype=torch.float32), random(2, CHANNELS, dtype=torch.float32) - 3
-        u, delta = (random(*rows, CHANNELS, dtype=dtype) for _ in range(2))
-        B, C = (random(*rows, STATES, dtype=dtype) for _ in range(2))
+        u = random(*rows, CHANNELS, dtype=dtype)
+        low, B, C = random(*rows, RANK + 2 * STATES, dtype=dtype).split([RANK, STATES, STATES], dim=-1)
         z = random(BATCH, LENGTH, CHANNELS, dtype=dtype)
-        return scan.Inputs(u, delta, A, B, C, D, z, bias, both, 0.5)
+        inputs = scan.Inputs(u, low, A, B, C, D, z, bias, both, 0.5, random(2, CHANNELS, RANK, dtype=dtype))
+        return scan.projected(inputs)  # a product outside is the same for all choices
 
     def scan_forward(dtype: torch.dtype) -> Callable[[], Any]:
         inputs = scan_inputs(dtype)

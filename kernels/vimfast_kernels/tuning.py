@@ -92,18 +92,14 @@ DEFAULT = Tuning(**{name: choices[0] for name, choices in CHOICES.items()})
 MEASURED = ((9, 0),)  # compute capabilities whose choices come first
 
 
-# By kernels' name, the name of the same kernels before 0.2.0, when it came from the text of every module.
-FORMER_NAMES = {"d30ff500bd": "1bc4929ec8"}
-
-
-def cache_file(device: int, kernels: str | None = None) -> Path:
+def cache_file(device: int) -> Path:
     """Where this GPU's choices are saved: one file for each GPU, torch, Triton and text of the kernels."""
     import triton
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     versions = f"torch-{torch.__version__.split('+')[0]}-triton-{triton.__version__}"
-    return home / "vimfast" / f"kernels-{name}-{versions}-{kernels or kernels_name()}.json"
+    return home / "vimfast" / f"kernels-{name}-{versions}-{kernels_name()}.json"
 
 
 @functools.cache
@@ -142,11 +138,8 @@ def load(path: Path) -> Tuning | None:
 
 
 def saved(device: int) -> Tuning | None:
-    """The choices saved for this GPU, under today's name or the one before 0.2.0."""
-    kernels = kernels_name()
-    found = load(cache_file(device, kernels))
-    former = FORMER_NAMES.get(kernels)
-    return load(cache_file(device, former)) if found is None and former is not None else found
+    """The choices saved for this GPU and these kernels."""
+    return load(cache_file(device))
 
 
 def is_tuned(device: int) -> bool:

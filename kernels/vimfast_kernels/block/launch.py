@@ -33,17 +33,13 @@ _WEIGHTS = (  # norm, then `flatten` of the mixer's
 _OPTIONS = "float drop_rate, float eps, bool rms, float scale"
 
 
-def _between(w: Packed, xz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(u [2, b, L, d], x_dbl [2, b, L, P + 2 N], delta [2, b, L, d])."""
+def _between(w: Packed, xz: Tensor) -> tuple[Tensor, Tensor]:
+    """(u [2, b, L, d], x_dbl [2, b, L, P + 2 N])."""
     b, length, _ = xz.shape
     d = w.D.shape[1]
     u = conv.launch_forward(xz[..., :d], w.conv_weight, w.conv_bias, REVERSE)
     flat = torch.bmm(u.view(2, b * length, d), w.x_weight.transpose(1, 2))
-    return u, flat.view(2, b, length, -1), _time_steps(w, flat).view_as(u)
-
-
-def _time_steps(w: Packed, flat: Tensor) -> Tensor:
-    return torch.bmm(flat[..., : w.dt_weight.shape[2]], w.dt_weight.transpose(1, 2))
+    return u, flat.view(2, b, length, -1)
 
 
 def _states(w: Packed, x_dbl: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,8 +48,9 @@ def _states(w: Packed, x_dbl: Tensor) -> tuple[Tensor, Tensor]:
     return x_dbl[..., -2 * n : -n], x_dbl[..., -n:]
 
 
-def _scan_inputs(w: Packed, u: Tensor, delta: Tensor, x_dbl: Tensor, z: Tensor, scale: float) -> scan.Inputs:
-    return scan.Inputs(u, delta, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale)
+def _scan_inputs(w: Packed, u: Tensor, x_dbl: Tensor, z: Tensor, scale: float) -> scan.Inputs:
+    low = x_dbl[..., : w.dt_weight.shape[2]]
+    return scan.Inputs(u, low, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale, w.dt_weight)
 
 
 def _normalize_and_project(
@@ -83,9 +80,9 @@ def _block(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any)
     w = unpack(weights, narrow, wide)
     total = x.new_empty(x.shape, dtype=torch.float32)
     xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
-    u, x_dbl, delta = _between(w, xz)
+    u, x_dbl = _between(w, xz)
     z = xz[..., w.D.shape[1] :]
-    gated, y, states = scan.launch_forward(_scan_inputs(w, u, delta, x_dbl, z, scale), save=True)
+    gated, y, states = scan.launch_forward(_scan_inputs(w, u, x_dbl, z, scale), save=True)
     return F.linear(gated, w.out_weight, w.out_bias), total, narrow, wide, xz, x_dbl, y, states
 
 
@@ -114,10 +111,10 @@ def _block_inference(x: Tensor, residual: Tensor | None, total: Tensor, noise: T
     weights = unflatten(flat[2:])
     w = unpack(weights, *pack(weights, dtype))
     xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
-    u, x_dbl, delta = _between(w, xz)
+    u, x_dbl = _between(w, xz)
     x_half, z = xz.chunk(2, dim=-1)
-    scan.launch_forward(_scan_inputs(w, u, delta, x_dbl, z, scale), save=False, out=x_half)
-    del u, delta, x_dbl
+    scan.launch_forward(_scan_inputs(w, u, x_dbl, z, scale), save=False, out=x_half)
+    del u, x_dbl
     rows = xz.view(-1, xz.shape[2])[:, : x_half.shape[2]]  # a matrix with long rows: no copy
     return F.linear(rows, w.out_weight, w.out_bias).view(x.shape)
 
@@ -160,14 +157,12 @@ def _block_grad(
     x, z = xz[..., :d], xz[..., d:]
     # Recomputing two products and a convolution costs less than keeping four [b, L, d] arrays per layer.
     u = conv.launch_forward(x, w.conv_weight, w.conv_bias, REVERSE)
-    delta = _time_steps(w, x_dbl.view(2, rows, -1)).view_as(u)
     dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
     dout = dout.contiguous()
     du, ddelta, dA, dD, ddt_bias = scan.launch_backward(
-        torch.matmul(dout, w.out_weight), _scan_inputs(w, u, delta, x_dbl, z, scale), y, states,
+        torch.matmul(dout, w.out_weight), _scan_inputs(w, u, x_dbl, z, scale), y, states,
         *_states(w, dx_dbl), dxz[..., d:], out=gated,
     )  # fmt: skip
-    del delta
     dout = dout.view(1, rows, -1)
     dout_weight = None
     if asked.out_weight is not None:

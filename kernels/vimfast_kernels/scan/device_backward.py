@@ -26,16 +26,21 @@ from vimfast_kernels.device import (
     time_of,
     view_shared,
 )
+from vimfast_kernels.scan.device_steps import hold_weights, load_factors, time_steps
 
 
 @gluon.jit
-def _copy_chunk(copies, bases, strides, c, step, direction, length, gate_steps, mask, GATE: gl.constexpr):
-    """x, dt, dout, z and, where this direction makes dz, y of one chunk; x is needed to the chunk's very end, so it
-    has two buffers."""
+def _copy_chunk(
+    copies, bases, strides, c, step, direction, length, gate_steps, mask, RANK: gl.constexpr, GATE: gl.constexpr
+):
+    """x, dout, dt unless it is projected here, z and, where this direction makes dz, y of one chunk; x is needed to the
+    chunk's very end, so it has two buffers."""
     copy_rows(copies[0].index(c % 2), bases[0], step, direction, length, strides[0], mask)
-    for i in gl.static_range(1, 4 if GATE else 3):
-        copy_rows(copies[i], bases[i], step, direction, length, strides[i], mask)
+    copy_rows(copies[1], bases[1], step, direction, length, strides[1], mask)
+    if not RANK:
+        copy_rows(copies[2], bases[2], step, direction, length, strides[2], mask)
     if GATE:
+        copy_rows(copies[3], bases[3], step, direction, length, strides[3], mask)
         copy_rows(copies[4], bases[4], step, direction, length, strides[4], mask & (step < gate_steps))
     async_copy.commit_group()
 
@@ -183,16 +188,16 @@ def _own(v, BD: gl.constexpr, WARPS: gl.constexpr, TWO_LANES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["length"])
 def scan_backward(
-    x_ptr, dt_ptr, b_ptr, c_ptr, z_ptr, a_ptr, skip_ptr, bias_ptr, y_ptr, state_ptr, dout_ptr,
+    x_ptr, dt_ptr, w_ptr, b_ptr, c_ptr, z_ptr, a_ptr, skip_ptr, bias_ptr, y_ptr, state_ptr, dout_ptr,
     dx_ptr, ddt_ptr, dz_ptr, out_ptr, dbc_ptr, dparam_ptr,
     length, scale,
     x_dir, x_batch, x_time, dt_dir, dt_batch, dt_time, b_dir, b_batch, b_time, c_dir, c_batch, c_time,
     z_batch, z_time, dout_batch, dout_time, dz_batch, dz_time, out_batch, out_time,
     D: gl.constexpr, N: gl.constexpr, DIRS: gl.constexpr, BD: gl.constexpr, CHUNK: gl.constexpr,
-    UNROLL: gl.constexpr, PRODUCTS: gl.constexpr, FLIP: gl.constexpr, GATE: gl.constexpr, OUT: gl.constexpr,
-    PRECISE: gl.constexpr,
-    PER_THREAD: gl.constexpr, WARPS: gl.constexpr,
+    UNROLL: gl.constexpr, PRODUCTS: gl.constexpr, RANK: gl.constexpr, FLIP: gl.constexpr, GATE: gl.constexpr,
+    OUT: gl.constexpr, PRECISE: gl.constexpr, PER_THREAD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
+    # dt and w are as in forward.
     KEEP: gl.constexpr = state_ptr.dtype.element_ty
     ELEM: gl.constexpr = x_ptr.dtype.element_ty
     WIDTH: gl.constexpr = BD // WARPS  # channels a warp
@@ -239,6 +244,7 @@ def scan_backward(
     SLOTS: gl.constexpr = [CHUNK // UNROLL + (1 if PRODUCTS else 0), CHUNK // UNROLL]
     HISTORY_ROWS: gl.constexpr = gl.SwizzledSharedLayout(SVEC, ROWS_A_PHASE, PHASES, order=[2, 1, 0])
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, ACC, 2)
     SPLIT: gl.constexpr = gl.BlockedLayout([1, 1, 1, 2 * CPT], [4, 2, 1, 4], [1, 1, WARPS, 1], [3, 1, 0, 2])
     STEPS: gl.constexpr = gl.SliceLayout(1, SPLIT)
     GROUP: gl.constexpr = 4 if TENSOR_CORES else 1  # steps whose sums over channels are made together
@@ -272,7 +278,15 @@ def scan_backward(
     own_ch = first + gl.arange(0, BD, OWN)
     own_mask = own_ch < D
     skip = gl.load(skip_ptr + dr * D + own_ch, mask=own_mask, other=0.0)
-    bias = gl.load(bias_ptr + dr * D + tile_ch, mask=tile_mask, other=0.0) * LOG2E
+    if RANK:
+        weights = hold_weights(w_ptr + dr * (D * RANK), first, D, RANK, WARPS, WIDTH, WIDTH, WIDTH)
+        low_row = axis(2, 0, CHUNK, RIGHT)
+        low_base = dt_ptr + gl.multiple_of(dr64 * dt_dir + batch64 * dt_batch, 8)
+        own_row = axis(2, 0, CHUNK, ACC)
+        bias_ch = first + axis(0, 0, WARPS, ACC) * WIDTH + axis(1, 0, WIDTH, ACC)
+    else:
+        bias_ch = tile_ch
+    bias = gl.load(bias_ptr + dr * D + bias_ch, mask=bias_ch < D, other=0.0) * LOG2E
     copy_row = axis(0, 0, CHUNK, COPY)
     copy_ch = axis(1, first, BD, COPY)
     copy_mask = copy_ch < D
@@ -280,7 +294,8 @@ def scan_backward(
     bc_n = axis(1, 0, N, BC_TILE)
 
     x_base = x_ptr + dr64 * x_dir + batch64 * x_batch + copy_ch
-    dt_base = dt_ptr + dr64 * dt_dir + batch64 * dt_batch + copy_ch
+    if not RANK:
+        dt_base = dt_ptr + dr64 * dt_dir + batch64 * dt_batch + copy_ch
     b_base = b_ptr + dr64 * b_dir + batch64 * b_batch + bc_n
     c_base = c_ptr + dr64 * c_dir + batch64 * c_batch + bc_n
     z_base = z_ptr + batch64 * z_batch + copy_ch
@@ -299,7 +314,8 @@ def scan_backward(
 
     s_x = gl.allocate_shared_memory(ELEM, [2 * CHUNK, BD], LINE)
     s_x3 = view_shared(s_x, ELEM, [2, CHUNK, BD], FLAT)
-    s_dt = gl.allocate_shared_memory(ELEM, [CHUNK, BD], FLAT)
+    if not RANK:
+        s_dt = gl.allocate_shared_memory(ELEM, [CHUNK, BD], FLAT)
     s_z = gl.allocate_shared_memory(ELEM, [CHUNK, BD], FLAT)
     s_dout = gl.allocate_shared_memory(ELEM, [CHUNK, BD], FLAT)
     s_yin = gl.allocate_shared_memory(ELEM, [CHUNK, BD], FLAT)
@@ -318,13 +334,16 @@ def scan_backward(
     s_delta2 = view_shared(s_delta, gl.float32, [CHUNK, BD], FLAT)
     s_dy2 = view_shared(s_dy, gl.float32, [CHUNK, BD], FLAT)
 
-    copies = (s_x3, s_dt, s_dout, s_z, s_yin)
-    bases = (x_base, dt_base, dout_base, z_base, y_base)
-    strides = (x_time, dt_time, dout_time, z_time, D)
+    copies = (s_x3, s_dout, s_x3 if RANK else s_dt, s_z, s_yin)
+    bases = (x_base, dout_base, x_base if RANK else dt_base, z_base, y_base)
+    strides = (x_time, dout_time, dt_time, z_time, D)
     c = chunks - 1
-    _copy_chunk(copies, bases, strides, c, c * CHUNK + copy_row, walk, length, gate_steps, copy_mask, GATE)
+    _copy_chunk(copies, bases, strides, c, c * CHUNK + copy_row, walk, length, gate_steps, copy_mask, RANK, GATE)
     b_next = load_rows(b_base, c * CHUNK + bc_row, walk, length, b_time)
     c_next = load_rows(c_base, c * CHUNK + bc_row, walk, length, c_time)
+    if RANK:
+        low_time = time_of(gl.minimum(c * CHUNK + low_row, length - 1), walk, length)
+        low = load_factors(low_base, low_time, dt_time, RANK, WARPS, RIGHT)
     kept = _load_kept(state_at + c * (D * N), first, ROWS, CPT * N // PAIRS, CPT, D, HELD)
 
     g = gl.zeros([BD, N], gl.float32, STATE)
@@ -338,10 +357,14 @@ def scan_backward(
 
         # Elementwise before the scan: step sizes and the gate
         step = c * CHUNK + tile_row
-        ok = step < length
         time = time_of(step, walk, length)
-        dt = s_dt.load(TILE).to(gl.float32)
-        s_delta2.store(gl.where(ok, LN2 * softplus_in_ln2(dt * LOG2E + bias, PRECISE), 0.0))
+        if RANK:
+            dt = LN2 * time_steps(weights, low, bias, WARPS, WIDTH, CHUNK, ACC, PRECISE)
+            dt = gl.where(c * CHUNK + own_row < length, dt, 0.0)
+            view_shared(s_delta, gl.float32, [CHUNK, WARPS, WIDTH], SUM).store(gl.permute(dt, (2, 0, 1)))
+        else:
+            dt = s_dt.load(TILE).to(gl.float32)
+            s_delta2.store(gl.where(step < length, LN2 * softplus_in_ln2(dt * LOG2E + bias, PRECISE), 0.0))
         dout = s_dout.load(TILE).to(gl.float32) * scale
         if GATE:
             z = s_z.load(TILE).to(gl.float32)
@@ -365,8 +388,8 @@ def scan_backward(
         block_barrier()
 
         if c > 0:  # the next chunk is on its way while this one is worked on
-            before = (c - 1) * CHUNK
-            _copy_chunk(copies, bases, strides, c - 1, before + copy_row, walk, length, gate_steps, copy_mask, GATE)
+            before = (c - 1) * CHUNK + copy_row
+            _copy_chunk(copies, bases, strides, c - 1, before, walk, length, gate_steps, copy_mask, RANK, GATE)
 
         # The states of the chunk again, from its checkpoint, and dC
         for u0 in range(CHUNK // UNROLL):
@@ -454,6 +477,9 @@ def scan_backward(
         if c > 0:
             b_next = load_rows(b_base, (c - 1) * CHUNK + bc_row, walk, length, b_time)
             c_next = load_rows(c_base, (c - 1) * CHUNK + bc_row, walk, length, c_time)
+            if RANK:
+                low_time = time_of((c - 1) * CHUNK + low_row, walk, length)
+                low = load_factors(low_base, low_time, dt_time, RANK, WARPS, RIGHT)
             kept = _load_kept(state_at + (c - 1) * (D * N), first, ROWS, CPT * N // PAIRS, CPT, D, HELD)
 
         # dB and dC of the chunk

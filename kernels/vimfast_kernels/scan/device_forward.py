@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from vimfast_kernels.device import LN2, LOG2E, axis, block_barrier, silu, softplus_in_ln2, view_shared
+from vimfast_kernels.scan.device_steps import hold_weights, load_factors, time_steps
 
 
 @gluon.jit
@@ -31,13 +32,15 @@ def _rows(base, times, stride, channel, mask, UNROLL: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["length"])
 def scan_forward(
-    x_ptr, dt_ptr, b_ptr, c_ptr, z_ptr, a_ptr, skip_ptr, bias_ptr, out_ptr, y_ptr, state_ptr,
+    x_ptr, dt_ptr, w_ptr, b_ptr, c_ptr, z_ptr, a_ptr, skip_ptr, bias_ptr, out_ptr, y_ptr, state_ptr,
     length, scale,
     x_dir, x_batch, x_time, dt_dir, dt_batch, dt_time, b_dir, b_batch, b_time, c_dir, c_batch, c_time,
     z_batch, z_time, out_batch, out_time, y_batch, y_time,
     D: gl.constexpr, N: gl.constexpr, DIRS: gl.constexpr, BD: gl.constexpr, LANES: gl.constexpr, CHUNK: gl.constexpr,
-    UNROLL: gl.constexpr, FLIP: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr, PRECISE: gl.constexpr,
+    UNROLL: gl.constexpr, RANK: gl.constexpr, FLIP: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr,
+    PRECISE: gl.constexpr,
 ):  # fmt: skip
+    # dt has a column for each channel where RANK is 0; else RANK columns, to be multiplied with w [DIRS, D, RANK].
     # Warp w walks direction w: step s is time s for direction 0 and time L - 1 - s for direction 1. LANES threads
     # share the states of a channel, and repeat what is done once a channel.
     STATE: gl.constexpr = gl.BlockedLayout(
@@ -46,6 +49,8 @@ def scan_forward(
     CHANNEL: gl.constexpr = gl.SliceLayout(2, STATE)
     BC_ROW: gl.constexpr = gl.SliceLayout(1, STATE)
     BC_TILE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [128 // N, 1, N // 4], [1, DIRS, 1], [2, 1, 0])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[DIRS, 1, 1], instr_shape=[1, 16, 8])
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, ACC, 2)
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
     ELEM: gl.constexpr = x_ptr.dtype.element_ty
@@ -70,7 +75,6 @@ def scan_forward(
 
     a = gl.load(a_ptr + (direction * (D * N) + state_off), mask=inside3)
     skip = gl.load(skip_ptr + (dr * D + channel), mask=inside)
-    bias = gl.load(bias_ptr + (dr * D + channel), mask=inside) * LOG2E
 
     walk = dr + FLIP  # 1 where time runs down
     forth = 1 - 2 * walk
@@ -93,16 +97,37 @@ def scan_forward(
     s_b3 = view_shared(s_b, gl.float32, [CHUNK, DIRS, N], FLAT)
     s_c3 = view_shared(s_c, gl.float32, [CHUNK, DIRS, N], FLAT)
 
+    if RANK:
+        weights = hold_weights(w_ptr, first, D, RANK, DIRS, BD, D, 0)
+        step_ch = axis(1, first, BD, ACC)
+        bias = gl.load(bias_ptr + (axis(0, 0, DIRS, ACC) * D + step_ch), mask=step_ch < D, other=0.0) * LOG2E
+        low_dir = axis(0, 0, DIRS, RIGHT)
+        low_row = axis(2, 0, CHUNK, RIGHT)
+        low_forth = 1 - 2 * (low_dir + FLIP)
+        low_start = (low_dir + FLIP) * (length - 1)
+        low_base = dt_ptr + gl.multiple_of(batch64 * dt_batch + low_dir.to(gl.int64) * dt_dir, [8, 8, 8])
+        low_time = low_start + low_forth * gl.minimum(low_row, length - 1)
+        low = load_factors(low_base, low_time, dt_time, RANK, DIRS, RIGHT)
+        s_dt = gl.allocate_shared_memory(gl.float32, [CHUNK, DIRS, BD], ROW)
+        s_dt3 = view_shared(s_dt, gl.float32, [CHUNK, DIRS, BD], FLAT)
+        block_barrier()
+    else:
+        bias = gl.load(bias_ptr + (dr * D + channel), mask=inside) * LOG2E
+
     # Always on their way while the rows before are worked on: a chunk of B and C, UNROLL rows of x and delta.
     bc_time = bc_start + bc_forth * gl.minimum(bc_row, length - 1)
     b_next = gl.load(b_base + (bc_time * b_time + bc_n))
     c_next = gl.load(c_base + (bc_time * c_time + bc_n))
     times = _times(0, UNROLL, start, forth, length)
     xs = _rows(x_base, times, x_time, channel, inside, UNROLL)
-    deltas = _rows(dt_base, times, dt_time, channel, inside, UNROLL)
+    deltas = () if RANK else _rows(dt_base, times, dt_time, channel, inside, UNROLL)
     h = gl.zeros([DIRS, BD, N], gl.float32, STATE)
     for c in range(chunks):
+        if RANK:
+            dts = gl.permute(time_steps(weights, low, bias, DIRS, BD, CHUNK, ACC, PRECISE), (2, 0, 1))
         block_barrier()
+        if RANK:
+            s_dt3.store(dts)
         # Step sizes are counted in units of ln 2, which spares the exponents a product; B makes up for it.
         s_b3.store(b_next.to(gl.float32) * LN2)
         s_c3.store(c_next.to(gl.float32))
@@ -110,6 +135,9 @@ def scan_forward(
         bc_time = bc_start + bc_forth * gl.minimum((c + 1) * CHUNK + bc_row, length - 1)
         b_next = gl.load(b_base + (bc_time * b_time + bc_n))
         c_next = gl.load(c_base + (bc_time * c_time + bc_n))
+        if RANK:
+            low_time = low_start + low_forth * gl.minimum((c + 1) * CHUNK + low_row, length - 1)
+            low = load_factors(low_base, low_time, dt_time, RANK, DIRS, RIGHT)
         if SAVE:
             gl.store(state_at + (c * (D * N) + state_off), h.to(state_ptr.dtype.element_ty), mask=inside3)
 
@@ -122,14 +150,17 @@ def scan_forward(
             now = times
             times = _times(step + UNROLL, UNROLL, start, forth, length)
             x_next = _rows(x_base, times, x_time, channel, inside, UNROLL)
-            delta_next = _rows(dt_base, times, dt_time, channel, inside, UNROLL)
+            delta_next = () if RANK else _rows(dt_base, times, dt_time, channel, inside, UNROLL)
             share = _rows(y_base, now, y_time, channel, (met < -UNROLL) & inside, UNROLL) if DIRS == 2 else ()
             z = _rows(z_base, now, z_time, channel, (met < UNROLL) & inside, UNROLL) if GATE else ()
 
             ys = ()
             for u in gl.static_range(UNROLL):
                 x = xs[u].to(gl.float32)
-                dt = softplus_in_ln2(deltas[u].to(gl.float32) * LOG2E + bias, PRECISE)
+                if RANK:
+                    dt = s_dt.index(u0 + u).load(CHANNEL)
+                else:
+                    dt = softplus_in_ln2(deltas[u].to(gl.float32) * LOG2E + bias, PRECISE)
                 decay = gl.exp2(gl.expand_dims(dt, 2) * a)
                 b = gl.expand_dims(s_b.index(u0 + u).load(BC_ROW), 1)
                 h = decay * h + b * gl.expand_dims(dt * x, 2)

@@ -37,6 +37,9 @@ BACKWARD = {
 # where there are at least this many sums.
 PRODUCTS_SUMS = 128
 BACKWARD_REGISTERS = 168  # in bf16: 12 warps reside on a multiprocessor
+# The kernels compute the time steps from a factor of up to so many columns, so that they never reach memory: weights of
+# 16-bit types, since fp32's tensor cores would round. More columns take shared memory that programs need to reside.
+WIDEST_RANK = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,7 +47,7 @@ class Inputs(NamedTuple):
     """What the kernels read. d is a multiple of 16, and rows are 16-byte aligned."""
 
     u: Tensor  # [k, b, L, d], one scan for each of the k directions
-    delta: Tensor  # [k, b, L, d]
+    delta: Tensor  # [k, b, L, d], or where dt_weight is given [k, b, L, P], P a multiple of 8: see there
     A: Tensor  # [k, d, N] fp32
     B: Tensor  # [k, b, L, N]
     C: Tensor  # [k, b, L, N]
@@ -53,6 +56,7 @@ class Inputs(NamedTuple):
     delta_bias: Tensor  # [k, d] fp32
     reverse: Sequence[bool]  # [k]
     scale: float
+    dt_weight: Tensor | None = None  # [k, d, P]: dt_weight delta_t takes the place of delta_t
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -71,11 +75,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _meta(u: Tensor, N: int, reverse: Sequence[bool], gate: bool) -> dict[str, object]:
+def _meta(inputs: Inputs) -> dict[str, object]:
+    u, weight = inputs.u, inputs.dt_weight
     return {
-        "D": u.shape[-1], "N": N, "CHUNK": CHUNK, "FLIP": int(reverse[0]), "GATE": gate,
+        "D": u.shape[-1], "N": inputs.A.shape[-1], "DIRS": u.shape[0], "CHUNK": CHUNK, "FLIP": int(inputs.reverse[0]),
+        "RANK": 0 if weight is None else weight.shape[-1], "GATE": inputs.z is not None,
         "PRECISE": u.dtype != torch.bfloat16,
     }  # fmt: skip
+
+
+def projected(x: Inputs) -> Inputs:
+    """x, its time steps from a product outside where the kernels' tensor cores cannot make them."""
+    if x.dt_weight is None or (x.u.element_size() == 2 and x.dt_weight.shape[-1] <= WIDEST_RANK):
+        return x
+    delta = torch.bmm(x.delta.flatten(1, 2), x.dt_weight.transpose(1, 2))
+    return x._replace(delta=delta.view_as(x.u), dt_weight=None)
 
 
 def check(dtype: torch.dtype, states: int, length: int) -> None:
@@ -132,7 +146,8 @@ def launch_forward(
     """(out [b, L, d], sum of directions before the gate [b, L, d], states every CHUNK steps [k, b, chunks, d, N]);
     the last two are empty unless ``save``. A given ``out`` may be any memory with 16-byte aligned rows that no input
     lies in."""
-    u, delta, A, B, C, D, z, delta_bias, reverse, scale = inputs
+    inputs = projected(inputs)
+    u, delta, A, B, C, D, z, delta_bias, _, scale, dt_weight = inputs
     k, b, length, d = u.shape
     N = A.shape[-1]
     out = u.new_empty(b, length, d) if out is None else out
@@ -140,10 +155,10 @@ def launch_forward(
     sums = y if y.numel() else out  # where a direction leaves its share for the other
     program = forward_program(u.dtype, b, d, N, u.device)
     scan_forward[(triton.cdiv(d, program["BD"]), b)](
-        u, delta, B, C, u if z is None else z, A, D, delta_bias, out, sums, states,
-        length, scale, *_strides(u), *_strides(delta), *_strides(B), *_strides(C),
+        u, delta, u if dt_weight is None else dt_weight, B, C, u if z is None else z, A, D, delta_bias,
+        out, sums, states, length, scale, *_strides(u), *_strides(delta), *_strides(B), *_strides(C),
         *((0, 0) if z is None else _strides(z)), *_strides(out), *_strides(sums),
-        DIRS=k, SAVE=save, num_warps=k, **program, **_meta(u, N, reverse, z is not None),
+        SAVE=save, num_warps=k, **program, **_meta(inputs),
     )  # fmt: skip
     return out, y, states
 
@@ -158,8 +173,10 @@ def launch_backward(
     dz: Tensor | None,  # [b, L, d], written
     out: Tensor | None = None,  # [b, L, d], forward's output, written again; needs z
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(du, ddelta [k, b, L, d], dA [k, d, N], dD, ddelta_bias [k, d]), the last three fp32."""
-    u, delta, A, B, C, D, z, delta_bias, reverse, scale = inputs
+    """(du, the gradient of the projected time steps [k, b, L, d], dA [k, d, N], dD, ddelta_bias [k, d]), the last three
+    fp32."""
+    inputs = projected(inputs)
+    u, delta, A, B, C, D, z, delta_bias, _, scale, dt_weight = inputs
     k, b, length, d = u.shape
     N = A.shape[-1]
     program = backward_program(u.dtype, N, k * b * length, u.device)
@@ -170,11 +187,11 @@ def launch_backward(
     dA, dD, dbias = A.new_empty(A.shape), A.new_empty(k, d), A.new_empty(k, d)
     gate = z is not None
     scan_backward[(blocks, b, k)](
-        u, delta, B, C, z if gate else u, A, D, delta_bias, y, states, dout,
+        u, delta, u if dt_weight is None else dt_weight, B, C, z if gate else u, A, D, delta_bias, y, states, dout,
         du, ddelta, dz if gate else du, du if out is None else out, partial_bc, partial_params, length, scale,
         *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *(_strides(z) if z is not None else (0, 0)),
         *_strides(dout), *(_strides(dz) if dz is not None else (0, 0)), *(_strides(out) if out is not None else (0, 0)),
-        DIRS=k, OUT=out is not None, **program, **_meta(u, N, reverse, gate),
+        OUT=out is not None, **program, **_meta(inputs),
     )  # fmt: skip
     rows, columns = 64, 128
     grid = triton.cdiv(k * b * length, rows) + k * triton.cdiv(d * (N + 2), columns)
