@@ -114,13 +114,13 @@ def draw_loader(out: Path) -> None:
 def draw_kernels(out: Path) -> None:
     """Above, a block and its kernels; below, the scan of 64 channels of an image by two warps."""
     drawing = _page(530)
-    drawing.text(20, 34, "lane", "A block of Vision Mamba: four products and four launches")
+    drawing.text(20, 34, "lane", "A block of Vision Mamba: three products and four launches")
     parts = [
         (130, YELLOW, "add, norm", "norm"),
         (110, GREY, "in_proj", "product"),
         (166, YELLOW, "convolution, SiLU", "conv, both directions"),
-        (146, GREY, "x_proj, dt_proj", "two products"),
-        (166, YELLOW, "scan, gate, sum", "scan, both directions"),
+        (110, GREY, "x_proj", "product"),
+        (232, YELLOW, "dt_proj, scan, gate, sum", "scan, both directions"),
         (110, GREY, "out_proj", "product"),
     ]
     gap = (960 - sum(width for width, *_ in parts)) / (len(parts) - 1)
