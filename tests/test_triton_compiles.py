@@ -13,13 +13,15 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from vimfast_kernels import Direction, MixerWeights  # noqa: E402
 from vimfast_kernels.block import device as block  # noqa: E402
+from vimfast_kernels.block import device_steps as steps  # noqa: E402
 from vimfast_kernels.block import packing  # noqa: E402
 from vimfast_kernels.block.packing import Packed, Pieces  # noqa: E402
 from vimfast_kernels.norm import device as norm  # noqa: E402
 
 F32, BF16 = "*fp32", "*bf16"
 SIZES = {"C": 192, "D": 384, "N": 16, "RANK": 12, "PAD": 16, "WIDTH": 4, "BLOCK": packing.BLOCK}
-PARTS = {"IN_PARTS": 32, "OUT_PARTS": 32, "PARTS": 16, "IN_ROWS": 32, "OUT_ROWS": 32, "ROWS": 16}
+PARTS = {"IN_PARTS": 32, "OUT_PARTS": 32, "PARTS": 16, "STEP_PARTS": 132}
+PARTS |= {"IN_ROWS": 32, "OUT_ROWS": 32, "ROWS": 16, "STEP_ROWS": 256}
 TILES = {"LONG": packing.LONG_SUM, "TILE": packing.TILE}
 NUMBERS = dict.fromkeys(("rows", "length", "conv_rows", "norm_rows"), "i32") | dict.fromkeys(
     ("rate", "kept", "eps"), "fp32"
@@ -35,6 +37,13 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gradients": (
         block.write_all_gradients,
         {"pieces": PIECES, "grads": WEIGHTS, "norm_bias": None, **SIZES, **PARTS, **TILES},
+    ),
+    "gradients of time steps": (
+        steps.step_gradients,
+        {
+            **dict.fromkeys(("ddelta_ptr", "low_ptr", "weight_ptr", "dlow_ptr"), BF16),
+            **dict(zip(("D", "RANK", "COLUMNS", "STRIDE", "ROWS", "CHANNELS"), (384, 16, 16, 48, 64, 64), strict=True)),
+        },
     ),
     "norm": (norm.norm_forward, {"x_ptr": BF16, "bias_ptr": None, "out_ptr": BF16, **NORM}),
     "norm backward": (norm.norm_backward, {"dout_ptr": BF16, "dx_ptr": BF16, "again_ptr": BF16, **NORM}),

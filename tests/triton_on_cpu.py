@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from vimfast_kernels import Backend, Direction, MixerWeights, bidirectional_block, gluon, register
+from vimfast_kernels.block.device_steps import step_gradients
 from vimfast_kernels.block.packing import pack, padded, unpack
 from vimfast_kernels.block.weights import flatten, unflatten
 from vimfast_kernels.conv.launch import causal_conv_silu
@@ -114,6 +116,21 @@ def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
     return wrong + relative(got.A, -torch.exp(both(lambda way: way.A_log, torch.float64)))
 
 
+def gradients_of_steps(rows: int, d: int, rank: int, parts: int) -> float:
+    """Of time steps, to their factors and weights."""
+    ddelta, x_dbl = torch.randn(2, rows, d), torch.randn(2, rows, rank + 32)
+    weight, pieces, dx_dbl = torch.randn(2, d, rank), torch.empty(2, parts, d, rank), torch.ones(2, rows, rank + 32)
+    step_gradients[(parts, 2)](
+        ddelta, x_dbl, weight, dx_dbl, pieces, rows, D=d, RANK=rank, COLUMNS=max(16, triton.next_power_of_2(rank)),
+        STRIDE=rank + 32, ROWS=32, CHANNELS=64,
+    )  # fmt: skip
+    low, dlow, rest = x_dbl[..., :rank].double(), dx_dbl[..., :rank], dx_dbl[..., rank:]
+    dweight = relative(pieces.sum(1), ddelta.double().transpose(1, 2) @ low)
+    return max(
+        dweight, relative(dlow, ddelta.double() @ weight.double()), relative(rest, torch.ones(rest.shape).double())
+    )
+
+
 def projected(inputs):  # type: ignore[no-untyped-def]
     """The reference's arguments: time steps projected, as the kernels do it themselves."""
     *arguments, weight = inputs
@@ -210,6 +227,8 @@ def main() -> None:
         "packing, cast": packing(fp32, bf16, 20, 48, 16, 5, 4, True, True),
         "packing, as it is": packing(fp32, fp32, 33, 80, 8, 8, 3, False, False),
         "packing, widened": packing(torch.float16, fp32, 24, 32, 16, 12, 4, True, False),
+        "gradients of time steps": gradients_of_steps(77, 96, 16, 2),
+        "gradients of few time steps": gradients_of_steps(5, 48, 40, 3),
         "block": compare(*blocks(*USUAL)),
         "block, layer norm, 3 taps": compare(*blocks(3, 3, 33, False, True, False, 64, 8, 12, 3, True, False)),
         "block of a width without kernels": compare(*blocks(2, 5, 10, True, True, True, 20, 8, 3, 4, True, False)),

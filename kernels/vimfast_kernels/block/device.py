@@ -137,8 +137,8 @@ def _add_steps(
 def write_all_gradients(
     pieces, grads, norm_weight, norm_bias, conv_rows, norm_rows, C: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     RANK: tl.constexpr, PAD: tl.constexpr, WIDTH: tl.constexpr, IN_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
-    PARTS: tl.constexpr, IN_ROWS: tl.constexpr, OUT_ROWS: tl.constexpr, ROWS: tl.constexpr, LONG: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, STEP_PARTS: tl.constexpr, IN_ROWS: tl.constexpr, OUT_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    STEP_ROWS: tl.constexpr, LONG: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     block = _add(block, pieces.norm, 0, norm_weight, norm_rows, 2 * C, C, LONG, TILE)
@@ -149,7 +149,7 @@ def write_all_gradients(
         bias_at = (k * (WIDTH + 1) + WIDTH) * D
         block = _add(block, pieces.conv, bias_at, own.conv_bias, conv_rows, 2 * (WIDTH + 1) * D, D, LONG, TILE)
         block = _add_states(block, pieces.x_weight, k, own.x_weight, PARTS, D, N, RANK, PAD, ROWS, TILE)
-        block = _add_steps(block, pieces.dt_weight, k, own.dt_weight, PARTS, D, RANK, PAD, ROWS, TILE)
+        block = _add_steps(block, pieces.dt_weight, k, own.dt_weight, STEP_PARTS, D, RANK, PAD, STEP_ROWS, TILE)
         block = _copy(block, pieces.dt_bias + k * D, own.dt_bias, 0, D, BLOCK)
         block = _copy(block, pieces.D + k * D, own.D, 0, D, BLOCK)
         if own.A_log is not None:

@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
+from vimfast_kernels.block.device_steps import step_gradients as step_gradients_kernel
 from vimfast_kernels.block.packing import Packed, Pieces, empty_packed, pack, padded, unpack, write_gradients
 from vimfast_kernels.block.weights import MixerWeights, flatten, unflatten
 from vimfast_kernels.conv import launch as conv
 from vimfast_kernels.flops import Shape, conv_flops, counted, scan_flops
 from vimfast_kernels.norm import launch as norm
 from vimfast_kernels.scan import launch as scan
-from vimfast_kernels.tuning import tuning_of
+from vimfast_kernels.tuning import multiprocessors, tuning_of
 
 REVERSE = [False, True]
 CHANNELS = 16  # d is a multiple of it
+STEP_ROWS = 64  # rows that a program of step_gradients works on at a time
+WIDEST_GRADIENT = 384 * 16  # entries of a gradient of dt_weight that such a program sums in registers
 
 _DIRECTION = (
     "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0},"
@@ -134,6 +138,26 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     return pieces.view(k, parts, p, -1)
 
 
+def step_gradients(ddelta: Tensor, weight: Tensor, low: Tensor, dlow: Tensor) -> Tensor:
+    """Writes dlow = ddelta weight [k, m, P] and returns pieces [k, parts, d, P], fp32, whose sum is ddelta^T low.
+
+    Of ddelta [k, m, d], which is read once, weight [k, d, P] and low [k, m, P]; low and dlow are alike in memory.
+    """
+    k, m, d = ddelta.shape
+    rank = weight.shape[2]
+    columns = max(16, triton.next_power_of_2(rank))
+    if ddelta.element_size() > 2 or d * columns > WIDEST_GRADIENT:
+        torch.bmm(ddelta, weight, out=dlow)
+        return sum_of_products(ddelta, low)
+    parts = min(multiprocessors(ddelta.device), triton.cdiv(m, STEP_ROWS))
+    pieces = torch.empty(k, parts, d, rank, device=ddelta.device)
+    step_gradients_kernel[(parts, k)](
+        ddelta, low, weight, dlow, pieces, m, D=d, RANK=rank, COLUMNS=columns, STRIDE=low.stride(1), ROWS=STEP_ROWS,
+        CHANNELS=64, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return pieces
+
+
 @torch.library.custom_op(
     "vimfast::block_gluon_backward",
     mutates_args=(),
@@ -169,8 +193,7 @@ def _block_grad(
         dout_weight = sum_of_products(dout, gated.view(1, rows, d))[0]
     del gated
     ddelta, du, dflat = ddelta.view(2, rows, d), du.view(2, rows, d), dx_dbl.view(2, rows, -1)
-    torch.bmm(ddelta, w.dt_weight, out=dflat[..., :pad])
-    ddt_weight = sum_of_products(ddelta, x_dbl.view(2, rows, -1)[..., :pad])
+    ddt_weight = step_gradients(ddelta, w.dt_weight, x_dbl.view(2, rows, -1)[..., :pad], dflat[..., :pad])
     dx_weight = sum_of_products(dflat, u.view(2, rows, d))
     torch.baddbmm(du, dflat, w.x_weight, out=du)
     dconv = conv.launch_backward(du.view_as(u), x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])

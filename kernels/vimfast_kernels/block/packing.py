@@ -43,7 +43,7 @@ class Pieces(NamedTuple):
     out_weight: Tensor | None  # [parts, C, d]
     out_bias: Tensor | None  # [C]
     x_weight: Tensor  # [2, parts, P + 2 N, d]
-    dt_weight: Tensor  # [2, parts, d, P]
+    dt_weight: Tensor  # [2, parts of its own, d, P]
     conv: Tensor  # [rows, 2, W + 1, d], taps and bias
     norm: Tensor  # [rows, 2, C], weight and bias
     dt_bias: Tensor  # [2, d]
@@ -129,8 +129,9 @@ def write_gradients(
     pieces: Pieces, weights: MixerWeights, grads: MixerWeights, norm_weight: Tensor | None, norm_bias: Tensor | None
 ) -> None:
     """Every gradient that is not None, contiguous and of its parameter's shape, from the pieces."""
-    parts = [1 if x is None else x.shape[0] for x in (pieces.in_weight, pieces.out_weight, pieces.x_weight[0])]
-    in_rows, out_rows, rows = (min(triton.next_power_of_2(p), TILE // 16) for p in parts)
+    summed = pieces.in_weight, pieces.out_weight, pieces.x_weight[0], pieces.dt_weight[0]
+    parts = [1 if x is None else x.shape[0] for x in summed]
+    in_rows, out_rows, rows, step_rows = (min(triton.next_power_of_2(p), TILE // 16) for p in parts)
 
     def blocks(x: Tensor | None, columns: int) -> int:
         return 0 if x is None else triton.cdiv(x.numel(), columns)
@@ -138,13 +139,14 @@ def write_gradients(
     grid = sum(blocks(x, TILE // LONG_SUM) for x in (norm_weight, norm_bias))
     for own in (grads.forth, grads.back):
         grid += sum(blocks(x, TILE // LONG_SUM) for x in (own.conv_weight, own.conv_bias))
-        grid += sum(blocks(x, TILE // rows) for x in (own.x_weight, own.dt_weight))
+        grid += blocks(own.x_weight, TILE // rows) + blocks(own.dt_weight, TILE // step_rows)
         grid += sum(blocks(x, BLOCK) for x in (own.dt_bias, own.A_log, own.D))
     grid += blocks(grads.in_weight, TILE // in_rows) + blocks(grads.out_weight, TILE // out_rows)
     grid += blocks(grads.in_bias, BLOCK) + blocks(grads.out_bias, BLOCK)
     if grid:
         write_all_gradients[(grid,)](
             pieces, grads, norm_weight, norm_bias, pieces.conv.shape[0], pieces.norm.shape[0], **_sizes(weights),
-            IN_PARTS=parts[0], OUT_PARTS=parts[1], PARTS=parts[2], IN_ROWS=in_rows, OUT_ROWS=out_rows, ROWS=rows,
+            IN_PARTS=parts[0], OUT_PARTS=parts[1], PARTS=parts[2], STEP_PARTS=parts[3],
+            IN_ROWS=in_rows, OUT_ROWS=out_rows, ROWS=rows, STEP_ROWS=step_rows,
             LONG=LONG_SUM, TILE=TILE, BLOCK=BLOCK,
         )  # fmt: skip
