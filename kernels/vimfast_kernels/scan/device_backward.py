@@ -355,16 +355,9 @@ def scan_backward(
         async_copy.wait_group(0)
         block_barrier()
 
-        # Elementwise before the scan: step sizes and the gate
+        # Elementwise before the scan: the gate, and step sizes, whose factors were loaded last
         step = c * CHUNK + tile_row
         time = time_of(step, walk, length)
-        if RANK:
-            dt = LN2 * time_steps(weights, low, bias, WARPS, WIDTH, CHUNK, ACC, PRECISE)
-            dt = gl.where(c * CHUNK + own_row < length, dt, 0.0)
-            view_shared(s_delta, gl.float32, [CHUNK, WARPS, WIDTH], SUM).store(gl.permute(dt, (2, 0, 1)))
-        else:
-            dt = s_dt.load(TILE).to(gl.float32)
-            s_delta2.store(gl.where(step < length, LN2 * softplus_in_ln2(dt * LOG2E + bias, PRECISE), 0.0))
         dout = s_dout.load(TILE).to(gl.float32) * scale
         if GATE:
             z = s_z.load(TILE).to(gl.float32)
@@ -380,6 +373,13 @@ def scan_backward(
                     gl.store(out_base + time * out_time, (y * silu * scale).to(ELEM), mask=mask)
         else:
             s_dy2.store(dout)
+        if RANK:
+            dt = LN2 * time_steps(weights, low, bias, WARPS, WIDTH, CHUNK, ACC, PRECISE)
+            dt = gl.where(c * CHUNK + own_row < length, dt, 0.0)
+            view_shared(s_delta, gl.float32, [CHUNK, WARPS, WIDTH], SUM).store(gl.permute(dt, (2, 0, 1)))
+        else:
+            dt = s_dt.load(TILE).to(gl.float32)
+            s_delta2.store(gl.where(step < length, LN2 * softplus_in_ln2(dt * LOG2E + bias, PRECISE), 0.0))
         s_b2.store(b_next.to(gl.float32))
         s_c2.store(c_next.to(gl.float32))
         checkpoint = view_shared(s_h[0].index(0), HELD_TYPE, WORDS, HISTORY_WORDS)
