@@ -71,14 +71,17 @@ def product(name: str, rows: int, inner: int, outer: int, size: int, count: int 
     return Op(name, size * count * (rows * (inner + outer) + inner * outer), 0, 2 * count * rows * inner * outer)
 
 
-def scan_forward(tokens: int, d: int, size: int, save: bool) -> Op:
-    """u, delta of both directions, z, out, B, C; the sum before the gate where backward follows."""
-    moved = tokens * size * ((6 + save) * d + 4 * STATES)
+def scan_forward(tokens: int, d: int, size: int, save: bool, delta: bool = True) -> Op:
+    """u, delta of both directions, z, out, B, C; the sum before the gate where backward follows.
+
+    delta: whether it is read, rather than made inside.
+    """
+    moved = tokens * size * ((4 + 2 * delta + save) * d + 4 * STATES)
     return Op("scan", moved, 2 * tokens * d * STATES)
 
 
-def scan_backward(tokens: int, d: int, size: int) -> Op:
-    moved = tokens * size * (11 * d + 8 * STATES)
+def scan_backward(tokens: int, d: int, size: int, delta: bool = True) -> Op:
+    moved = tokens * size * ((9 + 2 * delta) * d + 8 * STATES)
     return Op("scan backward", moved, 4 * tokens * d * STATES)
 
 
@@ -101,25 +104,27 @@ def convolution_backward(tokens: int, d: int, size: int) -> Op:
 def layer(tokens: int, dim: int, size: int, training: bool) -> list[Op]:
     """One block: norm, projections, convolution, scan; with ``training`` its backward pass too."""
     d, rank = 2 * dim, -(-dim // 16)
-    projections = [
+    fp32 = size == 4
+    steps = product("dt", tokens, rank, d, size, 2)
+    others = [
         product("in", tokens, dim, 2 * d, size),
         product("x", tokens, d, rank + 2 * STATES, size, 2),
-        product("dt", tokens, rank, d, size, 2),
         product("out", tokens, d, dim, size),
     ]
     ops = [
         norm(tokens, dim, size),
         convolution(tokens, d, size),
-        scan_forward(tokens, d, size, training),
-        *projections,
+        scan_forward(tokens, d, size, training, delta=fp32),
+        steps if fp32 else Op("dt, in the scan", flops=steps.flops),
+        *others,
     ]
     if training:
         ops += [
             norm_backward(tokens, dim, size),
             convolution_backward(tokens, d, size),
-            scan_backward(tokens, d, size),
-            *projections,  # the gradient of the input
-            *projections,  # the gradient of the weight
+            scan_backward(tokens, d, size, delta=fp32),
+            *(steps, *others),  # the gradient of the input
+            *(steps, *others),  # the gradient of the weight
         ]
     return ops
 
