@@ -1,4 +1,4 @@
-"""The Triton kernels of a block compile without a GPU: what the interpreter lets pass, a compiler may not."""
+"""The Triton kernels of blocks and updates compile without a GPU: the interpreter lets pass what a compiler may not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -17,6 +18,8 @@ from vimfast_kernels.block import device_steps as steps  # noqa: E402
 from vimfast_kernels.block import packing  # noqa: E402
 from vimfast_kernels.block.packing import Packed, Pieces  # noqa: E402
 from vimfast_kernels.norm import device as norm  # noqa: E402
+from vimfast_kernels.update import device as update  # noqa: E402
+from vimfast_kernels.update import launch as update_launch  # noqa: E402
 
 F32, BF16 = "*fp32", "*bf16"
 SIZES = {"C": 192, "D": 384, "N": 16, "RANK": 12, "PAD": 16, "WIDTH": 4, "BLOCK": packing.BLOCK}
@@ -63,12 +66,42 @@ def constants(value: Any, path: tuple[int, ...]) -> dict[tuple[int, ...], Any]:
     return {} if isinstance(value, str) else {path: value}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_compiles(name: str) -> None:
-    kernel, arguments = CASES[name]
+# In those of an update, memory is found by addresses in tables.
+TABLES = {"tensors_ptr": "*i64", "chunks_ptr": "*i32", "first_bad_ptr": "*i8"} | dict.fromkeys(
+    ("first", "chunks", "moved"), "i32"
+) | dict.fromkeys(("largest", "average_weight"), "fp32")  # fmt: skip
+WHOLE = {"DTYPE": tl.float32, "BYTES": 16, "BLOCK": update_launch.BLOCK}
+UPDATES: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "norms": (update.sum_squares, update_launch.WARPS, WHOLE),
+    "verdict": (update.judge, update_launch.JUDGE_WARPS, {"WIDTH": update_launch.WIDTH}),
+    "AdamW": (update.adamw, update_launch.WARPS, {**WHOLE, "AVERAGED": True}),
+    "AdamW, bf16": (update.adamw, update_launch.WARPS, {**WHOLE, "AVERAGED": True, "DTYPE": tl.bfloat16}),
+    "AdamW, unaligned": (update.adamw, update_launch.WARPS, {**WHOLE, "AVERAGED": False, "BYTES": 4}),
+}
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], arch: int = 90, warps: int = 4) -> str:
+    """To PTX."""
     ordered = [{**NUMBERS, **arguments}.get(parameter, F32) for parameter in kernel.arg_names]
     types = {parameter: signature(value) for parameter, value in zip(kernel.arg_names, ordered, strict=True)}
     fixed = {k: v for i, value in enumerate(ordered) for k, v in constants(value, (i,)).items()}
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    compiled = triton.compile(ASTSource(kernel, types, fixed), target=GPUTarget("cuda", 90, 32), options=options)
-    assert "st.global" in compiled.asm["ptx"]
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    ptx: str = triton.compile(ASTSource(kernel, types, fixed), target=GPUTarget("cuda", arch, 32), options=options).asm[
+        "ptx"
+    ]
+    return ptx
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles(name: str) -> None:
+    assert "st.global" in compiled(*CASES[name])
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update_compiles(name: str, arch: int) -> None:
+    kernel, warps, arguments = UPDATES[name]
+    ptx = compiled(kernel, {**TABLES, **arguments}, arch, warps)
+    assert "st.global" in ptx
+    # 16 bytes at once, where addresses allow it.
+    assert ("ld.global.v4.b32" in ptx) == (arguments.get("BYTES") == 16)

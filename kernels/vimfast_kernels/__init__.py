@@ -2,6 +2,7 @@
 
 One package per op, with its public function, its plain-torch reference and the kernels of the ``gluon`` backend:
 :mod:`~vimfast_kernels.scan`, :mod:`~vimfast_kernels.conv`, :mod:`~vimfast_kernels.norm`, :mod:`~vimfast_kernels.block`.
+:mod:`vimfast_kernels.update` ends a training step.
 :mod:`vimfast_kernels.backends` chooses between backends, which are registered here.
 """
 

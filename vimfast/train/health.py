@@ -10,8 +10,9 @@ import torch
 
 from vimfast.checkpoint import CHECKPOINT
 from vimfast.train.loop import Diverged, Place, TrainingRun
-from vimfast.train.step import IN_FLIGHT, Health
+from vimfast.train.step import IN_FLIGHT
 from vimfast.train.sums import Reading
+from vimfast.train.update import Health
 
 # Far beyond the noise of a mean over 50 steps, and reached within one or two reports where weights are ruined.
 _BLOWN_UP = 2.0  # times the first loss

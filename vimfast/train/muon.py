@@ -93,19 +93,24 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.step_matrices()
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
-            if not trained:
-                continue
-            if group["muon"]:
-                shapes: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
-                for p in trained:
-                    shapes[p.shape, p.dtype].append(p)
-                for alike in shapes.values():
-                    self._orthogonal_step(alike, group["lr"], group["weight_decay"])
-            else:
+            if trained and not group["muon"]:
                 self._adamw_step(trained, group)
         return loss
+
+    @torch.no_grad()
+    def step_matrices(self) -> None:
+        """The part of an update that is not AdamW's."""
+        for group in self.param_groups:
+            if group["muon"]:
+                shapes: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+                for p in group["params"]:
+                    if p.grad is not None:
+                        shapes[p.shape, p.dtype].append(p)
+                for alike in shapes.values():
+                    self._orthogonal_step(alike, group["lr"], group["weight_decay"])
 
     def _orthogonal_step(self, matrices: list[Tensor], lr: float, weight_decay: float) -> None:
         buffers = [self._state(p, "momentum_buffer")["momentum_buffer"] for p in matrices]

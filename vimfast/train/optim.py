@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class LearningRate:
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
 
-_Tensors = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]
+Averaged = tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]  # averages, of what, and what is copied
 
 
 class WeightAverage(ModelEmaV3):
@@ -165,12 +166,24 @@ class WeightAverage(ModelEmaV3):
         if not self.foreach:  # kept in host memory
             super().apply_update_(model, decay)
             return
-        averages, weights, others = self._tensors(model)
-        torch._foreach_lerp_(averages, weights, weight=1.0 - decay)
+        self.move(self._tensors(model), decay)
+
+    @staticmethod
+    def move(tensors: Averaged, decay: float) -> None:
+        """Average and copy these."""
+        averages, weights, others = tensors
+        if averages:
+            torch._foreach_lerp_(averages, weights, weight=1.0 - decay)
         for own, new in others:
             own.copy_(new)
 
-    def _tensors(self, model: nn.Module) -> _Tensors:
+    def besides(self, model: nn.Module, done: Collection[int]) -> Averaged:
+        """What an update moves, less the averages at these addresses."""
+        averages, weights, others = self._tensors(model)
+        left = [pair for pair in zip(averages, weights, strict=True) if pair[0].data_ptr() not in done]
+        return [own for own, _ in left], [new for _, new in left], others
+
+    def _tensors(self, model: nn.Module) -> Averaged:
         """What is averaged, with what, and what is copied (counters); they alias the modules' own memory."""
         if self._known is None or self._known[0] is not model:
             pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
@@ -179,7 +192,7 @@ class WeightAverage(ModelEmaV3):
             self._known = (model, ([own for own, _ in floats], [new for _, new in floats], others))
         return self._known[1]
 
-    _known: tuple[nn.Module, _Tensors] | None = None
+    _known: tuple[nn.Module, Averaged] | None = None
 
 
 def build_ema(cfg: EmaConfig, model: nn.Module) -> WeightAverage | None:

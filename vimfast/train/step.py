@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vimfast.train.gradients import GradientSum
+from vimfast.train.update import Buffers, Health, Update
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (images, logits, targets) -> scalar
 
@@ -28,14 +29,6 @@ TIMED = 5  # replays after capture, to know how fast data has to come
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which steps are captured."""
     return torch.cuda.Stream(device)
-
-
-class Health(NamedTuple):
-    """What became of steps with non-finite gradients: they change no weights."""
-
-    skipped: int  # of all steps
-    in_a_row: int  # longest run of skipped steps
-    names: list[str]  # the parameters that were non-finite first, in the model's order
 
 
 class _Captured(NamedTuple):
@@ -88,18 +81,17 @@ class TrainStep:
         self.average, self.clip_grad, self.accum_steps = average, clip_grad, accum_steps
         self._gradients = gradients
         self._parts = accum_steps * (1 if gradients is None else gradients.processes)  # batches that make an update
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
-        self._buffers = [*self.model.buffers()]  # changed in place, by replays too
-        self._buffers_before = [buffer.clone() for buffer in self._buffers]  # as of before the step in progress
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._buffers = Buffers(model)  # replays change them too
+        self._update = Update(
+            model, optimizer, average, self._buffers, clip_grad=clip_grad, several=gradients is not None
+        )
         device = self._parameters[0].device
         self._on_gpu = device.type == "cuda"
         self._captured: dict[tuple[object, ...], _Captured] = {}
         self._in_place: _Captured | None = None  # whose gradients the parameters have
         self.seconds: float | None = None  # of a captured forward and backward pass on the GPU, once it was timed
         self._loss = torch.zeros((), device=device)
-        self._skipped = torch.zeros(3, device=device)  # in all, in a row up to now, longest row
-        self._first_bad = torch.zeros(len(named), dtype=torch.bool, device=device)
         self.end: torch.cuda.Event | None = None  # of the last step, on a GPU; with timing
         self._ends: deque[torch.cuda.Event] = deque()
 
@@ -116,8 +108,9 @@ class TrainStep:
             RuntimeError: something in the step cannot be captured; for this shape it then stays eager.
         """
         inputs = images.clone(), targets.clone()
+        self._update.prepare()
         random_state = torch.cuda.get_rng_state(images.device)
-        self._keep_buffers()
+        self._buffers.keep()
         side = side_stream(images.device)
         side.wait_stream(torch.cuda.current_stream(images.device))
         try:
@@ -136,7 +129,7 @@ class TrainStep:
         finally:
             torch.cuda.current_stream(images.device).wait_stream(side)
             torch.cuda.set_rng_state(random_state, images.device)
-            self._restore_buffers()
+            self._buffers.restore()
         self._in_place = _Captured(inputs, graphs, [p.grad for p in self._parameters])
         self._captured[_shape(*inputs)] = self._in_place
 
@@ -188,7 +181,7 @@ class TrainStep:
         device, times = self._loss.device, []
         (captured,) = self._captured.values()
         random_state = torch.cuda.get_rng_state(device)
-        self._keep_buffers()
+        self._buffers.keep()
         for _ in range(TIMED):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -197,7 +190,7 @@ class TrainStep:
             torch.cuda.synchronize(device)
             times.append(float(begin.elapsed_time(end)) / 1000)
         torch.cuda.set_rng_state(random_state, device)
-        self._restore_buffers()
+        self._buffers.restore()
         self.seconds = statistics.median(times)
 
     # Running
@@ -216,7 +209,7 @@ class TrainStep:
             batches: where its loss is finite); fp32 scalars on the device that the next call overwrites.
         """
         if first:
-            self._keep_buffers()
+            self._buffers.keep()
         captured = self._captured.get(_shape(images, targets))
         if captured is not None:
             loss = self._replay(captured, images, targets, first, last)
@@ -252,43 +245,6 @@ class TrainStep:
         """Only the last batch's backward pass all-reduces."""
         return self._gradients.reducing() if last and self._gradients is not None else nullcontext()
 
-    def _update(self) -> Tensor:
-        parameters = [p for p in self._parameters if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        total = norms.norm()
-        bad = (~torch.isfinite(total)).float()
-        self._note(bad, norms, parameters)
-        for own, before in zip(self._buffers, self._buffers_before, strict=True):
-            torch.where(bad > 0, before, own, out=own)
-        if self.clip_grad is not None:
-            torch._foreach_mul_(gradients, (self.clip_grad / (total + 1e-6)).clamp(max=1.0))
-        if self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernels read it and do nothing
-            self.optimizer.step()
-        elif not bool(bad):  # other optimizers know no such flag: the host has to wait and see
-            self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.model)
-        return 1 - bad
-
-    def _note(self, bad: Tensor, norms: Tensor, parameters: list[nn.Parameter]) -> None:
-        total, row, longest = self._skipped
-        if len(parameters) == len(self._parameters):
-            first = (total == 0) & (bad > 0)
-            self._first_bad |= ~torch.isfinite(norms) & first
-        total += bad
-        row.add_(bad).mul_(bad)
-        torch.maximum(longest, row, out=longest)
-
-    def _keep_buffers(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers_before, self._buffers)
-
-    def _restore_buffers(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._buffers_before)
-
     def _clear_gradients(self) -> None:
         """For a capture. Backward makes new gradients, in the graph's memory; those of several batches are added up in
         memory that is the same for all graphs, where batches of one step may then have any shapes."""
@@ -319,22 +275,19 @@ class TrainStep:
     def undo(self) -> None:
         """Give up a step before its `last` batch: buffers are what they were before its `first`, and nothing else has
         changed."""
-        self._restore_buffers()
+        self._buffers.restore()
 
     # Health
 
     def forget_skips(self) -> None:
         """Count from 0 again."""
-        self._skipped.zero_()
-        self._first_bad.zero_()
+        self._update.forget_skips()
 
     @property
     def counts(self) -> Tensor:
-        """fp32 [3] on the device: steps skipped in all, in a row up to now, and the longest row."""
-        return self._skipped
+        """As :attr:`Update.counts`."""
+        return self._update.counts
 
     def health(self) -> Health:
-        """Skipped steps so far; the host waits for the device."""
-        total, _, longest = (int(v) for v in self._skipped.tolist())
-        bad = self._first_bad.tolist() if total else []
-        return Health(total, longest, [name for name, is_bad in zip(self._names, bad, strict=False) if is_bad])
+        """As :meth:`Update.health`."""
+        return self._update.health()
