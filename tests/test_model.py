@@ -205,7 +205,10 @@ def test_initial_values() -> None:
     assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
     for name in ("cls_token", "pos_embed"):
         assert 0.017 < getattr(model, name).std() < 0.023
-    assert abs(model.patch_embed.proj.weight.std() * math.sqrt(768) - 1) < 0.05
+    # hustvl/Vim's timm 0.4.12: not cut off at two deviations, though widened by 1 / 0.88 as if it were
+    patches = model.patch_embed.proj.weight * math.sqrt(768)
+    assert abs(patches.std() - 1 / 0.8796) < 0.02
+    assert patches.abs().max() > 4
     assert torch.equal(mixer.D, torch.ones(384))
     low = VisionMamba(**SMALL, dtype=torch.bfloat16)
     assert {n.split(".")[-1] for n, p in low.named_parameters() if p.dtype == torch.float32} == {

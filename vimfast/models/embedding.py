@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
 from vimfast.errors import UserError
@@ -14,6 +13,8 @@ from vimfast.models.options import PatchOptions
 from vimfast.models.plain import is_plain
 from vimfast.models.pos_embed import insert_tokens, rotary_tables
 from vimfast_kernels.arithmetic import autocast_dtype
+
+_CUT_OFF_DEVIATION = 0.87962566103423978  # of a standard normal cut off at 2
 
 
 class PatchEmbed(nn.Module):
@@ -32,7 +33,10 @@ class PatchEmbed(nn.Module):
         self.resize(self.img_size)
         self.proj = nn.Conv2d(self.channels, dim, self.patch_size, self.stride, **to)
         assert self.proj.bias is not None
-        lecun_normal_(self.proj.weight)
+        # lecun_normal_ of timm 0.4.12, which hustvl/Vim pins: widened as for a normal cut off at two deviations, but
+        # cut off at 2, many deviations away. Later timms cut off at two deviations, and so begin at 0.88 of this.
+        fan_in = self.proj.weight[0].numel()
+        nn.init.trunc_normal_(self.proj.weight, std=fan_in**-0.5 / _CUT_OFF_DEVIATION)
         nn.init.zeros_(self.proj.bias)
 
     def resize(self, size: tuple[int, int]) -> None:
