@@ -137,6 +137,7 @@ def test_some_epochs_without_an_evaluation(recipe: str, shards: Path, tmp_path: 
     assert own[1:] == measured[1:]  # the second and, as always, the last
     assert own[0] == {name: value for name, value in measured[0].items() if "test_" not in name}
     assert "weights after epoch 2:" in (some / "report.html").read_text()
+    assert "Max accuracy: -" not in (some / "train.log").read_text()  # of none
 
 
 def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:

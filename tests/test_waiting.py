@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,18 +61,40 @@ def test_a_run_says_when_it_ends_and_that_reading_is_slow_once(
 
 def test_one_slow_report_changes_no_decoder(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint or the beginning of an epoch makes one; a decoder that is too slow makes two in a row."""
-    asked: list[Place] = []
-    monkeypatch.setattr(Loader, "reconsider", lambda loader: asked.append(place))
+    shares = ((0.2, 0.0), (0.2, 0.0), (0.0, 0.0, 0.2, 0.2), (0.2, 0.2, 0.2))
+    assert [place for _, place in decoders(flags, monkeypatch, shares)] == [(3, 2)]
+
+
+@pytest.mark.parametrize(("then", "again"), [(0.1, []), (0.3, [("cpu", (0, 4))])], ids=["better", "worse"])
+def test_a_decoder_for_which_training_waits_longer_is_given_up(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, then: float, again: list[tuple[str, tuple[int, int]]]
+) -> None:
+    """Tiny images: 11 % for the CPU's decoder, and up to 19 % for the GPU's, for the rest of the run."""
+    shares = ((0.2, 0.2, then, then), (then, then, then))
+    assert decoders(flags, monkeypatch, shares) == [("cuda", (0, 2)), *again]
+
+
+def decoders(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, shares: Sequence[Sequence[float]]
+) -> list[tuple[str, tuple[int, int]]]:
+    """Which is turned to, and in which epoch and after which report, where reports have such shares of waiting."""
+    found: list[tuple[str, tuple[int, int]]] = []
+
+    def reconsider(loader: Loader, decoder: str = "cuda") -> str:
+        found.append((decoder, (place.epoch, place.step // SETTLED_AFTER)))
+        return decoder
+
+    monkeypatch.setattr(Loader, "reconsider", reconsider)
     with build(load_config(list(flags)), World()) as run:
         assert isinstance(run, TrainingRun)
         waits = DataWaits(run, DataConfig())
-        for epoch, shares in enumerate(((0.2, 0.0), (0.2, 0.0), (0.0, 0.0, 0.2, 0.2), (0.2, 0.2, 0.2))):
-            for report, share in enumerate(shares, 1):
+        for epoch, own in enumerate(shares):
+            for report, share in enumerate(own, 1):
                 place = Place(10 * SETTLED_AFTER, epoch, report * SETTLED_AFTER)
                 for _ in range(SETTLED_AFTER):
                     waits.after_step()
                 waits.look(share, Stretch(SETTLED_AFTER, 1, share, [], False), place)
-    assert [(place.epoch, place.step) for place in asked] == [(3, 2 * SETTLED_AFTER)]
+    return found
 
 
 def test_what_helps_depends_on_data_and_flags(flags: tuple[str, ...]) -> None:

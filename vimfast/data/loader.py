@@ -137,13 +137,16 @@ class Loader(Epochs):
         if (place := self._switch_to(chosen)) is not None:
             self.begin(*place)
 
-    def reconsider(self) -> str | None:
+    def reconsider(self, decoder: str | None = None) -> str | None:
         """Decode differently from the next batch on, because training waits; the batches stay what they are.
+
+        Args:
+            decoder: by this one; default: by the one to try next.
 
         Returns:
             The decoder now, or None where nothing changes: one was requested, or there is no other to try.
         """
-        decoder = next_decoder(self._settings.decoder, self.device)
+        decoder = decoder or next_decoder(self._settings.decoder, self.device)
         if self._wanted.decoder != "auto" or decoder is None:
             return None
         chosen = choose_decoding(decoder, self._wanted.threads, self.device, self._demand)
@@ -179,12 +182,11 @@ class Loader(Epochs):
 
     @property
     def skipped(self) -> list[str]:
-        """The images left out so far by this process, a sentence each."""
+        """The images left out so far by this process, a sentence each; `bad` has them by their ids."""
         return sorted(self.bad.values())
 
     @property
     def bad(self) -> Mapping[int, str]:
-        """The same by their ids."""
         return self._reader.bad
 
     def ids(self, epoch: int, step: int) -> np.ndarray:
@@ -337,11 +339,9 @@ class Loader(Epochs):
 
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
         """Find the images that DALI failed on, to continue without them; what that cannot help is raised."""
-        if any(sign in str(error) for sign in ("out of memory", "cudaErrorMemoryAllocation", "bad_alloc")):
-            raise UserError(
-                f"{self.device} has too little memory to decode {self.order.batch_size} images at once; "
-                "lower --batch-size (or --eval-batch-size, or --prefetch)"
-            ) from error
+        if _lacks_memory(error):
+            why = f"{self.device} has too little memory to decode {self.order.batch_size} images at once"
+            raise UserError(f"{why}; lower --batch-size (or --eval-batch-size, or --prefetch)") from error
         batches = [(work.ids, work.inputs[0]) for work in failed]
         refused = partial(decoding.undecodable, settings=self._settings)
         if not batches or not self._reader.blame(batches, refused):
@@ -414,6 +414,10 @@ def _joined(inputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         list(itertools.chain.from_iterable(parts)) if isinstance(parts[0], list) else np.concatenate(parts)
         for parts in zip(*inputs, strict=True)
     )
+
+
+def _lacks_memory(error: DecodeError) -> bool:
+    return any(sign in str(error) for sign in ("out of memory", "cudaErrorMemoryAllocation", "bad_alloc"))
 
 
 def _refuse_small_split(order: Order) -> None:

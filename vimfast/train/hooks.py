@@ -146,7 +146,8 @@ class Records(Hook):
         record: dict[str, Any] = {"train_lr": end.lr, "train_loss": end.loss}
         for whose, found in end.scores.items():
             record |= {f"{whose}test_{name}": value for name, value in found._asdict().items() if name != "images"}
-        self._report.say_for_scripts(f"Max accuracy: {place.best_acc1:.2f}%")
+        if end.scores:
+            self._report.say_for_scripts(f"Max accuracy: {place.best_acc1:.2f}%")
         self._report.record({**record, "epoch": end.epoch, "n_parameters": self._parameters})
         if self._table:
             self._report.table_of_records()

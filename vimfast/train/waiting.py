@@ -34,6 +34,7 @@ class DataWaits:
         self._loader: Loader | None = None  # of the last look
         self._read_before = 0.0  # seconds
         self._suspected, self._tried, self._told = False, False, False
+        self._before: tuple[str, float] | None = None  # the decoder before the one on trial, and the share that waited
 
     def after_step(self) -> None:
         """A step was queued."""
@@ -55,6 +56,11 @@ class DataWaits:
             return  # a checkpoint, or the beginning of an epoch, holds one report up; the next one is looked at too
         self._suspected = False
         self._steps, self._epoch = 0, place.epoch
+        if self._before is not None:
+            (decoder, waited), self._before = self._before, None
+            if worst.share > waited:
+                self._decode_by(decoder, worst.share, waited)
+                return
         if worst.share > TOLERATED and not self._tried:
             self._tried = True
             if self._try_another_decoder(worst.share):
@@ -71,10 +77,19 @@ class DataWaits:
         loader = self._run.loader
         before = loader.settings.decoder
         if decoder := loader.reconsider():
+            self._before = before, share
             self._run.report.say(
                 f"training waits {share:.0%} of its time for --decoder {before}; {decoder} from now on"
             )
         return decoder is not None
+
+    def _decode_by(self, decoder: str, share: float, waited: float) -> None:
+        """Return to a decoder for which training waited less."""
+        tried = self._run.loader.settings.decoder
+        self._run.loader.reconsider(decoder)
+        self._run.report.say(
+            f"it waits {share:.0%} for --decoder {tried}, and waited {waited:.0%} before; {decoder} again from now on"
+        )
 
 
 def reading_advice(data: DataConfig, loader: Loader) -> str:
