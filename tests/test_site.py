@@ -48,7 +48,7 @@ def test_pages_fetch_nothing_from_elsewhere_and_link_to_files_of_the_site(site: 
     assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))  # README and CONTRIBUTING are pages, too
     for path in pages:
         page = Page(path.read_text())
-        assert page.fetched
+        assert page.fetched or "runs" in path.parts  # the report of a run is one file
         for address in [*page.fetched, *(link for link in page.links if not re.match(r"[a-z]+:", link))]:
             target = address.partition("#")[0].partition("?")[0]
             assert not target or (path.parent / target).exists(), f"{path.relative_to(site)}: {address}"

@@ -244,7 +244,7 @@ def test_a_stage_has_a_graph_of_its_own(
 
     monkeypatch.setattr(TrainStep, "capture", noted)
     monkeypatch.setattr(TrainStep, "time_replays", lambda step: setattr(step, "seconds", 0.5))
-    monkeypatch.setattr("vimfast.train.build.captures", lambda run, cfg: True)
+    monkeypatch.setattr("vimfast.train.build.captures", lambda *_: True)
     run = train(*flags, str(tmp_path / "captured"))
     assert held == [(0, False)] * 3
     assert isinstance(run.hooks[0], StageEntry)
