@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from vimfast_kernels import tuning  # noqa: E402
+from vimfast_kernels.block.launch import step_gradients  # noqa: E402
 from vimfast_kernels.block.weights import unflatten  # noqa: E402
 from vimfast_kernels.conv.launch import causal_conv_silu  # noqa: E402
 from vimfast_kernels.norm.launch import add_norm  # noqa: E402
@@ -192,25 +193,25 @@ class ProjectedScan(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("b", "length", "d", "rank", "n", "dtype", "reverse"),
+    ("b", "length", "d", "rank", "n", "dtype", "reverse", "wide"),
     [
-        (2, 197, 384, 16, 16, BF16, [False, True]),
-        (2, 100, 768, 24, 16, BF16, [False, True]),
-        (1, 45, 1536, 48, 16, BF16, [False, True]),
-        (2, 1, 64, 8, 16, BF16, [False, True]),
-        (1, 7, 80, 64, 16, BF16, [False, True]),
-        (3, 63, 16, 40, 16, BF16, [True]),
-        (1, 1000, 48, 32, 16, BF16, [False]),
-        (2, 21, 48, 8, 8, BF16, [False, True]),
-        (2, 21, 48, 24, 32, BF16, [False, True]),
-        (2, 21, 48, 16, 64, BF16, [True]),
-        (2, 45, 64, 16, 16, FP16, [False, True]),
-        (1, 9, 48, 24, 64, FP16, [False]),
-        (2, 45, 64, 16, 16, FP32, [False, True]),  # these two by a product outside
-        (2, 20, 64, 72, 16, BF16, [False, True]),
+        (2, 197, 384, 16, 16, BF16, [False, True], True),
+        (2, 197, 384, 16, 16, BF16, [False, True], False),
+        (2, 100, 768, 24, 16, BF16, [False, True], True),
+        (1, 45, 1536, 48, 16, BF16, [False, True], True),
+        (2, 1, 64, 8, 16, BF16, [False, True], False),
+        (1, 7, 80, 64, 16, BF16, [False, True], True),
+        (3, 63, 16, 40, 16, BF16, [True], False),
+        (1, 1000, 48, 32, 16, BF16, [False], True),
+        (2, 21, 48, 8, 8, BF16, [False, True], True),
+        (2, 21, 48, 24, 32, BF16, [False, True], False),
+        (2, 21, 48, 16, 64, BF16, [True], True),
+        (2, 45, 64, 16, 16, FP16, [False, True], True),
+        (1, 9, 48, 24, 64, FP16, [False], False),
+        (2, 45, 64, 16, 16, FP32, [False, True], True),  # these two by a product outside
+        (2, 20, 64, 72, 16, BF16, [False, True], True),
     ],
 )
-@pytest.mark.parametrize("wide", [True, False])
 def test_scan_projects_time_steps(
     b: int, length: int, d: int, rank: int, n: int, dtype: torch.dtype, reverse: list[bool], wide: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -233,6 +234,35 @@ def test_scan_projects_time_steps(
     inputs = [u, x_dbl, weight, A, D, z, bias]
     slack = {i: 2e-3 for i in range(9) if ours_is_fp32(inputs, i)} if dtype == BF16 else None
     check(kernel, plain, inputs, [grad], dtype, slack)
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "rank", "dtype"),
+    [
+        (25216, 384, 16, BF16),
+        (77, 96, 8, BF16),
+        (5, 48, 16, FP16),
+        (300, 768, 24, BF16),  # these two by products of cuBLAS
+        (77, 96, 8, FP32),
+    ],
+)
+def test_gradients_of_time_steps(rows: int, d: int, rank: int, dtype: torch.dtype) -> None:
+    """Written between columns that stay as they are."""
+    torch.manual_seed(0)
+    on = {"device": "cuda", "dtype": dtype}
+    ddelta, weight = torch.randn(2, rows, d, **on), torch.randn(2, d, rank, **on)
+    x_dbl = torch.randn(2, rows, rank + 32, **on)
+    low, results = x_dbl[..., :rank], []
+    for _ in range(2):
+        dx_dbl = torch.ones_like(x_dbl)
+        results.append((step_gradients(ddelta, weight, low, dx_dbl[..., :rank]).sum(1), dx_dbl))
+    (dweight, dx_dbl), again = results
+    assert torch.equal(dweight, again[0])
+    assert torch.equal(dx_dbl, again[1])
+    assert (dx_dbl[..., rank:] == 1).all()
+    rounding = {BF16: 2.5e-3, FP16: 3e-4, FP32: 2e-6}[dtype]
+    assert relative(dx_dbl[..., :rank], ddelta.double() @ weight.double()) < rounding
+    assert relative(dweight, ddelta.double().transpose(1, 2) @ low.double()) < 2e-6
 
 
 def test_scan_without_gradients_is_the_same() -> None:
