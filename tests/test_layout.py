@@ -19,7 +19,7 @@ FLOORS = (
         *("vimfast.augment.draws", "vimfast.augment.plan", "vimfast.config.choices"),
     ),
     (
-        *("vimfast.cli", "vimfast.class_names", "vimfast.pages", "vimfast.sheet"),
+        *("vimfast.cli", "vimfast.class_names", "vimfast.pages", "vimfast.sheet", "vimfast.stores"),
         *("vimfast.augment.crops", "vimfast.augment.randaugment"),  # crops and policies check themselves
     ),
     ("vimfast.config", "vimfast.affinity", "vimfast.shards"),
@@ -107,6 +107,15 @@ def test_only_one_room_imports_llvm() -> None:
     assert importers == {"vimfast_kernels.llvm.language", "vimfast_kernels.llvm.machine"}
     code = "import sys, vimfast_kernels; vimfast_kernels.check_backend('auto'); print('llvmlite' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_only_one_room_imports_the_clients_of_stores() -> None:
+    """And no sooner than a URL is opened: they are optional."""
+    clients = ("obstore", "fsspec", "boto3")
+    importers = {name for name, path in modules().items() if any(n.startswith(clients) for n in imports(path))}
+    assert importers == {"vimfast.stores.objects", "vimfast.stores.filesystems"}
+    code = "import sys, vimfast.stores; print([m for m in ('obstore', 'fsspec', 'boto3') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 @pytest.mark.parametrize("module", ["vimfast", "vimfast.config", "vimfast.prepare"])
