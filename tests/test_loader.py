@@ -30,6 +30,7 @@ from vimfast.data.hardware import Decoding
 from vimfast.data.loader import Loader
 from vimfast.data.order import Order
 from vimfast.data.source import Images, Source, open_source
+from vimfast.data.tars import Route
 from vimfast.data.views import Batch
 from vimfast.errors import UserError
 from vimfast.shards import jpeg
@@ -83,6 +84,9 @@ class Counted:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def follow(self, route: Route, epoch: int, step: int) -> None:
+        """Nothing."""
 
     def will_need(self, ids: np.ndarray) -> None:
         self._source.will_need(ids % len(self._source))
@@ -263,6 +267,9 @@ def test_encoded_images_are_let_go(train: Source) -> None:
 
         def __len__(self) -> int:
             return len(train)
+
+        def follow(self, route: Route, epoch: int, step: int) -> None:
+            """Nothing."""
 
         def will_need(self, ids: np.ndarray) -> None:
             train.will_need(ids)

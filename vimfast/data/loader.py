@@ -324,18 +324,18 @@ class Loader(Epochs):
         """What comes from a place on: without end in training, else to the end of the epoch."""
         places = itertools.chain([None], self._places(epoch, start), [None])
         for place, following in itertools.pairwise(places):
+            if here := place or following:
+                self.source.follow(self.order, *here)
             if following is not None:  # so that the disk has the next batch to fetch while this one is read
                 self.source.will_need(self.order.decoded(*following)[1])
             if place is not None and len((work := self.view.draw(*place, self._reader.read)).ids):
                 yield work
 
     def _places(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
-        for step in range(start, self.steps):
-            yield epoch, step
+        yield from ((epoch, step) for step in range(start, self.steps))
         while self.view.training:
             epoch += 1
-            for step in range(self.steps):
-                yield epoch, step
+            yield from ((epoch, step) for step in range(self.steps))
 
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
         """Find the images that DALI failed on, to continue without them; what that cannot help is raised."""

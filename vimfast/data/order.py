@@ -136,6 +136,25 @@ class Order:
         steps = whole + (rest > 0 and not self.drop_last)
         return steps if self.limit is None else min(steps, self.limit)
 
+    @property
+    def by_shard(self) -> bool:
+        """Whether few shards are read at a time, rather than all of them at once."""
+        return self.bounds is not None or not self.shuffle
+
+    @property
+    def endless(self) -> bool:
+        """Whether another epoch follows each, as in training."""
+        return self.shuffle
+
+    def drawn(self, epoch: int) -> np.ndarray:
+        """The images that all ranks see in an epoch, in order; int [n]. Repeats are left out."""
+        count = min(-(-self.steps * self.global_batch // self.repeats), self.samples)
+        return self._shuffled(epoch)[:count] if self.shuffle else np.arange(count)
+
+    def drawn_before(self, step: int) -> int:
+        """How many of :meth:`drawn` are seen before a step; an image that both see does not count."""
+        return step * self.global_batch // self.repeats
+
     def step(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """What this rank sees at one step.
 

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from vimfast.data.cache import CacheSettings
 from vimfast.data.source import Images, Source, open_source
+from vimfast.data.tars import Route
 from vimfast.errors import UserError
 
 _SUM = 1e-2  # how far from 1 the targets of an image may add up to, in fp16
@@ -79,6 +81,9 @@ class Relabelled:
     def __len__(self) -> int:
         return len(self._source)
 
+    def follow(self, route: Route, epoch: int, step: int) -> None:
+        self._source.follow(route, epoch, step)
+
     def will_need(self, ids: np.ndarray) -> None:
         self._source.will_need(ids)
 
@@ -103,13 +108,13 @@ def numbered(source: Source) -> Source:
     return Relabelled(source, source.classes, source.labels, np.arange(len(source)))
 
 
-def open_mapped(path: str | Path, split: str, class_map: str = "") -> Source:
+def open_mapped(path: str | Path, split: str, class_map: str = "", cache: CacheSettings | None = None) -> Source:
     """:func:`open_source`, with the classes of a class map, if there is one.
 
     Raises:
         UserError: as it does, or a class with images is not in the map.
     """
-    source = open_source(path, split)
+    source = open_source(path, split, cache)
     if not class_map:
         return source
     known = read_class_map(Path(class_map))

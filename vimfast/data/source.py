@@ -6,15 +6,10 @@ Both hand out the same bytes for the same image: what ``vimfast-prepare`` does o
 
 from __future__ import annotations
 
-import errno
-import os
-import resource
-import stat
 import tarfile
 import time
-import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +17,26 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from vimfast.data.cache import CacheSettings
+from vimfast.data.remote import remote_tars
+from vimfast.data.tars import LocalTars, Place, Route, Tars
 from vimfast.errors import UserError
 from vimfast.shards import jpeg
-from vimfast.shards.format import check_rows, index_name, is_shards_folder, read_index, read_manifest
+from vimfast.shards.format import (
+    Manifest,
+    SplitEntry,
+    check_rows,
+    fetch_index,
+    fetch_manifest,
+    index_name,
+    is_shards_folder,
+    read_index,
+    read_manifest,
+)
 from vimfast.shards.tree import FileList, class_folders, read_image, scan_split
+from vimfast.stores import is_url, name_in, open_store
 
 _TAR_BLOCK = 512
-_AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
 
 # A thread spends most of a file that is in memory inside Python, so more than two only wait for each other; a file
 # that is not waits for the disk or the network, and there many can. In seconds per image, over a batch.
@@ -75,6 +83,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def follow(self, route: Route, epoch: int, step: int) -> None:
+        """This step is read next, then those that follow it on the route: a store's shards are fetched by that."""
+
     def will_need(self, ids: np.ndarray) -> None:
         """Have the disk begin on the images of these ids (int64 [n]), which are read next."""
 
@@ -107,58 +118,95 @@ class Source(Protocol):
         """
 
 
-def open_source(path: str | Path, split: str) -> Source:
-    """The split ``"train"`` or ``"val"`` of a shards folder or a folder tree.
+def open_source(path: str | Path, split: str, cache: CacheSettings | None = None) -> Source:
+    """The split ``"train"`` or ``"val"`` of a shards folder, here or in a store, or of a folder tree.
 
     A tree's validation labels are positions among its training classes where it has any, so a class without
     validation images does not shift those after it.
 
+    Args:
+        path: a folder, or the URL of a shards folder.
+        cache: where the shards of a store are kept; None: as :class:`CacheSettings` says.
+
     Raises:
         UserError: neither kind of folder, the conversion did not finish, the split is missing, or files are.
     """
+    if isinstance(path, str) and is_url(path):
+        return _open_url(path, split, cache or CacheSettings())
     root = Path(path)
     if is_shards_folder(root):
-        return ShardSource(root, split)
+        return _open_folder(root, split)
     classes = class_folders(root / "train") if split != "train" else None
     return FolderSource(scan_split(root, split, classes or None))
 
 
-class ShardSource:
-    """Images of one split of a shards folder."""
+def _open_folder(folder: Path, split: str) -> ShardSource:
+    manifest = read_manifest(folder)
+    entry = _entry(manifest, split, str(folder))
+    index = read_index(folder, split, entry.samples, entry.index_crc32)
+    _check_index(index, entry, manifest, str(folder / index_name(split)))
+    tars = LocalTars(folder, [(shard.name, shard.bytes) for shard in entry.shards])
+    return ShardSource(manifest.classes, entry, index, tars)
 
-    def __init__(self, folder: Path, split: str) -> None:
-        manifest = read_manifest(folder)
-        if split not in manifest.splits:
-            raise UserError(
-                f"{folder} holds no {split!r} split, only {', '.join(manifest.splits) or 'none'}",
-                f"run vimfast-prepare on a folder that has {split}/",
-            )
-        entry = manifest.splits[split]
-        self.classes: list[str] = manifest.classes
-        self._index = read_index(folder, split, entry.samples, entry.index_crc32)
-        if wrong := check_rows(self._index, entry, len(self.classes)):
-            raise UserError(f"{folder / index_name(split)} is damaged: it {wrong}", _AGAIN)
-        _allow_open_files(len(entry.shards))
-        self._shards = [_Shard(folder / shard.name, shard.bytes) for shard in entry.shards]
-        self.labels: np.ndarray = self._index["label"]
+
+def _open_url(url: str, split: str, cache: CacheSettings) -> ShardSource:
+    store = open_store(url)
+    manifest = fetch_manifest(store)
+    entry = _entry(manifest, split, store.url)
+    index = fetch_index(store, split, entry.samples, entry.index_crc32)
+    _check_index(index, entry, manifest, name_in(store, index_name(split)))
+    return ShardSource(manifest.classes, entry, index, remote_tars(store, manifest, split, index, cache))
+
+
+def _entry(manifest: Manifest, split: str, where: str) -> SplitEntry:
+    if split not in manifest.splits:
+        raise UserError(
+            f"{where} holds no {split!r} split, only {', '.join(manifest.splits) or 'none'}",
+            f"run vimfast-prepare on a folder that has {split}/",
+        )
+    return manifest.splits[split]
+
+
+def _check_index(index: np.ndarray, entry: SplitEntry, manifest: Manifest, where: str) -> None:
+    if wrong := check_rows(index, entry, len(manifest.classes)):
+        raise UserError(f"{where} is damaged: it {wrong}", _AGAIN)
+
+
+class ShardSource:
+    """Images of one split of shards.
+
+    Args:
+        classes: class names.
+        entry: what the manifest says of the split.
+        index: its rows, ``INDEX_DTYPE``.
+        tars: where their bytes are.
+    """
+
+    def __init__(self, classes: list[str], entry: SplitEntry, index: np.ndarray, tars: Tars) -> None:
+        self.classes, self.labels = classes, index["label"]
         self.identity = f"shards {entry.samples} {entry.index_crc32:08x}"
-        self._verified = np.zeros(len(self._index), bool)
+        self.tars = tars
+        self._index, self._shards = index, len(entry.shards)
+        self._verified = np.zeros(len(index), bool)
 
     def __len__(self) -> int:
         return len(self._index)
 
+    def follow(self, route: Route, epoch: int, step: int) -> None:
+        self.tars.follow(route, epoch, step)
+
     def will_need(self, ids: np.ndarray) -> None:
-        for number, offset, size in _places(self._index[np.unique(ids)]):
-            self._shards[number].will_need(offset, size)
+        self.tars.will_need(_places(self._index[np.unique(ids)]))
 
     def read(self, ids: np.ndarray) -> Images:
         rows = self._index[ids]
-        encoded = [
-            np.frombuffer(self._shards[number].read(offset, size), np.uint8) for number, offset, size in _places(rows)
-        ]
+        places = _places(rows)
+        encoded = [np.frombuffer(data, np.uint8) for data in self.tars.read(places)]
         # At first; then they come from memory, or from a disk that was right before.
-        fresh = np.flatnonzero(~self._verified[ids])
-        self.verify(ids[fresh], [encoded[place] for place in fresh.tolist()])
+        for place in np.flatnonzero(~self._verified[ids]).tolist():
+            if zlib.crc32(encoded[place].data) != rows["crc32"][place]:
+                encoded[place] = np.frombuffer(self.tars.read_again(places[place]), np.uint8)
+                self.verify(ids[place : place + 1], [encoded[place]])
         self._verified[ids] = True
         sizes = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int32)
         return Images(encoded, sizes, rows["label"].astype(np.int64))
@@ -174,104 +222,22 @@ class ShardSource:
 
     def bounds(self) -> tuple[int, ...]:
         """The first image of each shard, and the number of all images."""
-        shards = np.arange(len(self._shards) + 1)
+        shards = np.arange(self._shards + 1)
         return tuple(np.searchsorted(self._index["shard"], shards).tolist())
 
     def name(self, i: int) -> str:
         """The tar and the member in it: ``train-000003.tar: n01440764/x.jpg``."""
-        shard, offset = self._shards[int(self._index["shard"][i])], int(self._index["offset"][i])
+        shard, offset = int(self._index["shard"][i]), int(self._index["offset"][i])
         try:
-            header = shard.read(offset - _TAR_BLOCK, _TAR_BLOCK)
+            (header,) = self.tars.read([Place(shard, offset - _TAR_BLOCK, _TAR_BLOCK)])
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except tarfile.HeaderError:
             member = f"the image at byte {offset}"
-        return f"{shard.path}: {member}"
+        return f"{self.tars.name(shard)}: {member}"
 
 
-def _places(rows: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Shard, offset and size of each."""
-    return zip(rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True)
-
-
-class _Shard:
-    """One tar. It is read rather than mapped: a map whose file is cut off, or whose disk fails, ends the process with
-    a signal and without a word, in whatever thread happens to decode.
-
-    It is opened once and stays open, so that a run reads the tars that it began with whatever becomes of their names;
-    where too few open files are allowed, it is opened for each image.
-
-    Raises:
-        UserError: it cannot be read, or does not have its `size`.
-    """
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        self._kept: int | None = None
-        file = self._open()
-        # A new file has the lowest free number, so this leaves half of the limit to everybody else.
-        if file < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
-            self._kept = file
-            weakref.finalize(self, os.close, file).atexit = False  # threads may be reading still
-        found = os.fstat(file)
-        self._let_go(file)
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is not a regular file", _AGAIN)
-        if found.st_size != size:
-            raise UserError(f"{path} has {found.st_size} bytes, the manifest says {size}", _AGAIN)
-
-    def _open(self) -> int:
-        if self._kept is not None:
-            return self._kept
-        try:
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise UserError(f"{self.path} is missing", _AGAIN) from None
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be opened ({error.strerror})", _opening(error)) from None
-
-    def _let_go(self, file: int) -> None:
-        if file != self._kept:
-            os.close(file)
-
-    def will_need(self, offset: int, size: int) -> None:
-        """Ask for these bytes: a cold disk then fetches a batch at once, not image by image as they are read."""
-        file = self._open()
-        with suppress(OSError):  # reported when it is read
-            for start in range(offset, offset + size, _AHEAD_BYTES):
-                os.posix_fadvise(file, start, min(_AHEAD_BYTES, offset + size - start), os.POSIX_FADV_WILLNEED)
-        self._let_go(file)
-
-    def read(self, offset: int, size: int) -> bytes:
-        file = self._open()
-        try:
-            data = os.pread(file, size, offset)
-            while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
-                data += more
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror})", _RESUME) from None
-        finally:
-            self._let_go(file)
-        if len(data) < size:
-            raise UserError(
-                f"{self.path} was cut off while it was in use: it ends before byte {offset + size}", _RESUME
-            )
-        return data
-
-
-def _opening(error: OSError) -> str:
-    """What to do about a shard that cannot be opened."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "raise the limit of open files (ulimit -n)"
-    return "fix its permissions, or the disk" if error.errno in (errno.EACCES, errno.EPERM, errno.EIO) else _AGAIN
-
-
-def _allow_open_files(count: int) -> None:
-    """1,024 is a common limit, which any process may raise."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * count + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+def _places(rows: np.ndarray) -> list[Place]:
+    return list(map(Place, rows["shard"].tolist(), rows["offset"].tolist(), rows["size"].tolist()))
 
 
 class FolderSource:
@@ -293,6 +259,9 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def follow(self, route: Route, epoch: int, step: int) -> None:
+        """Nothing: files are here."""
 
     def will_need(self, ids: np.ndarray) -> None:
         """Nothing: files are read by as many threads as their disk takes to be quick."""

@@ -27,6 +27,7 @@ from msgspec import Meta, Struct
 from vimfast.errors import UserError
 from vimfast.files import read_file, write_text
 from vimfast.shards.tree import is_folder
+from vimfast.stores import Missing, Store, name_in
 
 FORMAT = "vimfast-shards"
 VERSION = 1
@@ -197,26 +198,43 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
     except ValueError as error:
         raise UserError(f"{path} is {error}", _AGAIN) from None
+    return _parse_manifest(data, str(path))
+
+
+def fetch_manifest(store: Store) -> Manifest:
+    """The manifest of a finished shards folder in a store.
+
+    Raises:
+        UserError: as :func:`read_manifest`, or the store does not answer.
+    """
+    try:
+        data = store.read(MANIFEST)
+    except Missing as error:
+        raise UserError(error.problem, "give the URL of a folder that vimfast prepare wrote and finished") from None
+    return _parse_manifest(data, name_in(store, MANIFEST))
+
+
+def _parse_manifest(data: bytes, where: str) -> Manifest:
     try:
         # Not msgspec's decoder: file names need not be UTF-8, and it refuses JSON's escapes of those that are not.
         raw = json.loads(data)
         header = msgspec.convert(raw, _Header)
         if header.format != FORMAT:
             raise UserError(
-                f"{path} says format {header.format!r}, not {FORMAT!r}", "give a folder that vimfast-prepare wrote"
+                f"{where} says format {header.format!r}, not {FORMAT!r}", "give a folder that vimfast-prepare wrote"
             )
         if header.version > VERSION:
             raise UserError(
-                f"{path} is of format {header.version}, this vimfast reads up to {VERSION}",
+                f"{where} is of format {header.version}, this vimfast reads up to {VERSION}",
                 "upgrade vimfast to read it",
             )
         manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
-        raise UserError(f"{path} is damaged ({_describe(error)})", _AGAIN) from None
+        raise UserError(f"{where} is damaged ({_describe(error)})", _AGAIN) from None
     except (ValueError, RecursionError, OverflowError) as error:
-        raise UserError(f"{path} is damaged ({error})", _AGAIN) from None
+        raise UserError(f"{where} is damaged ({error})", _AGAIN) from None
     if (stated := raw.get("crc32")) is not None and stated != (found := _manifest_crc32(raw)):
-        raise UserError(f"{path} is damaged or was edited: its checksum is {found}, it says {stated}", _COPY_AGAIN)
+        raise UserError(f"{where} is damaged or was edited: its checksum is {found}, it says {stated}", _COPY_AGAIN)
     return manifest
 
 
@@ -301,16 +319,30 @@ def read_index(folder: Path, split: str, samples: int, crc32: int | None = None)
         raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
     except ValueError as error:
         raise UserError(f"{path} is {error}", fix) from None
+    return _parse_index(data, str(path), fix, samples, crc32)
+
+
+def fetch_index(store: Store, split: str, samples: int, crc32: int) -> np.ndarray:
+    """:func:`read_index` of a shards folder in a store.
+
+    Raises:
+        UserError: as it does, or the store does not answer.
+    """
+    where = name_in(store, index_name(split))
+    return _parse_index(store.read(index_name(split)), where, "copy it to the store again", samples, crc32)
+
+
+def _parse_index(data: bytes, where: str, fix: str, samples: int, crc32: int | None) -> np.ndarray:
     try:
         index = _parse_array(data)
     except Exception as error:  # numpy's parser of the header raises nearly anything on garbage
-        raise UserError(f"{path} is damaged ({error})", fix) from None
+        raise UserError(f"{where} is damaged ({error})", fix) from None
     if index.dtype != INDEX_DTYPE:
-        raise UserError(f"{path} has columns {index.dtype}, not {INDEX_DTYPE}", fix)
+        raise UserError(f"{where} has columns {index.dtype}, not {INDEX_DTYPE}", fix)
     if index.shape != (samples,):
-        raise UserError(f"{path} has {index.size} samples, the manifest says {samples}", fix)
+        raise UserError(f"{where} has {index.size} samples, the manifest says {samples}", fix)
     if crc32 is not None and (found := zlib.crc32(data)) != crc32:
-        raise UserError(f"{path} is damaged: its checksum is {found}, the manifest says {crc32}", fix)
+        raise UserError(f"{where} is damaged: its checksum is {found}, the manifest says {crc32}", fix)
     return index
 
 

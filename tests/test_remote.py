@@ -1,0 +1,370 @@
+"""Shards in a store: the bits that the disk gives, whatever becomes of cache, network and processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from loaders import make_loader
+from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble, moto, s3, wait_for
+from PIL import Image
+from torch import Tensor
+
+from vimfast.data.cache import Cache, CacheSettings, NoRoom
+from vimfast.data.fetching import Timeline
+from vimfast.data.order import Order
+from vimfast.data.source import Source, open_source
+from vimfast.errors import UserError
+from vimfast.shards.convert import convert
+from vimfast.shards.format import ConversionOptions
+from vimfast.stores import open_store
+
+__all__ = ["moto", "s3"]  # fixtures
+
+URL = f"s3://{BUCKET}/shards"
+IMAGES, IN_SHARD = 60, 5  # 12 training shards
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small shards of small images, of 2 classes."""
+    root = tmp_path_factory.mktemp("remote")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", IMAGES), ("val", 10)):
+        for i in range(count):
+            path = root / "tree" / split / "ab"[i % 2] / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(0, 256, (48, 40 + i % 7, 3), dtype=np.uint8)).save(path)
+    convert(root / "tree", root / "shards", ConversionOptions(shard_samples=IN_SHARD), workers=1)
+    return root / "shards"
+
+
+@pytest.fixture
+def remote(local: Path, s3: Proxy) -> Proxy:
+    """The same in a bucket."""
+    store = open_store(URL)
+    if store.find("manifest.json") is None:
+        for path in local.iterdir():
+            if path.is_file():
+                store.put(path.name, path)
+    s3.requests.clear()
+    return s3
+
+
+def shard_bytes(local: Path) -> int:
+    """Of the largest."""
+    return max(path.stat().st_size for path in local.glob("*.tar"))
+
+
+def batches(source: Source, count: int, start: tuple[int, int] = (0, 0), **order: Any) -> list[tuple[Tensor, Tensor]]:
+    """So many of a training loader, over the ends of epochs."""
+    ordered = Order(len(source), **{"batch_size": 4, "seed": 3, **order})
+    loader = make_loader(source, ordered, size=32, threads=1, prefetch=1, readahead=1)
+    found, (epoch, step) = [], start
+    while len(found) < count:
+        found += [tuple(batch[:2]) for batch in islice(loader.epoch(epoch, step), count - len(found))]
+        epoch, step = epoch + 1, 0
+    loader.close()
+    return found
+
+
+def assert_same(found: list[tuple[Tensor, Tensor]], wanted: list[tuple[Tensor, Tensor]]) -> None:
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def settings(folder: Path, size: int | None = None) -> CacheSettings:
+    return CacheSettings(str(folder), size)
+
+
+def by_window(source: Source, window: int = 3) -> dict[str, Any]:
+    return {"bounds": source.bounds(), "window": window}
+
+
+@pytest.mark.parametrize("kind", ["permutation", "window", "small", "none"])
+def test_batches_are_those_of_the_disk(local: Path, remote: Proxy, tmp_path: Path, kind: str) -> None:
+    """Cold and warm, in a new process's place in mid-epoch, in a cache that cannot hold all, and without one."""
+    here = open_source(local, "train")
+    order = by_window(here) if kind in ("window", "small") else {}
+    size = {"small": 9 * shard_bytes(local), "none": 0}.get(kind)
+    wanted = batches(here, 35, **order)  # two epochs are 30
+    assert_same(batches(open_source(URL, "train", settings(tmp_path, size)), 35, **order), wanted)
+    requests = len(remote.requests)
+    again = open_source(URL, "train", settings(tmp_path, size))
+    assert_same(batches(again, 28, (0, 7), **order), wanted[7:])
+    if size is None:
+        assert len(remote.requests) == requests + 2, "a warm cache asks for manifest and index alone"
+    used = Cache(tmp_path, size).used() if size != 0 else 0
+    assert used <= (size if size is not None else 1 << 30)
+
+
+def test_ranks_share_the_cache_and_their_number_may_change(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    """2, then 4, then 1, in one epoch: every rank's batches are those of the disk, and every part comes once."""
+    here = open_source(local, "train")
+    for world, start in ((2, 0), (4, 3), (1, 6)):
+        for rank in range(world):
+            order = {"world": world, "rank": rank, "batch_size": 8 // world, "repeats": 3, **by_window(here)}
+            away = open_source(URL, "train", settings(tmp_path))
+            assert_same(batches(away, 3, (0, start), **order), batches(here, 3, (0, start), **order))
+    assert max(remote.asked(f"train-{number:06d}.tar") for number in range(12)) == 1
+
+
+READS_ALL = """
+import sys
+import numpy as np
+from vimfast.data.cache import CacheSettings
+from vimfast.data.order import Order
+from vimfast.data.source import open_source
+
+source = open_source(sys.argv[1], "train", CacheSettings(sys.argv[2]))
+order = Order(len(source), 5, bounds=source.bounds(), window=4, seed=int(sys.argv[3]))
+for step in range(order.steps):
+    source.follow(order, 0, step)
+    ids = order.step(0, step)[1]
+    source.will_need(ids)
+    source.read(ids)
+    print(step, flush=True)
+"""
+
+
+def reads_all(cache: Path, seed: int = 0) -> subprocess.Popen[str]:
+    """A process that reads all images, each once."""
+    command = [sys.executable, "-c", READS_ALL, URL, str(cache), str(seed)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_fetch_each_shard_once(remote: Proxy, tmp_path: Path) -> None:
+    remote.troubles = [Trouble(".tar", delay=0.05)]  # so that they meet
+    both = [reads_all(tmp_path, seed) for seed in (1, 1)]
+    for process in both:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert len(out.split()) == IMAGES // 5
+    assert [remote.asked(f"train-{number:06d}.tar") for number in range(12)] == [1] * 12
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_killed_in_mid_download(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    """The half that is left is nobody's, and is fetched again."""
+    remote.troubles = [Trouble("train-000004.tar", delay=60)]
+    process = reads_all(tmp_path)
+    wait_for(lambda: any(path.name == "train-000004.tar.part" for path in tmp_path.rglob("*.part")))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (part,) = tmp_path.rglob("train-000004.tar.part")
+    assert part.stat().st_size > 0
+    assert not list(tmp_path.rglob("train-000004.tar"))
+    remote.troubles = []
+    here, order = open_source(local, "train"), by_window(open_source(local, "train"))
+    assert_same(batches(open_source(URL, "train", settings(tmp_path)), 15, **order), batches(here, 15, **order))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def one_epoch(source: Source, by_shard: bool = True) -> list[bytes]:
+    """All images, as a loader reads them, without decoding."""
+    order = Order(len(source), 5, **(by_window(source) if by_shard else {}))
+    found = []
+    for step in range(order.steps):
+        source.follow(order, 0, step)
+        ids = order.step(0, step)[1]
+        source.will_need(ids)
+        found += [image.tobytes() for image in source.read(ids).encoded]
+    return found
+
+
+def test_bytes_changed_on_their_way_are_asked_for_again(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    remote.troubles = [Trouble("train-000003.tar", 1, flip=1000)]
+    assert one_epoch(open_source(URL, "train", settings(tmp_path))) == one_epoch(open_source(local, "train"))
+    assert remote.asked("train-000003.tar") == 2
+    remote.troubles = [Trouble("train-000003.tar", 1, flip=600)]
+    assert one_epoch(open_source(URL, "train", settings(tmp_path, 0)), False) == one_epoch(
+        open_source(local, "train"), False
+    )
+
+
+def test_a_damaged_object_is_named(remote: Proxy, tmp_path: Path) -> None:
+    remote.troubles = [Trouble("train-000003.tar", flip=1000)]
+    with pytest.raises(UserError, match=rf"^{URL}/train-000003.tar is damaged: 1 image in it .*copy it to the store"):
+        one_epoch(open_source(URL, "train", settings(tmp_path)))
+    assert not list(tmp_path.rglob("train-000003.tar*")), "it does not stay in the cache"
+    with pytest.raises(UserError, match=rf"^{URL}/train-000003.tar: \S+ is damaged: it differs from its checksum"):
+        one_epoch(open_source(URL, "train", settings(tmp_path, 0)), False)
+
+
+def test_a_copy_that_the_disk_damaged_is_fetched_again(
+    local: Path, remote: Proxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wanted = one_epoch(open_source(local, "train"))
+    assert one_epoch(open_source(URL, "train", settings(tmp_path))) == wanted
+    (copy,) = tmp_path.rglob("train-000003.tar")
+    with copy.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\0\0\0\0\0\0")
+    assert one_epoch(open_source(URL, "train", settings(tmp_path))) == wanted
+    assert f"warning: a copy of {URL}/train-000003.tar in {tmp_path} is damaged: it is" in capfd.readouterr().err
+    assert one_epoch(open_source(URL, "train", settings(tmp_path))) == wanted
+    assert (tmp_path / copy).read_bytes() == (local / copy.name).read_bytes()
+
+
+def test_throttling_passes(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    remote.troubles = [Trouble("tar", 5, status=503, body=SLOW_DOWN), Trouble("tar", 3, cut=700)]
+    assert one_epoch(open_source(URL, "train", settings(tmp_path))) == one_epoch(open_source(local, "train"))
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_expired_credentials_name_the_shard(remote: Proxy, tmp_path: Path, size: int | None) -> None:
+    source = open_source(URL, "train", settings(tmp_path, size))
+    remote.troubles = [Trouble("tar", status=400, body=EXPIRED)]
+    with pytest.raises(UserError, match=rf"^{URL}/train-0000\d\d.tar cannot be read: the credentials have expired"):
+        one_epoch(source)
+
+
+def test_what_is_no_shards_folder(remote: Proxy, tmp_path: Path) -> None:
+    for url, sentence in (
+        ("s3://elsewhere/x", "s3://elsewhere/x/manifest.json cannot be read: there is no such bucket; give the URL"),
+        (f"s3://{BUCKET}/x", f"s3://{BUCKET}/x/manifest.json does not exist; give the URL of a folder"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            open_source(url, "train", settings(tmp_path))
+    with pytest.raises(UserError, match=f"{URL} holds no 'test' split, only train, val"):
+        open_source(URL, "test", settings(tmp_path))
+
+
+def test_names_lead_to_the_object(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    here, away = open_source(local, "train"), open_source(URL, "train", settings(tmp_path))
+    assert away.name(7) == here.name(7).replace(str(local), URL)
+    assert away.identity == here.identity
+
+
+def test_a_cache_too_small_is_refused(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--cache-size 9,999 is less than 4 of the shards, of up to .*; give .* or 0"):
+        open_source(URL, "train", settings(tmp_path, 9999))
+
+
+def test_no_room_is_no_end(local: Path, remote: Proxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Somebody else holds all of it: images come from the store one by one, and the size is kept."""
+    size = 9 * shard_bytes(local)
+    cache = Cache(tmp_path, size)
+    download = cache.begin("others/data.tar", size)
+    assert download is not None
+    held = download.finish()
+    found = one_epoch(open_source(URL, "train", settings(tmp_path, size)))
+    assert found == one_epoch(open_source(local, "train"))
+    assert "has no room for" in capfd.readouterr().err
+    assert cache.used() == size
+    del held
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=$2 none "$3" || exit 77
+exec "$1" -c "$4" "$5" "$3" 0
+"""
+
+
+def test_a_full_disk_is_no_end(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    """Room for four shards: what was used is evicted, although no size was given."""
+    room = str(4 * (shard_bytes(local) + 4096) + 3 * 4096)
+    words = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", sys.executable, room, str(tmp_path), READS_ALL, URL]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    if (done.returncode in (1, 77) and "unshare" in done.stderr + done.stdout) or done.returncode == 77:
+        pytest.skip("a tmpfs cannot be mounted here")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == IMAGES // 5
+
+
+# The cache alone
+
+
+def fill(cache: Cache, name: str, size: int = 100) -> None:
+    download = cache.begin(name, size)
+    assert download is not None
+    os.pwrite(download.file, b"x" * size, 0)
+    download.finish()
+
+
+def names(cache: Cache) -> set[str]:
+    return {path.name for path in cache.folder.glob("*/*")}
+
+
+def test_what_was_used_the_longest_ago_is_evicted_unless_it_is_held(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 400)
+    for name in "abcd":
+        fill(cache, f"x/{name}")
+        time.sleep(0.01)
+    assert cache.hold("x/a") is not None  # and let go of: now b is the oldest
+    held = cache.hold("x/c")
+    fill(cache, "x/e")
+    assert names(cache) == set("acde")
+    fill(cache, "y/f")
+    assert names(cache) == set("acef")
+    fill(cache, "y/g")
+    assert names(cache) == set("cefg")
+    with pytest.raises(NoRoom, match="size of the cache"):
+        cache.begin("x/h", 301)
+    assert names(cache) == {"c"}
+    assert held is not None
+    assert os.pread(held.file, 3, 0) == b"xxx"
+    assert cache.hold("x/a") is None
+
+
+def test_what_a_killed_process_left_is_room(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 400)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/a.part").write_bytes(b"x" * 300)
+    fill(cache, "x/b", 200)
+    assert names(cache) == {"b"}
+
+
+def test_one_fetches_and_others_wait(tmp_path: Path) -> None:
+    one, other = Cache(tmp_path, None), Cache(tmp_path, None)
+    download = one.begin("x/a", 100)
+    assert download is not None
+    assert other.begin("x/a", 100) is None
+    assert other.hold("x/a") is None
+    held = download.finish()
+    assert other.begin("x/a", 100) is None
+    assert other.hold("x/a") is not None
+    assert names(one) == {"a"}
+    with open(tmp_path / "x/a") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    del held
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--cache-dir \S+/file/x cannot be used .Not a directory.; give a folder"):
+        Cache(tmp_path / "file/x", None)
+
+
+# The order in which shards come
+
+
+def test_shards_come_in_the_order_of_their_first_images() -> None:
+    shard = np.repeat(np.arange(6), 4)
+    bounds = tuple(range(0, 25, 4))
+    for order in (
+        Order(24, 4, bounds=bounds, window=2),
+        Order(24, 4),
+        Order(24, 2, repeats=3, bounds=bounds, window=2),
+    ):
+        timeline = Timeline(order, shard, 6)
+        for epoch, step in ((0, 0), (0, 3), (3, order.steps - 1)):
+            coming = timeline.from_here(epoch, step)
+            here = [shard[i] for s in range(step, order.steps) for i in order.step(epoch, s)[1]]
+            following = [shard[i] for s in range(order.steps) for i in order.step(epoch + 1, s)[1]]
+            wanted = list(dict.fromkeys(here))
+            assert set(coming[: len(wanted)]) == set(wanted)
+            assert list(dict.fromkeys([*wanted, *following]))[len(wanted) :] == coming[len(wanted) :]
+    evaluation = Order(24, 5, shuffle=False, drop_last=False)
+    assert Timeline(evaluation, shard, 6).from_here(0, 2) == [2, 3, 4, 5]

@@ -1,0 +1,275 @@
+"""Shards on their way from a store into the cache, ahead of need, in the order in which they are going to be read."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vimfast.data.cache import Cache, Download, Held, NoRoom
+from vimfast.data.tars import Route
+from vimfast.errors import UserError, counted
+from vimfast.shards.format import ShardEntry
+from vimfast.stores import Store, name_in
+
+_SHARDS_AT_ONCE = 2  # of a process: while the last bytes of one come, and are checked, those of the next do
+_PARTS_AT_ONCE = 4  # of a shard
+_PART_BYTES = 8 << 20
+_POLL, _ROOM_POLL = 0.02, 0.2  # seconds between two looks at what other processes fetch, and at what they let go of
+
+
+class Timeline:
+    """When the shards of a route are needed, in numbers of images from the beginning of an epoch.
+
+    Args:
+        shard: the shard of each image; integers [N].
+        count: how many shards there are.
+    """
+
+    def __init__(self, route: Route, shard: np.ndarray, count: int) -> None:
+        self.route = route
+        self._shard, self._count = shard, count
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def from_here(self, epoch: int, step: int) -> list[int]:
+        """The shards that are read from a step on, by when they are needed first; those of the next epoch come last."""
+        here = self.route.drawn_before(step)
+        order, last = self._epoch(epoch)
+        coming: list[int] = order[last[order] >= here].tolist()
+        if self.route.endless:
+            following, _ = self._epoch(epoch + 1)
+            known = set(coming)
+            coming += [shard for shard in following.tolist() if shard not in known]
+        for past in self._epochs.keys() - {epoch, epoch + 1}:
+            del self._epochs[past]
+        return coming
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards that are read at all, by their first images; and of each shard, where its last image comes."""
+        if epoch not in self._epochs:
+            shards = self._shard[self.route.drawn(epoch)]
+            first, last = np.full(self._count, len(shards)), np.full(self._count, -1)
+            places = np.arange(len(shards))
+            last[shards] = places  # of equal ones, the last counts
+            first[shards[::-1]] = places[::-1]
+            order = np.argsort(first, kind="stable")
+            self._epochs[epoch] = order[first[order] < len(shards)], last
+        return self._epochs[epoch]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a split in a store.
+
+    Args:
+        key: their folder in the cache.
+        index: rows of all images, ``INDEX_DTYPE``, in the order of shards.
+    """
+
+    store: Store
+    key: str
+    entries: Sequence[ShardEntry]
+    index: np.ndarray
+
+    def cached_name(self, shard: int) -> str:
+        """In the cache."""
+        return f"{self.key}/{self.entries[shard].name}"
+
+    def url(self, shard: int) -> str:
+        """As sentences have it."""
+        return name_in(self.store, self.entries[shard].name)
+
+    def damaged(self, shard: int, file: int) -> int:
+        """How many images of a copy of this shard, an open file, are not what was stored."""
+        begin, end = np.searchsorted(self.index["shard"], [shard, shard + 1]).tolist()
+        rows = self.index[begin:end]
+        places = zip(rows["offset"].tolist(), rows["size"].tolist(), rows["crc32"].tolist(), strict=True)
+        return sum(zlib.crc32(os.pread(file, size, offset)) != stored for offset, size, stored in places)
+
+
+class Fetcher:
+    """Keeps the shards that are read next in the cache, and held. Other processes do the same with the same cache:
+    each fetches what is not there and no other is fetching.
+
+    Args:
+        most: shards held at a time; the rest of the cache is for other data, and for what was used before.
+    """
+
+    def __init__(self, shards: Shards, cache: Cache, most: int) -> None:
+        self._shards, self._cache, self._most = shards, cache, most
+        self._changed = threading.Condition()
+        self._wanted: list[int] = []  # by when they are needed
+        self._held: dict[int, Held] = {}
+        self._busy: set[int] = set()  # being fetched by a thread of this process
+        self._failed: dict[int, UserError] = {}
+        self._without_room: NoRoom | OSError | None = None  # why the next one cannot be begun
+        self._closed = False
+        for _ in range(_SHARDS_AT_ONCE):
+            threading.Thread(target=self._work, name="fetch", daemon=True).start()
+
+    def want(self, shards: Sequence[int]) -> None:
+        """These are read next, in this order of first need; others are let go of."""
+        wanted = list(shards[: self._most])
+        with self._changed:
+            if wanted == self._wanted:
+                return
+            self._wanted, self._without_room = wanted, None
+            kept = set(wanted)
+            for shard in self._held.keys() - kept:
+                del self._held[shard]
+            self._changed.notify_all()
+
+    def wants(self, shard: int) -> bool:
+        """Whether it is to come."""
+        with self._changed:
+            return shard in self._wanted
+
+    def held(self, shard: int) -> Held | None:
+        """Its file, if it is here."""
+        with self._changed:
+            return self._held.get(shard)
+
+    def wait(self, shard: int, seconds: float) -> Held | None:
+        """Its file, once it is here; None where it does not come: it is not wanted, there is no room, or it takes
+        longer.
+
+        Raises:
+            UserError: it cannot be fetched; the sentence names it. Asked again, it is tried again.
+        """
+        end = time.monotonic() + seconds
+        with self._changed:
+            while shard not in self._held:
+                if shard in self._failed:
+                    raise self._failed.pop(shard)
+                if shard not in self._wanted or self.without_room_for(shard) or time.monotonic() > end or self._closed:
+                    return None
+                self._changed.wait(_ROOM_POLL)
+            return self._held[shard]
+
+    def without_room_for(self, shard: int) -> NoRoom | OSError | None:
+        """What keeps this shard from coming, if that is the cache."""
+        return None if shard in self._held or shard in self._busy else self._without_room
+
+    def missing(self) -> tuple[int, int]:
+        """How many of those wanted are not here, and how many are wanted."""
+        with self._changed:
+            return len(self._wanted) - len(self._held), len(self._wanted)
+
+    def forget(self, shard: int) -> None:
+        """A copy that is not what was stored: it is fetched again when it is wanted again."""
+        with self._changed:
+            if self._held.pop(shard, None) is not None:
+                self._cache.discard(self._shards.cached_name(shard))
+            self._wanted = []  # so that the next call of want begins on it
+
+    def close(self) -> None:
+        """End the threads, soon."""
+        with self._changed:
+            self._closed = True
+            self._held.clear()
+            self._changed.notify_all()
+
+    # Threads
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                found = self._next()
+                if isinstance(found, float):
+                    self._changed.wait(found)
+                    continue
+                shard, download = found
+                self._busy.add(shard)
+            held: Held | UserError
+            try:
+                held = self._fetch(shard, download)
+            except UserError as error:
+                held = error
+            except OSError as error:  # although the room had been taken
+                where = f"{self._shards.url(shard)} cannot be kept in {self._cache.folder} ({error.strerror})"
+                held = UserError(where, "free some of that disk, or take another --cache-dir")
+            with self._changed:
+                self._busy.discard(shard)
+                if isinstance(held, UserError):
+                    self._failed[shard] = held
+                elif shard in self._wanted and not self._closed:
+                    self._held[shard] = held
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[int, Download] | float:
+        """The first shard that somebody has to fetch, begun; or how long to wait before looking again, in seconds."""
+        pause = 3600.0
+        for shard in self._wanted:
+            if shard in self._held or shard in self._busy or shard in self._failed:
+                continue
+            name = self._shards.cached_name(shard)
+            held = self._cache.hold(name)
+            if held is not None:
+                self._held[shard] = held
+                self._changed.notify_all()
+                continue
+            try:
+                download = self._cache.begin(name, self._shards.entries[shard].bytes)
+            except (NoRoom, OSError) as error:
+                self._without_room = error
+                self._changed.notify_all()
+                return _ROOM_POLL
+            self._without_room = None
+            if download is not None:
+                return shard, download
+            pause = _POLL  # another process is at it
+        return pause
+
+    def _fetch(self, shard: int, download: Download) -> Held:
+        try:
+            self._copy(shard, download.file)
+            if self._shards.damaged(shard, download.file):  # on its way, perhaps
+                self._copy(shard, download.file)
+            if wrong := self._shards.damaged(shard, download.file):
+                raise UserError(
+                    f"{self._shards.url(shard)} is damaged: {counted(wrong, 'image')} in it differ from the index",
+                    "copy it to the store again, then resume",
+                )
+            return download.finish()
+        except BaseException:
+            download.abandon()
+            raise
+
+    def _copy(self, shard: int, file: int) -> None:
+        """All parts of a shard, several at a time. None is being written any more when this ends."""
+        entry = self._shards.entries[shard]
+        left = iter(range(0, entry.bytes, _PART_BYTES))  # next() on it is atomic
+        errors: list[UserError | OSError] = []
+
+        def copy_some() -> None:
+            try:
+                for offset in left:
+                    if errors or self._closed:
+                        return
+                    size = min(_PART_BYTES, entry.bytes - offset)
+                    _write(file, offset, self._shards.store.read_range(entry.name, offset, size))
+            except (UserError, OSError) as error:
+                errors.append(error)
+
+        # Not a pool's: those are waited for when the interpreter ends, even if their store does not answer.
+        threads = [threading.Thread(target=copy_some, name="fetch-part", daemon=True) for _ in range(_PARTS_AT_ONCE)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+
+def _write(file: int, offset: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(file, left, offset)
+        left, offset = left[written:], offset + written

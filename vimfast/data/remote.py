@@ -1,0 +1,204 @@
+"""The tars of a shards folder in a store: read from the local cache, to which they come ahead of need.
+
+Where few shards are read at a time (a window of them, or one after another), a batch waits for those that it needs,
+since the next batches need them too. Where every batch reads from all of them, it does not wait: images whose shard is
+not here yet are requested from the store one by one, a batch ahead, while the shards come. The same is done where there
+is no cache, or no room in it. Either way the images are those of the order, so only the speed depends on the cache.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vimfast.data.cache import Cache, CacheSettings, Held
+from vimfast.data.fetching import Fetcher, Shards, Timeline
+from vimfast.data.tars import Place, Route, allow_open_files, read_at
+from vimfast.errors import UserError, counted
+from vimfast.shards.format import Manifest
+from vimfast.stores import Store
+
+_REQUESTS_AT_ONCE = 32  # for images; a store takes some 30 ms to answer each
+_PATIENCE = 240.0  # seconds that a batch waits for a shard; less than a run may stand still (--stall-timeout)
+_TELL_AFTER, _TELL_EVERY = 10.0, 30.0  # seconds of waiting
+
+
+def remote_tars(store: Store, manifest: Manifest, split: str, index: np.ndarray, settings: CacheSettings) -> RemoteTars:
+    """The tars of one split of a shards folder in a store, with their cache.
+
+    Raises:
+        UserError: the cache cannot be used.
+    """
+    entry = manifest.splits[split]
+    # The index has the checksum of every image, so its own is as good as a name for all of them, wherever they are.
+    shards = Shards(store, f"{split}-{entry.samples}-{entry.index_crc32:08x}", entry.shards, index)
+    if settings.size == 0:
+        return RemoteTars(shards, None, 0)
+    cache = Cache(settings.path, settings.size)
+    return RemoteTars(shards, cache, most_held(manifest, split, settings.size))
+
+
+def most_held(manifest: Manifest, split: str, size: int | None) -> int:
+    """How many shards of a split may be held in a cache of `size` bytes at a time.
+
+    Where not all data fits, room for two shards is left to each of the other splits, which an evaluation reads one
+    after another.
+
+    Raises:
+        UserError: too few fit.
+    """
+    entries = manifest.splits.values()
+    own = manifest.splits[split].shards
+    if size is None or sum(shard.bytes for entry in entries for shard in entry.shards) <= size:
+        return max(len(own), 1)
+    largest = max(shard.bytes for entry in entries for shard in entry.shards)
+    others = 2 * (len(manifest.splits) - 1)
+    fit = size // largest
+    if fit < others + 2:
+        raise UserError(
+            f"--cache-size {size:,} is less than {others + 2} of the shards, of up to {largest:,} bytes",
+            f"give {(others + 2) * largest:,} or more, or 0 to keep nothing",
+        )
+    return fit - others if split == "train" else 2
+
+
+def window_for(held: int) -> int:
+    """The largest window of shards of which the next one can come while one is read.
+
+    Args:
+        held: shards that may be held at a time.
+    """
+    return max(held // 2, 1)
+
+
+class RemoteTars:
+    """Tars in a store.
+
+    Args:
+        cache: of their copies here; None: nothing is kept.
+        most: how many of them may be held in it at a time.
+    """
+
+    def __init__(self, shards: Shards, cache: Cache | None, most: int) -> None:
+        self._shards, self.cache, self.most = shards, cache, most
+        self._timeline: Timeline | None = None
+        self._fetcher: Fetcher | None = None  # from the first step on
+        self._requests: ThreadPoolExecutor | None = None
+        self._asked: list[dict[Place, Future[bytes]]] = [{}, {}]  # images that the last two batches were told of
+        self._impatient = False
+        self._warned = False
+
+    # What the loader calls
+
+    def follow(self, route: Route, epoch: int, step: int) -> None:
+        if self.cache is None:
+            return
+        if self._fetcher is None:
+            allow_open_files(self.most)
+            self._fetcher = Fetcher(self._shards, self.cache, self.most)
+            weakref.finalize(self, self._fetcher.close)
+        if self._timeline is None or self._timeline.route is not route:
+            self._timeline = Timeline(route, self._shards.index["shard"], len(self._shards.entries))
+        if self._impatient and not self._fetcher.missing()[0]:
+            self._impatient = False
+        self._fetcher.want(self._timeline.from_here(epoch, step))
+
+    def will_need(self, places: Sequence[Place]) -> None:
+        fresh = {} if self._waits else {place: self._request(place) for place in places if not self._held(place.shard)}
+        self._asked = [self._asked[1], fresh]
+
+    def read(self, places: Sequence[Place]) -> list[bytes]:
+        files = {shard: self._file(shard) for shard in dict.fromkeys(place.shard for place in places)}
+        asked = {place: self._take(place) for place in dict.fromkeys(places) if files[place.shard] is None}
+        return [
+            self._read_held(held, place) if (held := files[place.shard]) else asked[place].result() for place in places
+        ]
+
+    def read_again(self, place: Place) -> bytes:
+        if self._fetcher is not None and self._held(place.shard):
+            self._warn(f"a copy of {self.name(place.shard)} in {self._folder} is damaged: it is fetched again")
+            self._fetcher.forget(place.shard)
+        return self._read_range(place)
+
+    def name(self, shard: int) -> str:
+        return self._shards.url(shard)
+
+    # Copies here
+
+    @property
+    def _folder(self) -> Path:
+        assert self.cache is not None
+        return self.cache.folder
+
+    @property
+    def _waits(self) -> bool:
+        """Whether shards that are not here are waited for."""
+        return self._timeline is not None and self._timeline.route.by_shard and not self._impatient
+
+    def _held(self, shard: int) -> Held | None:
+        return None if self._fetcher is None else self._fetcher.held(shard)
+
+    def _file(self, shard: int) -> Held | None:
+        """The copy of a shard, once it is here; None where its images have to be requested."""
+        held = self._held(shard)
+        if held is not None or self._fetcher is None or not self._waits:
+            return held
+        begin = time.monotonic()
+        told = begin + _TELL_AFTER - _TELL_EVERY
+        while (held := self._fetcher.wait(shard, 1.0)) is None and self._fetcher.wants(shard):
+            now = time.monotonic()
+            if (why := self._fetcher.without_room_for(shard)) is not None:
+                self._warn(
+                    f"the cache in {self._folder} has no room for {self.name(shard)} ({why}): its images are read from "
+                    "the store one by one"
+                )
+                return None
+            if now > begin + _PATIENCE:
+                self._impatient = True
+                return None
+            if now > told + _TELL_EVERY:
+                told = now
+                missing, wanted = self._fetcher.missing()
+                _say(f"waiting for data: {wanted - missing} of the next {counted(wanted, 'shard')} have arrived")
+        return held
+
+    def _read_held(self, held: Held, place: Place) -> bytes:
+        try:
+            data = read_at(held.file, place.offset, place.size)
+        except OSError as error:
+            self._warn(f"{self._folder} cannot be read ({error.strerror}): images are read from the store instead")
+            data = b""
+        return data if len(data) == place.size else self._read_range(place)
+
+    # Images of the store
+
+    def _take(self, place: Place) -> Future[bytes]:
+        for asked in self._asked:
+            if (found := asked.pop(place, None)) is not None:
+                return found
+        return self._request(place)
+
+    def _request(self, place: Place) -> Future[bytes]:
+        if self._requests is None:
+            self._requests = ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix="request")
+        return self._requests.submit(self._read_range, place)
+
+    def _read_range(self, place: Place) -> bytes:
+        shards = self._shards
+        return shards.store.read_range(shards.entries[place.shard].name, place.offset, place.size)
+
+    def _warn(self, sentence: str) -> None:
+        """Once; more of the same would follow."""
+        if not self._warned:
+            self._warned = True
+            _say(f"warning: {sentence}")
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

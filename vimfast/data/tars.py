@@ -1,0 +1,192 @@
+"""The tars of a shards folder on this machine, read in place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from vimfast.errors import UserError
+
+_AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
+_AGAIN = "copy it again or run vimfast-prepare again"
+_RESUME = "copy it again or run vimfast-prepare again, then resume"
+
+
+class Place(NamedTuple):
+    """Where bytes lie: the number of a shard, and offset and size in its tar."""
+
+    shard: int
+    offset: int
+    size: int
+
+
+class Route(Protocol):
+    """What all ranks together read, in order; :class:`~vimfast.data.order.Order` is one."""
+
+    @property
+    def by_shard(self) -> bool:
+        """Whether few shards are read at a time, rather than all of them at once."""
+
+    @property
+    def endless(self) -> bool:
+        """Whether another epoch follows each."""
+
+    def drawn(self, epoch: int) -> np.ndarray:
+        """The ids of the images of an epoch, in order; int [n]."""
+
+    def drawn_before(self, step: int) -> int:
+        """How many of them come before a step."""
+
+
+class Tars(Protocol):
+    """The tars of a split, wherever they lie. Safe to use from several threads.
+
+    Raises:
+        UserError: one cannot be read; the sentence names it.
+    """
+
+    def follow(self, route: Route, epoch: int, step: int) -> None:
+        """This step is read next, then those that follow it on the route."""
+
+    def will_need(self, places: Sequence[Place]) -> None:
+        """These are read next but one: begin on them."""
+
+    def read(self, places: Sequence[Place]) -> list[bytes]:
+        """The bytes of each place."""
+
+    def read_again(self, place: Place) -> bytes:
+        """Of a place whose bytes were not what was stored: from where they come from, if these were copies."""
+
+    def name(self, shard: int) -> str:
+        """Path or URL."""
+
+
+class LocalTars:
+    """Tars in a folder of this machine.
+
+    Args:
+        sizes: in bytes, by name.
+
+    Raises:
+        UserError: one is missing, cannot be opened, or has another size.
+    """
+
+    def __init__(self, folder: Path, sizes: Sequence[tuple[str, int]]) -> None:
+        allow_open_files(len(sizes))
+        self._tars = [_Tar(folder / name, size) for name, size in sizes]
+
+    def follow(self, route: Route, epoch: int, step: int) -> None:
+        """Nothing: they are here."""
+
+    def will_need(self, places: Sequence[Place]) -> None:
+        for shard, offset, size in places:
+            self._tars[shard].will_need(offset, size)
+
+    def read(self, places: Sequence[Place]) -> list[bytes]:
+        return [self._tars[shard].read(offset, size) for shard, offset, size in places]
+
+    def read_again(self, place: Place) -> bytes:
+        return self._tars[place.shard].read(place.offset, place.size)
+
+    def name(self, shard: int) -> str:
+        return str(self._tars[shard].path)
+
+
+class _Tar:
+    """One tar. It is read rather than mapped: a map whose file is cut off, or whose disk fails, ends the process with
+    a signal and without a word, in whatever thread happens to decode.
+
+    It is opened once and stays open, so that a run reads the tars that it began with whatever becomes of their names;
+    where too few open files are allowed, it is opened for each image.
+
+    Raises:
+        UserError: it cannot be read, or does not have its `size`.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self._kept: int | None = None
+        file = self._open()
+        # A new file has the lowest free number, so this leaves half of the limit to everybody else.
+        if file < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            self._kept = file
+            weakref.finalize(self, os.close, file).atexit = False  # threads may be reading still
+        found = os.fstat(file)
+        self._let_go(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is not a regular file", _AGAIN)
+        if found.st_size != size:
+            raise UserError(f"{path} has {found.st_size} bytes, the manifest says {size}", _AGAIN)
+
+    def _open(self) -> int:
+        if self._kept is not None:
+            return self._kept
+        try:
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing", _AGAIN) from None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be opened ({error.strerror})", _opening(error)) from None
+
+    def _let_go(self, file: int) -> None:
+        if file != self._kept:
+            os.close(file)
+
+    def will_need(self, offset: int, size: int) -> None:
+        """Ask for these bytes: a cold disk then fetches a batch at once, not image by image as they are read."""
+        file = self._open()
+        with suppress(OSError):  # reported when it is read
+            for start in range(offset, offset + size, _AHEAD_BYTES):
+                os.posix_fadvise(file, start, min(_AHEAD_BYTES, offset + size - start), os.POSIX_FADV_WILLNEED)
+        self._let_go(file)
+
+    def read(self, offset: int, size: int) -> bytes:
+        file = self._open()
+        try:
+            data = read_at(file, offset, size)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror})", _RESUME) from None
+        finally:
+            self._let_go(file)
+        if len(data) < size:
+            raise UserError(
+                f"{self.path} was cut off while it was in use: it ends before byte {offset + size}", _RESUME
+            )
+        return data
+
+
+def read_at(file: int, offset: int, size: int) -> bytes:
+    """Fewer bytes only where the file ends.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    data = os.pread(file, size, offset)
+    while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def _opening(error: OSError) -> str:
+    """What to do about a shard that cannot be opened."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    return "fix its permissions, or the disk" if error.errno in (errno.EACCES, errno.EPERM, errno.EIO) else _AGAIN
+
+
+def allow_open_files(count: int) -> None:
+    """1,024 is a common limit, which any process may raise."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * count + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
