@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from loaders import make_loader
 from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble, moto, s3, wait_for
 from PIL import Image
+from runs import TINY, Stops, differences, environment, train
 from torch import Tensor
 
+from vimfast.config import DataConfig, load_config
 from vimfast.data.cache import Cache, CacheSettings, NoRoom
 from vimfast.data.fetching import Timeline
 from vimfast.data.order import Order
@@ -31,6 +35,7 @@ from vimfast.stores import open_store
 
 __all__ = ["moto", "s3"]  # fixtures
 
+WINDOW = ("--order", "window", "--order-window", "3")
 URL = f"s3://{BUCKET}/shards"
 IMAGES, IN_SHARD = 60, 5  # 12 training shards
 
@@ -123,6 +128,7 @@ def test_ranks_share_the_cache_and_their_number_may_change(local: Path, remote: 
 READS_ALL = """
 import sys
 import numpy as np
+from vimfast.config import DataConfig, load_config
 from vimfast.data.cache import CacheSettings
 from vimfast.data.order import Order
 from vimfast.data.source import open_source
@@ -141,7 +147,8 @@ for step in range(order.steps):
 def reads_all(cache: Path, seed: int = 0) -> subprocess.Popen[str]:
     """A process that reads all images, each once."""
     command = [sys.executable, "-c", READS_ALL, URL, str(cache), str(seed)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, **environment()}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def test_two_processes_fetch_each_shard_once(remote: Proxy, tmp_path: Path) -> None:
@@ -197,7 +204,7 @@ def test_a_damaged_object_is_named(remote: Proxy, tmp_path: Path) -> None:
     remote.troubles = [Trouble("train-000003.tar", flip=1000)]
     with pytest.raises(UserError, match=rf"^{URL}/train-000003.tar is damaged: 1 image in it .*copy it to the store"):
         one_epoch(open_source(URL, "train", settings(tmp_path)))
-    assert not list(tmp_path.rglob("train-000003.tar*")), "it does not stay in the cache"
+    assert not list(tmp_path.rglob("train-000003.tar")), "it does not come into the cache"
     with pytest.raises(UserError, match=rf"^{URL}/train-000003.tar: \S+ is damaged: it differs from its checksum"):
         one_epoch(open_source(URL, "train", settings(tmp_path, 0)), False)
 
@@ -268,19 +275,80 @@ def test_no_room_is_no_end(local: Path, remote: Proxy, tmp_path: Path, capfd: py
 
 FULL_DISK = """
 mount -t tmpfs -o size=$2 none "$3" || exit 77
-exec "$1" -c "$4" "$5" "$3" 0
+exec "$1" -c "$4" "$5" "$3" $6
 """
+FILL_IT = """
+import os
+space = os.statvfs(sys.argv[2])
+with open(sys.argv[2] + "/ballast", "wb") as file:  # somebody else's
+    file.write(bytes(space.f_bavail * space.f_frsize - int(sys.argv[3])))
+sys.argv[3] = "0"
+order ="""
 
 
 def test_a_full_disk_is_no_end(local: Path, remote: Proxy, tmp_path: Path) -> None:
-    """Room for four shards: what was used is evicted, although no size was given."""
-    room = str(4 * (shard_bytes(local) + 4096) + 3 * 4096)
-    words = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", sys.executable, room, str(tmp_path), READS_ALL, URL]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    if (done.returncode in (1, 77) and "unshare" in done.stderr + done.stdout) or done.returncode == 77:
-        pytest.skip("a tmpfs cannot be mounted here")
+    """There is room for all shards, then for eight: what was used is evicted, although the size is not reached."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    shards = [-(-path.stat().st_size // page) * page for path in local.glob("*.tar")]
+    program = READS_ALL.replace("order =", FILL_IT, 1)
+    words = ["unshare", "-rm", "bash", "-c", FULL_DISK, "bash", sys.executable, str(2 * sum(shards)), str(tmp_path)]
+    try:
+        done = subprocess.run(
+            [*words, program, URL, str(8 * max(shards))],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, **environment()},
+        )
+    except FileNotFoundError:
+        pytest.skip("unshare, which gives a small disk, is not installed")
+    if done.returncode == 77 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"no small disk may be mounted here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == IMAGES // 5
+
+
+def test_a_disk_too_small_is_refused(
+    local: Path, remote: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50_000))
+    with pytest.raises(UserError, match=r"the shards have 0\.\d GB and the disk of .* has room for 0\.0 GB; free some"):
+        open_source(URL, "train", settings(tmp_path))
+
+
+# Runs
+
+
+def test_a_run_of_windows_as_large_as_the_cache(
+    local: Path, remote: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in mid-epoch and resumed with another, empty cache: it ends as a run from the disk does."""
+    size = 9 * shard_bytes(local)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**TINY, "schedule": {"epochs": 2, "warmup_epochs": 0}}))
+    flags = ["--config", str(recipe), "--no-model-ema", "--output_dir"]
+    train(*flags, str(tmp_path / "here"), "--data-path", str(local), *WINDOW)
+    away = [*flags, str(tmp_path / "away"), "--data-path", URL, "--cache-size", str(size), "--cache-dir"]
+    train(*away, str(tmp_path / "one"), control=Stops("epoch 1, step 7"))
+    assert "cannot hold all shards: --order window --order-window 3" in capsys.readouterr().out
+    train(*away, str(tmp_path / "two"), "--resume", "auto")
+    assert f"{size} in {tmp_path / 'two'}" in capsys.readouterr().out
+    assert not differences(tmp_path / "here", tmp_path / "away")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("", None), ("0", 0), ("12", 12), ("1.5GB", 1_500_000_000), ("2 TiB", 2 << 40), ("3k", 3000), ("5MB", 5_000_000)],
+)
+def test_sizes_of_the_cache(text: str, size: int | None) -> None:
+    assert DataConfig(cache_size=text).cache_bytes == size
+
+
+def test_a_size_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="--cache-size is 'much'; give a size such as 500MB or 200GB"):
+        load_config(["--data-path", URL, "--cache-size", "much"])
 
 
 # The cache alone

@@ -24,7 +24,7 @@ from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.views import Evaluation, RegionInputs, Work
 from vimfast.dist import World
 from vimfast.sheet import PALETTE, Caption, Colour, Sheet, Tile
-from vimfast.train.loaders import open_training, open_training_source, open_validation
+from vimfast.train.loaders import fit_order, open_training, open_training_source, open_validation
 from vimfast.train.mixing import Mixup, build_mixup
 from vimfast.train.report import Reporter
 
@@ -97,6 +97,7 @@ class _Sample(NamedTuple):
 
 def _draw_training(cfg: Config, count: int, world: World, title: str, settings: str) -> Image.Image:
     source = open_training_source(cfg)
+    cfg = fit_order(cfg, source, Reporter(None, False))
     final_size, cfg = cfg.model.size, staged(cfg)[0].config
     batch = min(plan_batches(cfg, 1).batch_size, len(source))
     silent = Reporter(None, False)

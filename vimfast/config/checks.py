@@ -33,6 +33,7 @@ def check(config: Config) -> None:
     _check_optimizer(config.optim.opt)
     if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
         raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
+    config.data.cache_bytes  # noqa: B018  # raises
     if config.model.in_chans not in (1, 3):
         raise UserError(f"in_chans is {config.model.in_chans}", "it must be 3, or 1 for grey images")
     if config.optim.layer_decay == 0:

@@ -6,6 +6,7 @@ hustvl/Vim's ``main.py`` where it has them, so its command lines carry over.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -29,8 +30,15 @@ from vimfast.config.choices import (
     PositionResampling,
     Schedule,
 )
+from vimfast.errors import UserError
 from vimfast.files import write_text
 from vimfast.image_size import ImageSize, SizeLike
+
+_PREFIXES = {"": 1} | {
+    letter + binary: (1024 if binary else 1000) ** power
+    for power, letter in enumerate("kMGT", 1)
+    for binary in ("", "i")
+}
 
 
 def option(
@@ -183,7 +191,17 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     data_path: str = option(
-        "", "shards from vimfast-prepare, or a folder tree with train/ and val/", neutral=True, path=True
+        "",
+        "shards from vimfast-prepare, here or in a store (s3://, gs://, az://, https:// and more), or a folder tree"
+        " with train/ and val/",
+        neutral=True,
+        path=True,
+    )
+    cache_dir: str = option(
+        "", "folder on a local disk for the shards of a store; default: ~/.cache/vimfast", neutral=True, path=True
+    )
+    cache_size: str = option(
+        "", "most bytes of shards in it, such as 200GB; 0: keep none; default: room for all of the data", neutral=True
     )
     class_map: str = option(
         "",
@@ -225,6 +243,21 @@ class DataConfig:
     prefetch: int = option(3, "batches decoded ahead", least=1, neutral=True)
     readahead: int = option(4, "batches read ahead of those from disk", least=1, neutral=True)
     on_bad_image: OnBadImage = option("stop", "at an image that does not decode: end the run, or continue without it")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Of the cache; None: as many as the data has.
+
+        Raises:
+            UserError: the setting is not a size.
+        """
+        if not self.cache_size:
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?i?B?)", self.cache_size.strip())
+        prefix = found[2].rstrip("B") if found else "?"
+        if found is None or prefix not in _PREFIXES:
+            raise UserError(f"--cache-size is {self.cache_size!r}", "give a size such as 500MB or 200GB")
+        return int(float(found[1]) * _PREFIXES[prefix])
 
 
 @dataclass

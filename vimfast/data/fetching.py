@@ -17,7 +17,7 @@ from vimfast.errors import UserError, counted
 from vimfast.shards.format import ShardEntry
 from vimfast.stores import Store, name_in
 
-_SHARDS_AT_ONCE = 2  # of a process: while the last bytes of one come, and are checked, those of the next do
+_SHARDS_AT_ONCE = 3  # of a process: while the last bytes of one come, and are checked, those of the next do
 _PARTS_AT_ONCE = 4  # of a shard
 _PART_BYTES = 8 << 20
 _POLL, _ROOM_POLL = 0.02, 0.2  # seconds between two looks at what other processes fetch, and at what they let go of

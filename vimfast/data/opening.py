@@ -8,6 +8,7 @@ import torch
 
 from vimfast.augment.recipe import evaluation_crop
 from vimfast.config import AugmentConfig
+from vimfast.data.cache import CacheSettings
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.source import open_source
@@ -28,6 +29,7 @@ def training_loader(
     split: str = "train",
     device: torch.device | str | None = None,
     settings: LoaderSettings | None = None,
+    cache: CacheSettings | None = None,
 ) -> Loader:
     """Random crops in a new order each epoch, the same on any number of processes with the same global batch.
 
@@ -35,7 +37,7 @@ def training_loader(
     left out of an epoch.
 
     Args:
-        path: a shards folder or a folder tree.
+        path: a shards folder or a folder tree, or the URL of a shards folder in a store.
         batch_size: images a step on this rank.
         size: side of the square, pixels; or (height, width).
         augmentation: what is done after crop and flip, ``AugmentConfig()`` for the recipe of Vision Mamba (RandAugment
@@ -46,12 +48,14 @@ def training_loader(
         split: of the data.
         device: where batches come out; None: the current GPU if there is one.
         settings: how the loader works.
+        cache: of a store's shards. One that cannot hold all of them is for orders by window, which this has not: images
+            that are not in it are read one by one.
 
     Raises:
         UserError: the data cannot be used, or is too little for one step.
     """
     _check(batch_size=batch_size, size=min(ImageSize.of(size)), repeats=repeats)
-    source = open_source(path, split)
+    source = open_source(path, split, cache)
     rank, world = ranks()
     order = Order(
         len(source),
@@ -74,6 +78,7 @@ def evaluation_loader(
     split: str = "val",
     device: torch.device | str | None = None,
     settings: LoaderSettings | None = None,
+    cache: CacheSettings | None = None,
 ) -> Loader:
     """The middle of every image, each once over all ranks, resized as Pillow does it.
 
@@ -81,14 +86,14 @@ def evaluation_loader(
     ranks rather than average accuracies.
 
     Args:
-        path, batch_size, size, split, device, settings: as for :func:`training_loader`.
+        path, batch_size, size, split, device, settings, cache: as for :func:`training_loader`.
         crop_ratio: images are resized to cover size / this, then the middle is cut out; 1 for sizes up to 32.
 
     Raises:
         UserError: the data cannot be used.
     """
     _check(batch_size=batch_size, size=min(ImageSize.of(size)))
-    source = open_source(path, split)
+    source = open_source(path, split, cache)
     rank, world = ranks()
     order = Order(len(source), batch_size, world=world, rank=rank, shuffle=False, drop_last=False)
     crop = evaluation_crop(ImageSize.of(size), crop_ratio)

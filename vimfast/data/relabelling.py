@@ -81,6 +81,10 @@ class Relabelled:
     def __len__(self) -> int:
         return len(self._source)
 
+    @property
+    def widest_window(self) -> int | None:
+        return self._source.widest_window
+
     def follow(self, route: Route, epoch: int, step: int) -> None:
         self._source.follow(route, epoch, step)
 

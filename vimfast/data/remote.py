@@ -8,6 +8,7 @@ is no cache, or no room in it. Either way the images are those of the order, so 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 import weakref
@@ -41,6 +42,7 @@ def remote_tars(store: Store, manifest: Manifest, split: str, index: np.ndarray,
     if settings.size == 0:
         return RemoteTars(shards, None, 0)
     cache = Cache(settings.path, settings.size)
+    _check_disk(cache, sum(shard.bytes for split in manifest.splits.values() for shard in split.shards))
     return RemoteTars(shards, cache, most_held(manifest, split, settings.size))
 
 
@@ -68,13 +70,20 @@ def most_held(manifest: Manifest, split: str, size: int | None) -> int:
     return fit - others if split == "train" else 2
 
 
-def window_for(held: int) -> int:
-    """The largest window of shards of which the next one can come while one is read.
+def _check_disk(cache: Cache, data: int) -> None:
+    """Whether the disk has room for the cache, with what is there already.
 
-    Args:
-        held: shards that may be held at a time.
+    Raises:
+        UserError: it has not.
     """
-    return max(held // 2, 1)
+    room = shutil.disk_usage(cache.folder).free + cache.used()
+    needed = data if cache.size is None else min(data, cache.size)
+    if needed > room:
+        what = "the shards have" if cache.size is None else "--cache-size is"
+        raise UserError(
+            f"{what} {needed / 1e9:,.1f} GB and the disk of {cache.folder} has room for {room / 1e9:,.1f} GB",
+            f"free some, take another --cache-dir, or give --cache-size {int(room * 0.95 / 1e9)}GB or less",
+        )
 
 
 class RemoteTars:
@@ -95,6 +104,10 @@ class RemoteTars:
         self._warned = False
 
     # What the loader calls
+
+    @property
+    def widest_window(self) -> int | None:
+        return None if self.cache is None or self.most >= len(self._shards.entries) else max(self.most // 2, 1)
 
     def follow(self, route: Route, epoch: int, step: int) -> None:
         if self.cache is None:

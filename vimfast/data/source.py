@@ -83,6 +83,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def widest_window(self) -> int | None:
+        """The most shards to be read together, where not all of them can be here at a time; None: any number."""
+
     def follow(self, route: Route, epoch: int, step: int) -> None:
         """This step is read next, then those that follow it on the route: a store's shards are fetched by that."""
 
@@ -192,6 +196,10 @@ class ShardSource:
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def widest_window(self) -> int | None:
+        return self.tars.widest_window
+
     def follow(self, route: Route, epoch: int, step: int) -> None:
         self.tars.follow(route, epoch, step)
 
@@ -259,6 +267,10 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def widest_window(self) -> int | None:
+        return None
 
     def follow(self, route: Route, epoch: int, step: int) -> None:
         """Nothing: files are here."""

@@ -54,6 +54,10 @@ class Tars(Protocol):
         UserError: one cannot be read; the sentence names it.
     """
 
+    @property
+    def widest_window(self) -> int | None:
+        """The most shards to be read together, where the next ones have to come while they are; None: any number."""
+
     def follow(self, route: Route, epoch: int, step: int) -> None:
         """This step is read next, then those that follow it on the route."""
 
@@ -83,6 +87,10 @@ class LocalTars:
     def __init__(self, folder: Path, sizes: Sequence[tuple[str, int]]) -> None:
         allow_open_files(len(sizes))
         self._tars = [_Tar(folder / name, size) for name, size in sizes]
+
+    @property
+    def widest_window(self) -> int | None:
+        return None
 
     def follow(self, route: Route, epoch: int, step: int) -> None:
         """Nothing: they are here."""

@@ -21,6 +21,7 @@ from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
 from vimfast.train.compiling import captures
 from vimfast.train.fitting import blank_batch, largest_batch
+from vimfast.train.loaders import cache_settings
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.model import build_models, build_step
@@ -58,7 +59,7 @@ def with_batch_size(
             f"--batch-size {AUTO} tries what fits into a GPU's memory, and this run is on {world.device.type}",
             "give a number",
         )
-    source = open_mapped(cfg.data.data_path, "train", cfg.data.class_map)
+    source = open_mapped(cfg.data.data_path, "train", cfg.data.class_map, cache_settings(cfg.data))
     begin, most = time.monotonic(), len(source) // world.size
     trial = StepTrial(cfg, len(source.classes), world, max(sizes, key=lambda size: size.pixels))
     with memory_limit(world.device):

@@ -29,7 +29,7 @@ from vimfast.train.folder import RunFolder, check_folder, unwritable
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.health import GradientHealth, LossHealth
 from vimfast.train.hooks import Beginning, Progress, Records
-from vimfast.train.loaders import open_training, open_training_source, open_validation
+from vimfast.train.loaders import fit_order, open_training, open_training_source, open_validation
 from vimfast.train.loop import Evaluated, EvaluationRun, Hook, Place, TrainingRun
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import build_mixup
@@ -135,6 +135,7 @@ def _build_training(
     control.doing("building the run")
     val_loader = open_validation(cfg, plan_batches(cfg, world.size).batch_size, world, start, report)
     source = open_training_source(cfg, val_loader.source.classes)
+    cfg = fit_order(cfg, source, report)
     # One process saves its place when it cannot have an image. Of several, the others are inside the step by then.
     stop = control.stop_for if world.size > 1 else None
     curriculum = _curriculum(cfg, source, world, stage, report, stop)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from vimfast.augment.recipe import Recipe, evaluation_crop, training_crop
 from vimfast.checkpoint import Loaded
 from vimfast.config import Batches, Config, DataConfig
+from vimfast.data.cache import CacheSettings
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.relabelling import numbered, open_mapped
@@ -27,7 +28,7 @@ def open_validation(cfg: Config, batch_size: int, world: World, start: Loaded | 
         UserError: they are not, or the data cannot be used.
     """
     data, size = cfg.data, cfg.model.size
-    source = open_mapped(data.data_path, "val", data.class_map)
+    source = open_mapped(data.data_path, "val", data.class_map, cache_settings(data))
     state, origin = (None, "") if start is None else (start.state, str(start.path))
     check_classes(source.classes, cfg.model.num_classes, state, origin, data.data_path)
     order = Order(
@@ -55,7 +56,7 @@ def open_training_source(cfg: Config, classes: Sequence[str] | None = None) -> S
         UserError: the training images are of others, or cannot be used.
     """
     data = cfg.data
-    source = open_mapped(data.data_path, "train", data.class_map)
+    source = open_mapped(data.data_path, "train", data.class_map, cache_settings(data))
     classes = source.classes if classes is None else classes
     if list(source.classes) != list(classes):
         problem = f"train has {len(source.classes)} classes and val has {len(classes)}"
@@ -67,6 +68,18 @@ def open_training_source(cfg: Config, classes: Sequence[str] | None = None) -> S
     if not data.class_map:  # which may have the classes of other data
         check_every_class(classes, source.labels, data.data_path)
     return numbered(source) if cfg.mix.soft_targets else source
+
+
+def fit_order(cfg: Config, source: Source, report: Reporter) -> Config:
+    """The settings, with an order of images for which their cache is large enough."""
+    data, widest = cfg.data, source.widest_window
+    if widest is None or (data.order == "window" and data.order_window <= widest):
+        return cfg
+    order = f"--order window --order-window {widest}"
+    report.say(
+        f"--cache-size {data.cache_size} cannot hold all shards: {order}, so that half of it is for the next ones"
+    )
+    return replace(cfg, data=replace(data, order="window", order_window=widest))
 
 
 def open_training(
@@ -126,6 +139,11 @@ def _training_order(cfg: Config, source: Source, batches: Batches, world: World)
         raise UserError(f"--accum-steps {accum} is more than the {count} of an epoch", "lower it")
     limit = cfg.run.steps_per_epoch
     return replace(order, limit=accum * (updates if limit is None else min(limit, updates)))
+
+
+def cache_settings(data: DataConfig) -> CacheSettings:
+    """Where the shards of a store are kept."""
+    return CacheSettings(data.cache_dir, data.cache_bytes)
 
 
 def _settings(data: DataConfig, report: Reporter) -> LoaderSettings:

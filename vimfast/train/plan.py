@@ -8,8 +8,10 @@ from torch import nn
 from vimfast.config import Config
 from vimfast.data.loader import Loader
 from vimfast.dist import World
+from vimfast.stores import is_url
 from vimfast.train.compiling import is_compiled
 from vimfast.train.device import kernels
+from vimfast.train.loaders import cache_settings
 from vimfast.train.loop import EvaluationRun, Precision, TrainingRun
 from vimfast.train.report import duration
 from vimfast.train.run_state import FACTOR
@@ -23,6 +25,7 @@ def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
         ("model", _model(run, cfg)),
         ("computes", _computes(run.world, run.precision, run.model, captured=run.train_step.captured)),
         ("trains on", _images(run, cfg)),
+        ("cache", _cache(cfg)),
         ("stages", _stages(run)),
         ("augments by", _augmentation(run.stage.config) + _in_stage(run)),
         ("decodes by", _decoding(run.loader)),
@@ -45,6 +48,7 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
         ("model", f"{_name(cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters"),
         ("computes", _computes(run.world, run.precision, model)),
         ("evaluates on", f"{images}, at {cfg.model.size} pixels{limit}"),
+        ("cache", _cache(cfg)),
         ("decodes by", _decoding(loader)),
         ("batch", f"{run.world.size} process{'es' * (run.world.size != 1)} x {batch} images"),
         ("memory", _memory(run.world.device)),
@@ -74,6 +78,16 @@ def _computes(world: World, precision: Precision, model: nn.Module, *, captured:
 
 def _decoding(loader: Loader) -> str:
     return f"decoder {loader.settings.decoder}, threads {loader.settings.threads}"
+
+
+def _cache(cfg: Config) -> str:
+    """Of the shards of a store."""
+    settings = cache_settings(cfg.data)
+    if not is_url(cfg.data.data_path):
+        return ""
+    if settings.size == 0:
+        return "none: images are read from the store one by one"
+    return f"{cfg.data.cache_size or 'all shards'} in {settings.path}"
 
 
 def _images(run: TrainingRun, cfg: Config) -> str:
