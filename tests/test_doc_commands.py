@@ -59,6 +59,7 @@ NOT_RUN = [
         r"^vimfast train --(processes N|max-restarts 3) $|^vimfast (report RUN|check DATA)|^vimfast-prepare --re",
         "named without its folders",
     ),
+    (r"--data-path s3://", "needs a store; tests/test_remote.py has one"),
     (r"^python -m vimfast\.", "the same as a command of vimfast; other tests run it by this name"),
     (r"^python train\.py ", "timm's; its wheel does not have it"),
 ]

@@ -6,7 +6,8 @@
 - clients: whole objects, parts of 8 MB and images, in MB/s and processor time;
 - warm: the loader with every shard in its cache, against the same shards on the disk; both read, then both decode;
 - cold: an epoch of windows with an empty cache, from a store limited in rate and latency, against that rate; then the
-  same with a cache that holds two windows.
+  same with a cache that holds two windows;
+- none: a permutation without a cache, image by image, from a store of that latency.
 
 Use shards of images as yours are, of some GB, and enough of them for the window (vimfast prepare --shard-samples).
 Two of the cores are enough to see the client's cost, and the server needs some of them: compare on a quiet machine.
@@ -43,7 +44,7 @@ from vimfast.data.views import training_view
 from vimfast.shards.format import read_manifest
 from vimfast.stores import open_store
 
-PARTS = ("clients", "warm", "cold")
+PARTS = ("clients", "warm", "cold", "none")
 _PART_BYTES, _IMAGE_BYTES, _IMAGES = 8 << 20, 110_000, 2000
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     args = parse()
     for part in args.only:
         print(f"\n{part}")
-        {"clients": clients, "warm": warm, "cold": cold}[part](args)
+        {"clients": clients, "warm": warm, "cold": cold, "none": none}[part](args)
 
 
 def parse() -> argparse.Namespace:
@@ -246,6 +247,16 @@ def cold(args: argparse.Namespace) -> None:
                     f"{rate / args.rate:.1%}; {share:.1%} of plain requests; {processor / seconds:.2f} cores",
                     flush=True,
                 )
+
+
+def none(args: argparse.Namespace) -> None:
+    """Some steps of an epoch, in images a second."""
+    with served(args.data, latency=args.latency) as url:
+        source = open_source(url, "train", CacheSettings(size=0))
+        order = Order(len(source), args.batch_size, limit=40)
+        _, seconds, processor = timed(partial(read_epoch, source, order))
+        images = order.steps * order.global_batch
+        print(f"reading: {images / seconds:,.0f} images/s; {processor / seconds:.2f} cores", flush=True)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Fetcher:
         self._wanted: list[int] = []  # by when they are needed
         self._held: dict[int, Held] = {}
         self._busy: set[int] = set()  # being fetched by a thread of this process
-        self._failed: dict[int, UserError] = {}
+        self._failed: dict[int, Exception] = {}
         self._without_room: NoRoom | OSError | None = None  # why the next one cannot be begun
         self._closed = False
         for _ in range(_SHARDS_AT_ONCE):
@@ -187,17 +187,17 @@ class Fetcher:
                     continue
                 shard, download = found
                 self._busy.add(shard)
-            held: Held | UserError
+            held: Held | Exception
             try:
                 held = self._fetch(shard, download)
-            except UserError as error:
-                held = error
             except OSError as error:  # although the room had been taken
                 where = f"{self._shards.url(shard)} cannot be kept in {self._cache.folder} ({error.strerror})"
                 held = UserError(where, "free some of that disk, or take another --cache-dir")
+            except Exception as error:  # raised where the shard is waited for
+                held = error
             with self._changed:
                 self._busy.discard(shard)
-                if isinstance(held, UserError):
+                if isinstance(held, Exception):
                     self._failed[shard] = held
                 elif shard in self._wanted and not self._closed:
                     self._held[shard] = held
@@ -246,7 +246,7 @@ class Fetcher:
         """All parts of a shard, several at a time. None is being written any more when this ends."""
         entry = self._shards.entries[shard]
         left = iter(range(0, entry.bytes, _PART_BYTES))  # next() on it is atomic
-        errors: list[UserError | OSError] = []
+        errors: list[Exception] = []
 
         def copy_some() -> None:
             try:
@@ -255,7 +255,7 @@ class Fetcher:
                         return
                     size = min(_PART_BYTES, entry.bytes - offset)
                     _write(file, offset, self._shards.store.read_range(entry.name, offset, size))
-            except (UserError, OSError) as error:
+            except Exception as error:
                 errors.append(error)
 
         # Not a pool's: those are waited for when the interpreter ends, even if their store does not answer.

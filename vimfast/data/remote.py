@@ -25,7 +25,7 @@ from vimfast.errors import UserError, counted
 from vimfast.shards.format import Manifest
 from vimfast.stores import Store
 
-_REQUESTS_AT_ONCE = 32  # for images; a store takes some 30 ms to answer each
+_REQUESTS_AT_ONCE = 64  # for images; a store takes some 30 ms to answer each
 _PATIENCE = 240.0  # seconds that a batch waits for a shard; less than a run may stand still (--stall-timeout)
 _TELL_AFTER, _TELL_EVERY = 10.0, 30.0  # seconds of waiting
 

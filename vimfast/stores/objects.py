@@ -32,7 +32,7 @@ _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, run aws configure, or set AWS_SKIP_SIGNATURE=true for a "
     "public bucket",
     "gs": "run gcloud auth application-default login, or set GOOGLE_SKIP_SIGNATURE=true for a public bucket",
-    "az": "set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or AZURE_USE_AZURE_CLI=true after az login",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_USE_AZURE_CLI=true after az login",
     "ht": "check the address",
 }
 
@@ -64,7 +64,9 @@ class ObjectStore:
         try:
             return obstore.store.from_url(self.url, **options)
         except BaseError as error:
-            raise UserError(f"{self.url} cannot be opened ({_first_line(error)})", "check the URL") from None
+            raise UserError(
+                f"{self.url} cannot be opened ({_first_line(error)})", f"check the URL; {self._fix}"
+            ) from None
 
     def entries(self, under: str = "") -> Iterator[Entry]:
         """All objects below a folder; a web server has no way to say."""
@@ -126,7 +128,7 @@ class ObjectStore:
         code = _found(r"<Code>(\w+)</Code>", str(error))
         said = " ".join(part for part in (status, code) if part)
         if code == "NoSuchBucket":
-            return Missing(f"{where} cannot be {done}: there is no such bucket", "check its name, and the region")
+            return Missing(f"{where} cannot be {done}: there is no such bucket", "check the URL and the region")
         if isinstance(error, FileNotFoundError) or status == "404":
             return missing(self, name)
         if "Range request not supported" in text:

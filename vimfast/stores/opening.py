@@ -7,8 +7,8 @@ import re
 from vimfast.errors import UserError
 from vimfast.stores.store import Store
 
-# What obstore speaks; all else is fsspec's, which takes about three times the processor time for whole objects and
-# ten times for images (tools/bench_stores.py).
+# What obstore speaks; all else is fsspec's, which takes more of the processor's time, five times for images
+# (tools/bench_remote.py).
 OBJECT_STORES = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https")
 PATIENCE = 180.0  # seconds
 
@@ -22,7 +22,7 @@ def open_store(url: str, *, patience: float = PATIENCE) -> Store:
     """The folder at a URL. Nothing is requested yet.
 
     Args:
-        url: ``s3://``, ``gs://``, ``az://account/container/``, ``http(s)://``, or any other that fsspec has a file
+        url: ``s3://``, ``gs://``, ``az://container/``, ``http(s)://``, or any other that fsspec has a file
             system for (``hf://``, ``sftp://``, ``memory://``, ``file://``). Credentials come from the environment and
             the files of the provider's own tools.
         patience: how long a request that fails is repeated, in seconds.

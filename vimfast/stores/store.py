@@ -81,7 +81,7 @@ def open_object(store: Store, name: str, buffer: int = _READER_BYTES) -> BinaryI
 
 def missing(store: Store, name: str) -> Missing:
     """For an object that has to be there."""
-    return Missing(f"{name_in(store, name)} does not exist", "check its name, and the bucket's")
+    return Missing(f"{name_in(store, name)} does not exist", "check the URL")
 
 
 class _Object(io.RawIOBase):
