@@ -44,7 +44,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-MEASURED = ("benchmarks.md", "kernels.md", "reliability.md")
+MEASURED = ("benchmarks.md", "kernels.md", "reliability.md", "remote.md")
 # Errors of other programs.
 NOT_OURS = {"CUDA out of memory", "Cannot find backend for cpu", "RendezvousConnectionError"}
 

@@ -9,7 +9,7 @@
   same with a cache that holds two windows;
 - none: a permutation without a cache, image by image, from a store of that latency.
 
-Use shards of images as yours are, of some GB, and enough of them for the window (vimfast prepare --shard-samples).
+Use shards of images as yours are, of some GB, and enough of them for the window (--shard-samples of vimfast prepare).
 Two of the cores are enough to see the client's cost, and the server needs some of them: compare on a quiet machine.
 """
 

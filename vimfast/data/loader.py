@@ -322,7 +322,7 @@ class Loader(Epochs):
 
     def _works(self, epoch: int, start: int) -> Iterator[Work]:
         """What comes from a place on: without end in training, else to the end of the epoch."""
-        places = itertools.chain([None], self._places(epoch, start), [None])
+        places = itertools.chain([None], _places(self.steps, epoch, start, endless=self.view.training), [None])
         for place, following in itertools.pairwise(places):
             if here := place or following:
                 self.source.follow(self.order, *here)
@@ -330,12 +330,6 @@ class Loader(Epochs):
                 self.source.will_need(self.order.decoded(*following)[1])
             if place is not None and len((work := self.view.draw(*place, self._reader.read)).ids):
                 yield work
-
-    def _places(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
-        yield from ((epoch, step) for step in range(start, self.steps))
-        while self.view.training:
-            epoch += 1
-            yield from ((epoch, step) for step in range(self.steps))
 
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
         """Find the images that DALI failed on, to continue without them; what that cannot help is raised."""
@@ -397,6 +391,14 @@ class _ReadAhead:
         """End the thread after the item it is making."""
         self._closed = True
         self._free.release()
+
+
+def _places(steps: int, epoch: int, start: int, *, endless: bool) -> Iterator[tuple[int, int]]:
+    """Epoch and step of each batch from there on."""
+    yield from ((epoch, step) for step in range(start, steps))
+    while endless:
+        epoch += 1
+        yield from ((epoch, step) for step in range(steps))
 
 
 def _together(works: Iterator[Work], most: int) -> Iterator[list[Work]]:
