@@ -222,7 +222,10 @@ def test_a_copy_that_the_disk_damaged_is_fetched_again(
         file.seek(1000)
         file.write(b"\0\0\0\0\0\0")
     assert one_epoch(open_source(URL, "train", settings(tmp_path))) == wanted
-    assert f"warning: a copy of {URL}/train-000003.tar in {tmp_path} is damaged: it is" in capfd.readouterr().err
+    assert (
+        f"warning: a copy of {URL}/train-000003.tar in {tmp_path}/vimfast-cache is damaged: it is"
+        in capfd.readouterr().err
+    )
     assert one_epoch(open_source(URL, "train", settings(tmp_path))) == wanted
     assert (tmp_path / copy).read_bytes() == (local / copy.name).read_bytes()
 
@@ -391,10 +394,13 @@ def test_what_was_used_the_longest_ago_is_evicted_unless_it_is_held(tmp_path: Pa
 
 def test_what_a_killed_process_left_is_room(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 400)
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/a.part").write_bytes(b"x" * 300)
+    (cache.folder / "x").mkdir()
+    (cache.folder / "x/a.part").write_bytes(b"x" * 300)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/mine.tar").write_bytes(b"x" * 300)
     fill(cache, "x/b", 200)
     assert names(cache) == {"b"}
+    assert (tmp_path / "photos/mine.tar").exists()
 
 
 def test_one_fetches_and_others_wait(tmp_path: Path) -> None:
@@ -407,7 +413,7 @@ def test_one_fetches_and_others_wait(tmp_path: Path) -> None:
     assert other.begin("x/a", 100) is None
     assert other.hold("x/a") is not None
     assert names(one) == {"a"}
-    with open(tmp_path / "x/a") as file, pytest.raises(BlockingIOError):
+    with open(one.folder / "x/a") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     del held
 

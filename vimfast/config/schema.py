@@ -198,7 +198,7 @@ class DataConfig:
         path=True,
     )
     cache_dir: str = option(
-        "", "folder on a local disk for the shards of a store; default: ~/.cache/vimfast", neutral=True, path=True
+        "", "folder on a local disk for the shards of a store; default: ~/.cache", neutral=True, path=True
     )
     cache_size: str = option(
         "", "most bytes of shards in it, such as 200GB; 0: keep none; default: room for all of the data", neutral=True

@@ -2,7 +2,8 @@
 
 The only state is the files and their locks (flock), which the kernel lets go of when a process dies in whatever way:
 
-- ``<key>/train-000003.tar`` is whole. Whoever reads it holds a shared lock on it; what nobody holds may be evicted.
+- ``vimfast-cache/<key>/train-000003.tar`` is whole. Whoever reads it holds a shared lock on it; what nobody holds may
+  be evicted.
 - ``train-000003.tar.part`` is being fetched, by the process with the exclusive lock on it. Without one, that process
   was killed, and the next one begins it from the start.
 - ``.lock`` is held while room is made, so that two processes do not count on the same room.
@@ -23,7 +24,7 @@ from pathlib import Path
 from vimfast.errors import UserError
 
 _PART = ".part"
-_DEFAULT = "~/.cache/vimfast"  # or in $XDG_CACHE_HOME
+_OWN = "vimfast-cache"  # in a folder that may hold other things: all in it may be evicted
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -32,7 +33,7 @@ class CacheSettings:
     """Where the shards of a store are kept on this machine.
 
     Args:
-        folder: on a disk of this machine; empty: ``~/.cache/vimfast``.
+        folder: on a disk of this machine; empty: ``$XDG_CACHE_HOME``, or ``~/.cache``.
         size: the most bytes of files there; None: as much as the data takes; 0: nothing is kept, and images are read
             from the store one by one.
     """
@@ -43,10 +44,7 @@ class CacheSettings:
     @property
     def path(self) -> Path:
         """The folder."""
-        if self.folder:
-            return Path(self.folder).expanduser()
-        home = os.environ.get("XDG_CACHE_HOME")
-        return Path(home) / "vimfast" if home else Path(_DEFAULT).expanduser()
+        return Path(self.folder or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 class NoRoom(Exception):
@@ -91,7 +89,7 @@ class Cache:
     """Files by names of the form ``<key>/<file>``.
 
     Args:
-        folder: of all files, of whatever data; made if need be.
+        folder: in which ``vimfast-cache`` is made, if need be, for the files of whatever data.
         size: the most bytes of files in it; None: no limit but the disk's.
 
     Raises:
@@ -99,9 +97,9 @@ class Cache:
     """
 
     def __init__(self, folder: Path, size: int | None) -> None:
-        self.folder, self.size = folder, size
+        self.folder, self.size = folder / _OWN, size
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 pass
         except OSError as error:

@@ -122,6 +122,8 @@ class Fetcher:
             kept = set(wanted)
             for shard in self._held.keys() - kept:
                 del self._held[shard]
+            for shard in wanted:  # what is here already is here at once
+                self._hold(shard)
             self._changed.notify_all()
 
     def wants(self, shard: int) -> bool:
@@ -174,6 +176,12 @@ class Fetcher:
             self._held.clear()
             self._changed.notify_all()
 
+    def _hold(self, shard: int) -> bool:
+        """Whether it is here, and held from now on."""
+        if shard not in self._held and (held := self._cache.hold(self._shards.cached_name(shard))) is not None:
+            self._held[shard] = held
+        return shard in self._held
+
     # Threads
 
     def _work(self) -> None:
@@ -207,16 +215,13 @@ class Fetcher:
         """The first shard that somebody has to fetch, begun; or how long to wait before looking again, in seconds."""
         pause = 3600.0
         for shard in self._wanted:
-            if shard in self._held or shard in self._busy or shard in self._failed:
+            if shard in self._busy or shard in self._failed:
                 continue
-            name = self._shards.cached_name(shard)
-            held = self._cache.hold(name)
-            if held is not None:
-                self._held[shard] = held
+            if self._hold(shard):
                 self._changed.notify_all()
                 continue
             try:
-                download = self._cache.begin(name, self._shards.entries[shard].bytes)
+                download = self._cache.begin(self._shards.cached_name(shard), self._shards.entries[shard].bytes)
             except (NoRoom, OSError) as error:
                 self._without_room = error
                 self._changed.notify_all()
@@ -230,9 +235,11 @@ class Fetcher:
     def _fetch(self, shard: int, download: Download) -> Held:
         try:
             self._copy(shard, download.file)
-            if self._shards.damaged(shard, download.file):  # on its way, perhaps
+            wrong = self._shards.damaged(shard, download.file)
+            if wrong:  # on its way, perhaps
                 self._copy(shard, download.file)
-            if wrong := self._shards.damaged(shard, download.file):
+                wrong = self._shards.damaged(shard, download.file)
+            if wrong:
                 raise UserError(
                     f"{self._shards.url(shard)} is damaged: {counted(wrong, 'image')} in it differ from the index",
                     "copy it to the store again, then resume",

@@ -42,7 +42,8 @@ def remote_tars(store: Store, manifest: Manifest, split: str, index: np.ndarray,
     if settings.size == 0:
         return RemoteTars(shards, None, 0)
     cache = Cache(settings.path, settings.size)
-    _check_disk(cache, sum(shard.bytes for split in manifest.splits.values() for shard in split.shards))
+    read = manifest.splits.values() if split == "train" else [entry]  # training evaluates too
+    _check_disk(cache, sum(shard.bytes for entry in read for shard in entry.shards))
     return RemoteTars(shards, cache, most_held(manifest, split, settings.size))
 
 
