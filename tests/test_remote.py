@@ -23,6 +23,8 @@ from PIL import Image
 from runs import TINY, Stops, differences, environment, train
 from torch import Tensor
 
+from vimfast import check_data
+from vimfast.commands import show
 from vimfast.config import DataConfig, load_config
 from vimfast.data.cache import Cache, CacheSettings, NoRoom
 from vimfast.data.fetching import Timeline
@@ -131,6 +133,8 @@ def test_ranks_share_the_cache_and_their_number_may_change(local: Path, remote: 
 READS_ALL = """
 import sys
 import numpy as np
+from vimfast import check_data
+from vimfast.commands import show
 from vimfast.config import DataConfig, load_config
 from vimfast.data.cache import CacheSettings
 from vimfast.data.order import Order
@@ -342,6 +346,18 @@ def test_a_run_of_windows_as_large_as_the_cache(
     train(*away, str(tmp_path / "two"), "--resume", "auto")
     assert f"{size} in {tmp_path / 'two'}" in capsys.readouterr().out
     assert not differences(tmp_path / "here", tmp_path / "away")
+
+
+def test_commands_that_take_a_url_and_that_do_not(
+    remote: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["show", URL, "--count", "2", "--cache-dir", "cache", "--input-size", "32"])
+    show.main()
+    assert (tmp_path / "samples.png").exists()
+    monkeypatch.setattr(sys, "argv", ["check", URL])
+    with pytest.raises(UserError, match=f"'{URL}' is a URL, and must be a path on this machine"):
+        check_data.main()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What every command shares: its flags, how its errors are reported, and how it ends."""
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
-from vimfast.cli.parser import SIZE, Parser, image_size, path, whole
+from vimfast.cli.parser import SIZE, Parser, image_size, path, path_or_url, whole
 from vimfast.cli.reporting import (
     first_on_host,
     fit_terminal,
@@ -26,6 +26,7 @@ __all__ = [
     "image_size",
     "leave_word",
     "path",
+    "path_or_url",
     "print_out",
     "report_once",
     "run_main",

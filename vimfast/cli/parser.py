@@ -92,7 +92,14 @@ class Parser(argparse.ArgumentParser):
 
 def path(text: str) -> Path:
     """An argparse type: a path, where ``~`` is the home folder also after ``--flag=``, which no shell expands."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL, and must be a path on this machine")
     return Path(os.path.expanduser(text))
+
+
+def path_or_url(text: str) -> str:
+    """An argparse type: the same, or the URL of a folder in a store, as text."""
+    return os.path.expanduser(text)
 
 
 SIZE = "N|HEIGHT WIDTH"  # how help shows a value of `image_size`

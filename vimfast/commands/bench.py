@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimfast.cli import SIZE, Parser, image_size, path, say_written, whole
+from vimfast.cli import SIZE, Parser, image_size, path, path_or_url, say_written, whole
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
 
@@ -55,7 +55,7 @@ def parser() -> Parser:
         epilog="example: vimfast bench shards/ --model vim_small_patch16_224 --plot speed.png",
     )
     add = parser.add_argument
-    add("data", metavar="DATA", nargs="?", type=path, help="shards or a folder tree, to measure the loader")
+    add("data", metavar="DATA", nargs="?", type=path_or_url, help="shards or a folder tree, to measure the loader")
     name = "vim_tiny_patch16_224"
     add("--model", metavar="NAME", default=name, help=f"a Vision Mamba or any timm model [{name}]")
     text = "side of the images, pixels, or height and width [224]"
@@ -209,7 +209,7 @@ def _loading(args: argparse.Namespace, world: World) -> Figure:
     from vimfast.train.loaders import open_training
     from vimfast.train.report import Reporter
 
-    given = {"data_path": str(args.data), "input_size": args.input_size, "batch_size": args.batch_size}
+    given = {"data_path": args.data, "input_size": args.input_size, "batch_size": args.batch_size}
     cfg = resolve(given)
     source = open_source(args.data, "train")
     loader = open_training(source, cfg, plan_batches(cfg, 1), world, Reporter(None, active=True))
@@ -217,7 +217,7 @@ def _loading(args: argparse.Namespace, world: World) -> Figure:
     rate, cores = measure_batches((len(batch.labels) for batch in endless(loader)), args.seconds, finish)
     note = f"decoder {loader.settings.decoder}, threads {loader.settings.threads}"
     loader.close()
-    return Figure("loading", str(args.data), note, rate, cores=cores)
+    return Figure("loading", args.data, note, rate, cores=cores)
 
 
 def _describe(args: argparse.Namespace, world: World) -> str:

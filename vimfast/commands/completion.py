@@ -9,7 +9,7 @@ from typing import Any
 
 import shtab
 
-from vimfast.cli import Parser, path
+from vimfast.cli import Parser, path, path_or_url
 from vimfast.config import recipes
 from vimfast.config.flags import CONFIG
 
@@ -43,7 +43,7 @@ def _prepare(action: Any) -> None:
     words = [] if action.metavar is None or action.nargs == 0 else str(action.metavar).split("|")
     if action.dest == CONFIG:
         action.choices = list(recipes())
-    elif action.type in (path, Path) or _PATHS & set(words):
+    elif action.type in (path, path_or_url, Path) or _PATHS & set(words):
         action.complete = shtab.FILE
     elif len(words) > 1:
         action.choices = [word for word in words if not word.isupper()]

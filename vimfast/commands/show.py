@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vimfast.cli import Parser, path, say_written, whole
+from vimfast.cli import Parser, path, path_or_url, say_written, whole
 from vimfast.config import resolve
 from vimfast.config.flags import CONFIG, flag_parser
 from vimfast.errors import UserError
@@ -26,7 +26,7 @@ def parser() -> Parser:
     parser.epilog = "example: vimfast show shards/ --config vim_tiny --out grid.png"
     add: Any = parser.add_argument_group("what is drawn").add_argument
     parser._action_groups.insert(1, parser._action_groups.pop())  # --help: before a hundred flags of training
-    add("data", metavar="DATA", type=path, help="shards or a folder tree; stands before the flags")
+    add("data", metavar="DATA", type=path_or_url, help="shards or a folder tree; stands before the flags")
     add("--out", metavar="PNG", type=path, default=Path("samples.png"), help="file to write [samples.png]")
     add("--split", choices=("train", "val"), default="train", help="train, or val: as the evaluation sees it [train]")
     add("--count", metavar="N", type=whole(1), default=8, help="images [8]")
@@ -37,7 +37,7 @@ def main() -> None:
     """Draw what the command line asks for."""
     given = vars(parser().parse_args(sys.argv[1:]))
     own = {name: given.pop(name) for name in _OWN}
-    cfg = resolve({**given, "data_path": str(own["data"])})
+    cfg = resolve({**given, "data_path": own["data"]})
     from vimfast.samples import draw_samples
 
     sheet = draw_samples(cfg, own["split"], own["count"], given.get(CONFIG, ""))
