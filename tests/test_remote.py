@@ -317,6 +317,7 @@ def test_a_full_disk_is_no_end(local: Path, remote: Proxy, tmp_path: Path) -> No
         pytest.skip(f"no small disk may be mounted here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == IMAGES // 5
+    assert "one by one" not in done.stderr
 
 
 def test_a_disk_too_small_is_refused(
