@@ -107,7 +107,7 @@ class Fetcher:
         self._held: dict[int, Held] = {}
         self._busy: set[int] = set()  # being fetched by a thread of this process
         self._failed: dict[int, Exception] = {}
-        self._without_room: NoRoom | OSError | None = None  # why the next one cannot be begun
+        self._stuck: tuple[int, NoRoom | OSError] | None = None  # the first shard that there is no room for, and why
         self._closed = False
         for _ in range(_SHARDS_AT_ONCE):
             threading.Thread(target=self._work, name="fetch", daemon=True).start()
@@ -118,7 +118,7 @@ class Fetcher:
         with self._changed:
             if wanted == self._wanted:
                 return
-            self._wanted, self._without_room = wanted, None
+            self._wanted, self._stuck = wanted, None
             kept = set(wanted)
             for shard in self._held.keys() - kept:
                 del self._held[shard]
@@ -155,7 +155,11 @@ class Fetcher:
 
     def without_room_for(self, shard: int) -> NoRoom | OSError | None:
         """What keeps this shard from coming, if that is the cache."""
-        return None if shard in self._held or shard in self._busy else self._without_room
+        with self._changed:
+            if self._stuck is None or shard in self._held or shard in self._busy or shard not in self._wanted:
+                return None
+            first, why = self._stuck
+            return why if self._wanted.index(shard) >= self._wanted.index(first) else None
 
     def missing(self) -> tuple[int, int]:
         """How many of those wanted are not here, and how many are wanted."""
@@ -221,16 +225,28 @@ class Fetcher:
                 self._changed.notify_all()
                 continue
             try:
-                download = self._cache.begin(self._shards.cached_name(shard), self._shards.entries[shard].bytes)
+                download = self._begin(shard)
             except (NoRoom, OSError) as error:
-                self._without_room = error
+                self._stuck = shard, error
                 self._changed.notify_all()
                 return _ROOM_POLL
-            self._without_room = None
+            self._stuck = None
             if download is not None:
                 return shard, download
             pause = _POLL  # another process is at it
         return pause
+
+    def _begin(self, shard: int) -> Download | None:
+        """What is needed later than this shard makes room for it, what is needed last first."""
+        while True:
+            try:
+                return self._cache.begin(self._shards.cached_name(shard), self._shards.entries[shard].bytes)
+            except NoRoom:  # noqa: PERF203
+                later = self._wanted[self._wanted.index(shard) + 1 :]
+                last = next((one for one in reversed(later) if one in self._held), None)
+                if last is None:
+                    raise
+                del self._held[last]
 
     def _fetch(self, shard: int, download: Download) -> Held:
         try:
