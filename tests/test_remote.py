@@ -20,7 +20,7 @@ import yaml
 from loaders import make_loader
 from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble, moto, s3, wait_for
 from PIL import Image
-from runs import TINY, Stops, differences, environment, train
+from runs import TINY, Stops, differences, environment, refused, train
 from torch import Tensor
 
 from vimfast import check_data
@@ -359,6 +359,11 @@ def test_commands_that_take_a_url_and_that_do_not(
     monkeypatch.setattr(sys, "argv", ["check", URL])
     with pytest.raises(UserError, match=f"'{URL}' is a URL, and must be a path on this machine"):
         check_data.main()
+
+
+def test_soft_targets_are_for_a_disk(remote: Proxy, tmp_path: Path) -> None:
+    sentence = refused("--data-path", URL, "--cache-dir", str(tmp_path), "--soft-targets", "x.npy", "--device", "cpu")
+    assert sentence.startswith("--soft-targets needs the name of each of 60 images")
 
 
 @pytest.mark.parametrize(

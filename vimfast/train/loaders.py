@@ -17,6 +17,7 @@ from vimfast.data.views import Evaluation, Stage, Stages, crop_view
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
+from vimfast.stores import is_url
 from vimfast.train.continuity import check_classes, check_every_class
 from vimfast.train.report import Reporter
 
@@ -67,7 +68,15 @@ def open_training_source(cfg: Config, classes: Sequence[str] | None = None) -> S
         raise UserError(problem, f"check them with vimfast check {data.data_path}")
     if not data.class_map:  # which may have the classes of other data
         check_every_class(classes, source.labels, data.data_path)
-    return numbered(source) if cfg.mix.soft_targets else source
+    if not cfg.mix.soft_targets:
+        return source
+    if is_url(data.data_path):
+        raise UserError(
+            f"--soft-targets needs the name of each of {len(source):,} images, and {data.data_path} would be asked for "
+            "every one of them",
+            "copy the shards to a disk, and give that as --data-path",
+        )
+    return numbered(source)
 
 
 def fit_order(cfg: Config, source: Source, report: Reporter) -> Config:
