@@ -17,9 +17,10 @@ from timm.data import resolve_data_config
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from vimfast.checkpoint import load_checkpoint, load_weights
+from vimfast.checkpoint import described, load_checkpoint, load_weights
 from vimfast.config import ModelConfig
 from vimfast.errors import UserError
+from vimfast.inference import load_classifier, rebuild
 from vimfast.models import VisionMamba, create_model
 from vimfast.models.hub import save_for_hub
 
@@ -244,6 +245,29 @@ def test_saved_for_the_hub_and_loaded_by_timm(tmp_path: Path, options: dict[str,
     own.load_state_dict({name: torch.zeros_like(value) for name, value in own.state_dict().items()})
     load_weights(own, load_checkpoint(tmp_path / "model")["model"], "model")
     assert torch.equal(own(images), model(images))
+
+
+def test_a_saved_folder_is_a_model_of_transformers(tmp_path: Path) -> None:
+    """It passes the number of classes beside ``model_args``, so they must not have it too."""
+    from transformers import TimmWrapperForImageClassification  # 2 s
+
+    model = named(final_pool_type="none")
+    save_for_hub(model, tmp_path / "ours", classes=["a", "b", "c", "d", "e"])
+    theirs = TimmWrapperForImageClassification.from_pretrained(str(tmp_path / "ours")).eval()
+    images = random_images()
+    with torch.no_grad():
+        assert torch.equal(theirs(images).logits, model(images))
+    assert theirs.config.id2label[4] == "e"
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = load_classifier(tmp_path / "theirs", device="cpu")
+    assert (again.classes, again.model.final_pool_type) == (["a", "b", "c", "d", "e"], "none")
+    with torch.no_grad():
+        assert torch.equal(again.model(images), model(images))
+
+
+def test_features_without_a_head_are_saved_and_read(tmp_path: Path) -> None:
+    save_for_hub(named(num_classes=0), tmp_path)
+    assert rebuild(described(state := load_checkpoint(tmp_path)), state["model"], "it").num_classes == 0
 
 
 def test_what_cannot_be_saved_for_the_hub_is_reported(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def described(state: Mapping[str, Any]) -> Description:
         return Description(getattr(args, "model", ""), _size(size), {}, classes, ratio)
     if isinstance(hub := state.get("hub"), dict) and "architecture" in hub:
         options = {name: value for name, value in hub.get("model_args", {}).items() if name != "img_size"}
+        if "num_classes" in hub:
+            options["num_classes"] = hub["num_classes"]
         told = hub.get("pretrained_cfg", {})
         size, ratio = _size(told.get("input_size", _SIZE)[-2:]), told.get("crop_pct", _CROP_RATIO)
         names = {name: told[name] for name in ("mean", "std", "interpolation") if name in told}

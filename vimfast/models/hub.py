@@ -33,8 +33,9 @@ def save_for_hub(
     model_args: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
 ) -> None:
-    """Write ``model.safetensors`` and ``config.json``: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads
-    them (after ``import vimfast.models``), as does ``hf-hub:`` once the folder is uploaded.
+    """Write ``model.safetensors`` and ``config.json``: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and
+    transformers' ``TimmWrapperForImageClassification.from_pretrained("FOLDER")`` read them (after ``import
+    vimfast.models``), as does ``hf-hub:`` once the folder is uploaded.
 
     Args:
         model: a named one, of :func:`vimfast.models.create_model` or of timm.
@@ -55,9 +56,8 @@ def save_for_hub(
         raise UserError(
             f"there are {len(classes)} class names for a head of {num_classes} classes", "give one for each"
         )
-    options = dict(getattr(model, "model_args", {}) if model_args is None else model_args) | {
-        "num_classes": num_classes
-    }
+    options = dict(getattr(model, "model_args", {}) if model_args is None else model_args)
+    options.pop("num_classes", None)  # it stands beside them, and whoever passes both is told so by Python
     channels, *size = cfg["input_size"]
     channels = options.get("in_chans", channels)
     if "img_size" in options:
