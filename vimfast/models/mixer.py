@@ -80,7 +80,8 @@ class MambaMixer(nn.Module):
         self.gamma: nn.Parameter | None = None
         if options.init_layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((dim,), options.init_layer_scale, device=device, dtype=dtype))
-        rates = torch.arange(1, self.d_state + 1).log().repeat(inner, 1)  # A = -1 .. -N in every channel
+        # A = -1 .. -N in every channel; of fp32 from the start, whatever torch's default dtype is.
+        rates = torch.arange(1, self.d_state + 1, dtype=torch.float32).log().repeat(inner, 1)
         self.in_proj = linear(dim, 2 * inner, scan.bias)
         self.conv1d = conv()
         self.x_proj = linear(inner, self.dt_rank + 2 * self.d_state, False)
