@@ -172,6 +172,13 @@ def test_symbolic_traces_are_refused_with_the_alternative() -> None:
         torch.fx.symbolic_trace(small(48))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripts_are_refused_with_the_alternative() -> None:
+    for model in (small(48), torch.nn.Sequential(small(48))):
+        with pytest.raises(UserError, match=r"torch\.jit\.script compiles Python.*; take torch\.jit\.trace\(model"):
+            torch.jit.script(model)
+
+
 @pytest.mark.parametrize("dt", [-200.0, 0.0, 90.0, 1e4])
 def test_extreme_time_steps_neither_overflow_nor_lose_the_present(dt: float) -> None:
     """Products of decays would underflow, and dividing by them would give inf or nan."""

@@ -218,6 +218,14 @@ def test_initial_values() -> None:
         "D_b",
     }
     assert low(random_images(dtype=torch.bfloat16)).dtype == torch.bfloat16
+    usual = torch.get_default_dtype()
+    try:  # as transformers builds a model to be loaded in bf16
+        torch.set_default_dtype(torch.bfloat16)
+        built = VisionMamba(**SMALL)
+    finally:
+        torch.set_default_dtype(usual)
+    assert torch.equal(built.layers[0].mixer.A_log, low.layers[0].mixer.A_log)
+    assert built.head.weight.dtype == torch.bfloat16
 
 
 def test_drop_path_is_shifted_by_one_block() -> None:
@@ -423,6 +431,17 @@ def test_mistakes_are_reported(name: str, options: dict[str, Any], sentence: str
 def test_images_of_another_size_are_reported() -> None:
     with pytest.raises(UserError, match=r"3 x 32 x 32 .* built for 3 x 24 x 32"):
         small()(torch.zeros(2, 3, 32, 32))
+
+
+def test_an_image_without_a_batch_is_reported() -> None:
+    model, image = small(), random_images()[0]
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(
+            UserError, match=r"shape \(3, 24, 32\), and .* a batch.*; give a single image as image\[None\]"
+        ):
+            call(image)
+    with pytest.raises(UserError, match=r"shape \(1, 2, 3, 24, 32\).*; give it four dimensions"):
+        model(random_images()[None])
 
 
 @pytest.mark.parametrize("options", [{}, FIRST, DOUBLE, NO_TOKEN])

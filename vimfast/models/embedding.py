@@ -60,6 +60,11 @@ class PatchEmbed(nn.Module):
         return (size[0] - self.patch_size) // self.stride + 1, (size[1] - self.patch_size) // self.stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            raise UserError(
+                f"images are a tensor of shape {tuple(x.shape)}, and the model takes a batch, [B, channels, H, W]",
+                "give a single image as image[None]" if x.ndim == 3 else "give it four dimensions",
+            )
         channels, *given = x.shape[1:]
         if channels != self.channels or (not self.dynamic and tuple(given) != self.img_size):
             raise UserError(

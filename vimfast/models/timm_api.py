@@ -75,8 +75,9 @@ class TimmModel(nn.Module):
         paired = 2 if self.if_bidirectional else 1
         taken = _known_indices(len(self.layers) // paired, indices)
         blocks = (taken[-1] + 1) * paired if stop_early else len(self.layers)
-        height, width = x.shape[2:]
-        x, turns, places, order = self._embed(x)
+        images = x
+        x, turns, places, order = self._embed(images)
+        height, width = images.shape[2:]
         grid = self.patch_embed.grid((height, width))
         streams: list[Tensor] = []
         x, residual, noise = self._mix(x, turns, streams, blocks)

@@ -130,8 +130,7 @@ class VisionMamba(TimmModel):
                 "torch.fx.symbolic_trace knows no shapes, which decide what a Vision Mamba does",
                 "take torch.export.export(model, (images,)).module(), which is a torch.fx.GraphModule",
             )
-        height, width = x.shape[2:]
-        x = self.patch_embed(x)  # [B, P, C]
+        x, (height, width) = self.patch_embed(x), x.shape[2:]  # [B, P, C]
         grid = self.patch_embed.grid((height, width))
         places = self.class_places(x.shape[1])
         if self.training and self.sequence.if_random_cls_token_position:
@@ -240,6 +239,13 @@ class VisionMamba(TimmModel):
         x = self.head(x)
         by_logit = self.global_pool is None and self.final_pool_type == "max" and not self.sequence.if_cls_token
         return x.amax(1) if by_logit else x
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script calls first."""
+        raise UserError(
+            "torch.jit.script compiles Python, of which a Vision Mamba has more than it knows",
+            "take torch.jit.trace(model, (images,)), or better torch.export.export, which torch has in its place",
+        )
 
     @property
     def capturable(self) -> bool:
