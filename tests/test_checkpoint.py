@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 import pickle
 import pickletools
 import resource
@@ -12,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +165,56 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path: Path, monkeypatc
     torch.save(evil, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(evil["args"], protocol=2))
     for name in ("zip.pth", "old.pth"):
-        with pytest.raises(UserError, match="could run code"):
+        with pytest.raises(UserError, match=r"holds posix\.system, which could run code .*; do not load it elsewhere"):
             load_checkpoint(tmp_path / name)
     with pytest.raises(UserError, match=r"could run code|no checkpoint"):
         load_checkpoint(tmp_path / "plain.pth")
     assert not (tmp_path / "hacked").exists()
     pickle.loads((tmp_path / "plain.pth").read_bytes())  # and it would have
     assert (tmp_path / "hacked").exists()
+
+
+class WindowsPath:
+    """pathlib's, which cannot be made here."""
+
+    __module__ = "pathlib"
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return WindowsPath, ("c:\\", "x.pth")
+
+
+def test_plain_values_in_classes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch refuses most often: a best accuracy of numpy's, and paths among the settings."""
+    monkeypatch.setattr(pathlib, "WindowsPath", WindowsPath)
+    args = argparse.Namespace(output_dir=Path("runs/a"), resume=WindowsPath())
+    best = {
+        "acc": np.float64(76.1),
+        "epoch": np.int32(-3),
+        "loss": np.float16(0.5),
+        "done": np.True_,
+        "of": np.str_("top-1 é"),
+    }
+    torch.save({"model": {"w": torch.ones(1)}, "args": args, "best": best}, tmp_path / "c.pth")
+    state = load_checkpoint(tmp_path / "c.pth")
+    assert state["best"] == best
+    assert [type(value) for value in state["best"].values()] == [float, int, float, bool, str]
+    assert (str(state["args"].output_dir), str(state["args"].resume)) == ("runs/a", "c:\\x.pth")
+
+
+def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    values = {
+        "fractions.Fraction": Fraction(1, 2),
+        "numpy._core.multiarray._reconstruct": np.arange(3),
+        "numpy.dtype('M8')": np.datetime64("2026-01-01"),
+    }
+    for name, value in values.items():
+        torch.save({"model": {"w": torch.ones(1)}, "x": value}, path)
+        with pytest.raises(UserError) as error:
+            load_checkpoint(path)
+        fix = 'torch.save(torch.load("c.pth", weights_only=False)["model"], "weights.pth")'
+        sentence = f"{path} holds {name}, which could run code and is refused; if you trust it, save its weights alone:"
+        assert str(error.value) == f"{sentence} {fix}"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vimfast.checkpoint.checksum import ChecksumWriter, find_damage
+from vimfast.checkpoint.plain_values import READABLE
 from vimfast.errors import UserError
 from vimfast.files import atomic_write
 
@@ -26,6 +27,9 @@ HUB_WEIGHTS = "model.safetensors"  # in a folder in the hub's layout
 # What stands before the names of a model: DDP and torch.compile put it there, or it was an attribute of another module,
 # such as a Lightning module or a detector.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+
+# In torch's words: a class that is not let in, or a function of a module that no checkpoint needs, such as os.
+_REFUSED = re.compile(r"GLOBAL (\S+) (was not an allowed|whose module \S+ is blocked)")
 
 
 class DamagedCheckpoint(UserError):
@@ -113,17 +117,19 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         if damage := find_damage(path):
             raise _damaged(path, damage)
-        # The original's files carry their command line as a Namespace: plain data, the one class let in.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(READABLE):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the path of a checkpoint.pth") from None
     except pickle.UnpicklingError as error:
-        if "unsupported global" in str(error).lower():
+        if named := _REFUSED.search(str(error)):
+            hostile = "blocked" in named[2]
+            alone = f'torch.save(torch.load("{path.name}", weights_only=False)["model"], "weights.pth")'
             raise UserError(
-                f"{path} holds objects that could run code and is refused; save its tensors alone"
+                f"{path} holds {named[1]}, which could run code and is refused",
+                "do not load it elsewhere either" if hostile else f"if you trust it, save its weights alone: {alone}",
             ) from None
         raise _damaged(path) from None
     except OSError as error:
