@@ -189,6 +189,26 @@ def test_a_missing_split(check: Check, root: Path) -> None:
     assert "unpack" in only(check(root)[1])["fix"]
 
 
+def test_shards_of_other_programs(check: Check, shards: Path, tmp_path: Path) -> None:
+    """They are not to be unpacked where they are: that gives neither splits nor classes."""
+    flat, split = tmp_path / "flat", tmp_path / "split"
+    for name in ("train", "val"):
+        tar = next(iter(sorted(shards.glob(f"{name}-*.tar"))))
+        for to in (flat / f"imagenet1k-{name}-0000.tar", split / name / "0000.tar"):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tar, to)
+    for root in (flat, split):
+        findings = check(root)[1]["findings"]
+        assert len(findings) == 2
+        for finding in findings:
+            assert "WebDataset shard" in finding["what"] + finding["fix"]
+            assert finding["fix"].endswith("unpack them into class folders, as the snippet in docs/shards.md does")
+        with pytest.raises(UserError, match=r"holds WebDataset shards of another program, such as .*; unpack|: unpack"):
+            open_source(root, "val")
+    (split / "val" / "0000.tar").write_bytes(b"no tar")
+    assert "an archive that is not unpacked" in {finding["what"] for finding in check(split)[1]["findings"]}
+
+
 def test_a_folder_that_is_not_yet_split(check: Check, root: Path, tmp_path: Path) -> None:
     """Each was told only what a folder of ImageNet holds."""
     shutil.rmtree(root / "val")

@@ -26,6 +26,7 @@ from vimfast.checks.findings import (
     run_tasks,
 )
 from vimfast.errors import UserError, counted
+from vimfast.shards.foreign import UNPACK_SHARDS, first_shard, is_shard
 from vimfast.shards.format import SPLITS
 from vimfast.shards.tree import Ancestors, identity, is_dead_link, is_folder, is_image_name, read_image, scan_split
 
@@ -90,7 +91,8 @@ def _missing_split(root: Path, split: str) -> Finding:
     close = [name for name in names if split in name.lower()]
     if folders := [name for name in close if (root / name).is_dir()]:
         return Finding("error", split, str(path), "missing", f"rename {root / folders[0]}/ to {path}/")
-    if archives := [name for name in close if name.lower().endswith(_ARCHIVES)]:
+    archives = [name for name in close if name.lower().endswith(_ARCHIVES)]
+    if archives and first_shard(root) is None:
         return Finding("error", split, str(path), "missing", f"unpack {root / archives[0]} into {path}/")
     try:
         scan_split(root, split)
@@ -206,6 +208,8 @@ class _Lister:
         if path.name.lower().endswith(_ARCHIVES):
             if unpacked:
                 self._note("warning", path, "an archive beside images", "delete it once it is unpacked")
+            elif is_shard(path):
+                self._note("error", path, "a WebDataset shard of another program", UNPACK_SHARDS)
             else:
                 fix = "unpack it into a class folder of the same name, and delete it"
                 self._note("error", path, "an archive that is not unpacked", fix)

@@ -16,6 +16,7 @@ import numpy as np
 
 from vimfast.errors import UserError
 from vimfast.files import read_file
+from vimfast.shards.foreign import UNPACK_SHARDS, first_shard
 
 _SPLITS = ("train", "val")
 # The file name extensions of each format that is read (see jpeg.py).
@@ -178,6 +179,8 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
                 f"{folder} holds {flat} images and no class folders",
                 f"move each image into a folder named after its class, such as {split}/n01440764/",
             )
+        if (shard := first_shard(folder)) is not None:
+            raise UserError(f"{folder} holds WebDataset shards of another program, such as {shard.name}", UNPACK_SHARDS)
         raise UserError(f"{folder} is empty", "put one folder of images per class there")
     if folders == [split] or folders == sorted(_SPLITS):
         raise UserError(f"{folder} holds another {folders[0]}/ instead of class folders", "move it up one level")
@@ -256,6 +259,8 @@ def _layout(root: Path, split: str) -> str:
         return f"{root} holds class folders such as {', '.join(classes[:2])}: move them into {root / split}/"
     if images := sum(is_image_name(path.name) for path in entries):
         return f"{root} holds {images:,} images and no class folders: sort them into {root / split}/<class>/"
+    if (shard := first_shard(root)) is not None:
+        return f"{root} holds WebDataset shards of another program, such as {shard.name}: {UNPACK_SHARDS}"
     layout = "with one folder of images per class in each"
     return (
         f"{root} must hold train/ and val/, {layout}"
