@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
+import multiprocessing
+import pickle
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -74,6 +77,30 @@ def test_a_loop_that_ends_early_is_an_epoch_too(loader: Loader) -> None:
     assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (1, 1)
     third = next(iter(loader))
     assert same(third, next(loader.epoch(2)))
+
+
+def test_a_loader_stays_in_its_process(loader: Loader) -> None:
+    """In a fork nobody would read for it, and a loop would wait for ever."""
+    next(iter(loader))
+    answers, answer = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def use_it() -> None:
+        try:
+            next(iter(loader))
+        except UserError as error:
+            answer.send(str(error))
+
+    child = multiprocessing.get_context("fork").Process(target=use_it)
+    child.start()
+    try:
+        assert answers.poll(60)
+        assert "was opened in another process, whose threads" in answers.recv()
+    finally:
+        child.kill()
+        child.join()
+    for send in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(UserError, match=r"neither copied nor sent; open one in the process that uses it"):
+            send(loader)
 
 
 def test_an_evaluation_is_the_same_each_time(tree: Path) -> None:

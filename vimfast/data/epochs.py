@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,9 @@ from vimfast.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_OPEN_THERE = "open one in the process that uses it (it reads ahead by itself, without torch's DataLoader)"
 
 
 class EpochStep(NamedTuple):
@@ -35,6 +39,9 @@ class Epochs(ABC):
     order: Order
     _begins = EpochStep(0, 0)  # the next loop
     _place = EpochStep(0, 0)
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
 
     @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -94,6 +101,16 @@ class Epochs(ABC):
             "repeats": order.repeats,
             "window": None if order.bounds is None else order.window,
         }
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise UserError(
+                "this loader was opened in another process, whose threads a fork does not take along", _OPEN_THERE
+            )
+
+    def __getstate__(self) -> Any:
+        """What pickle and copy ask for."""
+        raise UserError("a loader has threads and memory of its own and is neither copied nor sent", _OPEN_THERE)
 
     def __enter__(self) -> Self:
         return self

@@ -82,15 +82,14 @@ class Loader(Epochs):
     """
 
     def __init__(self, source: Source, view: View, settings: LoaderSettings | None = None) -> None:
-        order = view.order
-        if view.training and order.steps == 0:
-            _refuse_small_split(order)
-        self.source, self.view, self.order = source, view, order
+        super().__init__()
+        _check_fills_a_step(view)
+        self.source, self.view, self.order = source, view, view.order
         self.device = view.device
         if self.device == torch.device("cuda"):
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._wanted = wanted = settings or LoaderSettings()
-        self._demand = Demand(view.most, order.batch_size, None, source.mean_bytes) if view.training else None
+        self._demand = Demand(view.most, view.order.batch_size, None, source.mean_bytes) if view.training else None
         self._decode_by(choose_decoding(wanted.decoder, wanted.threads, self.device, self._demand))
         skip = wanted.on_bad_image == "skip"
         self._reader = Reader(source, skip=skip, stand_in=view.training, stop=wanted.stop, report=wanted.report)
@@ -223,8 +222,9 @@ class Loader(Epochs):
         """The batches of an epoch from step `start` on. An iterator asked for earlier can no longer be used.
 
         Raises:
-            UserError: while iterating, when an image cannot be read or decoded; the sentence names it.
+            UserError: in a forked process; while iterating, when an image cannot be read or decoded, which is named.
         """
+        self._check_process()
         self._join()
         if not self.view.training or self._graph is None or self._next_place != (epoch, start):
             self._restart(epoch, start)
@@ -422,7 +422,10 @@ def _lacks_memory(error: DecodeError) -> bool:
     return any(sign in str(error) for sign in ("out of memory", "cudaErrorMemoryAllocation", "bad_alloc"))
 
 
-def _refuse_small_split(order: Order) -> None:
+def _check_fills_a_step(view: View) -> None:
+    order = view.order
+    if order.steps or not view.training:
+        return
     per_rank, processes = order.samples // order.world, order.samples // order.batch_size
     fix = f"lower --batch-size to at most {per_rank}"
     if not per_rank:
