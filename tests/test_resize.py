@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -181,13 +182,23 @@ def test_squares_of_resized_images_are_black_outside() -> None:
     images = textured([(30, 20), (16, 40)])
     corners = np.array([[-3, -2], [10, 45]], np.int32)
     sizes = np.array([[18, 12], [16, 50]], np.float32)
-    squares = resize_cpu.resize_cut(images, sizes, corners, ImageSize(16, 20), True, Threads(2)).numpy()
+    mirror, cubic = as_int32(mirror=np.zeros(2), cubic=np.array([1, 0])).values()
+    cut = functools.partial(resize_cpu.resize_cut, images, sizes, corners)
+    squares = cut(mirror, cubic, ImageSize(16, 20), Threads(2)).numpy()
     first = resize_cpu.resized(images[0].numpy(), (18, 12), True)
-    second = resize_cpu.resized(images[1].numpy(), (16, 50), True)
+    second = resize_cpu.resized(images[1].numpy(), (16, 50), False)
     assert np.array_equal(squares[0, 3:, 2:14], first[:13])
     assert np.array_equal(squares[1, :6, :5], second[10:, 45:])
     assert squares[0, :3].max() == squares[0, :, :2].max() == squares[0, :, 14:].max() == 0
     assert squares[1, 6:].max() == squares[1, :, 5:].max() == 0
+    mirrored = cut(1 - mirror, cubic, ImageSize(16, 20), Threads(2)).numpy()
+    assert np.array_equal(mirrored, squares[:, :, ::-1])
+
+
+def test_an_image_of_its_size_already_is_not_resampled() -> None:
+    image = textured([(30, 20)])[0].numpy()
+    for cubic in (True, False):
+        assert np.array_equal(resize_cpu.resized(image, (30, 20), cubic), image)
 
 
 def test_errors_say_what_fits() -> None:

@@ -29,12 +29,7 @@ def crop_resize(
     def one(k: int) -> None:
         top, left, height, width = boxes[k].tolist()
         box = pixels[which[k]][top : top + height, left : left + width]
-        crop = resized(box, size, bool(cubic[k]))
-        if mirror[k]:
-            for channel in range(3):  # numpy moves single bytes faster than pixels of three
-                out[k, :, ::-1, channel] = crop[:, :, channel]
-        else:
-            out[k] = crop
+        _place(out[k], resized(box, size, bool(cubic[k])), 0, 0, bool(mirror[k]))
 
     threads.each(one, len(which))
     return torch.from_numpy(out)
@@ -44,30 +39,42 @@ def resize_cut(
     images: Sequence[Tensor],  # uint8 [h_i, w_i, 3]
     sizes: np.ndarray,  # float32 [n, 2]: height, width
     corners: np.ndarray,  # int32 [n, 2]: top, left
+    mirror: np.ndarray,  # [n]
+    cubic: np.ndarray,  # [n]
     size: ImageSize,
-    cubic: bool,
     threads: Threads,
 ) -> Tensor:  # uint8 [n, height, width, 3] of size
     """Whole images resized, then boxes of one size cut out at the corners; black where they lie outside.
 
     Args:
-        sizes: to resize to, whole numbers.
-        size: of the boxes, pixels.
+        sizes: to resize to, whole numbers; an image of that size stays as it is.
+        mirror: left and right of the boxes change places.
         cubic: Pillow's bicubic filter, or its bilinear one.
+        size: of the boxes, pixels.
         threads: that share out the images.
     """
     out = np.zeros((len(images), *size, 3), np.uint8)
 
     def one(k: int) -> None:
         height, width = sizes[k].astype(int).tolist()
-        whole = resized(images[k].numpy(), (height, width), cubic)
+        whole = resized(images[k].numpy(), (height, width), bool(cubic[k]))
         top, left = corners[k].tolist()
         shown = whole[max(top, 0) : top + size.height, max(left, 0) : left + size.width]
         down, right = max(-top, 0), max(-left, 0)
-        out[k, down : down + shown.shape[0], right : right + shown.shape[1]] = shown
+        _place(out[k], shown, down, right, bool(mirror[k]))
 
     threads.each(one, len(images))
     return torch.from_numpy(out)
+
+
+def _place(out: np.ndarray, image: np.ndarray, top: int, left: int, mirror: bool) -> None:
+    """Put an image into `out` at this place, then change left and right of `out`."""
+    bottom, right = top + image.shape[0], left + image.shape[1]
+    if mirror:
+        for channel in range(3):  # numpy moves single bytes faster than pixels of three
+            out[:, ::-1, channel][top:bottom, left:right] = image[:, :, channel]
+    else:
+        out[top:bottom, left:right] = image
 
 
 def resized(
@@ -76,6 +83,8 @@ def resized(
     cubic: bool,
 ) -> np.ndarray:  # uint8 [height, width, 3]
     """``Image.resize`` to (height, width), one direction after the other, by Pillow's bicubic or bilinear filter."""
+    if image.shape[:2] == size:
+        return image
     if torch.backends.cpu.get_cpu_capability() not in _VECTORIZED:
         return _by_pillow(image, size, cubic)
     pixels = torch.from_numpy(np.ascontiguousarray(image))

@@ -163,8 +163,12 @@ def _normalized(squares: Tensor, labels: Tensor, plan: Plan, by: Normalization, 
     return Batch(carry_out(squares, plan, mean=by.mean, std=by.std, dtype=by.dtype, threads=threads), labels)
 
 
-def _split(images: Tensor, counts: list[int]) -> Sequence[Tensor]:
-    parts: tuple[Tensor, ...] = images.split(counts)
+def _split(outputs: tuple[Any, ...], works: list[Work], device: torch.device) -> Sequence[Any]:
+    """The first output of a graph: on a GPU finished squares, on a CPU whole images, for each of the works."""
+    counts = [len(work.ids) for work in works]
+    if device.type != "cuda":
+        return decoding.Regions.of(outputs[0]).split(counts)
+    parts: tuple[Tensor, ...] = decoding.tensor(*outputs).split(counts)
     return parts
 
 
@@ -262,6 +266,8 @@ class CutOutInputs(NamedTuple):
 class CutOut(Training):
     """Squares cut out of resized images; each copy of an image is decoded by itself.
 
+    On a GPU DALI makes them; on a CPU it decodes, and the rest is done here (:mod:`vimfast.augment.resize_cpu`).
+
     Args:
         crop: where the squares are.
     """
@@ -288,14 +294,20 @@ class CutOut(Training):
         return Work((epoch, step), ids, inputs, images.labels, size, plan)
 
     def graph(self, x: CutOutInputs, settings: GraphSettings) -> Sequence[Any]:
-        whole = decoding.resize(decoding.decode(x.encoded, settings), x.resized, x.cubic)
+        whole = decoding.decode(x.encoded, settings)
+        if self.device.type != "cuda":
+            return [whole, *x[1:]]  # the latter because DALI warns of inputs that it has no use for
+        whole = decoding.resize(whole, x.resized, x.cubic)
         return [decoding.mirror(decoding.cut(whole, x.corner, x.extent), x.mirror)]
 
-    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Tensor]:
-        return _split(decoding.tensor(*outputs), [len(work.ids) for work in works])
+    def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Any]:
+        return _split(outputs, works, self.device)
 
-    def finish(self, decoded: Tensor, work: Work, threads: Threads) -> Batch:
+    def finish(self, decoded: Any, work: Work, threads: Threads) -> Batch:
         labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
+        if self.device.type != "cuda":
+            _, resized, corner, _, mirror, cubic = work.inputs
+            decoded = resize_cpu.resize_cut(decoded.images(), resized, corner, mirror, cubic, work.size, threads)
         return self._batch(decoded, labels, work.plan, threads)
 
 
@@ -350,10 +362,7 @@ class Evaluation:
         return [decoding.normalize(squares, self.normalization)]
 
     def split(self, outputs: tuple[Any, ...], works: list[Work]) -> Sequence[Any]:
-        counts = [len(work.ids) for work in works]
-        if self.device.type != "cuda":
-            return decoding.Regions.of(outputs[0]).split(counts)
-        return _split(decoding.tensor(*outputs), counts)
+        return _split(outputs, works, self.device)
 
     def finish(self, decoded: Any, work: Work, threads: Threads) -> Batch:
         labels = torch.from_numpy(work.labels).to(self.device, non_blocking=True)
@@ -361,8 +370,8 @@ class Evaluation:
             # DALI takes its memory back in the order of this stream, and knows nothing of the one that evaluates.
             return Batch(decoded.clone(), labels)
         _, resized, corner = work.inputs
-        cubic = self.interpolation == "bicubic"
-        squares = resize_cpu.resize_cut(decoded.images(), resized, corner, work.size, cubic, threads)
+        mirror, cubic = np.zeros(len(corner)), np.full(len(corner), self.interpolation == "bicubic")
+        squares = resize_cpu.resize_cut(decoded.images(), resized, corner, mirror, cubic, work.size, threads)
         return _normalized(squares, labels, Plan.nothing(len(squares)), self.normalization, threads)
 
 
