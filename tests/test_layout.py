@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vimfast
+from vimfast.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
@@ -34,7 +35,7 @@ FLOORS = (
     ("vimfast.data", "vimfast.processes"),
     ("vimfast.train", "vimfast.doctor"),
     ("vimfast.inference", "vimfast.samples", "vimfast.speed"),
-    ("vimfast.checks",),
+    ("vimfast.checks", "vimfast.exporting"),
     ("vimfast.check_data", "vimfast.export", "vimfast.prepare", "vimfast.timm", "vimfast.commands"),
     ("vimfast.__main__",),
 )
@@ -118,7 +119,12 @@ def test_only_one_room_imports_the_clients_of_stores() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["vimfast", "vimfast.config", "vimfast.prepare"])
+COMMAND_MODULES = sorted({command.function.partition(":")[0] for command in COMMANDS.values()})
+
+
+@pytest.mark.parametrize(
+    "module", ["vimfast", "vimfast.config", "vimfast.train.__main__", "vimfast.timm", *COMMAND_MODULES]
+)
 def test_light_modules_stay_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'nvidia.dali', 'timm') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
