@@ -50,7 +50,7 @@ class Confused(Struct, frozen=True):
 
 
 class Mistakes(Struct, frozen=True):
-    """The mistakes of an evaluation of the raw weights, after `epoch`, on `images`, of which `wrong` were taken for
+    """The mistakes of an evaluation of the trained weights, after `epoch`, on `images`, of which `wrong` were taken for
     another class. `hardest` are the images whose class got the least probability."""
 
     epoch: Count

@@ -209,7 +209,7 @@ class _Run:
         ]
 
     def _weights(self, name: str) -> list[Series]:
-        """Of the raw weights, and of their average if there is one."""
+        """Of the trained weights, and of their average if there is one."""
         bridged = any(name not in record for record in self.records)  # not every epoch was evaluated
         raw = Series("validation", self.values(name), _RAW, bridged=bridged)
         averaged = self.values(f"ema_{name}")

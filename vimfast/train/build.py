@@ -70,7 +70,7 @@ def build(
 
 
 def build_evaluation(cfg: Config, world: World, control: Control, start_up: StartUp) -> EvaluationRun:
-    """A run that evaluates a checkpoint, of its raw weights and of their average."""
+    """A run that evaluates a checkpoint, of its trained weights and of their average."""
     folder = Path(cfg.run.output_dir) if cfg.run.output_dir else None
     start = load_origin(cfg.run, cfg.finetune.finetune, folder)
     report = Reporter(None, world.is_main)

@@ -124,7 +124,7 @@ class Evaluated:
         models: the weights under ``""``, their average under ``"ema_"``, as the record of an epoch names them.
         loader: of the validation images.
         amp: the autocast context to run under.
-        answers: collects those of the raw weights, if anybody wants them.
+        answers: collects those of the trained weights, if anybody wants them.
         every: epochs from one evaluation to the next.
     """
 
