@@ -147,6 +147,8 @@ def test_a_teacher_is_listened_to(tmp_path: Path, tree: Path, kind: str) -> None
     flags = ("--data-path", str(tree), "--epochs", "1", "--distillation-type", kind, "--teacher-model", "resnet10t")
     trainer = train(*FLAGS, *flags, "--teacher-path", str(tmp_path / "teacher.pth"), "--distillation-alpha", "1")
     assert all(torch.isfinite(p).all() for p in trainer.evaluated.models[""].parameters())
+    with pytest.raises(UserError, match=r"^--teacher-path: .* is of another model: .*; give its --teacher-model$"):
+        train(*FLAGS, *flags, "--teacher-path", str(tmp_path / "teacher.pth"), "--teacher-model", "resnet14t")
 
 
 @pytest.mark.parametrize(

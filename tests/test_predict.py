@@ -224,7 +224,7 @@ def test_weights_alone_need_the_name_of_their_model(tmp_path: Path) -> None:
     write_image(tmp_path / "a.jpg", 1)
     (image,) = predict(classifier, [tmp_path / "a.jpg"]).images
     assert sum(guess.probability for guess in image.guesses) == pytest.approx(1)
-    with pytest.raises(UserError, match="is of another model"):
+    with pytest.raises(UserError, match=r"is of another model.*; give the --model it is of; if that had other options"):
         load_classifier(tmp_path / "resnet.safetensors", model="resnet34")
 
 

@@ -5,7 +5,7 @@
 
 Each file is read back after it is written and run on a few images beside the model.
 
-The model is the one that the checkpoint says it is of; --model and the flags of vimfast.train say it where it does not.
+The model is the one that the checkpoint says it is of; --model and --input-size say it where it does not.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from vimfast.formats import (
     write_program,
 )
 from vimfast.image_size import ImageSize, SizeLike
-from vimfast.inference import rebuild
+from vimfast.inference import OTHER_MODEL, rebuild
 from vimfast.models.grey import GREY_MEAN, GREY_STD
 from vimfast.models.hub import save_for_hub
 from vimfast.models.registry import MODELS
@@ -67,7 +67,7 @@ def export(
         raise UserError(f"{checkpoint} holds no averaged weights", "write the trained ones (--weights raw)")
     told = described(state)
     built = rebuild(told, values, str(checkpoint), model=model, input_size=input_size)
-    load_weights(built, values, str(checkpoint))
+    load_weights(built, values, str(checkpoint), fix=OTHER_MODEL)
     cfg: Any = built.pretrained_cfg
     name, size, model_args = cfg["architecture"], ImageSize.of(input_size or told.input_size), None
     if name not in MODELS:  # those know their own

@@ -46,6 +46,7 @@ Report = Callable[[int], None]
 
 _IMAGENET = 1000  # classes
 _PATCH, _BLOCKS = 16, 24  # of the named models
+OTHER_MODEL = "give the --model it is of; if that had other options, its run folder or an exported one, which tell them"
 _YOUNG = 0.1  # of an average, that is still its initial weights
 
 
@@ -277,7 +278,7 @@ def load_classifier(
         )
     told = described(state)
     built = rebuild(told, values, str(origin), model=model, input_size=input_size)
-    notes += load_weights(built, values, str(origin), resample="patches", img_size=told.img_size)
+    notes += load_weights(built, values, str(origin), resample="patches", img_size=told.img_size, fix=OTHER_MODEL)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     view = _view(told, ImageSize.of(input_size or told.input_size), where)
     classes = _class_names(told, _outputs(built), str(origin))

@@ -23,6 +23,7 @@ def load_weights(
     *,
     resample: str | None = None,
     img_size: SizeLike | None = None,
+    fix: str = "give the --model, --model-kwargs, --num-classes and --input-size it was trained with",
 ) -> list[str]:
     """Load a state dict strictly.
 
@@ -31,6 +32,7 @@ def load_weights(
             :data:`vimfast.models.pos_embed.RESAMPLE`; None: it is an error.
         img_size: of the images that the weights are of; None: it is not known, and the grid taken for a square
             unless the weights say which it is.
+        fix: what a user can do where they are of another model.
 
     Returns:
         lines that say what was changed on the way.
@@ -45,10 +47,7 @@ def load_weights(
     )
     if trouble:
         more = f" (and {len(trouble) - 1} more)" if len(trouble) > 1 else ""
-        raise OtherModel(
-            f"{origin} is of another model: {trouble[0]}{more}",
-            "give the --model, --model-kwargs, --num-classes and --input-size it was trained with",
-        )
+        raise OtherModel(f"{origin} is of another model: {trouble[0]}{more}", fix)
     model.load_state_dict(weights)
     return notes
 

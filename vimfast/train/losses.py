@@ -123,7 +123,10 @@ def build_teacher(
     path = Path(cfg.teacher_path)
     try:
         state = load_checkpoint(path)
-        load_weights(teacher, state["model"], str(path), resample="patches", img_size=described(state).img_size)
+        size = described(state).img_size
+        load_weights(
+            teacher, state["model"], str(path), resample="patches", img_size=size, fix="give its --teacher-model"
+        )
     except UserError as error:
         raise UserError(f"--teacher-path: {error.problem}", error.fix) from None
     return teacher.requires_grad_(False).eval()
