@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from vimfast import export
 from vimfast.commands import predict as command
 from vimfast.errors import UserError
-from vimfast.inference import Classifier, _recognized, find_images, load_classifier, predict
+from vimfast.inference import Classifier, _recognized, embed, find_images, load_classifier, predict
 from vimfast.models import create_model
 from vimfast.models.registry import MODELS
 
@@ -212,6 +213,23 @@ def test_every_named_vision_mamba_is_recognized_by_its_weights() -> None:
         assert MODELS[_recognized(create_model(name, device="meta").state_dict())] == MODELS[name]
     other = create_model(NAME, device="meta", depth=4).state_dict()
     assert _recognized(other) == _recognized({"head.weight": torch.zeros(1)}) == ""
+
+
+def test_one_path_is_one_path(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Letter by letter, its dot would be the folder that one is in, with all images there."""
+    write_image(tmp_path / "cat.jpg", 1)
+    write_image(tmp_path / "other.jpg", 2)
+    monkeypatch.chdir(tmp_path)
+    classifier = load_classifier(run)
+    for path in ("cat.jpg", Path("cat.jpg")):
+        seen = predict(classifier, path)
+        assert ([image.path for image in seen.images], seen.unreadable) == ([Path("cat.jpg")], [])
+        assert embed(classifier, path).images == [Path("cat.jpg")]
+    for other in (Image.open("cat.jpg"), np.zeros((9, 9, 3), np.uint8), b"cat.jpg"):
+        with pytest.raises(
+            UserError, match=r"^a \w+ is no path of an image; give files or folders; for images in memory"
+        ):
+            predict(classifier, [other])
 
 
 def test_weights_alone_need_the_name_of_their_model(tmp_path: Path) -> None:

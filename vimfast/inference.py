@@ -121,7 +121,7 @@ class Classifier:
 
 def predict(
     checkpoint: Classifier | str | Path,
-    paths: Iterable[str | Path],
+    paths: str | Path | Iterable[str | Path],
     *,
     top: int = 5,
     batch_size: int = 64,
@@ -131,7 +131,7 @@ def predict(
 
     Args:
         checkpoint: as :func:`load_classifier` takes it, or what it returns.
-        paths: of images, and of folders whose images are meant, also those in folders in them.
+        paths: of images, and of folders whose images are meant, also those in folders in them; or one such path.
         top: so many classes for each image; fewer if the model knows fewer.
         batch_size: images at once.
         report: is told, after each batch, how many images have been looked at.
@@ -140,7 +140,7 @@ def predict(
         also what could not be read, which stops nothing.
 
     Raises:
-        UserError: the checkpoint cannot be used.
+        UserError: the checkpoint cannot be used, or what is to be looked at is no path.
     """
     own = checkpoint if isinstance(checkpoint, Classifier) else load_classifier(checkpoint)
     images, unreadable = find_images(paths)
@@ -163,7 +163,7 @@ def predict(
 
 def embed(
     checkpoint: Classifier | str | Path,
-    paths: Iterable[str | Path],
+    paths: str | Path | Iterable[str | Path],
     *,
     batch_size: int = 64,
     report: Report | None = None,
@@ -209,11 +209,21 @@ def _ask(
     return [images[i] for i in ids.tolist()], torch.cat(answers) if answers else torch.empty(0), unreadable
 
 
-def find_images(paths: Iterable[str | Path]) -> tuple[list[Path], list[Unreadable]]:
-    """The files that are meant, and what is not there. In a folder those count whose names are those of images."""
+def find_images(paths: str | Path | Iterable[str | Path]) -> tuple[list[Path], list[Unreadable]]:
+    """The files that are meant, and what is not there. In a folder those count whose names are those of images.
+
+    Raises:
+        UserError: something else than a path is among them.
+    """
     found: list[Path] = []
     missing: list[Unreadable] = []
-    for path in map(Path, paths):
+    for given in [paths] if isinstance(paths, str | Path) else paths:
+        if not isinstance(given, str | os.PathLike):
+            raise UserError(
+                f"a {type(given).__name__} is no path of an image",
+                "give files or folders; for images in memory, docs/export.md shows the model and its transform",
+            )
+        path = Path(given)
         if path.is_dir():
             inside = _walk(path)
             found += inside
