@@ -123,7 +123,8 @@ COMMAND_MODULES = sorted({command.function.partition(":")[0] for command in COMM
 
 
 @pytest.mark.parametrize(
-    "module", ["vimfast", "vimfast.config", "vimfast.train.__main__", "vimfast.timm", *COMMAND_MODULES]
+    "module",
+    ["vimfast", "vimfast.config", "vimfast.prepare", "vimfast.train.__main__", "vimfast.timm", *COMMAND_MODULES],
 )
 def test_light_modules_stay_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'nvidia.dali', 'timm') if m in sys.modules])"
