@@ -78,6 +78,7 @@ ELSEWHERE = {  # flags on pages that are no program's of this repository
     *("--gpus", "--cpus-per-task", "--signal", "--requeue", "--open-mode", "--nodes", "--ntasks-per-node", "--time"),
     *("--gpus-per-node", "--durations", "--no"),
     *("--device-modules", "--img-size"),  # timm's
+    "--preload",  # gunicorn's
 }
 
 
