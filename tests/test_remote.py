@@ -269,16 +269,28 @@ def test_a_cache_too_small_is_refused(local: Path, remote: Proxy, tmp_path: Path
         open_source(URL, "train", settings(tmp_path, 9999))
 
 
-def test_no_room_is_no_end(local: Path, remote: Proxy, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_room_is_no_end(
+    local: Path, remote: Proxy, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody else holds all of it: images come from the store one by one, and the size is kept."""
     size = 9 * shard_bytes(local)
     cache = Cache(tmp_path, size)
     download = cache.begin("others/data.tar", size)
     assert download is not None
     held = download.finish()
-    found = one_epoch(open_source(URL, "train", settings(tmp_path, size)))
+    away = open_source(URL, "train", settings(tmp_path, size))
+    found = one_epoch(away)
     assert found == one_epoch(open_source(local, "train"))
     assert "has no room for" in capfd.readouterr().err
+    tries, begin = list[str](), Cache.begin
+
+    def count(cache: Cache, name: str, size: int) -> Any:
+        tries.append(name)
+        return begin(cache, name, size)
+
+    monkeypatch.setattr(Cache, "begin", count)
+    time.sleep(0.5)
+    assert len(tries) < 10, "threads that look for room wake each other"
     assert cache.used() == size
     del held
 

@@ -20,7 +20,7 @@ from vimfast.stores import Store, name_in
 _SHARDS_AT_ONCE = 3  # of a process: while the last bytes of one come, and are checked, those of the next do
 _PARTS_AT_ONCE = 4  # of a shard
 _PART_BYTES = 8 << 20
-_POLL, _ROOM_POLL = 0.02, 0.2  # seconds between two looks at what other processes fetch, and at what they let go of
+_POLL, _ROOM_POLL = 0.05, 1.0  # seconds between two looks at what other processes fetch, and at what they let go of
 
 
 class Timeline:
@@ -227,8 +227,9 @@ class Fetcher:
             try:
                 download = self._begin(shard)
             except (NoRoom, OSError) as error:
+                if self._stuck is None or self._stuck[0] != shard:  # each time would have the threads wake each other
+                    self._changed.notify_all()
                 self._stuck = shard, error
-                self._changed.notify_all()
                 return _ROOM_POLL
             self._stuck = None
             if download is not None:
