@@ -27,7 +27,7 @@ from vimfast import check_data
 from vimfast.commands import show
 from vimfast.config import DataConfig, load_config
 from vimfast.data.cache import Cache, CacheSettings, NoRoom
-from vimfast.data.fetching import Timeline
+from vimfast.data.fetching import Fetcher, Timeline
 from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
 from vimfast.errors import UserError
@@ -339,6 +339,20 @@ def test_a_disk_too_small_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50_000))
     with pytest.raises(UserError, match=r"the shards have 0\.\d GB and the disk of .* has room for 0\.0 GB; free some"):
         open_source(URL, "train", settings(tmp_path))
+
+
+def test_threads_with_nothing_to_do_sleep(remote: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = open_source(URL, "train", settings(tmp_path))
+    one_epoch(away)
+    looks, look = list[object](), Fetcher._next
+
+    def count(fetcher: Fetcher) -> Any:
+        looks.append(fetcher)
+        return look(fetcher)
+
+    monkeypatch.setattr(Fetcher, "_next", count)
+    time.sleep(0.5)
+    assert len(looks) < 10
 
 
 # Runs

@@ -219,7 +219,7 @@ class Fetcher:
         """The first shard that somebody has to fetch, begun; or how long to wait before looking again, in seconds."""
         pause = 3600.0
         for shard in self._wanted:
-            if shard in self._busy or shard in self._failed:
+            if shard in self._held or shard in self._busy or shard in self._failed:
                 continue
             if self._hold(shard):
                 self._changed.notify_all()
