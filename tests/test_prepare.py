@@ -30,7 +30,7 @@ from PIL import Image
 from vimfast import prepare
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
-from vimfast.shards import convert, jpeg, writer
+from vimfast.shards import convert, jpeg, origin, writer
 from vimfast.shards.format import MANIFEST, ConversionOptions, index_name, read_index, read_manifest
 from vimfast.shards.plan import ShardPlan
 from vimfast.shards.tree import FileList, scan_split
@@ -790,27 +790,27 @@ def test_files_that_may_no_longer_be_read_are_not_skipped(odd: Path) -> None:
     """As when a ticket for a network file system expires; one file alone, in a folder that can be listed, is bad."""
     file = odd / "train/n1/good_0.JPEG"
     with forbidden(odd), pytest.raises(UserError, match=r"good_0\.JPEG cannot be read \(Permission denied\); once"):
-        writer.read_source(file)
+        origin.read_source(file)
     with tempfile.TemporaryDirectory() as name:  # what is in pytest's folders is for their owner only
         os.chmod(name, 0o755)
         alone = Path(shutil.copy(file, name))
         with forbidden(alone), pytest.raises(ValueError, match=r"cannot be opened: Permission denied"):
-            writer.read_source(alone)
+            origin.read_source(alone)
 
 
 KILLED_BY_AN_IMAGE = """
 import os, signal
 from vimfast.prepare import main
-from vimfast.shards import writer
+from vimfast.shards import origin
 
-read_source = writer.read_source
+read_source = origin.read_source
 
 def read(path):
     if path.name == "good_2.JPEG":
         os.kill(os.getpid(), signal.SIGKILL)
     return read_source(path)
 
-writer.read_source = read  # in each worker too: they import this file
+origin.read_source = read  # in each worker too: they import this file
 
 if __name__ == "__main__":
     main()

@@ -28,7 +28,8 @@ from vimfast.checks.findings import (
 from vimfast.errors import UserError, counted
 from vimfast.shards.foreign import UNPACK_SHARDS, first_shard, is_shard
 from vimfast.shards.format import SPLITS
-from vimfast.shards.tree import Ancestors, identity, is_dead_link, is_folder, is_image_name, read_image, scan_split
+from vimfast.shards.origin import read_image
+from vimfast.shards.tree import Ancestors, identity, is_dead_link, is_folder, is_image_name, scan_split
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip", ".rar", ".7z")
 _UNPACK = "put the class's images there: unpack its archive again"

@@ -20,7 +20,8 @@ from vimfast.errors import printable
 from vimfast.files import atomic_write
 from vimfast.image_size import ImageSize, SizeLike
 from vimfast.pages import Bar, BarChart, render, thumbnail
-from vimfast.shards.tree import MOST_BYTES, is_image_name, read_image
+from vimfast.shards.origin import MOST_BYTES, read_image
+from vimfast.shards.tree import is_image_name
 
 _TEMPLATE = Path(__file__).parent / "check.html"
 _GROUPS, _LINES, _SHOWN = 40, 12, 6  # findings on a page: kinds, lines of a kind, thumbnails of a kind

@@ -33,7 +33,8 @@ from vimfast.shards.format import (
     read_index,
     read_manifest,
 )
-from vimfast.shards.tree import FileList, class_folders, read_image, scan_split
+from vimfast.shards.origin import read_image
+from vimfast.shards.tree import FileList, class_folders, scan_split
 from vimfast.stores import is_url, name_in, open_store
 
 _TAR_BLOCK = 512

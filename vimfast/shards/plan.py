@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from vimfast.shards.format import VERSION, ConversionOptions, PlanDigest
+from vimfast.shards.origin import Origin
 from vimfast.shards.tree import FileList
 
 _KEY_BYTES = 96  # with its extension, what the name field of a plain tar header holds
@@ -26,8 +27,8 @@ class Part:
 
     split: str
     number: int
-    folder: str
-    names: list[str]  # below `folder`
+    origin: Origin
+    names: list[str]  # below the split's folder
     keys: list[str]
     labels: list[int]
     options: ConversionOptions
@@ -64,7 +65,7 @@ class ShardPlan:
         names = [self.files.name(i) for i in ids]
         keys = [self._key(i, name) for i, name in zip(ids, names, strict=True)]
         labels = self.files.labels[ids].tolist()
-        return Part(self.split, number, str(self.files.folder), names, keys, labels, self.options)
+        return Part(self.split, number, self.files.origin(ids), names, keys, labels, self.options)
 
     def digest(self) -> PlanDigest:
         """What distinguishes this plan from those that write other shards."""

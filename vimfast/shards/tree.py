@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from vimfast.errors import UserError
-from vimfast.files import read_file
 from vimfast.shards.foreign import UNPACK_SHARDS, first_shard
+from vimfast.shards.origin import FolderOrigin, Origin
 
 _SPLITS = ("train", "val")
 # The file name extensions of each format that is read (see jpeg.py).
@@ -32,7 +32,6 @@ EXTENSIONS = {
     "avif": {".avif"},
 }
 IMAGE_EXTENSIONS = frozenset().union(*EXTENSIONS.values())
-MOST_BYTES = 1 << 30  # of an image's file: beyond any, and below what an index can hold
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,18 @@ class FileList:
         """The image's file."""
         return self.folder / self.name(i)
 
+    def describe(self, name: str) -> str:
+        """Where the image of this :meth:`name` is, for a person to find it."""
+        return str(self.folder / name)
+
+    def origin(self, ids: Sequence[int]) -> Origin:
+        """These images, for whoever reads them."""
+        return FolderOrigin(str(self.folder), [self.name(i) for i in ids])
+
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name counts as an image. Hidden ones (``._x.JPEG`` of macOS archives) do not."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-
-
-def read_image(path: Path) -> bytes:
-    """The bytes of an image's file.
-
-    Raises:
-        ValueError: not a regular file, or larger than an image can be; the message says so.
-        OSError: it cannot be read.
-    """
-    return read_file(path, most=MOST_BYTES)
 
 
 def is_folder(path: Path) -> bool:

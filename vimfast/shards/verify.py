@@ -24,10 +24,8 @@ from vimfast.shards.writer import (
     dali_index,
     read_record,
     read_rows,
-    read_source,
     read_sources,
     record_path,
-    stat_sources,
     write_record,
 )
 
@@ -81,7 +79,7 @@ def verify_shard(part: Part, out: Path, tick: Callable[[str], None]) -> Record:
 def _verify_sources(part: Part, out: Path, record: Record) -> None:
     """Compare the source files with those that were converted, by size and times, and by content where only a time
     differs (a tree that was copied)."""
-    now = stat_sources(part)
+    now = part.origin.stat()
     before = read_sources(out, part.split, part.number)
     if before is None or len(before) != len(now):  # a record of an earlier version
         if checksum_sources(now) != record.sources:
@@ -94,7 +92,7 @@ def _verify_sources(part: Part, out: Path, record: Record) -> None:
         if same_times and was["size"] == found["size"]:
             continue
         try:
-            checksum = zlib.crc32(read_source(Path(part.folder, name)))
+            checksum = zlib.crc32(part.origin.read(i))
         except ValueError:
             if was["read"]:
                 raise Differs(f"was made from another {name}") from None

@@ -66,14 +66,14 @@ def write_shards(
         UserError: unreadable images (all are listed first), or a worker cannot continue.
     """
     pace = Pace(sum(map(len, plans)), "images", sum(r.samples + len(r.skipped) for r in kept.values()))
-    folders = {plan.split: plan.files.folder for plan in plans}
+    files = {plan.split: plan.files for plan in plans}
     todo = [(plan, number) for plan in plans for number in range(plan.shards) if (plan.split, number) not in kept]
-    bad = [(folders[split] / file, why) for (split, _), record in kept.items() for file, why in record.skipped]
+    bad = [(files[split].describe(file), why) for (split, _), record in kept.items() for file, why in record.skipped]
     write = partial(_write, skip_bad=skip_bad)
     for (plan, _), record in run(write, todo, lambda place: (place[0].part(place[1]), out), workers, pace):
-        bad += [(folders[plan.split] / file, why) for file, why in record.skipped]
-    for path, why in bad:
-        report(f"{path}: {why}")
+        bad += [(plan.files.describe(file), why) for file, why in record.skipped]
+    for name, why in bad:
+        report(f"{name}: {why}")
     if bad and not skip_bad:
         raise UserError(
             f"{len(bad)} of {pace.total} images cannot be read, listed above",

@@ -7,7 +7,6 @@ at any time, and writing it twice gives the same bytes. A finished shard has a r
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import struct
@@ -35,21 +34,10 @@ from vimfast.shards.format import (
     index_header,
     shard_name,
 )
+from vimfast.shards.origin import MOST_BYTES, SOURCE_DTYPE
 from vimfast.shards.plan import Part, ShardPlan
-from vimfast.shards.tree import MOST_BYTES, read_image
 
 _FLUSH_BYTES = 8 << 20
-
-# What opening a file answers when the fault may be the file's own. Other errors (a network file system that went away)
-# would hit the next file as well and must not empty the data set under --skip-bad. Nor must these, where the file's
-# folder cannot be listed any more either: a link's disk that is gone, a ticket that has expired.
-_FILE_ERRORS = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP})
-
-
-# One row for each source file of a shard, whether it was kept or skipped: what a later run compares. `size` is -1 for
-# one that is not there; `crc32` is of the whole file where `read` says that it could be read. The time of the last
-# change, `ctime`, is there because what brings back a damaged file often brings back its `mtime` too.
-SOURCE_DTYPE = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("crc32", "<u4"), ("read", "?")])
 
 
 class Record(Struct, frozen=True):
@@ -102,12 +90,11 @@ def estimate_bytes(plan: ShardPlan) -> int:
     resized = plan.options.resize is not None
     count = min(len(plan), 64 if resized else 10_000)
     total = 0
-    for i in rng.choice(len(plan), count, replace=False).tolist():
-        path = plan.files.path(i)
-        with suppress(OSError, ValueError, MemoryError):  # reported when its turn comes
-            size = path.stat().st_size
-            if size <= MOST_BYTES:
-                total += len(stored(read_image(path), plan.options)[0]) if resized else size
+    origin = plan.files.origin(rng.choice(len(plan), count, replace=False).tolist())
+    for i, size in enumerate(origin.stat()["size"].tolist()):
+        with suppress(UserError, ValueError, MemoryError):  # reported when its turn comes
+            if 0 <= size <= MOST_BYTES:
+                total += len(stored(origin.read(i), plan.options)[0]) if resized else size
     each = total / count + 3.5 * tarfile.BLOCKSIZE + 2 * INDEX_DTYPE.itemsize + 100  # two headers, padding, indexes
     return round(len(plan) * each) + plan.shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE // 2)
 
@@ -126,7 +113,7 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[str], Non
     Raises:
         UserError: the disk is full, or the source folder is gone.
     """
-    sources = stat_sources(part)
+    sources = part.origin.stat()
     tar_path = out / shard_name(part.split, part.number)
     try:
         record_path(out, part.split, part.number).unlink(missing_ok=True)  # its tar is about to be replaced
@@ -201,9 +188,8 @@ def _write_samples(
     lines: list[str] = []
     for i, (name, key, label) in enumerate(zip(part.names, part.keys, part.labels, strict=True)):
         tick(name)
-        path = Path(part.folder, name)
         try:
-            data = read_source(path)
+            data = part.origin.read(i)
             checksum = zlib.crc32(data)
             sources[i]["crc32"], sources[i]["read"] = checksum, True
             image, (height, width), why = stored(data, part.options)
@@ -212,7 +198,7 @@ def _write_samples(
             continue
         except MemoryError:
             raise UserError(
-                f"there is too little memory to decode {path}",
+                f"there is too little memory to decode {part.origin.name(i)}",
                 "free some, or run again with fewer --workers: it resumes",
             ) from None
         if why:
@@ -230,49 +216,6 @@ def _write_samples(
         tar.flush()
     record = Record(samples, tar.finish(), image_bytes, checksum_sources(sources), changed, skipped)
     return record, rows[:samples], lines
-
-
-def read_source(path: Path) -> bytes:
-    """The bytes of an image's file.
-
-    Raises:
-        ValueError: they cannot be read, and the file itself is at fault.
-        UserError: they cannot, and it is more than that.
-    """
-    try:
-        return read_image(path)
-    except OSError as error:
-        if (error.errno in _FILE_ERRORS or path.is_symlink()) and _can_list(path):
-            raise ValueError(f"cannot be opened: {error.strerror}") from None
-        raise UserError(
-            f"{path} cannot be read ({error.strerror})", "once the source folder is back, run again, it resumes"
-        ) from None
-
-
-def _can_list(path: Path) -> bool:
-    """Whether the folder can be listed that a file, or what it is a link to, would be in."""
-    try:
-        with os.scandir(os.path.dirname(os.path.realpath(path))):
-            return True
-    except OSError:
-        return False
-
-
-def stat_sources(part: Part) -> np.ndarray:
-    """Sizes and times of the source files, as rows of ``SOURCE_DTYPE``."""
-    sources = np.zeros(len(part.names), SOURCE_DTYPE)
-    sources["size"] = -1
-    for i, name in enumerate(part.names):
-        with suppress(OSError):  # reported when it is read
-            stat = os.stat(f"{part.folder}/{name}")
-            times = _in_range(stat.st_mtime_ns), _in_range(stat.st_ctime_ns)
-            sources[i]["size"], (sources[i]["mtime"], sources[i]["ctime"]) = stat.st_size, times
-    return sources
-
-
-def _in_range(nanoseconds: int) -> int:
-    """Of a time beyond the year 2262 or before 1677, a number that stands for it."""
-    return (nanoseconds + 2**63) % 2**64 - 2**63
 
 
 def checksum_sources(sources: np.ndarray) -> int:
