@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from conftest import visible, write_image
 from doc_steps import PAGES, ROOT, Code, Command, blocks, run, steps
 from scipy.io import savemat
 from torch.distributed.run import get_args_parser
@@ -31,6 +31,8 @@ from vimfast.commands.train import _split
 from vimfast.config import load_config, resolve
 from vimfast.config.flags import flag_parser
 from vimfast.errors import UserError
+from vimfast.shards.convert import convert
+from vimfast.shards.format import ConversionOptions
 
 SHOWN = [step for page in PAGES for step in steps(page)]
 
@@ -309,8 +311,11 @@ def test_archives_like_imagenets_become_a_folder_that_is_fit_to_train_on(
     for split, archive in archives.items():
         monkeypatch.setitem(ARCHIVE_META, split, (archive.name, hashlib.md5(archive.read_bytes()).hexdigest()))
     monkeypatch.chdir(tmp_path)
+    convert(root, tmp_path / "from_archives", ConversionOptions(), workers=1)
     (code,) = blocks("docs/imagenet.md", "python")
     exec(compile(code, "docs/imagenet.md", "exec"), {})
+    convert(root, tmp_path / "from_folders", ConversionOptions(), workers=1)
+    assert visible(tmp_path / "from_archives") == visible(tmp_path / "from_folders")
     report = check(root, CheckOptions(classes=None, splits=("train", "val"), decode=True, workers=1))
     assert report.fit
     for split in ("train", "val"):

@@ -30,7 +30,7 @@ def parser() -> Parser:
         epilog="example: vimfast prepare imagenet_data/ --out shards/",
     )
     add = parser.add_argument
-    text = "folder that holds train/ and val/ (or one of them)"
+    text = "folder that holds train/ and val/ (or one of them), or the archives of ImageNet as they are downloaded"
     add("root", metavar="IMAGENET_ROOT", type=path, nargs="?", help=text)
     add("--out", metavar="FOLDER", type=path, help="folder to write the shards into")
     add("--resize", metavar="N", type=whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")

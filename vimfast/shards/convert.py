@@ -23,6 +23,7 @@ from vimfast import __version__
 from vimfast.class_names import are_imagenets
 from vimfast.errors import UserError, counted
 from vimfast.files import TEMPORARY, write_bytes
+from vimfast.shards.archives import ARCHIVES, archive_of, list_archive
 from vimfast.shards.format import (
     FORMAT,
     INDEX_DTYPE,
@@ -49,7 +50,7 @@ from vimfast.shards.format import (
     write_manifest,
 )
 from vimfast.shards.plan import ShardPlan
-from vimfast.shards.tree import is_folder, scan_split
+from vimfast.shards.tree import FileList, is_folder, scan_split
 from vimfast.shards.workers import report, verify_shards, write_shards
 from vimfast.shards.writer import estimate_bytes, join_rows, read_record, record_path
 
@@ -62,7 +63,7 @@ def convert(
     """Make `out` hold the images of `root` as shards, keeping what an earlier run with the same options has written.
 
     Args:
-        root: a folder in the ImageNet layout.
+        root: a folder in the ImageNet layout, or with the archives of ImageNet.
         workers: processes.
         skip_bad: leave unreadable images out and record them in the manifest.
         overwrite: first delete the shards in `out`.
@@ -74,7 +75,7 @@ def convert(
         UserError: `root` or `out` cannot be used, an image cannot be read, or the disk is full.
     """
     _check_out(root, out)
-    plans = _make_plans(root, options)
+    plans = _make_plans(root, options, out, workers)
     digests = {plan.split: plan.digest() for plan in plans}
     with locked(out):
         try:
@@ -124,30 +125,39 @@ def _what_is_kept(plans: Sequence[ShardPlan], out: Path) -> str:
     return f"{kept} are finished and stay in {out}; the same command verifies them and makes the rest"
 
 
-def _make_plans(root: Path, options: ConversionOptions) -> list[ShardPlan]:
+def _make_plans(root: Path, options: ConversionOptions, out: Path, workers: int) -> list[ShardPlan]:
     """One plan for each split that exists; the training set determines the classes."""
-    if not any(is_folder(root / split) for split in SPLITS) and is_shards_folder(root):
+    found = [split for split in SPLITS if is_folder(root / split) or archive_of(root, split)]
+    if not found and is_shards_folder(root):
         raise UserError(
             f"{root} holds shards already", f"train on them with --data-path {root}, or give the folder of images"
         )
     plans: list[ShardPlan] = []
-    for split in [s for s in SPLITS if is_folder(root / s)] or ["train"]:
-        files = scan_split(root, split, plans[0].files.classes if plans else None)
+    for split in found or ["train"]:
+        files = _list_images(root, split, plans[0].files.classes if plans else None, out, workers)
         plans.append(ShardPlan(split, files, options))
-        report(f"{root / split}: {len(files):,} images of {len(files.classes):,} classes")
+        report(f"{files.folder}: {len(files):,} images of {len(files.classes):,} classes")
         empty = np.flatnonzero(np.bincount(files.labels, minlength=len(files.classes)) == 0).tolist()
         if empty:
             has = "has" if len(empty) == 1 else "have"
-            report(f"{root / split}: {len(empty):,} of them {has} no images, such as {files.classes[empty[0]]}")
+            report(f"{files.folder}: {len(empty):,} of them {has} no images, such as {files.classes[empty[0]]}")
     if 1 < (count := len(plans[0].files.classes)) < _IMAGENET and are_imagenets(plans[0].files.classes):
         report(
             f"{root} looks like a subset of ImageNet, with {count} of its {_IMAGENET:,} classes; "
             f"if it is meant to be whole, classes are missing; if not, check it with vimfast check --classes {count}"
         )
     for split in SPLITS:
-        if not is_folder(root / split):
-            report(f"{root} has no {split}/: only {plans[0].split} is converted")
+        if found and split not in found:
+            missing = f"{split}/" if is_folder(root / plans[0].split) else ARCHIVES[split]
+            report(f"{root} has no {missing}: only {plans[0].split} is converted")
     return plans
+
+
+def _list_images(root: Path, split: str, classes: list[str] | None, out: Path, workers: int) -> FileList:
+    """From a folder, or where there is none from ImageNet's archive."""
+    if not is_folder(root / split) and archive_of(root, split):
+        return list_archive(root, split, classes, workers, out / STATE_FOLDER)
+    return scan_split(root, split, classes)
 
 
 def classes_without_images(out: Path) -> Iterator[str]:

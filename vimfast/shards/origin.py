@@ -1,4 +1,4 @@
-"""Where the images of a shard come from: for now the files of a folder; see also archives.py."""
+"""Where the images of a shard come from, as its writer asks for them: here, from the files of a folder."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
             f"{folder / unknown[0]} is not a training class ({len(unknown)} of {len(folders)} folders are not)",
             f"remove it, or add the class to {root / 'train'}",
         )
-    others = Counter(_kind(name) for name in rest if not is_image_name(name))
+    others = Counter(file_kind(name) for name in rest if not is_image_name(name))
     files = replace(_list(folder, folders, known, others), loose=flat)
     if not len(files):
         raise UserError(f"no images in the {len(folders)} class folders of {folder}", "unpack the class archives there")
@@ -225,10 +225,12 @@ def _images(folder: Path, others: Counter[str]) -> Iterator[str]:
                 elif is_image_name(entry.name):
                     yield inside + entry.name
                 else:
-                    others[_kind(entry.name)] += 1
+                    others[file_kind(entry.name)] += 1
 
 
-def _kind(name: str) -> str:
+def file_kind(name: str) -> str:
+    """The extension of a file that is no image, for counting."""
+    """The extension of a name that is no image's, for counting."""
     return os.path.splitext(name)[1].lower() or "no extension"
 
 

@@ -214,8 +214,8 @@ def _interrupts_held() -> Iterator[None]:
 class Pace:
     """Progress, rate and time left. What was there already counts as progress but not towards the rate."""
 
-    def __init__(self, total: int, what: str, found: int = 0) -> None:
-        self.total, self.what, self.found, self.begin = total, what, found, time.monotonic()
+    def __init__(self, total: int, what: str, found: int = 0, unit: str = "images") -> None:
+        self.total, self.what, self.found, self.unit, self.begin = total, what, found, unit, time.monotonic()
         self.done = 0
 
     def describe(self) -> tuple[int, str, str]:
@@ -223,7 +223,7 @@ class Pace:
         done = self.found + self.done
         rate = self.done / max(1e-6, time.monotonic() - self.begin)
         left = str(timedelta(seconds=round((self.total - done) / rate))) if self.done else "-:--:--"
-        return done, f"{rate:,.0f} images/s", f"{left} left"
+        return done, f"{rate:,.0f} {self.unit}/s", f"{left} left"
 
 
 @contextmanager
