@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from vimfast.data import order as order_module
+from vimfast.data.computed import permuted, permuted_in_windows
 from vimfast.data.order import Order, permutation, windowed_permutation
 
 BOUNDS = (0, 100, 130, 130, 260, 400, 401, 500)  # seven shards, one of them empty
@@ -151,3 +154,55 @@ def test_window_is_the_same_on_any_number_of_ranks(world: int) -> None:
 def test_bounds_that_are_of_other_data_are_refused() -> None:
     with pytest.raises(ValueError, match="400 images, shards up to 500"):
         Order(400, 8, bounds=BOUNDS)
+
+
+def test_a_permutation_computed_by_place_is_like_one_drawn() -> None:
+    """Each is one; fixed points and neighbours that stay neighbours are as many as in drawn ones, one on average each;
+    and all places are as likely. Of 2 or 4 rounds rather than 8, this fails."""
+    samples, fixed, successors = 1009, [], []
+    landed = np.zeros((8, 8))
+    for seed in range(300):
+        ids = permuted(np.arange(samples), samples, seed, 0)
+        assert np.array_equal(np.sort(ids), np.arange(samples))
+        fixed.append(int((ids == np.arange(samples)).sum()))
+        successors.append(int((np.diff(ids) == 1).sum()))
+        np.add.at(landed, (np.arange(samples) * 8 // samples, ids * 8 // samples), 1)
+    for counts in (fixed, successors):
+        assert np.mean(counts) == pytest.approx(1, abs=0.25)  # of a Poisson distribution; 4 standard errors
+        assert np.var(counts) == pytest.approx(1, abs=0.4)
+    expected = landed.sum() / 64
+    assert 20 < ((landed - expected) ** 2 / expected).sum() < 90  # chi-squared of 49 degrees of freedom
+
+
+def test_large_sets_have_their_orders_computed_and_others_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the size of the data is made: this one has more images than memory has bytes."""
+    order = Order(10**13, 64, seed=3)
+    positions, ids = order.step(7, 10**9)
+    assert len(np.unique(ids)) == 64
+    assert ids.min() >= 0
+    assert ids.max() < 10**13
+    assert np.array_equal(ids, permuted(positions, 10**13, 3, 7))
+    drawn = Order(500, 8, seed=1)
+    assert np.array_equal(drawn.step(2, 3)[1], permutation(1, 2, 500)[24:32])
+    monkeypatch.setattr(order_module, "MOST_DRAWN", 499)
+    assert np.array_equal(drawn.step(2, 3)[1], permuted(np.arange(24, 32), 500, 1, 2))
+    assert np.array_equal(replace(drawn, computed=False).step(2, 3)[1], permutation(1, 2, 500)[24:32])
+
+
+def test_computed_orders_stay_what_they_are() -> None:
+    """Checkpoints rely on it: a run resumed with a later version continues in the same order."""
+    assert permuted(np.arange(6), 10**7, 0, 0).tolist() == [2811296, 2062027, 7809443, 2265820, 1860741, 1120968]
+    assert permuted_in_windows(np.arange(6), BOUNDS, 2, 5, 1).tolist() == [328, 304, 359, 386, 320, 329]
+    mixed = Order(50, 6, seed=3, mixture=((20, 10), (7, 40)))
+    assert mixed.step(4, 2)[1].tolist() == [20, 26, 24, 22, 13, 21]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 100])
+def test_a_computed_window_reads_a_few_shards_at_a_time(window: int) -> None:
+    ids = permuted_in_windows(np.arange(500), BOUNDS, window, 5, 1)
+    np.testing.assert_array_equal(np.sort(ids), np.arange(500))
+    shards = np.searchsorted(BOUNDS[1:], ids, side="right")
+    first = {shard: np.flatnonzero(shards == shard)[0] for shard in np.unique(shards).tolist()}
+    last = {shard: np.flatnonzero(shards == shard)[-1] for shard in first}
+    for place in range(0, 500, 7):
+        assert sum(first[shard] <= place <= last[shard] for shard in first) <= window

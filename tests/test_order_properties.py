@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import accumulate
 
@@ -34,6 +35,7 @@ def orders(draw: st.DrawFn, *, drop_last: bool | None = None) -> Order:
         node=node,
         bounds=(0, *accumulate(shards)) if draw(st.booleans()) else None,
         window=draw(st.integers(1, 4)),
+        computed=draw(st.booleans()),
         detours=tuple(Detour(*turn, number) for number, turn in enumerate(draw(st.lists(TURNS, max_size=2)), 1)),
     )
 
@@ -111,3 +113,22 @@ def test_a_step_needs_none_before_it(order: Order, epoch: int) -> None:
         order.step(epoch + 2, 0)
         for one, again in zip(once, replace(order).step(epoch, step), strict=True):
             np.testing.assert_array_equal(one, again)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=4), st.integers(0, 2**40))
+def test_sets_are_mixed_in_passes_that_continue_from_epoch_to_epoch(sets: list[tuple[int, int]], seed: int) -> None:
+    """An epoch has each set's share to the image, and no image comes again before all of its set have come."""
+    samples = sum(share for _, share in sets)
+    if samples == 0:
+        return
+    order = Order(samples, 1, seed=seed, drop_last=False, mixture=tuple(sets))
+    firsts = np.cumsum([0, *(images for images, _ in sets)])
+    shown = Counter()  # by image
+    for epoch in range(3):
+        ids = order._ids(epoch, np.arange(samples))
+        which = np.searchsorted(firsts, ids, "right") - 1
+        assert np.bincount(which, minlength=len(sets)).tolist() == [share for _, share in sets]
+        shown.update(ids.tolist())
+        for first, (images, _) in zip(firsts[:-1].tolist(), sets, strict=True):
+            counts = [shown[i] for i in range(first, first + images)]
+            assert max(counts) - min(counts) <= 1

@@ -11,6 +11,8 @@ import torch
 import yaml
 from runs import RECIPE, Stops, call, differences, records, refused, train
 
+from vimfast.data import order
+
 
 @pytest.fixture(scope="module")
 def flags(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
@@ -113,6 +115,25 @@ def test_what_says_nothing_of_the_order_may_change_in_mid_epoch(
     del state["images"]
     torch.save(state, tmp_path / "earlier.pth")
     train(*flags, "--resume", str(tmp_path / "earlier.pth"), "--epochs", "1")
+
+
+def test_a_run_begun_before_orders_were_computed_continues_in_its_own(
+    flags: tuple[str, ...], halves: Path, copy: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so do those that continue it; a new one does not."""
+    monkeypatch.setattr(order, "MOST_DRAWN", 1)
+    run = Path(copy("middle"))
+    path = run / "checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    assert state.pop("order_version") == 2
+    torch.save(state, path)
+    train(*flags, "--output_dir", str(run), "--resume", "auto", "--epochs", "1")
+    assert not differences(run, halves / "end")
+    assert torch.load(path, weights_only=True)["order_version"] == 1
+    resumed = train(*flags, "--output_dir", str(run), "--resume", "auto", "--epochs", "2")
+    assert resumed.loader.order.computed is False
+    begun = train(*flags, "--epochs", "1")
+    assert begun.loader.order.computed is None
 
 
 def test_changed_settings_are_listed_and_take_effect(

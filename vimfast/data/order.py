@@ -14,6 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vimfast.data.computed import permuted, permuted_in_windows
+
+# Above so many images an order is computed by position rather than drawn: drawing 14 million takes a second an epoch,
+# and keeping two of them 114 MB, in each rank. Not below, where runs resume in the orders that they began with.
+MOST_DRAWN = 1 << 22
+
 
 @functools.lru_cache(maxsize=2)  # reading ahead crosses from one epoch to the next
 def permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
@@ -95,6 +101,10 @@ class Order:
         node: ranks of this rank's host, of `world` ranks in all; they have consecutive numbers and decode for each
             other (:meth:`decoded`).
         bounds, window: shuffle as :func:`windowed_permutation` does; without bounds, all images at once.
+        computed: compute permutations by position, in no memory (`computed.py`); None: of more than ``MOST_DRAWN``.
+        mixture: of several data sets whose images are numbered one set after the other, for each how many images it
+            has and how many positions of an epoch are its own. Each set is shown in passes, every image once in a
+            pass, which continue from epoch to epoch; its positions are spread at random.
         detours: epochs that continue in another order from a step on. Every image still comes once. (With `bounds`,
             the rest of such an epoch comes from all its shards.)
     """
@@ -113,6 +123,8 @@ class Order:
     bounds: tuple[int, ...] | None = None
     window: int = 64
     detours: tuple[Detour, ...] = ()
+    computed: bool | None = None
+    mixture: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.samples, self.seed) < 0 or min(self.batch_size, self.world, self.repeats) < 1:
@@ -123,6 +135,8 @@ class Order:
             raise ValueError(f"{self.node} ranks of {self.world} cannot decode for each other: {self}")
         if self.bounds is not None and (self.bounds[-1] != self.samples or self.window < 1):
             raise ValueError(f"{self.samples} images, shards up to {self.bounds[-1]}, a window of {self.window}")
+        if self.mixture and (sum(share for _, share in self.mixture) != self.samples or self.bounds is not None):
+            raise ValueError(f"{self.samples} images, all at once, of data sets with {self.mixture}")
 
     @property
     def global_batch(self) -> int:
@@ -202,13 +216,40 @@ class Order:
 
     def _ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         drawn = positions // self.repeats
-        return self._shuffled(epoch)[drawn].astype(np.int64) if self.shuffle else drawn
+        if not self.shuffle:
+            return drawn
+        turns = self._turns(epoch)
+        computed = self.samples > MOST_DRAWN if self.computed is None else self.computed
+        if not (computed or self.mixture):
+            ids: np.ndarray = shuffled(self.seed, self.samples, self.bounds, self.window, epoch, turns)[drawn]
+            return ids.astype(np.int64)
+        for first, number in reversed(turns):
+            tail = drawn >= first
+            drawn[tail] = first + permuted(drawn[tail] - first, self.samples - first, self.seed, epoch, number)
+        if self.mixture:
+            return self._mixed(epoch, drawn)
+        if self.bounds is not None:
+            return permuted_in_windows(drawn, self.bounds, self.window, self.seed, epoch)
+        return permuted(drawn, self.samples, self.seed, epoch)
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        turns = tuple(
+    def _turns(self, epoch: int) -> tuple[tuple[int, int], ...]:
+        return tuple(
             # An image of which copies have been shown already keeps its place.
             (-(-detour.step * self.global_batch // self.repeats), detour.number)
             for detour in self.detours
             if detour.epoch == epoch
         )
-        return shuffled(self.seed, self.samples, self.bounds, self.window, epoch, turns)
+
+    def _mixed(self, epoch: int, drawn: np.ndarray) -> np.ndarray:
+        """The images at these places of an epoch of several data sets."""
+        spread = permuted(drawn, self.samples, self.seed, epoch)
+        ids = np.empty_like(spread)
+        first = begin = 0  # of the images and of the places of a set
+        for number, (images, share) in enumerate(self.mixture):
+            own = np.flatnonzero((spread >= begin) & (spread < begin + share))
+            passes, places = np.divmod(epoch * share + spread[own] - begin, max(images, 1))
+            for turn in np.unique(passes).tolist():
+                now = passes == turn
+                ids[own[now]] = first + permuted(places[now], images, self.seed, turn, number, 1)
+            first, begin = first + images, begin + share
+        return ids

@@ -21,7 +21,7 @@ from vimfast.processes.control import Control
 from vimfast.train.batch_size import with_batch_size
 from vimfast.train.boards import WandB, check_boards
 from vimfast.train.compiling import captures, compiles
-from vimfast.train.continuity import order_changes
+from vimfast.train.continuity import computed_as_in, order_changes
 from vimfast.train.curriculum import Curriculum, TrainingStage
 from vimfast.train.depth import StochasticDepth
 from vimfast.train.device import StageEntry, prepare_device
@@ -138,7 +138,8 @@ def _build_training(
     cfg = fit_order(cfg, source, report)
     # One process saves its place when it cannot have an image. Of several, the others are inside the step by then.
     stop = control.stop_for if world.size > 1 else None
-    curriculum = _curriculum(cfg, source, world, stage, report, stop)
+    computed = computed_as_in(None if start is None else start.state)
+    curriculum = _curriculum(cfg, source, world, stage, report, stop, computed)
     start_up.done("data")
 
     rates = {own.config.model.drop_path for own in curriculum.stages}
@@ -177,13 +178,16 @@ def _curriculum(
     stage: Stages | None,
     report: Reporter,
     stop: Callable[[UserError], None] | None,
+    computed: bool | None,
 ) -> Curriculum:
     """What each epoch trains with; rates are shares of the highest that a stage has at its peak."""
     final_size, parts = cfg.model.size, []
     mixing = build_mixup(cfg.mix, source, cfg.run.seed, world.rank)
     for epochs, own in staged(cfg):
         batches = plan_batches(own, world.size)
-        loader = open_training(source, own, batches, world, report, final_size=final_size, stage=stage, stop=stop)
+        loader = open_training(
+            source, own, batches, world, report, final_size=final_size, stage=stage, stop=stop, computed=computed
+        )
         mixup = mixing.as_in(own.mix)
         parts.append(TrainingStage(epochs, own, loader, mixup, batches.accum_steps))
     peaks = [peak_lr(part.config.optim, part.global_batch) for part in parts]

@@ -12,6 +12,8 @@ from vimfast.errors import UserError
 
 State = Mapping[str, Any]
 
+_ORDER_VERSION = 2
+
 
 def check_classes(classes: Sequence[str], wanted: int | None, state: State | None, origin: str, data: str) -> None:
     """Whether data, flags and checkpoint are of the same classes.
@@ -51,6 +53,19 @@ def check_every_class(classes: Sequence[str], labels: np.ndarray, data: str) -> 
             f"class {classes[empty[0]]!r} of {data} has no training images{others}",
             "add them, or delete its folders in train/ and val/ (and convert again, if these are shards)",
         )
+
+
+def order_version(computed: bool | None) -> int:
+    """What a checkpoint says of a run's order (``Order.computed``): 1 where permutations are drawn whatever their size,
+    as all were before there were others."""
+    return 1 if computed is False else _ORDER_VERSION
+
+
+def computed_as_in(state: State | None) -> bool | None:
+    """``Order.computed`` of a run that continues this checkpoint, so that its images come in the order that it began
+    with."""
+    begun = state is not None and "optimizer" in state
+    return False if begun and (state or {}).get("order_version", 1) < _ORDER_VERSION else None
 
 
 def order_changes(state: State, cfg: Config, images: str) -> list[str]:

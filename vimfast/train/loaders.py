@@ -101,6 +101,7 @@ def open_training(
     final_size: ImageSize | None = None,
     stage: Stages | None = None,
     stop: Callable[[UserError], None] | None = None,
+    computed: bool | None = None,
 ) -> Loader:
     """The loader of the training images, with the settings of a run or of one of its stages.
 
@@ -108,6 +109,7 @@ def open_training(
         final_size: the run's, which decides how all its stages crop; None: that of the settings.
         stage: of an epoch; None: the settings', in all epochs.
         stop: as :class:`LoaderSettings` has it.
+        computed: as :class:`Order` has it.
 
     Raises:
         UserError: they are too few, or a setting is out of its range.
@@ -116,7 +118,7 @@ def open_training(
     last = cfg.schedule.epochs - 1  # beyond which batches are still read ahead
     own = Stage(size, Recipe(cfg.augment, data.train_interpolation))
     view = crop_view(
-        _training_order(cfg, source, batches, world),
+        _training_order(cfg, source, batches, world, computed),
         world.device,
         training_crop(cfg.augment, size, data.scale, data.ratio, final_size),
         (lambda epoch: own) if stage is None else (lambda epoch: stage(min(epoch, last))),
@@ -127,7 +129,7 @@ def open_training(
     return Loader(source, view, replace(_settings(data, report), stop=stop))
 
 
-def _training_order(cfg: Config, source: Source, batches: Batches, world: World) -> Order:
+def _training_order(cfg: Config, source: Source, batches: Batches, world: World, computed: bool | None) -> Order:
     """Of whole updates only."""
     data, accum = cfg.data, batches.accum_steps
     order = Order(
@@ -141,6 +143,7 @@ def _training_order(cfg: Config, source: Source, batches: Batches, world: World)
         node=world.node if data.repeated_aug and data.repeated_aug_on == "all-ranks" else 1,
         bounds=source.bounds() if data.order == "window" else None,
         window=data.order_window,
+        computed=computed,
     )
     updates = order.steps // accum
     if updates == 0 < order.steps:

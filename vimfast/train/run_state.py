@@ -31,7 +31,7 @@ from vimfast.checkpoint import (
 from vimfast.config import Config, RunConfig
 from vimfast.data.order import Detour
 from vimfast.errors import UserError
-from vimfast.train.continuity import check_order
+from vimfast.train.continuity import check_order, order_version
 from vimfast.train.loop import NO_ACC1, TrainingRun
 from vimfast.train.optim import WeightAverage
 from vimfast.train.randomness import RandomStates, random_states, set_random_states
@@ -275,6 +275,7 @@ def collect(
             "processes": processes,
             "classes": list(classes),
             "images": images,
+            "order_version": order_version(run.loader.order.computed),
             "config": config,
         }
     )
