@@ -30,6 +30,7 @@ from vimfast.data import source as source_module
 from vimfast.data.order import Order
 from vimfast.data.source import BadImage, FolderSource, ShardSource, Source, open_source
 from vimfast.errors import UserError
+from vimfast.shards import rows as rows_module
 from vimfast.shards.format import INDEX_DTYPE
 
 
@@ -376,6 +377,7 @@ from vimfast.config import AugmentConfig
 from vimfast.data.order import Order
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
+from vimfast.shards import rows as rows_module
 source = open_source(sys.argv[1], "train")
 loader = make_loader(source, Order(24, 4), device="cpu", training=True, augmentation=AugmentConfig(), size=40,
                      on_bad_image="skip")
@@ -420,6 +422,7 @@ from loaders import make_loader
 from vimfast.data.order import Order
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
+from vimfast.shards import rows as rows_module
 source = open_source(sys.argv[1], "train")
 source.read(np.arange(24))
 with open(sys.argv[1] + "/train-000001.tar", "r+b") as file:
@@ -588,3 +591,70 @@ def test_slow_files_are_read_by_more_threads(tree: Path, monkeypatch: pytest.Mon
     for _ in range(8):
         assert [data.tobytes() for data in source.read(ids).encoded] == expected
     assert 8 < most <= 32
+
+
+@pytest.fixture
+def in_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of any size is too large for memory."""
+    monkeypatch.setattr(rows_module, "MOST_IN_MEMORY", 1)
+
+
+def test_a_large_index_is_read_where_it_is(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    small = open_source(shards, "train")
+    request.getfixturevalue("in_its_file")
+    monkeypatch.setattr(rows_module, "_ROWS", 7)
+    monkeypatch.setattr(rows_module, "read_index", None)
+    large = open_source(shards, "train")
+    ids = np.array([3, 35, 0, 3, 17])
+    for mine, theirs in zip(small.read(ids), large.read(ids), strict=True):
+        assert all(np.array_equal(one, other) for one, other in zip(mine, theirs, strict=True))
+    assert np.array_equal(small.labels, large.labels)
+    assert np.array_equal(small.class_counts(), large.class_counts())
+    assert small.class_counts().tolist() == [12, 12, 12]
+    assert (small.identity, small.bounds(), small.name(20)) == (large.identity, large.bounds(), large.name(20))
+    assert small.mean_bytes() == large.mean_bytes()
+
+
+@pytest.mark.usefixtures("in_its_file")
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("gone", r"train\.index\.npy is missing; copy it again, or rebuild it with vimfast-prepare --reindex"),
+        ("cut", r"train\.index\.npy has [\d,]+ bytes, not the [\d,]+ of its samples"),
+        ("folder", r"train\.index\.npy is not a regular file, but a folder"),
+        ("header", r"train\.index\.npy is damaged: its header is another"),
+        ("checksum", r"train\.index\.npy is damaged: its checksum is \d+, the manifest says"),
+        ("offset", r"train\.index\.npy is damaged: it has a place outside its tar, in sample 5"),
+    ],
+)
+def test_damage_of_a_large_index_is_found(shards: Path, tmp_path: Path, damage: str, sentence: str) -> None:
+    """A row before it is used; the rest by the time that all have been looked through."""
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    path = copy / "train.index.npy"
+    data = bytearray(path.read_bytes())
+    row = len(data) - (36 - 5) * 32
+    if damage in ("gone", "folder"):
+        path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    if damage in ("cut", "header", "checksum", "offset"):
+        data[{"cut": 0, "header": 20, "checksum": row + 20, "offset": row + 6}[damage]] ^= 1
+        path.write_bytes(data[:-10] if damage == "cut" else data)
+    with pytest.raises(UserError, match=sentence):
+        open_source(copy, "train").class_counts()
+    if damage == "offset":
+        with pytest.raises(UserError, match=sentence):
+            open_source(copy, "train").read(np.array([5]))
+
+
+@pytest.mark.usefixtures("in_its_file")
+def test_a_large_index_cut_off_while_in_use_is_a_sentence(shards: Path, tmp_path: Path) -> None:
+    """Mapped, it would be a signal that ends the process."""
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    source = open_source(copy, "train")
+    source.class_counts()
+    os.truncate(copy / "train.index.npy", 200)
+    with pytest.raises(UserError, match=r"train\.index\.npy was cut off while it was in use; .*, then resume"):
+        source.read(np.array([30]))

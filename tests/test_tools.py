@@ -208,3 +208,13 @@ def test_how_soon_a_recipe_is_how_good(tree: Path, tmp_path: Path) -> None:
     assert (trained.within(25, "trained"), trained.within(99, "averaged")) == (30.0, 31.0)
     assert trained.within(5, "trained") is None
     assert (mean([1.0, 3.0], 1), mean([1.0, None], 0), mean([None], 0)) == ("2.0 ± 1.4", "1 (1 of 2)", "-")
+
+
+def test_a_large_set_is_measured_without_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vimfast.shards.rows.MOST_IN_MEMORY", 1)
+    monkeypatch.setattr("vimfast.data.order.MOST_DRAWN", 1)
+    monkeypatch.setattr(sys, "argv", ["bench_large.py", str(tmp_path / "large"), "--images", "50000"])
+    runpy.run_path(str(TOOLS / "bench_large.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("50,000 images: open in 0.")

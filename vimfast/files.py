@@ -26,17 +26,9 @@ def read_file(path: Path, most: int | None = None) -> bytes:
             `most` bytes; the message says so.
         OSError: the file cannot be read.
     """
+    descriptor = open_regular(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise ValueError("not a regular file, but a socket or a device") from None
-        raise
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"not a regular file, but {_kind(found.st_mode)}")
-        wanted = found.st_size
+        wanted = os.fstat(descriptor).st_size
         if most is not None and wanted > most:
             raise ValueError(f"{wanted:,} bytes, which is more than {most:,}")
         data = os.read(descriptor, wanted)
@@ -45,6 +37,25 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         return data
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> int:
+    """The descriptor of a regular file, to read from.
+
+    Raises:
+        ValueError: it is no regular file; the message says so.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise ValueError("not a regular file, but a socket or a device") from None
+        raise
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"not a regular file, but {_kind(mode)}")
+    return descriptor
 
 
 def _kind(mode: int) -> str:

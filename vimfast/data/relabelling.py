@@ -88,6 +88,9 @@ class Relabelled:
     def follow(self, route: Route, epoch: int, step: int) -> None:
         self._source.follow(route, epoch, step)
 
+    def class_counts(self) -> np.ndarray:
+        return np.bincount(self.labels, minlength=len(self.classes))
+
     def will_need(self, ids: np.ndarray) -> None:
         self._source.will_need(ids)
 

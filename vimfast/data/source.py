@@ -6,6 +6,7 @@ Both hand out the same bytes for the same image: what ``vimfast-prepare`` does o
 
 from __future__ import annotations
 
+import functools
 import tarfile
 import time
 import zlib
@@ -25,15 +26,14 @@ from vimfast.shards import jpeg
 from vimfast.shards.format import (
     Manifest,
     SplitEntry,
-    check_rows,
     fetch_index,
     fetch_manifest,
     index_name,
     is_shards_folder,
-    read_index,
     read_manifest,
 )
 from vimfast.shards.origin import read_image
+from vimfast.shards.rows import Rows, open_rows, rows_in_memory
 from vimfast.shards.tree import FileList, class_folders, scan_split
 from vimfast.stores import is_url, name_in, open_store
 
@@ -77,6 +77,9 @@ class Source(Protocol):
     @property
     def labels(self) -> np.ndarray:
         """int32 [N]."""
+
+    def class_counts(self) -> np.ndarray:
+        """How many images each class has, int64 [classes]; of a large set found without :attr:`labels`."""
 
     @property
     def identity(self) -> str:
@@ -148,10 +151,8 @@ def open_source(path: str | Path, split: str, cache: CacheSettings | None = None
 def _open_folder(folder: Path, split: str) -> ShardSource:
     manifest = read_manifest(folder)
     entry = _entry(manifest, split, str(folder))
-    index = read_index(folder, split, entry.samples, entry.index_crc32)
-    _check_index(index, entry, manifest, str(folder / index_name(split)))
     tars = LocalTars(folder, [(shard.name, shard.bytes) for shard in entry.shards])
-    return ShardSource(manifest.classes, entry, index, tars)
+    return ShardSource(manifest.classes, entry, open_rows(folder, split, entry, len(manifest.classes)), tars)
 
 
 def _open_url(url: str, split: str, cache: CacheSettings) -> ShardSource:
@@ -159,8 +160,8 @@ def _open_url(url: str, split: str, cache: CacheSettings) -> ShardSource:
     manifest = fetch_manifest(store)
     entry = _entry(manifest, split, store.url)
     index = fetch_index(store, split, entry.samples, entry.index_crc32)
-    _check_index(index, entry, manifest, name_in(store, index_name(split)))
-    return ShardSource(manifest.classes, entry, index, remote_tars(store, manifest, split, index, cache))
+    rows = rows_in_memory(index, entry, len(manifest.classes), name_in(store, index_name(split)))
+    return ShardSource(manifest.classes, entry, rows, remote_tars(store, manifest, split, index, cache))
 
 
 def _entry(manifest: Manifest, split: str, where: str) -> SplitEntry:
@@ -172,30 +173,33 @@ def _entry(manifest: Manifest, split: str, where: str) -> SplitEntry:
     return manifest.splits[split]
 
 
-def _check_index(index: np.ndarray, entry: SplitEntry, manifest: Manifest, where: str) -> None:
-    if wrong := check_rows(index, entry, len(manifest.classes)):
-        raise UserError(f"{where} is damaged: it {wrong}", _AGAIN)
-
-
 class ShardSource:
     """Images of one split of shards.
 
     Args:
         classes: class names.
         entry: what the manifest says of the split.
-        index: its rows, ``INDEX_DTYPE``.
+        rows: of its index.
         tars: where their bytes are.
     """
 
-    def __init__(self, classes: list[str], entry: SplitEntry, index: np.ndarray, tars: Tars) -> None:
-        self.classes, self.labels = classes, index["label"]
+    def __init__(self, classes: list[str], entry: SplitEntry, rows: Rows, tars: Tars) -> None:
+        self.classes = classes
         self.identity = f"shards {entry.samples} {entry.index_crc32:08x}"
         self.tars = tars
-        self._index, self._shards = index, len(entry.shards)
-        self._verified = np.zeros(len(index), bool)
+        self._rows = rows
+        self._firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
+        self._verified = np.zeros(entry.samples, bool)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        return self._rows.labels()
+
+    def class_counts(self) -> np.ndarray:
+        return self._rows.counts()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._verified)
 
     @property
     def widest_window(self) -> int | None:
@@ -205,10 +209,10 @@ class ShardSource:
         self.tars.follow(route, epoch, step)
 
     def will_need(self, ids: np.ndarray) -> None:
-        self.tars.will_need(_places(self._index[np.unique(ids)]))
+        self.tars.will_need(_places(self._rows[np.unique(ids)]))
 
     def read(self, ids: np.ndarray) -> Images:
-        rows = self._index[ids]
+        rows = self._rows[ids]
         places = _places(rows)
         encoded = [np.frombuffer(data, np.uint8) for data in self.tars.read(places)]
         # At first; then they come from memory, or from a disk that was right before.
@@ -221,22 +225,21 @@ class ShardSource:
         return Images(encoded, sizes, rows["label"].astype(np.int64))
 
     def verify(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> None:
-        for i, data, stored in zip(ids.tolist(), encoded, self._index["crc32"][ids].tolist(), strict=True):
+        for i, data, stored in zip(ids.tolist(), encoded, self._rows[ids]["crc32"].tolist(), strict=True):
             if zlib.crc32(data.data) != stored:
                 raise UserError(f"{self.name(i)} is damaged: it differs from its checksum in the index", _RESUME)
 
     def mean_bytes(self) -> float:
         """Of an image, from a few of them; 0 where there is none."""
-        return float(self._index["size"][_few(len(self))].mean()) if len(self) else 0.0
+        return float(self._rows[_few(len(self))]["size"].mean()) if len(self) else 0.0
 
     def bounds(self) -> tuple[int, ...]:
         """The first image of each shard, and the number of all images."""
-        shards = np.arange(self._shards + 1)
-        return tuple(np.searchsorted(self._index["shard"], shards).tolist())
+        return tuple(self._firsts.tolist())
 
     def name(self, i: int) -> str:
         """The tar and the member in it: ``train-000003.tar: n01440764/x.jpg``."""
-        shard, offset = int(self._index["shard"][i]), int(self._index["offset"][i])
+        ((shard, offset, _),) = _places(self._rows[np.array([i])])
         try:
             (header,) = self.tars.read([Place(shard, offset - _TAR_BLOCK, _TAR_BLOCK)])
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
@@ -268,6 +271,9 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def class_counts(self) -> np.ndarray:
+        return np.bincount(self.labels, minlength=len(self.classes))
 
     @property
     def widest_window(self) -> int | None:

@@ -54,8 +54,6 @@ _AGAIN = "run vimfast-prepare again"
 _COPY_AGAIN = "copy it again, or run vimfast-prepare again"
 _BLOCK_BYTES = 1 << 20
 _HEADER_BYTES = 1 << 14  # of an index: more than it has
-_ROWS = 1 << 14
-_LARGEST_SIDE = 65535  # of a JPEG
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
@@ -352,27 +350,6 @@ def _parse_array(data: bytes) -> np.ndarray:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
     shape, _, dtype = read(header)
     return np.frombuffer(data, np.uint8, offset=header.tell()).view(dtype).reshape(shape)
-
-
-def check_rows(rows: np.ndarray, entry: SplitEntry, classes: int) -> str | None:
-    """What is wrong with the rows of an index, whatever its checksum; None if nothing is. 20 ms for ImageNet."""
-    firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
-    bytes_in = np.array([shard.bytes for shard in entry.shards], np.uint64)
-    for start in range(0, len(rows), _ROWS):  # what fits in a core's cache
-        part = rows[start : start + _ROWS]
-        shards = np.searchsorted(firsts, np.arange(start, start + len(part)), "right") - 1
-        if not np.array_equal(part["shard"], shards):
-            return "assigns its samples to other shards than the manifest"
-        label, height, width, sizes = part["label"], part["height"], part["width"], part["size"].astype(np.uint64)
-        ends = bytes_in[shards]
-        for wrong, what in (
-            ((label < 0) | (label >= classes), f"a label that is not from 0 to {classes - 1}"),
-            ((height - 1 >= _LARGEST_SIDE) | (width - 1 >= _LARGEST_SIDE), f"a side not from 1 to {_LARGEST_SIDE}"),
-            ((sizes > ends) | (part["offset"] > ends - np.minimum(sizes, ends)), "a place outside its tar"),
-        ):
-            if wrong.any():
-                return f"has {what}, in sample {start + int(np.argmax(wrong))}"
-    return None
 
 
 def crc32_of_file(path: Path) -> int:

@@ -38,16 +38,16 @@ def check_classes(classes: Sequence[str], wanted: int | None, state: State | Non
             )
 
 
-def check_every_class(classes: Sequence[str], labels: np.ndarray, data: str) -> None:
+def check_every_class(classes: Sequence[str], counts: np.ndarray, data: str) -> None:
     """Whether each class has training images: one without is never learned, and mostly a download that failed.
 
     Args:
-        labels: int32 [N], of the training images.
+        counts: int64 [classes], of the training images.
 
     Raises:
         UserError: one has none.
     """
-    if empty := np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0).tolist():
+    if empty := np.flatnonzero(counts == 0).tolist():
         others = f" ({len(empty)} of {len(classes)} classes have none)" if len(empty) > 1 else ""
         raise UserError(
             f"class {classes[empty[0]]!r} of {data} has no training images{others}",

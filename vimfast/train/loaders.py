@@ -67,7 +67,7 @@ def open_training_source(cfg: Config, classes: Sequence[str] | None = None) -> S
             problem = f"class {number} is {here!r} in train and {there!r} in val"
         raise UserError(problem, f"check them with vimfast check {data.data_path}")
     if not data.class_map:  # which may have the classes of other data
-        check_every_class(classes, source.labels, data.data_path)
+        check_every_class(classes, source.class_counts(), data.data_path)
     if not cfg.mix.soft_targets:
         return source
     if is_url(data.data_path):
