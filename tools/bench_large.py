@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from vimfast.data.order import Order
-from vimfast.data.source import ShardSource
+from vimfast.data.source import ShardSource, open_source
 from vimfast.shards.format import (
     FORMAT,
     INDEX_DTYPE,
@@ -71,7 +71,8 @@ def main() -> None:
     if not args.folder.exists():
         make(args.folder, args.images)
     before, begin = own_memory(), time.perf_counter()
-    source = ShardSource(args.folder, "train")
+    source = open_source(args.folder, "train")
+    assert isinstance(source, ShardSource)
     opened = time.perf_counter()
     source.class_counts()
     checked = time.perf_counter()

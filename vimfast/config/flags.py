@@ -80,7 +80,8 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
     else:
         metavar = "|".join(kind.choices) or ("PATH" if f.metadata["path"] else _LETTERS[kind.base])
         metavar = "|".join([metavar, *kind.words])
-        group.add_argument(*flags, dest=f.name, type=_reader(kind), help=text, metavar=metavar)
+        words: dict[str, Any] = {"nargs": "+", "action": _AsWords} if f.metadata["words"] else {}
+        group.add_argument(*flags, dest=f.name, type=_reader(kind), help=text, metavar=metavar, **words)
 
 
 def _reader(kind: Kind) -> Callable[[str], Any]:
@@ -122,3 +123,8 @@ class _KeyValue(argparse.Action):
 class _AsTuple(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, tuple(values))
+
+
+class _AsWords(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, " ".join(values))

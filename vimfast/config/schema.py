@@ -51,12 +51,13 @@ def option(
     choices: Callable[[], tuple[str, ...]] | None = None,
     neutral: bool = False,
     path: bool = False,
+    words: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag: `help` is its ``--help`` line, `aliases` are other spellings.
 
     The choices of a field are its ``Literal`` type; where only the run knows them, `choices` returns them. It is called
     for a value other than the default only. `neutral`: whatever its value, a run trains the same.
-    `path`: a leading ``~`` is the home folder.
+    `path`: a leading ``~`` is the home folder. `words`: several may follow the flag, and are joined by spaces.
     """
     metadata = {
         "help": help,
@@ -66,6 +67,7 @@ def option(
         "choices": choices,
         "neutral": neutral,
         "path": path,
+        "words": words,
     }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -193,9 +195,10 @@ class DataConfig:
     data_path: str = option(
         "",
         "shards from vimfast-prepare, here or in a store (s3://, gs://, az://, https:// and more), or a folder tree"
-        " with train/ and val/",
+        " with train/ and val/; several are mixed by weight: a:0.7 b:0.3",
         neutral=True,
         path=True,
+        words=True,
     )
     cache_dir: str = option(
         "", "folder on a local disk for the shards of a store; default: ~/.cache", neutral=True, path=True

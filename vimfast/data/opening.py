@@ -10,8 +10,8 @@ from vimfast.augment.recipe import evaluation_crop
 from vimfast.config import AugmentConfig
 from vimfast.data.cache import CacheSettings
 from vimfast.data.loader import Loader, LoaderSettings
+from vimfast.data.mixed import open_data
 from vimfast.data.order import Order
-from vimfast.data.source import open_source
 from vimfast.data.views import Evaluation, training_view
 from vimfast.dist import ranks
 from vimfast.errors import UserError
@@ -37,7 +37,8 @@ def training_loader(
     left out of an epoch.
 
     Args:
-        path: a shards folder or a folder tree, or the URL of a shards folder in a store.
+        path: a shards folder or a folder tree, or the URL of a shards folder in a store; several sets with weights as
+            ``"a:0.7 b:0.3"``.
         batch_size: images a step on this rank.
         size: side of the square, pixels; or (height, width).
         augmentation: what is done after crop and flip, ``AugmentConfig()`` for the recipe of Vision Mamba (RandAugment
@@ -55,7 +56,7 @@ def training_loader(
         UserError: the data cannot be used, or is too little for one step.
     """
     _check(batch_size=batch_size, size=min(ImageSize.of(size)), repeats=repeats)
-    source = open_source(path, split, cache)
+    source = open_data(path, split, cache)
     rank, world = ranks()
     order = Order(
         len(source),
@@ -65,6 +66,7 @@ def training_loader(
         seed=seed,
         repeats=repeats,
         neighbours=repeats > 1,  # an image is then decoded once, for all its crops
+        mixture=source.mixture,
     )
     return Loader(source, training_view(order, _device(device), augmentation, size=size), settings)
 
@@ -93,7 +95,7 @@ def evaluation_loader(
         UserError: the data cannot be used.
     """
     _check(batch_size=batch_size, size=min(ImageSize.of(size)))
-    source = open_source(path, split, cache)
+    source = open_data(path, split, cache)
     rank, world = ranks()
     order = Order(len(source), batch_size, world=world, rank=rank, shuffle=False, drop_last=False)
     crop = evaluation_crop(ImageSize.of(size), crop_ratio)

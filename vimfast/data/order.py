@@ -163,7 +163,7 @@ class Order:
     def drawn(self, epoch: int) -> np.ndarray:
         """The images that all ranks see in an epoch, in order; int [n]. Repeats are left out."""
         count = min(-(-self.steps * self.global_batch // self.repeats), self.samples)
-        return self._shuffled(epoch)[:count] if self.shuffle else np.arange(count)
+        return self._images(epoch, np.arange(count))
 
     def drawn_before(self, step: int) -> int:
         """How many of :meth:`drawn` are seen before a step; an image that both see does not count."""
@@ -215,7 +215,10 @@ class Order:
             raise IndexError(f"step {step} of an epoch of {self.steps} steps")
 
     def _ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        drawn = positions // self.repeats
+        return self._images(epoch, positions // self.repeats)
+
+    def _images(self, epoch: int, drawn: np.ndarray) -> np.ndarray:
+        """The images at these places of an epoch without repeats."""
         if not self.shuffle:
             return drawn
         turns = self._turns(epoch)

@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 
 from vimfast.data.cache import CacheSettings
-from vimfast.data.source import Images, Source, open_source
+from vimfast.data.mixed import open_data
+from vimfast.data.source import Images, Source
 from vimfast.data.tars import Route
 from vimfast.errors import UserError
 
@@ -78,6 +79,10 @@ class Relabelled:
     def identity(self) -> str:
         return self._source.identity
 
+    @property
+    def mixture(self) -> tuple[tuple[int, int], ...]:
+        return self._source.mixture
+
     def __len__(self) -> int:
         return len(self._source)
 
@@ -116,12 +121,12 @@ def numbered(source: Source) -> Source:
 
 
 def open_mapped(path: str | Path, split: str, class_map: str = "", cache: CacheSettings | None = None) -> Source:
-    """:func:`open_source`, with the classes of a class map, if there is one.
+    """:func:`open_data`, with the classes of a class map, if there is one.
 
     Raises:
         UserError: as it does, or a class with images is not in the map.
     """
-    source = open_source(path, split, cache)
+    source = open_data(path, split, cache)
     if not class_map:
         return source
     known = read_class_map(Path(class_map))

@@ -85,6 +85,10 @@ class Source(Protocol):
     def identity(self) -> str:
         """Names the images and their numbering: of shards by their index, of a folder by its list of files."""
 
+    @property
+    def mixture(self) -> tuple[tuple[int, int], ...]:
+        """Of several data sets, how many images each has and how many positions of an epoch; else empty."""
+
     def __len__(self) -> int: ...
 
     @property
@@ -183,6 +187,8 @@ class ShardSource:
         tars: where their bytes are.
     """
 
+    mixture = ()
+
     def __init__(self, classes: list[str], entry: SplitEntry, rows: Rows, tars: Tars) -> None:
         self.classes = classes
         self.identity = f"shards {entry.samples} {entry.index_crc32:08x}"
@@ -254,6 +260,8 @@ def _places(rows: np.ndarray) -> list[Place]:
 
 class FolderSource:
     """Images of one split of a folder tree, read by a few threads, or by many where the files are slow to come."""
+
+    mixture = ()
 
     def __init__(self, files: FileList) -> None:
         self._files = files

@@ -144,6 +144,7 @@ def _training_order(cfg: Config, source: Source, batches: Batches, world: World,
         bounds=source.bounds() if data.order == "window" else None,
         window=data.order_window,
         computed=computed,
+        mixture=source.mixture,
     )
     updates = order.steps // accum
     if updates == 0 < order.steps:
