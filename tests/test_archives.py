@@ -97,7 +97,7 @@ def test_archives_give_the_shards_of_the_unpacked_folder(
     def not_again(*_: Any) -> None:
         raise AssertionError("the headers were read again")
 
-    monkeypatch.setattr(archives, "_members", not_again)
+    monkeypatch.setattr(archives, "members", not_again)
     (out / "train-000001.tar").unlink()
     convert(packed, out, OPTIONS, workers=1)
     assert visible(out) == expected

@@ -234,7 +234,7 @@ RUNNABLE = runnable()
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> Path:
-    """What pages suppose that a reader has: images, shards, a run, and a checkpoint from elsewhere."""
+    """What pages suppose that a reader has: images, shards, tars, a run, and a checkpoint from elsewhere."""
     folder = tmp_path_factory.mktemp("given")
     shutil.copytree(tree, folder / "imagenet_data")
     shutil.copytree(tree, folder / "photos")
@@ -243,9 +243,9 @@ def given(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> Path:
     (folder / "photos.yaml").write_text(blocks("docs/own_images.md", "yaml")[0])
     for words in ("prepare imagenet_data/ --out shards/", "train --data-path shards/ --output_dir runs/tiny"):
         succeed(words.split(), folder)
-    (folder / "their_shards").mkdir()
-    for split in ("train", "val"):
-        shutil.copy(folder / "shards" / f"{split}-000000.tar", folder / "their_shards" / f"imagenet1k-{split}-0000.tar")
+    (folder / "tars").mkdir()
+    for tar in (folder / "shards").glob("*.tar"):
+        shutil.copy(tar, folder / "tars")
     weights = torch.load(folder / "runs" / "tiny" / "checkpoint.pth", weights_only=True)["model"]
     torch.save({"model": weights}, folder / "vim_t_midclstok_76p1acc.pth")
     return folder

@@ -2,6 +2,7 @@
 
     vimfast-prepare imagenet_data/ --out shards/
     vimfast-prepare --reindex shards/
+    vimfast-prepare --index-only tars/ --out shards/
 
 The same as ``python -m vimfast.prepare``. Run again after a crash it resumes; the manifest is written last.
 """
@@ -17,6 +18,7 @@ from vimfast.cli import Parser, fit_terminal, path, run_main, whole
 from vimfast.errors import one_line
 from vimfast.shards.convert import classes_without_images, convert
 from vimfast.shards.format import ConversionOptions
+from vimfast.shards.indexing import index_tars
 from vimfast.shards.reindex import reindex
 from vimfast.shards.workers import report
 
@@ -41,6 +43,10 @@ def parser() -> Parser:
     add("--skip-bad", action="store_true", help="leave unreadable images out and record them in the manifest")
     text = "only rebuild damaged or missing indexes of these finished shards, from their tars; needs no images"
     add("--reindex", metavar="SHARDS", type=path, help=text)
+    text = "IMAGENET_ROOT holds WebDataset tars that something else wrote: write links to them and indexes into --out"
+    add("--index-only", action="store_true", help=text)
+    text = "of --index-only: a file with the name of a class on each line, in the order of the labels [their numbers]"
+    add("--class-names", metavar="FILE", type=path, help=text)
     add("--overwrite", action="store_true", help="delete the shards that lie in --out first")
     add("--version", action="version", version=f"vimfast {__version__}")
     return parser
@@ -52,6 +58,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
         own.error("--reindex takes the folder of shards alone, without IMAGENET_ROOT and --out")
     if args.reindex is None and (args.root is None or args.out is None):
         own.error(f"{'IMAGENET_ROOT' if args.root is None else '--out'} is missing")
+    if args.index_only and (args.resize is not None or args.reindex is not None):
+        own.error(f"--index-only stores no images: drop {'--reindex' if args.resize is None else '--resize'}")
+    if args.class_names is not None and not args.index_only:
+        own.error("--class-names needs --index-only: other classes are named by their folders")
     if args.quality is not None and args.resize is None:
         own.error("--quality needs --resize: without it images keep their bytes")
     return args
@@ -62,6 +72,17 @@ def run() -> None:
     args = _parse(sys.argv[1:])
     if args.reindex is not None:
         print(fit_terminal(one_line(reindex(args.reindex, workers=args.workers)), sys.stdout))
+        return
+    if args.index_only:
+        done = index_tars(
+            args.root,
+            args.out,
+            names=args.class_names,
+            workers=args.workers,
+            skip_bad=args.skip_bad,
+            overwrite=args.overwrite,
+        )
+        print(fit_terminal(one_line(done), sys.stdout))
         return
     quality = None if args.resize is None else args.quality or 90
     options = ConversionOptions(args.seed, args.resize, quality, args.shard_samples)

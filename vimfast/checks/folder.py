@@ -26,7 +26,7 @@ from vimfast.checks.findings import (
     run_tasks,
 )
 from vimfast.errors import UserError, counted
-from vimfast.shards.foreign import UNPACK_SHARDS, first_shard, is_shard
+from vimfast.shards.foreign import INDEX_SHARDS, first_shard, is_shard
 from vimfast.shards.format import SPLITS
 from vimfast.shards.origin import read_image
 from vimfast.shards.tree import Ancestors, identity, is_dead_link, is_folder, is_image_name, scan_split
@@ -210,7 +210,7 @@ class _Lister:
             if unpacked:
                 self._note("warning", path, "an archive beside images", "delete it once it is unpacked")
             elif is_shard(path):
-                self._note("error", path, "a WebDataset shard of another program", UNPACK_SHARDS)
+                self._note("error", path, "a WebDataset shard of another program", INDEX_SHARDS)
             else:
                 fix = "unpack it into a class folder of the same name, and delete it"
                 self._note("error", path, "an archive that is not unpacked", fix)

@@ -8,6 +8,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ class _SplitCheck:
 
     def __init__(self, folder: Path, split: str, manifest: Manifest, options: CheckOptions, findings: Findings) -> None:
         self.folder, self.split, self.options = folder, split, options
-        self.classes = len(manifest.classes)
+        self.classes, self.ours = len(manifest.classes), not manifest.indexed
         self.entry = manifest.splits[split]
         self.findings = findings
 
@@ -160,7 +161,8 @@ class _SplitCheck:
         for number, shard in enumerate(self.entry.shards):
             mine = rows[start : start + shard.samples]
             start += shard.samples
-            self._check_dali_index(dali_index_name(self.split, number), mine)
+            if self.ours:
+                self._check_dali_index(dali_index_name(self.split, number), mine)
             if shard.name in tars:
                 todo.append((str(self.folder / shard.name), mine))
         total = sum(len(mine) for _, mine in todo)
@@ -171,6 +173,7 @@ class _SplitCheck:
                 np.array(mine[at : at + _CHUNK]),
                 self.classes,
                 self.options.decode,
+                self.ours,
                 at + _CHUNK >= len(mine),
             )
             for tar, mine in todo
@@ -207,22 +210,24 @@ def _padded(size: int) -> int:
     return size + -size % _BLOCK
 
 
-def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode: bool, last: bool) -> Tally:
-    """Check some samples of a shard, and what follows the `last`, in a worker process."""
+def _check_samples(tar: str, split: str, rows: np.ndarray, classes: int, decode: bool, ours: bool, last: bool) -> Tally:
+    """Check some samples of a shard, and what follows the `last`, in a worker process. Where tars are not `ours`, only
+    their images are known."""
     findings: list[Finding] = []
     try:
         with open(tar, "rb") as file:
             end = os.fstat(file.fileno()).st_size
             for row in rows:
                 offset, length = int(row["offset"]), _padded(int(row["size"])) + 3 * _BLOCK
-                if _BLOCK <= offset <= end + _BLOCK - length:
+                if _BLOCK <= offset <= end + _BLOCK - length or not ours:
                     file.seek(offset - _BLOCK)
-                    name, flaws = _check_sample(tar, file.read(length), row, classes, decode)
+                    check = _check_sample if ours else _check_foreign
+                    name, flaws = check(tar, file.read(length), row, classes, decode)
                 else:
                     name = f"the sample at byte {offset}"
                     flaws = [_damaged(tar, f"is outside the tar's {end:,} bytes")]
                 findings += [Finding(flaw.severity, split, f"{tar}: {name}", flaw.what, flaw.fix) for flaw in flaws]
-            if last and not findings and file.read().strip(b"\0"):
+            if ours and last and not findings and file.read().strip(b"\0"):
                 flaw = _damaged(tar, "has something behind its last sample")
                 findings.append(Finding(flaw.severity, split, tar, flaw.what, flaw.fix))
     except OSError as error:
@@ -262,11 +267,26 @@ def _check_sample(tar: str, block: bytes, row: np.void, classes: int, decode: bo
         return name, [_damaged(tar, f"has label {label}, the manifest has {classes:,} classes")]
     if (block[_BLOCK + size : _BLOCK + _padded(size)] + second[_BLOCK + label_header.size :]).strip(b"\0"):
         return name, [_damaged(tar, "has something between its members")]
+    return name, _check_stored(tar, image, row, decode)
+
+
+def _check_foreign(tar: str, block: bytes, row: np.void, classes: int, decode: bool) -> tuple[str, list[Flaw]]:
+    """The same of a tar of somebody else."""
+    image, name = block[_BLOCK : _BLOCK + int(row["size"])], f"the image at byte {row['offset']}"
+    with suppress(tarfile.HeaderError):
+        name = tarfile.TarInfo.frombuf(block[:_BLOCK], "utf-8", "surrogateescape").name
+    if zlib.crc32(image) != row["crc32"]:
+        return name, [_damaged(tar, "differs from its checksum in the index")]
+    return name, _check_stored(tar, image, row, decode)
+
+
+def _check_stored(tar: str, image: bytes, row: np.void, decode: bool) -> list[Flaw]:
+    """Of bytes that are what was stored."""
     info, flaws = check_image(image, None, decode)
     flaws = [Flaw(flaw.severity, flaw.what, _SOURCE) for flaw in flaws]
     if info is not None and not jpeg.is_plain(info):
-        return name, [Flaw("error", f"a {info.format} of {info.components} components, not an RGB JPEG", _SOURCE)]
+        return [Flaw("error", f"a {info.format} of {info.components} components, not an RGB JPEG", _SOURCE)]
     if info is not None and (info.height, info.width) != (row["height"], row["width"]):
         what = f"{info.width} x {info.height} pixels, by the index {row['width']} x {row['height']}"
         flaws.append(_damaged(tar, what))
-    return name, flaws
+    return flaws

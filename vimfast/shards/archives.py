@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from vimfast.errors import UserError
 from vimfast.files import atomic_write, read_file
+from vimfast.shards.members import members
 from vimfast.shards.origin import MOST_BYTES, Origin, missing_sources, put_stat
 from vimfast.shards.tree import FileList, file_kind, is_image_name
 from vimfast.shards.workers import Pace, run, tick
@@ -204,8 +205,8 @@ def _read_note(note: Path, key: str, archive: Path) -> ArchivedFiles | None:
 def _list_train(archive: Path, workers: int) -> dict[str, _Found]:
     """The images of each class, from the tars in the archive, which are looked through by worker processes."""
     with open(archive, "rb", buffering=0) as file:
-        members = list(_members(file, 0, os.fstat(file.fileno()).st_size, str(archive)))
-    tars = [(name, offset, size) for name, offset, size in members if name.endswith(".tar")]
+        inside = list(members(file, str(archive), _DOWNLOAD))
+    tars = [(name, offset, size) for name, offset, size in inside if name.endswith(".tar")]
     if not tars:
         raise UserError(
             f"{archive} holds no tar of a class, such as n01440764.tar", "give ImageNet's archive as it was downloaded"
@@ -221,12 +222,12 @@ def _list_class(archive: str, name: str, offset: int, size: int) -> _Found:
     """In a worker."""
     tick(name)
     with open(archive, "rb", buffering=0) as file:
-        return _images(_members(file, offset, size, f"{archive}: {name}"))
+        return _images(members(file, f"{archive}: {name}", _DOWNLOAD, offset, size))
 
 
-def _images(members: Iterator[tuple[str, int, int]]) -> _Found:
+def _images(found_in_tar: Iterator[tuple[str, int, int]]) -> _Found:
     found = _Found([], [], [], Counter())
-    for name, offset, size in members:
+    for name, offset, size in found_in_tar:
         if is_image_name(os.path.basename(name)):
             found.names.append(name)
             found.offsets.append(offset)
@@ -238,7 +239,7 @@ def _images(members: Iterator[tuple[str, int, int]]) -> _Found:
 
 def _list_val(archive: Path, class_of: Callable[[int], str | None]) -> dict[str, _Found]:
     with open(archive, "rb", buffering=0) as file:
-        images = _images(_members(file, 0, os.fstat(file.fileno()).st_size, str(archive)))
+        images = _images(members(file, str(archive), _DOWNLOAD))
     found: dict[str, _Found] = {}
     for name, offset, size in zip(images.names, images.offsets, images.sizes, strict=True):
         number = re.search(r"(\d{8})\.\w+$", name)
@@ -252,56 +253,6 @@ def _list_val(archive: Path, class_of: Callable[[int], str | None]) -> dict[str,
     for kind, count in images.others.items():
         next(iter(found.values()), images).others[kind] += count
     return found
-
-
-def _members(file: io.FileIO, start: int, size: int, what: str) -> Iterator[tuple[str, int, int]]:
-    """Of a tar that lies in a file, the regular members: name, first byte in the file, and size.
-
-    Raises:
-        UserError: it is no tar, is cut off, or has a name that leads out of it.
-    """
-    try:
-        window = _Window(file, start, size)
-        with tarfile.open(fileobj=window, mode="r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                name = os.path.normpath(member.name)
-                if member.issparse() or name.startswith(("/", "../")) or member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"its member {member.name} lies outside of it")
-                yield name, start + member.offset_data, member.size
-            window.seek(tar.offset)
-            end = window.read(tarfile.BLOCKSIZE)
-            if end != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
-                raise tarfile.ReadError(f"at byte {start + tar.offset:,} is neither a header nor its end")
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(f"{what} is damaged ({error})", _DOWNLOAD) from None
-
-
-class _Window(io.RawIOBase):
-    """A stretch of a file, as a file."""
-
-    def __init__(self, file: io.FileIO, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer)[: max(0, self._size - self._at)]
-        count = os.preadv(self._file.fileno(), [room], self._start + self._at)
-        self._at += count
-        return count
 
 
 # The devkit

@@ -103,7 +103,7 @@ def _convert(
         return f"{out} is complete already: {_summarize(found)}"
     _check_space(plans, out)
     if overwrite:
-        _delete_shards(out)
+        delete_shards(out)
     (out / MANIFEST).unlink(missing_ok=True)
     write_json(out / STATE_FOLDER / PLAN, digests)
     write_bytes(out / STATE_FOLDER / SOURCE, os.fsencode(root.absolute()))
@@ -223,7 +223,7 @@ def locked(out: Path) -> Iterator[None]:
 def _is_continued(out: Path, digests: dict[str, PlanDigest]) -> bool:
     """Whether `out` was started with these plans; False if it holds no shards, an error if it holds others."""
     known = read_plan_digests(out / STATE_FOLDER / PLAN) or _manifest_plan(out)
-    if not known and not _our_files(out):
+    if not known and not our_files(out):
         return False
     fix = "add --overwrite to delete them, or give another --out"
     if not known or not set(known) <= set(digests):
@@ -272,22 +272,23 @@ def _finished(plans: Sequence[ShardPlan], out: Path, digests: dict[str, PlanDige
     return manifest
 
 
-def _our_files(out: Path) -> list[Path]:
+def our_files(out: Path) -> list[Path]:
     """Everything in `out` that any vimfast-prepare wrote."""
     names = [f"{split}-[0-9]*.{kind}*" for split in SPLITS for kind in ("tar", "idx")]
     names += [f"{index_name(split)}*" for split in SPLITS] + [f"{MANIFEST}*"]
     return [path for name in names for path in out.glob(name)]
 
 
-def _delete_shards(out: Path) -> None:
+def delete_shards(out: Path) -> None:
+    """And what a conversion keeps for its next run."""
     (out / MANIFEST).unlink(missing_ok=True)  # first: a folder being deleted must not look complete
-    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*"), out / STATE_FOLDER / PLAN]:
+    for path in [*our_files(out), *(out / STATE_FOLDER).glob("*.npz*"), out / STATE_FOLDER / PLAN]:
         path.unlink(missing_ok=True)
 
 
 def _check_space(plans: Sequence[ShardPlan], out: Path) -> None:
     needed = sum(estimate_bytes(plan) for plan in plans)
-    there = sum(path.lstat().st_size for path in _our_files(out))
+    there = sum(path.lstat().st_size for path in our_files(out))
     free = shutil.disk_usage(out).free
     if needed > free + there:
         raise UserError(
@@ -307,7 +308,7 @@ def _finish(plans: Sequence[ShardPlan], out: Path, digests: dict[str, PlanDigest
         entries.append(_split_entry(plan, out, index))
         write_bytes(out / index_name(plan.split), index)
     manifest = _make_manifest(plans, digests, entries)
-    for path in [*_our_files(out), *(out / STATE_FOLDER).glob("*.npz*")]:
+    for path in [*our_files(out), *(out / STATE_FOLDER).glob("*.npz*")]:
         if path.suffix == TEMPORARY:  # of a run that was killed
             path.unlink()
     write_manifest(out, manifest)

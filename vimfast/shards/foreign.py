@@ -8,7 +8,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-UNPACK_SHARDS = "unpack them into class folders, as the snippet in docs/shards.md does"
+INDEX_SHARDS = "train on them where they are, after vimfast prepare --index-only FOLDER --out indexed/"
 
 _IMAGES, _LABELS = {".jpg", ".jpeg", ".png", ".webp"}, {".cls", ".json", ".txt", ".index"}
 _FEW = 8  # members that show it

@@ -149,8 +149,9 @@ class SplitEntry(Struct, frozen=True):
             raise ValueError(f"its shards hold {found:,} samples in all, not {self.samples:,}")
 
 
-class Manifest(Struct, frozen=True):
-    """What a finished shards folder holds; a label is a position in `classes`."""
+class Manifest(Struct, frozen=True, omit_defaults=True):
+    """What a finished shards folder holds; a label is a position in `classes`. `indexed`: the tars are links to those
+    of somebody else, and hold whatever they like beside images and labels."""
 
     format: str
     version: int
@@ -162,6 +163,7 @@ class Manifest(Struct, frozen=True):
     quality: int | None
     splits: dict[str, SplitEntry]
     plan: dict[str, PlanDigest] = {}
+    indexed: bool = False
 
     def __post_init__(self) -> None:
         if not self.classes or len(set(self.classes)) < len(self.classes):

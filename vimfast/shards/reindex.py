@@ -42,7 +42,11 @@ def reindex(folder: Path, *, workers: int) -> str:
     Raises:
         UserError: there is no sound manifest, a tar is damaged, or the folder cannot be written to.
     """
-    read_manifest(folder)  # before anything is made in a folder that is none of ours
+    if read_manifest(folder).indexed:  # and before anything is made in a folder that is none of ours
+        raise UserError(
+            f"the tars of {folder} are links to others",
+            "index those again with vimfast-prepare --index-only",
+        )
     with locked(folder):
         manifest = read_manifest(folder)
         found = _read_tars(folder, manifest.splits, workers)

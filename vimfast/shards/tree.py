@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vimfast.errors import UserError
-from vimfast.shards.foreign import UNPACK_SHARDS, first_shard
+from vimfast.shards.foreign import INDEX_SHARDS, first_shard
 from vimfast.shards.origin import FolderOrigin, Origin
 
 _SPLITS = ("train", "val")
@@ -177,7 +177,7 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
                 f"move each image into a folder named after its class, such as {split}/n01440764/",
             )
         if (shard := first_shard(folder)) is not None:
-            raise UserError(f"{folder} holds WebDataset shards of another program, such as {shard.name}", UNPACK_SHARDS)
+            raise UserError(f"{folder} holds WebDataset shards of another program, such as {shard.name}", INDEX_SHARDS)
         raise UserError(f"{folder} is empty", "put one folder of images per class there")
     if folders == [split] or folders == sorted(_SPLITS):
         raise UserError(f"{folder} holds another {folders[0]}/ instead of class folders", "move it up one level")
@@ -259,7 +259,7 @@ def _layout(root: Path, split: str) -> str:
     if images := sum(is_image_name(path.name) for path in entries):
         return f"{root} holds {images:,} images and no class folders: sort them into {root / split}/<class>/"
     if (shard := first_shard(root)) is not None:
-        return f"{root} holds WebDataset shards of another program, such as {shard.name}: {UNPACK_SHARDS}"
+        return f"{root} holds WebDataset shards of another program, such as {shard.name}: {INDEX_SHARDS}"
     layout = "with one folder of images per class in each"
     return (
         f"{root} must hold train/ and val/, {layout}"

@@ -187,10 +187,10 @@ def _verify(part: Part, out: Path) -> Record | str:
         return str(why)
 
 
-def tick(name: str) -> None:
-    """Count an image and note its name, and end here if the run is being stopped."""
+def tick(name: str, count: int = 1) -> None:
+    """Count what is done and note its name, and end here if the run is being stopped."""
     assert _shared is not None
-    _shared.done[_place] += 1
+    _shared.done[_place] += count
     end = (_place + 1) * _NAME_BYTES
     _shared.names[end - _NAME_BYTES : end] = os.fsencode(name)[-_NAME_BYTES:].ljust(_NAME_BYTES, b"\0")
     if _shared.stop.is_set():
