@@ -18,8 +18,8 @@ test: $(READY)
 test-gpus: $(READY)
 	$(BIN)/python -m pytest -m gpus
 
-# 25 random kills of conversions and of trainings each, every stage, full disks, a fuzzer, every signal: a quarter of an hour on two
-# cores.
+# 25 random kills of conversions and of trainings each, every stage, full disks, a fuzzer, a Ray cluster that loses a node, every signal:
+# a quarter of an hour on two cores.
 # FAULTS_SEED=N draws what an earlier run drew.
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m faults

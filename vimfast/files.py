@@ -64,10 +64,13 @@ def _kind(mode: int) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path, *, durable: bool = True, before: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
+def atomic_write(
+    path: Path, *, durable: bool = True, before: Callable[[], None] | None = None, mark: str = ""
+) -> Iterator[BinaryIO]:
     """A file that appears as `path` when the block ends without an error, and not at all otherwise.
 
     Args:
+        mark: part of the temporary name, other for each of those that may write `path` at the same time.
         before: called once the content is complete, right before it becomes `path`.
         durable: wait until the content and the name are on the disk. Without it a power failure may leave an empty or
             cut off file.
@@ -75,7 +78,7 @@ def atomic_write(path: Path, *, durable: bool = True, before: Callable[[], None]
     Raises:
         OSError: the file cannot be written; `path` is as it was.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = path.with_name(path.name + mark + TEMPORARY)
     try:
         with open(temporary, "wb", buffering=_BUFFER_BYTES) as file:
             yield file

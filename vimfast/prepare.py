@@ -16,6 +16,7 @@ import sys
 from vimfast import __version__
 from vimfast.cli import Parser, fit_terminal, path, run_main, whole
 from vimfast.errors import one_line
+from vimfast.shards.cluster import RayCluster
 from vimfast.shards.convert import classes_without_images, convert
 from vimfast.shards.format import ConversionOptions
 from vimfast.shards.indexing import index_tars
@@ -38,7 +39,11 @@ def parser() -> Parser:
     add("--resize", metavar="N", type=whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")
     add("--quality", metavar="Q", type=whole(1, 100), help="JPEG quality of resized images, 1 to 100 [90]")
     add("--seed", type=whole(0), default=0, help="seed of the training set's shuffle [0]")
-    add("--workers", metavar="W", type=whole(1), default=len(os.sched_getaffinity(0)), help="processes [one a core]")
+    add("--workers", metavar="W", type=whole(1), help="processes, or tasks of the cluster at a time [one a core]")
+    text = "what makes the shards: processes of this machine, or a cluster of Ray whose nodes see the images and --out"
+    add("--engine", choices=("processes", "ray"), default="processes", help=f"{text} [processes]")
+    text = "of the Ray cluster's head, such as 10.0.0.1:6379 [RAY_ADDRESS, or else this machine alone]"
+    add("--address", metavar="HOST:PORT", help=text)
     add("--shard-samples", metavar="S", type=whole(1), default=4096, help="most images in a shard [4096]")
     add("--skip-bad", action="store_true", help="leave unreadable images out and record them in the manifest")
     text = "only rebuild damaged or missing indexes of these finished shards, from their tars; needs no images"
@@ -60,6 +65,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
         own.error(f"{'IMAGENET_ROOT' if args.root is None else '--out'} is missing")
     if args.index_only and (args.resize is not None or args.reindex is not None):
         own.error(f"--index-only stores no images: drop {'--reindex' if args.resize is None else '--resize'}")
+    if args.address is not None and args.engine != "ray":
+        own.error("--address is of a Ray cluster: add --engine ray")
+    if args.engine == "ray" and (args.index_only or args.reindex is not None):
+        own.error(f"--engine ray writes shards: drop it for {'--index-only' if args.index_only else '--reindex'}")
     if args.class_names is not None and not args.index_only:
         own.error("--class-names needs --index-only: other classes are named by their folders")
     if args.quality is not None and args.resize is None:
@@ -70,15 +79,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def run() -> None:
     """Do as the command line says."""
     args = _parse(sys.argv[1:])
+    workers = args.workers or len(os.sched_getaffinity(0))
     if args.reindex is not None:
-        print(fit_terminal(one_line(reindex(args.reindex, workers=args.workers)), sys.stdout))
+        print(fit_terminal(one_line(reindex(args.reindex, workers=workers)), sys.stdout))
         return
     if args.index_only:
         done = index_tars(
             args.root,
             args.out,
             names=args.class_names,
-            workers=args.workers,
+            workers=workers,
             skip_bad=args.skip_bad,
             overwrite=args.overwrite,
         )
@@ -86,7 +96,13 @@ def run() -> None:
         return
     quality = None if args.resize is None else args.quality or 90
     options = ConversionOptions(args.seed, args.resize, quality, args.shard_samples)
-    done = convert(args.root, args.out, options, workers=args.workers, skip_bad=args.skip_bad, overwrite=args.overwrite)
+    chosen = {"workers": workers, "skip_bad": args.skip_bad, "overwrite": args.overwrite}
+    if args.engine == "ray":
+        cluster = RayCluster(args.address, args.workers)
+        with cluster.opened():
+            done = convert(args.root, args.out, options, engine=cluster, **chosen)
+    else:
+        done = convert(args.root, args.out, options, **chosen)
     print(fit_terminal(one_line(done), sys.stdout), flush=True)
     for line in classes_without_images(args.out):  # last, for the line before says that all is complete
         report(f"warning: {line}")

@@ -51,14 +51,21 @@ from vimfast.shards.format import (
 )
 from vimfast.shards.plan import ShardPlan
 from vimfast.shards.tree import FileList, is_folder, scan_split
-from vimfast.shards.workers import report, verify_shards, write_shards
+from vimfast.shards.workers import Engine, Processes, report, verify_shards, write_shards
 from vimfast.shards.writer import estimate_bytes, join_rows, read_record, record_path
 
 _IMAGENET = 1_000  # classes
 
 
 def convert(
-    root: Path, out: Path, options: ConversionOptions, *, workers: int, skip_bad: bool = False, overwrite: bool = False
+    root: Path,
+    out: Path,
+    options: ConversionOptions,
+    *,
+    workers: int,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    engine: Engine | None = None,
 ) -> str:
     """Make `out` hold the images of `root` as shards, keeping what an earlier run with the same options has written.
 
@@ -67,6 +74,7 @@ def convert(
         workers: processes.
         skip_bad: leave unreadable images out and record them in the manifest.
         overwrite: first delete the shards in `out`.
+        engine: what verifies and writes the shards; None: so many processes.
 
     Returns:
         a line that describes what `out` holds now.
@@ -79,7 +87,7 @@ def convert(
     digests = {plan.split: plan.digest() for plan in plans}
     with locked(out):
         try:
-            return _convert(root, plans, digests, out, workers, skip_bad, overwrite)
+            return _convert(root, plans, digests, out, engine or Processes(workers), skip_bad, overwrite)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_what_is_kept(plans, out)) from None
         except OSError as error:
@@ -93,11 +101,11 @@ def _convert(
     plans: list[ShardPlan],
     digests: dict[str, PlanDigest],
     out: Path,
-    workers: int,
+    engine: Engine,
     skip_bad: bool,
     overwrite: bool,
 ) -> str:
-    kept = verify_shards(plans, out, workers) if not overwrite and _is_continued(out, digests) else {}
+    kept = verify_shards(plans, out, engine) if not overwrite and _is_continued(out, digests) else {}
     if len(kept) == sum(plan.shards for plan in plans) and (found := _finished(plans, out, digests)):
         _report_others(plans)
         return f"{out} is complete already: {_summarize(found)}"
@@ -108,7 +116,7 @@ def _convert(
     write_json(out / STATE_FOLDER / PLAN, digests)
     write_bytes(out / STATE_FOLDER / SOURCE, os.fsencode(root.absolute()))
     begin = time.monotonic()
-    written = write_shards(plans, out, workers, skip_bad, kept)
+    written = write_shards(plans, out, engine, skip_bad, kept)
     manifest = _finish(plans, out, digests)
     _report_others(plans)
     rate = f"; {written / (time.monotonic() - begin):,.0f} images/s" if written else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -37,7 +38,28 @@ Place: TypeAlias = tuple[str, int]  # a shard: its split and number
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def verify_shards(plans: Sequence[ShardPlan], out: Path, workers: int) -> dict[Place, Record]:
+class Engine(Protocol):
+    """What does the work on shards: processes of this machine, or a cluster."""
+
+    def run(
+        self, function: Callable[..., T], todo: Sequence[P], arguments: Callable[[P], tuple[Any, ...]], pace: Pace
+    ) -> Iterator[tuple[P, T]]:
+        """As :func:`run` does."""
+
+
+class Processes(NamedTuple):
+    """Of this machine."""
+
+    workers: int
+
+    def run(
+        self, function: Callable[..., T], todo: Sequence[P], arguments: Callable[[P], tuple[Any, ...]], pace: Pace
+    ) -> Iterator[tuple[P, T]]:
+        """:func:`run`."""
+        return run(function, todo, arguments, self.workers, pace)
+
+
+def verify_shards(plans: Sequence[ShardPlan], out: Path, engine: Engine) -> dict[Place, Record]:
     """The records of the shards that an earlier run has finished and that still hold; reports those that do not.
 
     Raises:
@@ -49,7 +71,7 @@ def verify_shards(plans: Sequence[ShardPlan], out: Path, workers: int) -> dict[P
     if not todo:
         return kept
     pace = Pace(sum(plan.samples(number) for plan, number in todo), "images verified")
-    for (plan, number), outcome in run(_verify, todo, lambda place: (place[0].part(place[1]), out), workers, pace):
+    for (plan, number), outcome in engine.run(_verify, todo, lambda place: (place[0].part(place[1]), out), pace):
         if isinstance(outcome, Record):
             kept[plan.split, number] = outcome
         else:
@@ -58,7 +80,7 @@ def verify_shards(plans: Sequence[ShardPlan], out: Path, workers: int) -> dict[P
 
 
 def write_shards(
-    plans: Sequence[ShardPlan], out: Path, workers: int, skip_bad: bool, kept: Mapping[Place, Record]
+    plans: Sequence[ShardPlan], out: Path, engine: Engine, skip_bad: bool, kept: Mapping[Place, Record]
 ) -> int:
     """Write all shards but those that are `kept`; returns the number of images written.
 
@@ -70,8 +92,14 @@ def write_shards(
     todo = [(plan, number) for plan in plans for number in range(plan.shards) if (plan.split, number) not in kept]
     bad = [(files[split].describe(file), why) for (split, _), record in kept.items() for file, why in record.skipped]
     write = partial(_write, skip_bad=skip_bad)
-    for (plan, _), record in run(write, todo, lambda place: (place[0].part(place[1]), out), workers, pace):
+    for (plan, number), record in engine.run(write, todo, lambda place: (place[0].part(place[1]), out), pace):
         bad += [(plan.files.describe(file), why) for file, why in record.skipped]
+        unwritten = record.skipped and not skip_bad
+        if not unwritten and not record_path(out, plan.split, number).exists():
+            raise UserError(
+                f"{out / shard_name(plan.split, number)} was written where this machine does not see it",
+                "give an --out that all nodes of the cluster share",
+            )
     for name, why in bad:
         report(f"{name}: {why}")
     if bad and not skip_bad:
@@ -105,7 +133,7 @@ def run(
         context.Event(),
     )
     running: dict[Future[T], P] = {}
-    with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool, _progress(pace) as show:
+    with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool, progress(pace) as show:
         try:
             while True:
                 with _interrupts_held():
@@ -163,6 +191,7 @@ class _Stopped(Exception):
 _NAME_BYTES = 256  # the end of a longer one says enough
 _shared: Shared | None = None
 _place = 0  # of this worker in the arrays
+_elsewhere: Callable[[str, int], None] | None = None  # where this process is none of these workers
 
 
 def _start_worker(shared: Shared) -> None:
@@ -176,7 +205,9 @@ def _start_worker(shared: Shared) -> None:
 
 
 def _write(part: Part, out: Path, *, skip_bad: bool) -> Record:
-    return write_shard(part, out, skip_bad, tick)
+    # A node of a cluster that was given up may still be writing what is written again here.
+    mark = "" if _elsewhere is None else f".{socket.gethostname()}-{os.getpid()}"
+    return write_shard(part, out, skip_bad, tick, mark)
 
 
 def _verify(part: Part, out: Path) -> Record | str:
@@ -189,12 +220,26 @@ def _verify(part: Part, out: Path) -> Record | str:
 
 def tick(name: str, count: int = 1) -> None:
     """Count what is done and note its name, and end here if the run is being stopped."""
+    if _elsewhere is not None:
+        _elsewhere(name, count)
+        return
     assert _shared is not None
     _shared.done[_place] += count
     end = (_place + 1) * _NAME_BYTES
     _shared.names[end - _NAME_BYTES : end] = os.fsencode(name)[-_NAME_BYTES:].ljust(_NAME_BYTES, b"\0")
     if _shared.stop.is_set():
         raise _Stopped
+
+
+@contextmanager
+def tick_with(function: Callable[[str, int], None]) -> Iterator[None]:
+    """In the block, in a process that :func:`run` did not start, :func:`tick` calls `function` instead."""
+    global _elsewhere
+    _elsewhere = function
+    try:
+        yield
+    finally:
+        _elsewhere = None
 
 
 @contextmanager
@@ -227,7 +272,7 @@ class Pace:
 
 
 @contextmanager
-def _progress(pace: Pace) -> Iterator[Callable[[], None]]:
+def progress(pace: Pace) -> Iterator[Callable[[], None]]:
     """A function to call often: a bar on a terminal, otherwise an occasional line."""
     console = Console(stderr=True)
     if not console.is_terminal:

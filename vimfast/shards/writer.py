@@ -99,13 +99,14 @@ def estimate_bytes(plan: ShardPlan) -> int:
     return round(len(plan) * each) + plan.shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE // 2)
 
 
-def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[str], None]) -> Record:
+def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[str], None], mark: str = "") -> Record:
     """Write one shard, its DALI index and its record.
 
     Args:
         skip_bad: leave unreadable images out. Otherwise one is enough to leave the shard unwritten, and the rest is
             only checked for more.
         tick: called with the name of each image, before it.
+        mark: of temporary names, where somebody else may be writing the same shard.
 
     Returns:
         The record, whose `skipped` lists all unreadable images.
@@ -117,13 +118,13 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[str], Non
     tar_path = out / shard_name(part.split, part.number)
     try:
         record_path(out, part.split, part.number).unlink(missing_ok=True)  # its tar is about to be replaced
-        with atomic_write(tar_path) as file:
+        with atomic_write(tar_path, mark=mark) as file:
             record, rows, lines = _write_samples(part, _Tar(file), sources, skip_bad, tick)
             if record.skipped and not skip_bad:
                 raise _Unwritten
-        with atomic_write(out / dali_index_name(part.split, part.number)) as file:
+        with atomic_write(out / dali_index_name(part.split, part.number), mark=mark) as file:
             file.write(dali_index(lines))
-        write_record(record_path(out, part.split, part.number), record, rows, sources)
+        write_record(record_path(out, part.split, part.number), record, rows, sources, mark)
     except _Unwritten:
         pass
     except OSError as error:
@@ -232,12 +233,14 @@ def record_path(out: Path, split: str, number: int) -> Path:
     return (out / STATE_FOLDER / shard_name(split, number)).with_suffix(".npz")
 
 
-def write_record(path: Path, record: Record, rows: np.ndarray, sources: np.ndarray | None = None) -> None:
+def write_record(
+    path: Path, record: Record, rows: np.ndarray, sources: np.ndarray | None = None, mark: str = ""
+) -> None:
     """Mark a shard as finished."""
     tables: dict[str, Any] = {"rows": rows} if sources is None else {"rows": rows, "sources": sources}
     text = json.dumps(msgspec.to_builtins(record)).encode()
     # A record that a power failure cuts off is recognized as damaged, so there is no need to wait for the disk.
-    with atomic_write(path, durable=False) as file:
+    with atomic_write(path, durable=False, mark=mark) as file:
         np.savez(file, record=np.frombuffer(text, np.uint8), **tables)
 
 

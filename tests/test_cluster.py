@@ -1,0 +1,144 @@
+"""``vimfast prepare --engine ray``: the bytes of one machine, whatever becomes of the nodes."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import visible, write_image
+
+from vimfast.errors import UserError
+from vimfast.shards.cluster import RayCluster
+from vimfast.shards.convert import convert
+from vimfast.shards.format import MANIFEST, ConversionOptions
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = ConversionOptions(resize=64, quality=90, shard_samples=10)
+WORDS = ("--resize", "64", "--shard-samples", "10")
+TIMEOUT = 180.0  # seconds for what takes a few
+
+
+def test_without_ray_it_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *rest: Any, **options: Any) -> Any:
+        if name.partition(".")[0] == "ray":
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with (
+        pytest.raises(UserError, match=r"needs Ray, which is not installed; pip install 'vimfast\[ray\]'"),
+        RayCluster(None, 1).opened(),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 images that take some time each."""
+    root = tmp_path_factory.mktemp("large")
+    for i in range(4):
+        write_image(root / f"train/n{i % 2}/{i}.JPEG", i, (2000, 1500))
+    for i in range(4, 200):
+        os.link(root / f"train/n{i % 2}/{i % 4}.JPEG", root / f"train/n{i % 2}/{i}.JPEG")
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected")
+    convert(large, out, OPTIONS, workers=2)
+    return visible(out)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without cores, and two nodes with one each, all on this machine."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    from ray.cluster_utils import Cluster
+
+    memory = {"object_store_memory": 80 << 20}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
+    nodes.workers = [nodes.add_node(num_cpus=1, **memory) for _ in range(2)]
+    nodes.wait_for_nodes()
+    yield nodes
+    nodes.shutdown()
+
+
+def start(cluster: Any, root: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "vimfast.prepare", str(root), "--out", str(out), *WORDS, "--engine", "ray"]
+    command += ["--address", cluster.address]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def records(out: Path) -> int:
+    return len(list(out.glob(".prepare/*.npz")))
+
+
+def wait_for_records(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    end = time.monotonic() + TIMEOUT
+    while records(out) < count:
+        assert time.monotonic() < end
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.01)
+
+
+@pytest.mark.faults  # Ray takes some 20 s to start and to notice a lost node
+def test_a_cluster_that_loses_a_node_writes_what_one_machine_writes(
+    cluster: Any, large: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(cluster, large, out)
+    wait_for_records(process, out, 3)
+    cluster.remove_node(cluster.workers[0], allow_graceful=False)
+    assert not (out / MANIFEST).exists(), "it was over before the node was lost"
+    said = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode == 0, said
+    assert "is complete: 200 train images" in said
+    assert visible(out) == expected
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    again = start(cluster, large, out)
+    assert "is complete already" in again.communicate(timeout=TIMEOUT)[0]
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+@pytest.mark.faults
+def test_a_cluster_stops_when_it_is_told_to_and_resumes(
+    cluster: Any, large: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(cluster, large, out)
+    wait_for_records(process, out, 3)
+    process.send_signal(2)
+    said = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode == 130, said
+    assert "shards are finished and stay in" in said.splitlines()[-1]
+    (large / "train/n0/0.JPEG").touch()  # the same image: nothing is made again for it
+    process = start(cluster, large, out)
+    assert "is complete: 200 train images" in process.communicate(timeout=TIMEOUT)[0]
+    assert visible(out) == expected
+
+
+@pytest.mark.faults
+def test_what_a_task_says_is_said_here(cluster: Any, tmp_path: Path) -> None:
+    write_image(tmp_path / "root/train/n0/0.JPEG", 0)
+    (tmp_path / "root/train/n0/1.JPEG").write_bytes(b"no image")
+    process = start(cluster, tmp_path / "root", tmp_path / "out")
+    said = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode == 2, said
+    assert "1.JPEG: " in said
+    assert said.splitlines()[-1].startswith("error: 1 of 2 images cannot be read, listed above; ")
+    assert "Traceback" not in said
