@@ -48,6 +48,7 @@ NOT_RUN = [
     (r"^python main.py|torch.distributed.launch", "of hustvl/Vim"),
     (r"^torchrun |^srun ", "several hosts or GPUs, and a new interpreter each; tests/test_training.py runs torchrun"),
     (r"^vimfast bench", "compiles models for a minute; tests/test_bench.py runs it"),
+    (r"^vimfast prepare s3://", "needs two stores; tests/test_prepare_stores.py starts them"),
     (r"--engine ray", "needs a cluster; tests/test_cluster.py starts one"),
     (r"^vimfast doctor", "runs the whole Vim-Tiny; tests/test_doctor.py runs it"),
     (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from vimfast import __version__
 from vimfast.cli import Parser, fit_terminal, path, run_main, whole
@@ -22,6 +23,7 @@ from vimfast.shards.format import ConversionOptions
 from vimfast.shards.indexing import index_tars
 from vimfast.shards.reindex import reindex
 from vimfast.shards.workers import report
+from vimfast.stores import is_url
 
 
 def parser() -> Parser:
@@ -34,8 +36,8 @@ def parser() -> Parser:
     )
     add = parser.add_argument
     text = "folder that holds train/ and val/ (or one of them), or the archives of ImageNet as they are downloaded"
-    add("root", metavar="IMAGENET_ROOT", type=path, nargs="?", help=text)
-    add("--out", metavar="FOLDER", type=path, help="folder to write the shards into")
+    add("root", metavar="IMAGENET_ROOT", type=_place, nargs="?", help=text)
+    add("--out", metavar="FOLDER", type=_place, help="folder to write the shards into, or its URL in a store")
     add("--resize", metavar="N", type=whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")
     add("--quality", metavar="Q", type=whole(1, 100), help="JPEG quality of resized images, 1 to 100 [90]")
     add("--seed", type=whole(0), default=0, help="seed of the training set's shuffle [0]")
@@ -57,6 +59,11 @@ def parser() -> Parser:
     return parser
 
 
+def _place(text: str) -> Path | str:
+    """An argparse type: a folder of this machine, or the URL of one in a store."""
+    return text if is_url(text) else path(text)
+
+
 def _parse(words: list[str]) -> argparse.Namespace:
     args = (own := parser()).parse_args(words)
     if args.reindex is not None and (args.root is not None or args.out is not None):
@@ -69,6 +76,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         own.error("--address is of a Ray cluster: add --engine ray")
     if args.engine == "ray" and (args.index_only or args.reindex is not None):
         own.error(f"--engine ray writes shards: drop it for {'--index-only' if args.index_only else '--reindex'}")
+    if args.index_only and any(isinstance(place, str) for place in (args.root, args.out)):
+        own.error("--index-only links to tars of this machine, not of a store")
     if args.class_names is not None and not args.index_only:
         own.error("--class-names needs --index-only: other classes are named by their folders")
     if args.quality is not None and args.resize is None:

@@ -26,7 +26,7 @@ from vimfast.errors import UserError
 from vimfast.files import atomic_write, read_file
 from vimfast.shards.members import members
 from vimfast.shards.origin import MOST_BYTES, Origin, missing_sources, put_stat
-from vimfast.shards.tree import FileList, file_kind, is_image_name
+from vimfast.shards.tree import FileList, file_kind, is_image_name, pack_names
 from vimfast.shards.workers import Pace, run, tick
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
@@ -154,27 +154,21 @@ def _look_through(root: Path, archive: Path, split: str, classes: Sequence[str] 
 
 def _sorted(archive: Path, classes: list[str], by_class: dict[str, _Found]) -> ArchivedFiles:
     """In the order of a folder's: by class, then by name. Of members with one name the last counts, as in unpacking."""
-    blobs, lengths, labels, places, others = [], [], [], [], Counter[str]()
+    names: list[str] = []
+    labels, places, others = [], [], Counter[str]()
     for label, name in enumerate(classes):
         found = by_class.get(name, _Found([], [], [], Counter()))
         others += found.others
         last = {inside: place for inside, *place in zip(found.names, found.offsets, found.sizes, strict=True)}
         for inside in sorted(last):
-            encoded = os.fsencode(inside)
-            blobs.append(encoded)
-            lengths.append(len(encoded))
+            names.append(inside)
             labels.append(label)
             places.append(last[inside])
     if not labels:
         raise UserError(f"{archive} holds no images", _DOWNLOAD)
+    packed = pack_names(names)
     return ArchivedFiles(
-        archive,
-        classes,
-        np.array(labels, np.int32),
-        np.frombuffer(b"".join(blobs), np.uint8),
-        np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
-        others,
-        places=np.array(places, np.int64),
+        archive, classes, np.array(labels, np.int32), *packed, others, places=np.array(places, np.int64)
     )
 
 

@@ -12,8 +12,9 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,8 @@ from vimfast.shards.format import (
     PlanDigest,
     ShardEntry,
     SplitEntry,
+    fetch_index,
+    fetch_manifest,
     index_header,
     index_name,
     is_shards_folder,
@@ -50,16 +53,18 @@ from vimfast.shards.format import (
     write_manifest,
 )
 from vimfast.shards.plan import ShardPlan
+from vimfast.shards.stored import Mirror, list_store, mirrored
 from vimfast.shards.tree import FileList, is_folder, scan_split
 from vimfast.shards.workers import Engine, Processes, report, verify_shards, write_shards
 from vimfast.shards.writer import estimate_bytes, join_rows, read_record, record_path
+from vimfast.stores import is_url, open_store
 
 _IMAGENET = 1_000  # classes
 
 
 def convert(
-    root: Path,
-    out: Path,
+    root: Path | str,
+    out: Path | str,
     options: ConversionOptions,
     *,
     workers: int,
@@ -70,7 +75,9 @@ def convert(
     """Make `out` hold the images of `root` as shards, keeping what an earlier run with the same options has written.
 
     Args:
-        root: a folder in the ImageNet layout, or with the archives of ImageNet.
+        root: a folder in the ImageNet layout, or with the archives of ImageNet; or the URL of such a folder, without
+            archives, in a store.
+        out: a folder, or a URL.
         workers: processes.
         skip_bad: leave unreadable images out and record them in the manifest.
         overwrite: first delete the shards in `out`.
@@ -83,13 +90,29 @@ def convert(
         UserError: `root` or `out` cannot be used, an image cannot be read, or the disk is full.
     """
     _check_out(root, out)
-    plans = _make_plans(root, options, out, workers)
+    with mirrored(out) if isinstance(out, str) else nullcontext() as mirror:
+        folder = Path(out) if mirror is None else mirror.folder
+        plans = _make_plans(root, options, folder, workers)
+        if mirror is not None:
+            mirror.fetch()
+        return _convert_plans(str(root), plans, folder, mirror, engine or Processes(workers), skip_bad, overwrite)
+
+
+def _convert_plans(
+    root: str,
+    plans: list[ShardPlan],
+    out: Path,
+    mirror: Mirror | None,
+    engine: Engine,
+    skip_bad: bool,
+    overwrite: bool,
+) -> str:
     digests = {plan.split: plan.digest() for plan in plans}
     with locked(out):
         try:
-            return _convert(root, plans, digests, out, engine or Processes(workers), skip_bad, overwrite)
+            return _convert(root, plans, digests, out, mirror, engine, skip_bad, overwrite)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_what_is_kept(plans, out)) from None
+            raise KeyboardInterrupt(_what_is_kept(plans, out, mirror)) from None
         except OSError as error:
             raise UserError(
                 f"{error.filename or out} cannot be written ({error.strerror})", "fix that and run again, it resumes"
@@ -97,44 +120,60 @@ def convert(
 
 
 def _convert(
-    root: Path,
+    root: str,
     plans: list[ShardPlan],
     digests: dict[str, PlanDigest],
     out: Path,
+    mirror: Mirror | None,
     engine: Engine,
     skip_bad: bool,
     overwrite: bool,
 ) -> str:
-    kept = verify_shards(plans, out, engine) if not overwrite and _is_continued(out, digests) else {}
+    name = out if mirror is None else mirror.url
+    continued = not overwrite and _is_continued(out, digests, mirror)
+    kept = verify_shards(plans, out, engine, mirror) if continued else {}
     if len(kept) == sum(plan.shards for plan in plans) and (found := _finished(plans, out, digests)):
         _report_others(plans)
-        return f"{out} is complete already: {_summarize(found)}"
-    _check_space(plans, out)
+        return f"{name} is complete already: {_summarize(found)}"
+    if mirror is None:
+        _check_space(plans, out)
     if overwrite:
         delete_shards(out)
+        if mirror is not None:
+            mirror.clear()
     (out / MANIFEST).unlink(missing_ok=True)
     write_json(out / STATE_FOLDER / PLAN, digests)
-    write_bytes(out / STATE_FOLDER / SOURCE, os.fsencode(root.absolute()))
+    write_bytes(out / STATE_FOLDER / SOURCE, os.fsencode(root if is_url(root) else os.path.abspath(root)))
+    if mirror is not None:
+        mirror.remove(MANIFEST)
+        for own in (PLAN, SOURCE):
+            mirror.publish(f"{STATE_FOLDER}/{own}")
     begin = time.monotonic()
-    written = write_shards(plans, out, engine, skip_bad, kept)
+    written = write_shards(plans, out, engine, skip_bad, kept, mirror)
     manifest = _finish(plans, out, digests)
+    if mirror is not None:
+        for own in (*(index_name(plan.split) for plan in plans), MANIFEST):
+            mirror.publish(own)
     _report_others(plans)
     rate = f"; {written / (time.monotonic() - begin):,.0f} images/s" if written else ""
-    return f"{out} is complete: {_summarize(manifest)}{rate}"
+    return f"{name} is complete: {_summarize(manifest)}{rate}"
 
 
-def _what_is_kept(plans: Sequence[ShardPlan], out: Path) -> str:
+def _what_is_kept(plans: Sequence[ShardPlan], out: Path, mirror: Mirror | None) -> str:
     """For whoever interrupts a conversion."""
     total = sum(plan.shards for plan in plans)
     done = sum(record_path(out, plan.split, number).exists() for plan in plans for number in range(plan.shards))
+    name = out if mirror is None else mirror.url
     if done == 0:
         return f"no shard of {total} is finished; the same command begins again"
     kept = f"{done} of {total} shards" if done < total else f"all {total} shards"
-    return f"{kept} are finished and stay in {out}; the same command verifies them and makes the rest"
+    return f"{kept} are finished and stay in {name}; the same command verifies them and makes the rest"
 
 
-def _make_plans(root: Path, options: ConversionOptions, out: Path, workers: int) -> list[ShardPlan]:
+def _make_plans(root: Path | str, options: ConversionOptions, out: Path, workers: int) -> list[ShardPlan]:
     """One plan for each split that exists; the training set determines the classes."""
+    if isinstance(root, str):
+        return _plans_of_store(root, options)
     found = [split for split in SPLITS if is_folder(root / split) or archive_of(root, split)]
     if not found and is_shards_folder(root):
         raise UserError(
@@ -144,11 +183,7 @@ def _make_plans(root: Path, options: ConversionOptions, out: Path, workers: int)
     for split in found or ["train"]:
         files = _list_images(root, split, plans[0].files.classes if plans else None, out, workers)
         plans.append(ShardPlan(split, files, options))
-        report(f"{files.folder}: {len(files):,} images of {len(files.classes):,} classes")
-        empty = np.flatnonzero(np.bincount(files.labels, minlength=len(files.classes)) == 0).tolist()
-        if empty:
-            has = "has" if len(empty) == 1 else "have"
-            report(f"{files.folder}: {len(empty):,} of them {has} no images, such as {files.classes[empty[0]]}")
+        _report_images(files)
     if 1 < (count := len(plans[0].files.classes)) < _IMAGENET and are_imagenets(plans[0].files.classes):
         report(
             f"{root} looks like a subset of ImageNet, with {count} of its {_IMAGENET:,} classes; "
@@ -161,6 +196,28 @@ def _make_plans(root: Path, options: ConversionOptions, out: Path, workers: int)
     return plans
 
 
+def _plans_of_store(url: str, options: ConversionOptions) -> list[ShardPlan]:
+    plans: list[ShardPlan] = []
+    for split in SPLITS:
+        files = list_store(url, split, plans[0].files.classes if plans else None)
+        if files is None:
+            report(f"{url} has no images in {split}/<class>/: there is no {split} to convert")
+            continue
+        plans.append(ShardPlan(split, files, options))
+        _report_images(files)
+    if not plans:
+        raise UserError(f"{url} has no images in train/<class>/ or val/<class>/", "give the folder that holds train/")
+    return plans
+
+
+def _report_images(files: FileList) -> None:
+    report(f"{files.where}: {len(files):,} images of {len(files.classes):,} classes")
+    empty = np.flatnonzero(np.bincount(files.labels, minlength=len(files.classes)) == 0).tolist()
+    if empty:
+        has = "has" if len(empty) == 1 else "have"
+        report(f"{files.where}: {len(empty):,} of them {has} no images, such as {files.classes[empty[0]]}")
+
+
 def _list_images(root: Path, split: str, classes: list[str] | None, out: Path, workers: int) -> FileList:
     """From a folder, or where there is none from ImageNet's archive."""
     if not is_folder(root / split) and archive_of(root, split):
@@ -168,15 +225,17 @@ def _list_images(root: Path, split: str, classes: list[str] | None, out: Path, w
     return scan_split(root, split, classes)
 
 
-def classes_without_images(out: Path) -> Iterator[str]:
+def classes_without_images(out: Path | str) -> Iterator[str]:
     """A line for each split of a finished conversion in which classes have no images, or lost them as unreadable.
 
     Raises:
         UserError: `out` is not a finished conversion.
     """
-    manifest = read_manifest(out)
+    store = open_store(out) if isinstance(out, str) else None
+    manifest = read_manifest(Path(out)) if store is None else fetch_manifest(store)
     for split, entry in manifest.splits.items():
-        labels = read_index(out, split, entry.samples, entry.index_crc32)["label"]
+        read = partial(read_index, Path(out)) if store is None else partial(fetch_index, store)
+        labels = read(split, entry.samples, entry.index_crc32)["label"]
         empty = np.flatnonzero(np.bincount(labels, minlength=len(manifest.classes)) == 0).tolist()
         if empty:
             has = "class has" if len(empty) == 1 else "classes have"
@@ -188,16 +247,21 @@ def _report_others(plans: Sequence[ShardPlan]) -> None:
     for plan in plans:
         if others := plan.files.others:
             counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
-            report(f"{plan.files.folder}: not converted, since the names are not of images: {counts}")
+            report(f"{plan.files.where}: not converted, since the names are not of images: {counts}")
         if loose := plan.files.loose:
-            report(f"{plan.files.folder}: not converted, since they are in no class folder: {loose:,} images")
+            report(f"{plan.files.where}: not converted, since they are in no class folder: {loose:,} images")
 
 
 # The folder to write to
 
 
-def _check_out(root: Path, out: Path) -> None:
+def _check_out(root: Path | str, out: Path | str) -> None:
     """The out folder must not become part of what is read."""
+    if isinstance(root, str) or isinstance(out, str):
+        inside_of = [str(root).rstrip("/"), *(f"{str(root).rstrip('/')}/{split}" for split in SPLITS)]
+        if str(out).rstrip("/") in inside_of or str(out).startswith(tuple(f"{url}/" for url in inside_of[1:])):
+            raise UserError(f"--out {out} is inside the images of {root}", "give a folder of its own")
+        return
     inside = [root.resolve(), *((root / split).resolve() for split in SPLITS)]
     target = out.resolve()
     if target == inside[0] or any(target == folder or folder in target.parents for folder in inside[1:]):
@@ -228,10 +292,10 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _is_continued(out: Path, digests: dict[str, PlanDigest]) -> bool:
+def _is_continued(out: Path, digests: dict[str, PlanDigest], mirror: Mirror | None) -> bool:
     """Whether `out` was started with these plans; False if it holds no shards, an error if it holds others."""
     known = read_plan_digests(out / STATE_FOLDER / PLAN) or _manifest_plan(out)
-    if not known and not our_files(out):
+    if not known and not (our_files(out) if mirror is None else mirror.holds_others()):
         return False
     fix = "add --overwrite to delete them, or give another --out"
     if not known or not set(known) <= set(digests):
@@ -350,7 +414,7 @@ def _split_entry(plan: ShardPlan, out: Path, index: bytes) -> SplitEntry:
         raise UserError(f"{out / STATE_FOLDER} changed while it was used", "run again, it resumes")
     if not all(record.samples for record in records):
         raise UserError(
-            f"a whole shard of {plan.files.folder} is unreadable, {len(plan) - samples} of {len(plan)} images in all, "
+            f"a whole shard of {plan.files.where} is unreadable, {len(plan) - samples} of {len(plan)} images in all, "
             "and DALI reads no empty shard",
             "remove them, then convert with --overwrite",
         )

@@ -88,6 +88,11 @@ def is_shards_folder(folder: Path) -> bool:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})", "fix that and run again") from None
 
 
+def is_shard_name(name: str) -> bool:
+    """``train-000042.tar`` or its index."""
+    return re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{6,}}\.(tar|idx)", name) is not None
+
+
 def _names(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 

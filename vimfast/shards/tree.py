@@ -68,6 +68,11 @@ class FileList:
         """The image's file."""
         return self.folder / self.name(i)
 
+    @property
+    def where(self) -> str:
+        """The images are, for a person to find them."""
+        return str(self.folder)
+
     def describe(self, name: str) -> str:
         """Where the image of this :meth:`name` is, for a person to find it."""
         return str(self.folder / name)
@@ -75,6 +80,14 @@ class FileList:
     def origin(self, ids: Sequence[int]) -> Origin:
         """These images, for whoever reads them."""
         return FolderOrigin(str(self.folder), [self.name(i) for i in ids])
+
+
+def pack_names(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Names and offsets as :class:`FileList` has them."""
+    encoded = [os.fsencode(name) for name in names]
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    return np.frombuffer(b"".join(encoded), np.uint8), offsets
 
 
 def is_image_name(name: str) -> bool:

@@ -50,7 +50,7 @@ def verify_shard(part: Part, out: Path, tick: Callable[[str], None]) -> Record:
     record = read_record(out, part.split, part.number)
     if record is None:
         raise Differs("has no record")
-    _verify_sources(part, out, record)
+    verify_sources(part, out, record)
     skipped = {name for name, _ in record.skipped}
     kept = [i for i, name in enumerate(part.names) if name not in skipped]
     keys = [part.keys[i] for i in kept]
@@ -76,9 +76,14 @@ def verify_shard(part: Part, out: Path, tick: Callable[[str], None]) -> Record:
     return record
 
 
-def _verify_sources(part: Part, out: Path, record: Record) -> None:
+def verify_sources(part: Part, out: Path, record: Record) -> None:
     """Compare the source files with those that were converted, by size and times, and by content where only a time
-    differs (a tree that was copied)."""
+    differs (a tree that was copied).
+
+    Raises:
+        Differs: one is another.
+        UserError: they cannot be read, which is no fault of theirs.
+    """
     now = part.origin.stat()
     before = read_sources(out, part.split, part.number)
     if before is None or len(before) != len(now):  # a record of an earlier version

@@ -28,6 +28,7 @@ from vimfast.cli import end_with_parent, fit_terminal
 from vimfast.errors import UserError, one_line
 from vimfast.shards.format import shard_name
 from vimfast.shards.plan import Part, ShardPlan
+from vimfast.shards.stored import Mirror, verify_in_store, write_to_store
 from vimfast.shards.verify import Differs, verify_shard
 from vimfast.shards.writer import Record, record_path, write_shard
 
@@ -59,8 +60,13 @@ class Processes(NamedTuple):
         return run(function, todo, arguments, self.workers, pace)
 
 
-def verify_shards(plans: Sequence[ShardPlan], out: Path, engine: Engine) -> dict[Place, Record]:
+def verify_shards(
+    plans: Sequence[ShardPlan], out: Path, engine: Engine, mirror: Mirror | None = None
+) -> dict[Place, Record]:
     """The records of the shards that an earlier run has finished and that still hold; reports those that do not.
+
+    Args:
+        mirror: `out` is its folder, and the shards are in a store; None: they are in `out`.
 
     Raises:
         UserError: a worker cannot continue.
@@ -71,16 +77,22 @@ def verify_shards(plans: Sequence[ShardPlan], out: Path, engine: Engine) -> dict
     if not todo:
         return kept
     pace = Pace(sum(plan.samples(number) for plan, number in todo), "images verified")
-    for (plan, number), outcome in engine.run(_verify, todo, lambda place: (place[0].part(place[1]), out), pace):
+    target = out if mirror is None else mirror.url
+    for (plan, number), outcome in engine.run(_verify, todo, lambda place: (place[0].part(place[1]), target), pace):
         if isinstance(outcome, Record):
             kept[plan.split, number] = outcome
         else:
-            report(f"{out / shard_name(plan.split, number)} {outcome}: it is made again")
+            report(f"{target}/{shard_name(plan.split, number)} {outcome}: it is made again")
     return kept
 
 
 def write_shards(
-    plans: Sequence[ShardPlan], out: Path, engine: Engine, skip_bad: bool, kept: Mapping[Place, Record]
+    plans: Sequence[ShardPlan],
+    out: Path,
+    engine: Engine,
+    skip_bad: bool,
+    kept: Mapping[Place, Record],
+    mirror: Mirror | None = None,
 ) -> int:
     """Write all shards but those that are `kept`; returns the number of images written.
 
@@ -92,8 +104,11 @@ def write_shards(
     todo = [(plan, number) for plan in plans for number in range(plan.shards) if (plan.split, number) not in kept]
     bad = [(files[split].describe(file), why) for (split, _), record in kept.items() for file, why in record.skipped]
     write = partial(_write, skip_bad=skip_bad)
-    for (plan, number), record in engine.run(write, todo, lambda place: (place[0].part(place[1]), out), pace):
+    target = out if mirror is None else mirror.url
+    for (plan, number), record in engine.run(write, todo, lambda place: (place[0].part(place[1]), target), pace):
         bad += [(plan.files.describe(file), why) for file, why in record.skipped]
+        if mirror is not None:
+            mirror.collect(plan.split, number)
         unwritten = record.skipped and not skip_bad
         if not unwritten and not record_path(out, plan.split, number).exists():
             raise UserError(
@@ -204,16 +219,18 @@ def _start_worker(shared: Shared) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _write(part: Part, out: Path, *, skip_bad: bool) -> Record:
+def _write(part: Part, out: Path | str, *, skip_bad: bool) -> Record:
+    if isinstance(out, str):
+        return write_to_store(part, out, skip_bad, tick)
     # A node of a cluster that was given up may still be writing what is written again here.
     mark = "" if _elsewhere is None else f".{socket.gethostname()}-{os.getpid()}"
     return write_shard(part, out, skip_bad, tick, mark)
 
 
-def _verify(part: Part, out: Path) -> Record | str:
+def _verify(part: Part, out: Path | str) -> Record | str:
     """The record of a shard that holds, or why it has to be made again."""
     try:
-        return verify_shard(part, out, tick)
+        return verify_in_store(part, out, tick) if isinstance(out, str) else verify_shard(part, out, tick)
     except Differs as why:
         return str(why)
 
