@@ -77,10 +77,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def start(cluster: Any, root: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "vimfast.prepare", str(root), "--out", str(out), *WORDS, "--engine", "ray"]
+    command = [sys.executable, "-m", "vimfast.prepare", str(root), "--out", out.name, *WORDS, "--engine", "ray"]
     command += ["--address", cluster.address]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 

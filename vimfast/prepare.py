@@ -108,8 +108,10 @@ def run() -> None:
     chosen = {"workers": workers, "skip_bad": args.skip_bad, "overwrite": args.overwrite}
     if args.engine == "ray":
         cluster = RayCluster(args.address, args.workers)
+        # Nodes do not run in this folder.
+        root, out = (place if isinstance(place, str) else place.absolute() for place in (args.root, args.out))
         with cluster.opened():
-            done = convert(args.root, args.out, options, engine=cluster, **chosen)
+            done = convert(root, out, options, engine=cluster, **chosen)
     else:
         done = convert(args.root, args.out, options, **chosen)
     print(fit_terminal(one_line(done), sys.stdout), flush=True)

@@ -49,15 +49,13 @@ class RayCluster:
         except ImportError:
             raise UserError("--engine ray needs Ray, which is not installed", "pip install 'vimfast[ray]'") from None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        address = self._address or os.environ.get("RAY_ADDRESS")
+        if address is None:  # and not the cluster that somebody else may have started on this machine
+            options |= {"num_cpus": self._workers, "include_dashboard": False}
         try:
-            if self._address is None:
-                # With an address in RAY_ADDRESS these are the cluster's to decide.
-                own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": self._workers, "include_dashboard": False}
-                ray.init(**options, **own)
-            else:
-                ray.init(address=self._address, **options)
+            ray.init(address=address or "local", **options)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            where = self._address or os.environ.get("RAY_ADDRESS") or "this machine"
+            where = address or "this machine"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"no Ray cluster can be used at {where} ({reason})",
