@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,36 @@ def test_a_decoder_for_which_training_waits_longer_is_given_up(
     assert decoders(flags, monkeypatch, shares) == [("cuda", (0, 2)), *again]
 
 
+def test_a_trial_ends_with_its_stage(
+    tree: Path, flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader of the next stage has chosen a decoder for its own images, and its waiting says nothing of another."""
+    recipe = tmp_path / "recipe.yaml"
+    stages = {"epochs": 2, "stages": [{"epochs": 1, "input_size": 48}, {"epochs": 1}]}
+    recipe.write_text(yaml.safe_dump({**TINY, "schedule": {**TINY["schedule"], **stages}}))
+    flags = ("--config", str(recipe), *flags[2:])
+    assert decoders(flags, monkeypatch, ((0.2, 0.2), (0.3, 0.3, 0.3))) == [("cuda", (0, 2))]
+
+
+def test_processes_with_different_decoders_look_at_the_same_steps(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with more cores than the others may have decoded by them: it turns to the GPU, where the others are."""
+    asked: dict[bool, list[str]] = {}
+    for turns in (True, False):
+        own = asked[turns] = []
+
+        def gather(value: object, own: list[str] = own, turns: bool = turns) -> list[object]:
+            own.append(type(value).__name__)
+            return [value, not turns if isinstance(value, bool) else value]
+
+        monkeypatch.setattr("vimfast.train.waiting.dist.gather_objects", gather)
+        monkeypatch.setattr(Loader, "reconsider", lambda *_, turns=turns: "cuda" if turns else None)
+        for _ in look(flags, ((0.2, 0.2, 0.3, 0.3, 0.3), (0.3, 0.3))):
+            pass
+    assert asked[True] == asked[False]
+
+
 def decoders(
     flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, shares: Sequence[Sequence[float]]
 ) -> list[tuple[str, tuple[int, int]]]:
@@ -82,19 +113,28 @@ def decoders(
 
     def reconsider(loader: Loader, decoder: str = "cuda") -> str:
         found.append((decoder, (place.epoch, place.step // SETTLED_AFTER)))
+        loader._settings = replace(loader.settings, decoder=decoder)
         return decoder
 
     monkeypatch.setattr(Loader, "reconsider", reconsider)
+    for place in look(flags, shares):  # noqa: B007  # what `reconsider` writes down
+        pass
+    return found
+
+
+def look(flags: tuple[str, ...], shares: Sequence[Sequence[float]]) -> Iterator[Place]:
+    """Reports of such shares of waiting; the places, each before it is looked at."""
     with build(load_config(list(flags)), World()) as run:
         assert isinstance(run, TrainingRun)
         waits = DataWaits(run, DataConfig())
         for epoch, own in enumerate(shares):
             for report, share in enumerate(own, 1):
                 place = Place(10 * SETTLED_AFTER, epoch, report * SETTLED_AFTER)
+                run.move(epoch)
+                yield place
                 for _ in range(SETTLED_AFTER):
                     waits.after_step()
                 waits.look(share, Stretch(SETTLED_AFTER, 1, share, [], False), place)
-    return found
 
 
 def test_what_helps_depends_on_data_and_flags(flags: tuple[str, ...]) -> None:

@@ -45,7 +45,7 @@ class DataWaits:
         """With each report, its share of the time spent waiting; every process must call it at the same step."""
         loader = self._run.loader
         if loader is not self._loader:  # at first, and in each stage
-            self._loader, self._read_before = loader, 0.0
+            self._loader, self._read_before, self._before = loader, 0.0, None
         read, self._read_before = loader.read_waits - self._read_before, loader.read_waits
         if self._steps < SETTLED_AFTER or place.epoch == self._epoch or self._told or place.step >= place.steps:
             return
@@ -75,18 +75,22 @@ class DataWaits:
             self._run.report.say(f"{what}: {stage} is slow; {helps}")
 
     def _try_another_decoder(self, share: float) -> bool:
+        """Returns: whether any process does; one whose cores are enough may have another decoder than the others."""
         loader = self._run.loader
         before = loader.settings.decoder
         if decoder := loader.reconsider():
-            self._before = before, share
             self._run.report.say(
                 f"training waits {share:.0%} of its time for --decoder {before}; {decoder} from now on"
             )
-        return decoder is not None
+        changed = any(dist.gather_objects(decoder is not None))
+        self._before = (before, share) if changed else None
+        return changed
 
     def _decode_by(self, decoder: str, share: float, waited: float) -> None:
         """Return to a decoder for which training waited less."""
         tried = self._run.loader.settings.decoder
+        if decoder == tried:  # other processes tried another one
+            return
         self._run.loader.reconsider(decoder)
         self._run.report.say(
             f"it waits {share:.0%} for --decoder {tried}, and waited {waited:.0%} before; {decoder} again from now on"
