@@ -202,8 +202,8 @@ def test_shards_of_other_programs(check: Check, shards: Path, tmp_path: Path) ->
         assert len(findings) == 2
         for finding in findings:
             assert "WebDataset shard" in finding["what"] + finding["fix"]
-            assert finding["fix"].endswith("unpack them into class folders, as the snippet in docs/shards.md does")
-        with pytest.raises(UserError, match=r"holds WebDataset shards of another program, such as .*; unpack|: unpack"):
+            assert finding["fix"].endswith("after vimfast prepare --index-only FOLDER --out indexed/")
+        with pytest.raises(UserError, match=r"holds WebDataset shards of another program, such as .*--index-only"):
             open_source(root, "val")
     (split / "val" / "0000.tar").write_bytes(b"no tar")
     assert "an archive that is not unpacked" in {finding["what"] for finding in check(split)[1]["findings"]}
