@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import copy
+import gc
 import multiprocessing
 import pickle
 import re
+import threading
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -79,15 +82,37 @@ def test_a_loop_that_ends_early_is_an_epoch_too(loader: Loader) -> None:
     assert same(third, next(loader.epoch(2)))
 
 
+def test_a_dropped_loader_takes_its_threads_along(tree: Path) -> None:
+    """As in a notebook whose cells are run again and again."""
+    before = set(threading.enumerate())
+    loader = open_training(tree)
+    next(iter(loader))
+    began = set(threading.enumerate()) - before
+    assert began
+    seen = weakref.ref(loader)
+    del loader
+    gc.collect()
+    assert seen() is None
+    for thread in began:
+        thread.join(30)
+        assert not thread.is_alive(), thread.name
+
+
 def test_a_loader_stays_in_its_process(loader: Loader) -> None:
     """In a fork nobody would read for it, and a loop would wait for ever."""
-    next(iter(loader))
+    other = open_training(Path(loader.source.name(0)).parents[2])
+    for each in (loader, other):
+        next(iter(each))
+    del each
     answers, answer = multiprocessing.get_context("fork").Pipe(duplex=False)
 
     def use_it() -> None:
+        nonlocal other
         try:
             next(iter(loader))
         except UserError as error:
+            del other
+            gc.collect()
             answer.send(str(error))
 
     child = multiprocessing.get_context("fork").Process(target=use_it)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import queue
+import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
@@ -306,8 +309,10 @@ class Loader(Epochs):
         self._in_work.clear()
         self._decoded.clear()
         if self._graph is None:
-            self._graph = Graph(self.view.inputs, self.view.graph, self._settings, self._feed)
-        together = _together(self._works(epoch, start), self._steps_at_once)
+            feed = weakref.WeakMethod(self._feed)  # DALI and the thread below must not keep a loader that nobody has
+            self._graph = Graph(self.view.inputs, self.view.graph, self._settings, lambda: cast(Any, feed())())
+        works = _works(self.source, self.view, self._reader, epoch, start)
+        together = _together(works, self._steps_at_once)
         self._ahead = _ReadAhead(together, -(-self._wanted.readahead // self._steps_at_once))
         self._next_place = (epoch, start)
 
@@ -319,17 +324,6 @@ class Loader(Epochs):
             graph.rewind()
         except DecodeError:  # in a batch that nobody asked for
             self._graph = None
-
-    def _works(self, epoch: int, start: int) -> Iterator[Work]:
-        """What comes from a place on: without end in training, else to the end of the epoch."""
-        places = itertools.chain([None], _places(self.steps, epoch, start, endless=self.view.training), [None])
-        for place, following in itertools.pairwise(places):
-            if here := place or following:
-                self.source.follow(self.order, *here)
-            if following is not None:  # so that the disk has the next batch to fetch while this one is read
-                self.source.will_need(self.order.decoded(*following)[1])
-            if place is not None and len((work := self.view.draw(*place, self._reader.read)).ids):
-                yield work
 
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
         """Find the images that DALI failed on, to continue without them; what that cannot help is raised."""
@@ -357,6 +351,17 @@ class Loader(Epochs):
             gc.collect()
         if built and self._settings.on_gpu:
             decoding.release_memory()
+
+    def __del__(self) -> None:
+        """Of a loader that was dropped and not closed, as a notebook's cell does when it is run again."""
+        with suppress(AttributeError):  # it was refused before it had anything
+            if os.getpid() != self._process:
+                _KEPT.append(self._graph)
+            elif not sys.is_finalizing():
+                self.close()
+
+
+_KEPT: list[Graph | None] = []  # in a fork, whose threads they lack: ending them there would crash it
 
 
 class _ReadAhead:
@@ -391,6 +396,19 @@ class _ReadAhead:
         """End the thread after the item it is making."""
         self._closed = True
         self._free.release()
+
+
+def _works(source: Source, view: View, reader: Reader, epoch: int, start: int) -> Iterator[Work]:
+    """What comes from a place on: without end in training, else to the end of the epoch."""
+    order = view.order
+    places = itertools.chain([None], _places(order.steps, epoch, start, endless=view.training), [None])
+    for place, following in itertools.pairwise(places):
+        if here := place or following:
+            source.follow(order, *here)
+        if following is not None:  # so that the disk has the next batch to fetch while this one is read
+            source.will_need(order.decoded(*following)[1])
+        if place is not None and len((work := view.draw(*place, reader.read)).ids):
+            yield work
 
 
 def _places(steps: int, epoch: int, start: int, *, endless: bool) -> Iterator[tuple[int, int]]:
