@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +32,17 @@ def anchors(page: Path) -> set[str]:
     return names
 
 
-def broken(page: Path, text: str) -> Iterator[str]:
+def links(page: Path, text: str) -> Iterator[tuple[str, Path, str]]:
+    """Those inside the repository, each with the file it leads to, and the fragment."""
     for link in LINK.findall(text):
         if re.match(r"[a-z]+:", link):  # http, https, mailto
             continue
         name, _, fragment = link.partition("#")
-        target = (page.parent / name).resolve() if name else page
+        yield link, (page.parent / name).resolve() if name else page, fragment
+
+
+def broken(page: Path, text: str) -> Iterator[str]:
+    for link, target, fragment in links(page, text):
         inside = target == ROOT or ROOT in target.parents
         if not inside or not target.exists() or (fragment and fragment not in anchors(target)):
             yield link
@@ -45,6 +51,16 @@ def broken(page: Path, text: str) -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert list(broken(page, prose(page))) == []
+
+
+def test_no_link_leads_to_a_file_that_git_ignores() -> None:
+    """It is there for its author alone."""
+    targets = sorted({str(target.relative_to(ROOT)) for page in PAGES for _, target, _ in links(page, prose(page))})
+    command = ["git", "check-ignore", "--stdin"]  # what is tracked is not ignored
+    done = subprocess.run(command, cwd=ROOT, input="\n".join(targets), capture_output=True, text=True, check=False)
+    if done.returncode == 128:
+        pytest.skip("not a clone")
+    assert done.stdout == ""
 
 
 def test_a_broken_link_is_found() -> None:
