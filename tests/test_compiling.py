@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
+from runs import TINY, train
 from torch import nn
+from torch._dynamo.exc import Unsupported
+from torch._inductor.exc import InductorError
 
 from vimfast.config import ModelConfig
+from vimfast.errors import UserError
 from vimfast.models import create_model
-from vimfast.train.compiling import captures, compiles, is_compiled, uncompiled
+from vimfast.train.compiling import captures, compiler_errors, compiles, is_compiled, uncompiled
+from vimfast.train.loop import Hook, TrainingRun
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -34,7 +42,35 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compiles(own, ModelConfig(torch_compile=False), GPU)
     assert compiles(own, ModelConfig(torch_compile=True), CPU)
     monkeypatch.setenv("TORCH_COMPILE", "1")
-    assert compiles(own, ModelConfig(torch_compile=False), CPU)
+    assert compiles(own, ModelConfig(), CPU)
+    assert not compiles(own, ModelConfig(torch_compile=False), CPU)  # the flag that errors name
+
+
+def test_what_cannot_be_compiled_is_said_in_a_sentence(tree: Path, tmp_path: Path) -> None:
+    """Also where no step is captured."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        raise RuntimeError("no compiler\nhere")
+
+    def compiled(run: TrainingRun) -> list[Hook]:
+        run.model.compile(backend=backend)
+        return []
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(TINY))
+    with pytest.raises(UserError, match=r"cannot be compiled .*no compiler here") as error:
+        train("--config", str(recipe), "--data-path", str(tree), hooks=compiled)
+    assert "--no-torch-compile" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_errors_of_the_compiler_are_told_from_others() -> None:
+    """What generates kernels has errors of its own."""
+    for error in (InductorError(ValueError("no compiler"), None), Unsupported("a branch")):
+        with pytest.raises(UserError, match="add --no-torch-compile"), compiler_errors():
+            raise error
+    with pytest.raises(RuntimeError, match="size"), compiler_errors():
+        raise RuntimeError("a size is wrong")
 
 
 def test_an_evaluation_compiles_nothing() -> None:

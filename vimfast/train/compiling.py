@@ -9,14 +9,15 @@ made of kernels of its own, which the compiler leaves as they are.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from timm.models import VisionTransformer
 from torch import nn
 
 from vimfast.config import ModelConfig
+from vimfast.errors import UserError
 
 
 def captures(model: nn.Module, cfg: ModelConfig, device: torch.device) -> bool:
@@ -27,16 +28,32 @@ def captures(model: nn.Module, cfg: ModelConfig, device: torch.device) -> bool:
 
 def compiles(model: nn.Module, cfg: ModelConfig, device: torch.device) -> bool:
     """Whether a model is to be compiled for training: as requested, else timm's vision transformers on a GPU."""
-    if os.environ.get("TORCH_COMPILE") == "1":
-        return True
     if cfg.torch_compile is not None:
         return cfg.torch_compile
+    if os.environ.get("TORCH_COMPILE") == "1":
+        return True
     return device.type == "cuda" and isinstance(model, VisionTransformer)
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether :meth:`torch.nn.Module.compile` was called on it."""
     return getattr(model, "_compiled_call_impl", None) is not None
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """What the compiler fails on in the block is reported with the flag that helps. It compiles with the first batch.
+
+    Raises:
+        UserError: it failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # whose import takes a second
+            raise
+        why = " ".join(str(error).split())
+        raise UserError(f"the model cannot be compiled ({why[:200]})", "add --no-torch-compile") from error
 
 
 def uncompiled(models: Iterable[nn.Module]) -> AbstractContextManager[object]:

@@ -23,7 +23,7 @@ from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.answers import Answers
-from vimfast.train.compiling import uncompiled
+from vimfast.train.compiling import compiler_errors, uncompiled
 from vimfast.train.curriculum import Curriculum, TrainingStage
 from vimfast.train.evaluation import Scores, evaluate
 from vimfast.train.fitting import blank_batch, largest_batch
@@ -376,13 +376,12 @@ class TrainingRun(_Closed):
         """
         self.model.train()
         try:
-            self.train_step.capture(images, targets)
+            with compiler_errors():
+                self.train_step.capture(images, targets)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             why = " ".join(str(error).split())
-            if type(error).__module__.startswith("torch._dynamo"):  # which takes a second to import
-                raise UserError(f"the model cannot be compiled ({why[:200]})", "add --no-torch-compile") from error
             self.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
         if not all(dist.gather_objects(self.train_step.has_captured(images, targets))):
             self.train_step.forget()
@@ -446,7 +445,8 @@ class TrainingRun(_Closed):
             self.control.doing("training step")
         if part == 0 and not last:
             self._before_parts = self.sums.values.clone(), random_states(self.world.device)
-        loss, sound = self.train_step(images, targets, first=part == 0, last=last)
+        with compiler_errors():
+            loss, sound = self.train_step(images, targets, first=part == 0, last=last)
         self.sums.add(torch.where(sound > 0, loss, 0), sound)
 
     def _undo_parts(self) -> None:
