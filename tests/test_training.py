@@ -23,7 +23,7 @@ from runs import RECIPE, ROOT, Stops, call, differences, records, refused, same,
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import Recipe
-from vimfast.checkpoint import load_checkpoint
+from vimfast.checkpoint import kept_checkpoints, load_checkpoint
 from vimfast.config import AugmentConfig, load_config
 from vimfast.data.views import CutOut, Stage
 from vimfast.dist import World
@@ -105,6 +105,17 @@ def test_nothing_is_drawn_in_vain_before_an_evaluation(
     assert [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").open()] == [0, 1]
 
 
+class DiesIn(Hook):
+    """At the beginning of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def epoch_begin(self, place: Place) -> None:
+        if place.epoch == self._epoch:
+            raise RuntimeError("power cut")
+
+
 def test_a_run_killed_before_its_evaluation_makes_up_for_it(recipe: str, shards: Path, tmp_path: Path) -> None:
     class Dies(Hook):
         def epoch_end(self, place: Place, end: EpochEnd) -> None:
@@ -138,6 +149,16 @@ def test_some_epochs_without_an_evaluation(recipe: str, shards: Path, tmp_path: 
     assert own[0] == {name: value for name, value in measured[0].items() if "test_" not in name}
     assert "weights after epoch 2:" in (some / "report.html").read_text()
     assert "Max accuracy: -" not in (some / "train.log").read_text()  # of none
+
+
+def test_an_epoch_without_an_evaluation_is_saved_once(recipe: str, shards: Path, tmp_path: Path) -> None:
+    """It was saved twice, and the second time pushed the epoch before it out of the folder."""
+    words = ("--config", recipe, "--data-path", str(shards), "--steps-per-epoch", "1", "--epochs", "4")
+    flags = (*words, "--eval-every", "4", "--output_dir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(*flags, hooks=lambda run: [DiesIn(2)])
+    states = [load_checkpoint(path) for path in kept_checkpoints(tmp_path)]
+    assert [(state["epoch"], state["evaluated"]) for state in states] == [(1, True), (0, True)]
 
 
 def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:

@@ -120,7 +120,10 @@ class Checkpoints(Hook):
         self._run.report.say(f"stopped at {place}; {self._folder / CHECKPOINT} holds it, resume with --resume auto")
 
     def epoch_trained(self, place: Place) -> None:
-        self.save(place)
+        if self._run.evaluated.due(place.epoch, self._run.epochs):
+            self.save(place)
+        else:  # the end of the epoch follows at once, and is saved
+            self._health.check(place)
 
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
         self.save(place, best=end.best, evaluated=True)
