@@ -40,7 +40,7 @@ format: $(READY)
 # The documentation as a site, in site/.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY)
-	$(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python -m mkdocs build --strict
 	@echo "open site/index.html; to search in it, serve it: python3 -m http.server --directory site"
 
 bench: $(READY)
