@@ -215,7 +215,7 @@ def test_a_folder_that_is_not_yet_split(check: Check, root: Path, tmp_path: Path
     fix = only(check(root)[1])["fix"]
     assert fix.startswith(f"put images to evaluate with into {root}/val/<class>/; if there are none, move a part")
     assert "docs/own_images.md" in fix
-    assert fix.endswith("or give check --splits train")
+    assert fix.endswith("or pass --splits train")
 
     (root / "train").rename(tmp_path / "nosplit")
     (tmp_path / "nosplit" / "n00").mkdir()

@@ -51,7 +51,7 @@ def test_a_reader_may_have_enough_at_once(flag: str) -> None:
 def test_an_unknown_command_is_one_sentence() -> None:
     done = call("vimfast", "trains", ok=False)
     assert done.returncode == 2
-    assert done.stderr == "error: vimfast has no command 'trains'; did you mean 'train'?; vimfast --help lists them\n"
+    assert done.stderr == "error: vimfast has no command 'trains'; did you mean 'train'? vimfast --help lists them\n"
 
 
 def test_it_fits_into_80_columns() -> None:

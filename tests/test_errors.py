@@ -19,6 +19,10 @@ def test_a_problem_and_its_fix(fix: str | None, sentence: str) -> None:
         assert (each.problem, each.fix, str(each)) == ("it is 0; a", fix, sentence)
 
 
+def test_a_question_ends_its_own_sentence() -> None:
+    assert str(UserError("no 'vmi'; did you mean 'vim'?", "see --help")) == "no 'vmi'; did you mean 'vim'? see --help"
+
+
 @pytest.mark.parametrize(
     ("device", "local_rank", "processes", "sentence"),
     [

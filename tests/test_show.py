@@ -21,7 +21,7 @@ from vimfast.config import Batches, Config, load_config
 from vimfast.data.source import open_source
 from vimfast.dist import World
 from vimfast.errors import UserError
-from vimfast.samples import _Sample, _samples, draw_samples
+from vimfast.samples import _Sample, _samples, _target, draw_samples
 from vimfast.sheet import Caption, Sheet, Tile
 from vimfast.train.hooks import Hook
 from vimfast.train.loaders import open_training
@@ -128,6 +128,18 @@ def test_targets_are_those_of_the_mixing(tree: Path) -> None:
         for copy in sample.copies:
             assert copy.target[sample.label] == pytest.approx(1 - 0.1 + 0.1 / 3)
             assert np.array_equal(copy.mixed, copy.pixels)
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ([0.03, 0.74, 0.23], ["b", "c"]),  # two of three classes mixed, and what smoothing gives to the third
+        ([0.03, 0.94, 0.03], ["b"]),
+        ([0.3, 0.7], ["b", "a"]),
+    ],
+)
+def test_a_sheet_names_the_classes_that_were_mixed(target: list[float], named: list[str]) -> None:
+    assert [caption.text for caption in _target(np.array(target), ["a", "b", "c"])] == named
 
 
 def test_bad_images_end_it_or_others_take_their_place(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ ORIGINAL: dict[str, tuple[str, str]] = {
     "start_epoch": ("0", "default: where the checkpoint stopped"),
     "device": ("cuda", "auto: the GPU if there is one"),
     "seed": ("0", "fixes every crop and mix, on any number of GPUs"),
-    "amp": ("off; fp16 with --if_amp, which diverges", "on: bf16; --no_amp for fp32"),
+    "amp": ("off; fp16 with --if_amp, which diverges", "on: bf16; --no-amp for fp32"),
     "torch_compile": ("TORCH_COMPILE=1", "the flag, or TORCH_COMPILE=1"),
     "use_checkpoint": ("not in main.py; of the segmentation backbone", "of every model that can"),
 }

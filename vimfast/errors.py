@@ -20,7 +20,8 @@ class UserError(Exception):
         self.problem, self.fix = problem, fix
 
     def __str__(self) -> str:
-        return one_line(self.problem if self.fix is None else f"{self.problem}; {self.fix}")
+        link = " " if self.problem.endswith("?") else "; "  # after "did you mean 'train'?"
+        return one_line(self.problem if self.fix is None else f"{self.problem}{link}{self.fix}")
 
 
 def counted(number: int, what: str) -> str:

@@ -242,7 +242,7 @@ def _size(image: Image.Image, more: str = "") -> Caption:
 
 def _target(target: np.ndarray, labels: Sequence[str]) -> list[Caption]:
     best = np.argsort(-target, kind="stable")[:_MOST_IN_TARGET]
-    floor = np.median(target) if len(target) > 2 else 0.0  # what smoothing gives to every class
+    floor = float(target.min()) if len(target) > 2 else 0.0  # what smoothing gives to every class
     return [
         Caption(labels[i], f"{target[i]:.2f}", float(target[i]))
         for i in best.tolist()

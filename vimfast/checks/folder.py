@@ -101,7 +101,7 @@ def _missing_split(root: Path, split: str) -> Finding:
         if not root.is_dir():
             raise
         found = Finding.of(error, split, path)
-        return replace(found, fix=f"{found.fix}; or give check --splits train") if _lacks_val(root, split) else found
+        return replace(found, fix=f"{found.fix}; or pass --splits train") if _lacks_val(root, split) else found
     return Finding("error", split, str(path), "has appeared since the check began", "check again")
 
 

@@ -422,7 +422,7 @@ class RunConfig:
     dry_run: bool = option(False, "print what the run would do, and stop before the first step", neutral=True)
     device: str = option("auto", "auto, cuda, cuda:N or cpu", neutral=True)
     seed: int = option(0, "seed of the weights, the order, the augmentation and the mixing", least=0)
-    amp: bool = option(True, "bf16 autocast on a GPU that has it; --no_amp for fp32", aliases=("if-amp",))
+    amp: bool = option(True, "bf16 autocast on a GPU that has it; --no-amp for fp32", aliases=("if-amp",))
     steps_per_epoch: int | None = option(None, "end each epoch after this many steps; default: the whole data", least=1)
     eval_every: int = option(1, "epochs from one evaluation to the next; the last epoch always has one", least=1)
     eval_steps: int | None = option(

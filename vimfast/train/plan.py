@@ -8,6 +8,7 @@ from torch import nn
 from vimfast.config import Config
 from vimfast.data.loader import Loader
 from vimfast.dist import World
+from vimfast.errors import counted
 from vimfast.stores import is_url
 from vimfast.train.compiling import is_compiled
 from vimfast.train.device import kernels
@@ -167,7 +168,7 @@ def _rate(run: TrainingRun, cfg: Config) -> str:
 
 def _length(run: TrainingRun) -> str:
     stages = run.curriculum.stages
-    text = f"{_epochs(run.epochs)} of {run.place.steps:,} steps"
+    text = f"{_epochs(run.epochs)} of {counted(run.place.steps, 'step')}"
     if len(stages) > 1:
         text = f"{_epochs(run.epochs)}, {sum(stage.updates for stage in stages):,} steps"
     if run.train_step.seconds is not None:
