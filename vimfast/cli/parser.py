@@ -64,7 +64,8 @@ class Parser(argparse.ArgumentParser):
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in known:
                 meant = self.elsewhere.get(flag.replace("_", "-").removeprefix("--"))
-                hint = did_you_mean(flag, known) if meant is None else f"; did you mean {meant!r}?"
+                shown = [name for name in known if "_" not in name]  # as --help spells them
+                hint = did_you_mean(flag.replace("_", "-"), shown) if meant is None else f"; did you mean {meant!r}?"
                 raise UserError(f"unknown flag {flag}{hint}", "--help lists all flags")
         if self.path_flag:
             _, stray = super().parse_known_args(args)
