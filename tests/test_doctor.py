@@ -22,6 +22,7 @@ from runs import ROOT, call
 
 from vimfast.data.files import FilesSource
 from vimfast.data.source import BadImage
+from vimfast.doctor import backends
 from vimfast.doctor.gpus import _describe, look_at_dali, look_at_gpus
 from vimfast.doctor.isolation import Failed, isolated
 from vimfast.doctor.machine import look_at_shared_memory
@@ -49,7 +50,7 @@ def test_this_machine(tree: Path) -> None:
     assert done.returncode == 0
     assert find(report, "torch")["figures"]["version"] == torch.__version__
     assert find(report, "speed")["figures"]["images"] == 36
-    assert find(report, "speed")["found"].startswith(f"folder of images {tree}: ")
+    assert find(report, "speed")["found"].startswith(f"{tree} (folder of images): ")
     assert find(report, "DALI")["figures"]["decoders"][0] == "cpu"
     errors = find(report, "reference")["figures"]["fp32"]
     assert 0 < errors["outputs"] < 1e-5
@@ -132,6 +133,14 @@ def test_what_fails_apart_is_a_sentence(function: Callable[[], Any], why: str) -
     with pytest.raises(Failed, match=f"^{why}$"):
         isolated(function, 1)
     assert time.monotonic() - begin < 10
+
+
+def test_a_backend_that_does_not_answer_may_only_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_SECONDS", 0.05)  # less than a model takes to be built
+    line = backends._look("reference", "cpu", Usable())
+    assert line.state == "red"
+    assert "no answer" in line.found
+    assert line.fix.startswith("if other work keeps this machine busy, try again without it")
 
 
 def test_what_is_called_apart_answers_and_leaves_nothing() -> None:

@@ -103,7 +103,7 @@ def _check(model: nn.Module, path: Path, read: Callable[[Path], Callable[[Tensor
         raise UserError(
             f"{path} differs from the model by {difference:.1e}, more than {TOLERANCE:g}", "do not use it; report this"
         )
-    print(f"{path}: outputs differ from the model's by at most {difference:.1e}")
+    print(f"{path}: outputs differ from the model's by at most {difference:.2g}")
 
 
 def _check_out(out: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from vimfast.doctor.isolation import Failed, isolated
+from vimfast.doctor.isolation import Failed, NoAnswer, isolated
 from vimfast.doctor.lines import Line
 from vimfast.doctor.results import Trial, Usable
 
@@ -14,6 +14,7 @@ _OLDEST_GPU = (8, 0)  # that gluon serves
 _ALLOWED = {"fp32": 1e-4, "bf16": 0.1}  # largest error: tens of times what is usual
 _OPTIONAL = "mamba_ssm"  # used only where it is asked for
 _AGAIN = "please report it with the output of vimfast doctor --json; --scan-backend reference avoids it"
+_BUSY = f"if other work keeps this machine busy, try again without it; else {_AGAIN}"
 
 
 def look_at_backends(usable: Usable) -> list[Line]:
@@ -42,7 +43,7 @@ def _look(name: str, device: str, usable: Usable) -> Line:
             return Line(
                 PART, name, "yellow", f"fails on {device} ({error})", "fix or uninstall its packages, see above"
             )
-        return Line(PART, name, "red", f"fails on {device} ({error})", _AGAIN)
+        return Line(PART, name, "red", f"fails on {device} ({error})", _BUSY if isinstance(error, NoAnswer) else _AGAIN)
     if trial.unfit is not None:
         if name == "gluon" and usable.capability >= _OLDEST_GPU:
             fix = "install the triton that torch goes with, and a C compiler; training is many times slower without"

@@ -23,13 +23,18 @@ class Failed(Exception):
     """What was called raised an error, crashed or gave no answer; the message says which, in a few words."""
 
 
+class NoAnswer(Failed):
+    """It took longer than it may."""
+
+
 def isolated(function: Callable[[], T], seconds: float) -> T:
     """What `function` returns, which must be picklable. Whatever it prints is lost.
 
     Call it before anything initializes CUDA or computes gradients: neither survives a fork.
 
     Raises:
-        Failed: it raised an exception, its process died, or it took longer than this.
+        Failed: it raised an exception or its process died.
+        NoAnswer: it took longer than this.
     """
     ours, theirs = os.pipe()
     with warnings.catch_warnings():
@@ -43,7 +48,7 @@ def isolated(function: Callable[[], T], seconds: float) -> T:
         answer = _read(ours, time.monotonic() + seconds)
         status = None if answer else _wait(child)
     except TimeoutError:
-        raise Failed(f"no answer within {seconds:.0f} s") from None
+        raise NoAnswer(f"no answer within {seconds:.0f} s") from None
     finally:
         os.close(ours)
         with suppress(ProcessLookupError):

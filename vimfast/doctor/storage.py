@@ -55,7 +55,7 @@ def look_at_data(folder: Path, gpus: int) -> Line:
         return Line(PART, "speed", "red", found.problem, found.fix or "vimfast check DATA says more")
     rate, megabytes = found.images / found.seconds, found.bytes / 1e6 / found.seconds
     kilobytes = found.bytes / found.images / 1e3
-    text = f"{found.kind} {folder}: {megabytes:,.0f} MB/s, {rate:,.0f} images/s of {kilobytes:,.0f} KB"
+    text = f"{folder} ({found.kind}): {megabytes:,.0f} MB/s, {rate:,.0f} images/s of {kilobytes:,.0f} KB"
     if found.asked is not None and found.asked < _MOSTLY * found.bytes:
         text += " (most of it from memory: the disk may be slower)"
     text += f"; {_meaning(rate, gpus)}"
