@@ -15,7 +15,7 @@ import torch
 import vim_float64
 from torch import Tensor, nn
 
-from vimfast import export
+from vimfast import export, exporting
 from vimfast.errors import UserError
 from vimfast.formats import TOLERANCE, example_images, largest_difference, onnx_model, read_onnx, record, write_onnx
 from vimfast.models import create_model
@@ -219,7 +219,7 @@ def test_a_file_that_computes_something_else_is_reported(tmp_path: Path) -> None
     wrong: Sequence[Any] = (alone, lambda batch: model(batch) * torch.nan)
     for run in wrong:
         with pytest.raises(UserError, match=r"model.onnx differs from the model by .*; do not use it"):
-            export._check(model, tmp_path / "model.onnx", lambda path, run=run: run, images)
+            exporting._check(model, tmp_path / "model.onnx", lambda path, run=run: run, images)
 
 
 def test_what_cannot_be_recorded_is_said_in_one_sentence() -> None:
