@@ -83,6 +83,7 @@ ELSEWHERE = {  # flags on pages that are no program's of this repository
     *("--gpus-per-node", "--durations", "--no"),
     *("--device-modules", "--img-size"),  # timm's
     "--preload",  # gunicorn's
+    "--directory",  # of python -m http.server
 }
 
 
