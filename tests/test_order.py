@@ -25,6 +25,17 @@ def global_sequence(world: int, batch_size: int, epoch: int = 0, **order: Any) -
     return positions[by_position], ids[by_position]
 
 
+def shards_of(ids: np.ndarray, window: int) -> np.ndarray:
+    """Of all images in an order, which is checked to need no more than `window` shards at a time."""
+    np.testing.assert_array_equal(np.sort(ids), np.arange(500))
+    shards = np.searchsorted(BOUNDS[1:], ids, side="right")
+    first = {shard: np.flatnonzero(shards == shard)[0] for shard in np.unique(shards).tolist()}
+    last = {shard: np.flatnonzero(shards == shard)[-1] for shard in first}
+    for place in range(0, 500, 7):
+        assert sum(first[shard] <= place <= last[shard] for shard in first) <= window
+    return shards
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_global_sequence_is_the_same_on_any_number_of_ranks(world: int, repeats: int) -> None:
@@ -127,15 +138,9 @@ def test_neighbours_keep_copies_on_one_rank() -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 100])
 def test_window_reads_a_few_shards_at_a_time(window: int) -> None:
-    ids = windowed_permutation(5, 1, BOUNDS, window)
-    np.testing.assert_array_equal(np.sort(ids), np.arange(500))
-    shards = np.searchsorted(BOUNDS[1:], ids, side="right")
-    first = {shard: np.flatnonzero(shards == shard)[0] for shard in np.unique(shards).tolist()}
-    last = {shard: np.flatnonzero(shards == shard)[-1] for shard in first}
-    for place in range(0, 500, 7):
-        assert sum(first[shard] <= place <= last[shard] for shard in first) <= window
-    if window > 1:
-        assert (np.diff(shards) != 0).sum() > len(first)  # mixed within a window, not shard after shard
+    shards = shards_of(windowed_permutation(5, 1, BOUNDS, window), window)
+    if window > 1:  # mixed within a window, not shard after shard
+        assert (np.diff(shards) != 0).sum() > len(np.unique(shards))
 
 
 def test_window_is_a_function_of_seed_and_epoch() -> None:
@@ -199,10 +204,4 @@ def test_computed_orders_stay_what_they_are() -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 100])
 def test_a_computed_window_reads_a_few_shards_at_a_time(window: int) -> None:
-    ids = permuted_in_windows(np.arange(500), BOUNDS, window, 5, 1)
-    np.testing.assert_array_equal(np.sort(ids), np.arange(500))
-    shards = np.searchsorted(BOUNDS[1:], ids, side="right")
-    first = {shard: np.flatnonzero(shards == shard)[0] for shard in np.unique(shards).tolist()}
-    last = {shard: np.flatnonzero(shards == shard)[-1] for shard in first}
-    for place in range(0, 500, 7):
-        assert sum(first[shard] <= place <= last[shard] for shard in first) <= window
+    shards_of(permuted_in_windows(np.arange(500), BOUNDS, window, 5, 1), window)
