@@ -95,28 +95,22 @@ def convert(
         plans = _make_plans(root, options, folder, workers)
         if mirror is not None:
             mirror.fetch()
-        return _convert_plans(str(root), plans, folder, mirror, engine or Processes(workers), skip_bad, overwrite)
+        digests, engine = {plan.split: plan.digest() for plan in plans}, engine or Processes(workers)
+        with locked(folder), _explained(plans, folder, mirror):
+            return _convert(str(root), plans, digests, folder, mirror, engine, skip_bad, overwrite)
 
 
-def _convert_plans(
-    root: str,
-    plans: list[ShardPlan],
-    out: Path,
-    mirror: Mirror | None,
-    engine: Engine,
-    skip_bad: bool,
-    overwrite: bool,
-) -> str:
-    digests = {plan.split: plan.digest() for plan in plans}
-    with locked(out):
-        try:
-            return _convert(root, plans, digests, out, mirror, engine, skip_bad, overwrite)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_what_is_kept(plans, out, mirror)) from None
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or out} cannot be written ({error.strerror})", "fix that and run again, it resumes"
-            ) from None
+@contextmanager
+def _explained(plans: Sequence[ShardPlan], out: Path, mirror: Mirror | None) -> Iterator[None]:
+    """What ends a conversion early, in words."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_what_is_kept(plans, out, mirror)) from None
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or out} cannot be written ({error.strerror})", "fix that and run again, it resumes"
+        ) from None
 
 
 def _convert(
