@@ -39,6 +39,18 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         os.close(descriptor)
 
 
+def read_at(file: int, offset: int, size: int) -> bytes:
+    """`size` bytes of an open file; fewer only where it ends.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    data = os.pread(file, size, offset)
+    while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
 def open_regular(path: Path) -> int:
     """The descriptor of a regular file, to read from.
 

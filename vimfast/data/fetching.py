@@ -14,6 +14,7 @@ import numpy as np
 from vimfast.data.cache import Cache, Download, Held, NoRoom
 from vimfast.data.tars import Route
 from vimfast.errors import UserError, counted
+from vimfast.files import read_at
 from vimfast.shards.format import ShardEntry
 from vimfast.stores import Store, name_in
 
@@ -89,7 +90,7 @@ class Shards:
         begin, end = np.searchsorted(self.index["shard"], [shard, shard + 1]).tolist()
         rows = self.index[begin:end]
         places = zip(rows["offset"].tolist(), rows["size"].tolist(), rows["crc32"].tolist(), strict=True)
-        return sum(zlib.crc32(os.pread(file, size, offset)) != stored for offset, size, stored in places)
+        return sum(zlib.crc32(read_at(file, offset, size)) != stored for offset, size, stored in places)
 
 
 class Fetcher:

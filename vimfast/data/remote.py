@@ -20,8 +20,9 @@ import numpy as np
 
 from vimfast.data.cache import Cache, CacheSettings, Held
 from vimfast.data.fetching import Fetcher, Shards, Timeline
-from vimfast.data.tars import Place, Route, allow_open_files, read_at
+from vimfast.data.tars import Place, Route, allow_open_files
 from vimfast.errors import UserError, counted
+from vimfast.files import read_at
 from vimfast.shards.format import Manifest
 from vimfast.stores import Store
 

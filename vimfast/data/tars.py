@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from vimfast.errors import UserError
+from vimfast.files import read_at
 
 _AHEAD_BYTES = 128 << 10  # the kernel reads no more than its window (128 KiB on most disks) for one request
 _AGAIN = "copy it again or run vimfast-prepare again"
@@ -170,18 +171,6 @@ class _Tar:
                 f"{self.path} was cut off while it was in use: it ends before byte {offset + size}", _RESUME
             )
         return data
-
-
-def read_at(file: int, offset: int, size: int) -> bytes:
-    """Fewer bytes only where the file ends.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    data = os.pread(file, size, offset)
-    while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
-        data += more
-    return data
 
 
 def _opening(error: OSError) -> str:

@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from vimfast.errors import UserError
-from vimfast.files import atomic_write, read_file
+from vimfast.files import atomic_write, read_at, read_file
 from vimfast.shards.members import members
 from vimfast.shards.origin import MOST_BYTES, Origin, missing_sources, put_stat
 from vimfast.shards.tree import FileList, file_kind, is_image_name, pack_names
@@ -96,9 +96,7 @@ class ArchiveOrigin:
             if self._file is None:
                 self._file = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
                 weakref.finalize(self, os.close, self._file)
-            data = os.pread(self._file, size, offset)
-            while len(data) < size and (more := os.pread(self._file, size - len(data), offset + len(data))):
-                data += more
+            data = read_at(self._file, offset, size)
         except OSError as error:
             raise UserError(
                 f"{self.name(i)} cannot be read ({error.strerror})", "once the archive is back, run again, it resumes"

@@ -22,7 +22,7 @@ import numpy as np
 
 from vimfast import __version__
 from vimfast.errors import UserError, counted
-from vimfast.files import write_bytes
+from vimfast.files import read_at, write_bytes
 from vimfast.shards import jpeg
 from vimfast.shards.convert import delete_shards, locked, our_files
 from vimfast.shards.format import (
@@ -246,14 +246,14 @@ def _row(file: int, sample: _Sample, number: int) -> tuple[tuple[int, ...], str]
     if image[3] > MOST_BYTES or label[3] > _MOST_LABEL_BYTES:
         raise ValueError("it is larger than a sample can be")
     offset, size = image[2:]
-    data = os.pread(file, size, offset)
+    data = read_at(file, offset, size)
     info = jpeg.inspect(data)
     if not jpeg.is_plain(info):
         raise ValueError(f"a {info.format} of {info.components} components, which not every decoder reads")
     if not info.complete:
         jpeg.to_rgb_jpeg(data)  # damaged or merely odd?
     try:
-        value = _LABELS[label[0]](os.pread(file, label[3], label[2]))
+        value = _LABELS[label[0]](read_at(file, label[2], label[3]))
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"its .{label[0]} holds no label") from None
     if not 0 <= value < _MOST_CLASSES:

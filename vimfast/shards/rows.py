@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from vimfast.errors import UserError
-from vimfast.files import open_regular
+from vimfast.files import open_regular, read_at
 from vimfast.shards.format import INDEX_DTYPE, SplitEntry, index_header, index_name, read_index
 
 MOST_IN_MEMORY = 1 << 22  # rows; 134 MB
@@ -198,7 +198,7 @@ class _FileRows:
 
     def _read(self, at: int, size: int) -> bytes:
         try:
-            data = os.pread(self._file, size, at)
+            data = read_at(self._file, at, size)
         except OSError as error:
             raise UserError(f"{self._path} cannot be read ({error.strerror})", "fix its disk, then resume") from None
         if len(data) < size:
