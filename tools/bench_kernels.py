@@ -243,12 +243,15 @@ def main() -> None:
         mamba = False
         print(f"nothing to compare with: {why}")
     figures = []
-    for name, d in itertools.product(args.dtypes, args.channels):
-        errors = [c.plain and worst_error(c) for c in cases(2, args.length, d, DTYPES[name])]
-        for case, error in zip(cases(args.batch, args.length, d, DTYPES[name]), errors, strict=True):
-            found = measure(case, error, gpu, flush, args.repeats, mamba)
-            figures.append({"shape": [args.batch, args.length, d], "dtype": name, **found})
-    show(figures, f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s; milliseconds")
+    try:
+        for name, d in itertools.product(args.dtypes, args.channels):
+            errors = [c.plain and worst_error(c) for c in cases(2, args.length, d, DTYPES[name])]
+            for case, error in zip(cases(args.batch, args.length, d, DTYPES[name]), errors, strict=True):
+                found = measure(case, error, gpu, flush, args.repeats, mamba)
+                figures.append({"shape": [args.batch, args.length, d], "dtype": name, **found})
+                print(f"{case.name}, {d} channels, {name}: measured", flush=True)
+    finally:  # at Ctrl-C what was measured before it
+        show(figures, f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s; milliseconds")
     if args.json:
         record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": figures}
         write_text(args.json, json.dumps(record, indent=1) + "\n")

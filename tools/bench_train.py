@@ -175,16 +175,19 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     gpu = this_gpu()
-    found = []
-    for row in ROWS:
-        if row.name in args.rows:
-            found += [measure(row, args, backend, gpu) for backend in args.backends]
-    found += [measure(row, args, "timm", gpu) for row in BASELINES if row.name in args.rows]
-    title = f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s"
-    show(found, title)
-    if args.json:
-        record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": found}
-        write_text(args.json, json.dumps(record, indent=1) + "\n")
+    chosen = [(row, backend) for row in ROWS if row.name in args.rows for backend in args.backends]
+    chosen += [(row, "timm") for row in BASELINES if row.name in args.rows]
+    found: list[dict[str, Any]] = []
+    record = {"gpu": gpu.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "figures": found}
+    try:
+        for row, backend in chosen:
+            print(f"{row}, {backend}: ", end="", flush=True)
+            found.append(measure(row, args, backend, gpu))
+            print(f"{found[-1]['ms']:.2f} ms", flush=True)
+            if args.json:
+                write_text(args.json, json.dumps(record, indent=1) + "\n")
+    finally:  # at Ctrl-C, or where a row does not fit in memory, what was measured before it
+        show(found, f"{gpu.name}, torch {torch.__version__}, copies {gpu.copy / 1e12:.2f} TB/s")
 
 
 if __name__ == "__main__":
