@@ -36,7 +36,7 @@ from vimfast_kernels import backend_names
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, and what it is compared with on an H200 (images per second; None: not measured)."""
+    """One measurement, and what the original does on an H200 (images per second; None: not measured)."""
 
     name: str
     model: str
@@ -51,6 +51,15 @@ class Row:
         what = "training" if self.training else "inference"
         what += ", compiled" * self.compiled
         return f"{self.model.removesuffix('_patch16_224')} {self.size}, {self.batch}, {what}, {self.precision}"
+
+    @property
+    def task(self) -> tuple[Any, ...]:
+        """What steps of two models have to share to be compared."""
+        return self.model.split("_")[1], self.size, self.batch, self.training, self.fp32
+
+    @property
+    def short(self) -> str:
+        return f"{self.model.split('_')[1].capitalize()}, {self.size} pixels,\n{self.batch} images, {self.precision}"
 
     @property
     def precision(self) -> str:
@@ -74,6 +83,9 @@ BASELINES = (
     Row("deit_base_compiled", "deit_base_patch16_224", 128, compiled=True),
     Row("deit1248", "deit_tiny_patch16_224", 32, size=1248, training=False),
 )
+OURS, ORIGINAL = "Vim, vimfast", "Vim, hustvl/Vim with mamba_ssm"
+COMPILED, PLAIN = "DeiT, timm, compiled", "DeiT, timm"
+COLORS = {OURS: "#2a7f62", ORIGINAL: "#d08c60", COMPILED: "#5d6673", PLAIN: "#a9aeb7"}
 WIDTHS = {"vim_tiny_patch16_224": 192, "vim_small_patch16_224": 384, "vim_base_patch16_224": 768}
 
 
@@ -130,31 +142,48 @@ def show(found: list[dict[str, Any]], title: str) -> None:
 
 
 def plot(source: Path) -> None:
-    """Bars of images per second beside the original's, as a PNG next to the JSON."""
+    """Images per second as a PNG next to the JSON, beside those of the original and of a transformer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
     record = json.loads(source.read_text())
-    names = {row.name: str(row) for row in (*ROWS, *BASELINES)}
-    rows = [f for f in record["figures"] if f["backend"] in ("auto", "timm")][::-1]
-    figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.4), layout="constrained")
-    kinds = {
-        "vimfast": ("#2a7f62", 0.18, [f["img_s"] if f["backend"] == "auto" else 0 for f in rows]),
-        "hustvl/Vim with mamba_ssm": ("#d08c60", -0.18, [f["original"] or 0 for f in rows]),
-        "DeiT in timm": ("#8a8f98", 0.18, [f["img_s"] if f["backend"] == "timm" else 0 for f in rows]),
-    }
-    for label, (color, offset, rates) in kinds.items():
-        places = [i + offset for i, rate in enumerate(rates) if rate]
-        bars = axes.barh(places, list(filter(None, rates)), height=0.34, color=color, label=label)
-        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=9)
-    axes.set_yticks(range(len(rows)), [names[f["name"]] for f in rows])
-    axes.set_xlabel("images per second")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_title(f"model, input side, batch size; {record['gpu']}, {record['date']}", fontsize=10)
-    axes.legend(loc="lower right", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    known = {row.name: row for row in (*ROWS, *BASELINES)}
+    figures = [(known[f["name"]], f) for f in record["figures"] if f["backend"] in ("auto", "timm")]
+    transformers: dict[tuple[Any, ...], tuple[Row, float]] = {}
+    for row, found in figures:
+        if row in BASELINES and (row.compiled or row.task not in transformers):
+            transformers[row.task] = row, found["img_s"]
+    steps = [(row, found) for row, found in figures if row in ROWS]
+    heights = [sum(row.training is training for row, _ in steps) for training in (True, False)]
+    figure, panels = plt.subplots(
+        2, figsize=(9, 1.8 + 0.75 * sum(heights)), layout="constrained", height_ratios=heights
+    )
+    for axes, trains in zip(panels, (True, False), strict=True):
+        own = [(row, found) for row, found in steps if row.training is trains][::-1]
+        bars: dict[str, list[tuple[float, float]]] = {label: [] for label in COLORS}
+        for place, (row, found) in enumerate(own):
+            bars[OURS].append((place + 0.27, found["img_s"]))
+            if row.original:
+                bars[ORIGINAL].append((place, row.original))
+            if row.task in transformers:
+                other, rate = transformers[row.task]
+                bars[COMPILED if other.compiled else PLAIN].append((place - (0.27 if row.original else 0), rate))
+        for label, color in COLORS.items():
+            places, rates = zip(*bars[label], strict=True) if bars[label] else ((), ())
+            drawn = axes.barh(places, rates, height=0.25, color=color)
+            axes.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=9)
+        axes.set_yticks(range(len(own)), [row.short for row, _ in own])
+        axes.set(xlim=(0, 1.12 * max(rate for found in bars.values() for _, rate in found)), xticks=[])
+        axes.set_title("training" if trains else "inference", fontsize=10, loc="left", weight="bold")
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.tick_params(left=False)
+    patches = [Patch(color=color, label=label) for label, color in COLORS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    title = f"Images per second; each group has a scale of its own\n{record['gpu']}, {record['date']}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.savefig(source.with_suffix(".png"), dpi=130)
 
 
