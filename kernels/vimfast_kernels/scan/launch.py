@@ -16,8 +16,8 @@ from vimfast_kernels.tuning import ScanForward, multiprocessors, tuning_of
 
 CHUNK = 8  # steps between saved states, and steps worked on at a time
 # Forward programs by state size. Wide: 32 states a thread (16 at state size 8), the fewest instructions; for state size
-# 16 the tuning has it. Narrow: fewer states a thread, more threads and loads further ahead, for a GPU that wide ones
-# would leave mostly empty, as few long sequences do.
+# 16 the tuning has it. Narrow: fewer states a thread and more threads, for a GPU that wide ones would leave mostly
+# empty, as few long sequences do.
 FORWARD_WIDE = {
     8: ScanForward(64, 1, 4, 168), 32: ScanForward(32, 1, 2, 168), 64: ScanForward(16, 2, 2, 168),
 }  # fmt: skip
