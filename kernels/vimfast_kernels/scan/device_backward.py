@@ -17,6 +17,7 @@ from vimfast_kernels.device import (
     LOG2E,
     axis,
     block_barrier,
+    copy_async,
     copy_rows,
     load_rows,
     one_minus_exp_neg,
@@ -26,18 +27,25 @@ from vimfast_kernels.device import (
     time_of,
     view_shared,
 )
-from vimfast_kernels.scan.device_steps import hold_weights, load_factors, time_steps
+from vimfast_kernels.scan.device_steps import hold_weights, time_steps
 
 
 @gluon.jit
 def _copy_chunk(
-    copies, bases, strides, c, step, direction, length, gate_steps, mask, RANK: gl.constexpr, GATE: gl.constexpr
-):
-    """x, dout, dt unless it is projected here, z and, where this direction makes dz, y of one chunk; x is needed to the
-    chunk's very end, so it has two buffers."""
+    copies, bases, strides, c, rows, direction, length, gate_steps, mask, low_k,
+    CHUNK: gl.constexpr, RANK: gl.constexpr, GATE: gl.constexpr,
+):  # fmt: skip
+    """x, dout, dt or its factors, z and, where this direction makes dz, y of one chunk; x is needed to the chunk's very
+    end, so it has two buffers."""
+    step = c * CHUNK + rows[0]
     copy_rows(copies[0].index(c % 2), bases[0], step, direction, length, strides[0], mask)
     copy_rows(copies[1], bases[1], step, direction, length, strides[1], mask)
-    if not RANK:
+    if RANK:
+        time = time_of(gl.minimum(c * CHUNK + rows[1], length - 1), direction, length)
+        factors = bases[2] + gl.multiple_of(time * strides[2], [8, 8, 8])
+        for i in gl.static_range(len(copies[2])):
+            copy_async(copies[2][i], factors + 16 * i, mask=low_k < RANK - 16 * i)
+    else:
         copy_rows(copies[2], bases[2], step, direction, length, strides[2], mask)
     if GATE:
         copy_rows(copies[3], bases[3], step, direction, length, strides[3], mask)
@@ -144,19 +152,8 @@ def _sum_history(
 
 
 @gluon.jit
-def _load_kept(
-    base, first, ROWS: gl.constexpr, WIDTH: gl.constexpr, CPT: gl.constexpr, D: gl.constexpr, HELD: gl.constexpr
-):
-    """Kept states as they lie in memory, a thread's channels in a row; bf16 ones as pairs in an int32."""
-    row = axis(0, 0, ROWS, HELD)
-    if base.dtype.element_ty == gl.bfloat16:
-        base = base.to(gl.pointer_type(gl.int32), bitcast=True)
-    return gl.load(base + row * WIDTH + axis(1, 0, WIDTH, HELD), mask=first + row * CPT < D, other=0)
-
-
-@gluon.jit
 def _states(held, STATE: gl.constexpr, BD: gl.constexpr, N: gl.constexpr):
-    """fp32 states [BD, N] of rows as `_load_kept` gives them."""
+    """fp32 states [BD, N] of a thread's rows as they lie in memory; bf16 ones are there as pairs in an int32."""
     if held.dtype == gl.int32:
         low = (held << 16).to(gl.float32, bitcast=True)
         high = (held & -65536).to(gl.float32, bitcast=True)
@@ -203,7 +200,6 @@ def scan_backward(
     WIDTH: gl.constexpr = BD // WARPS  # channels a warp
     N_LANES: gl.constexpr = N // PER_THREAD
     CPT: gl.constexpr = WIDTH * N_LANES // 32
-    ROWS: gl.constexpr = BD // CPT
     TWO_LANES: gl.constexpr = N_LANES == 2 and CPT == 2
     SVEC: gl.constexpr = min(128 // KEEP.primitive_bitwidth, PER_THREAD)  # 16 bytes of states
     STATE: gl.constexpr = gl.BlockedLayout([CPT, SVEC], [32 // N_LANES, N_LANES], [WARPS, 1], [1, 0])
@@ -225,7 +221,6 @@ def scan_backward(
     # a time, nor the tensor cores' loads, 8 channels at a time, meet a bank twice.
     HELD_TYPE: gl.constexpr = gl.int32 if PAIRS == 2 else KEEP
     LANE_ROWS: gl.constexpr = 32 // N_LANES
-    HELD: gl.constexpr = gl.BlockedLayout([1, SVEC // PAIRS], [LANE_ROWS, N_LANES], [WARPS, 1], [1, 0])
     HELD_HISTORY: gl.constexpr = gl.BlockedLayout(
         [1, 1, 1, SVEC // PAIRS], [1, 1, LANE_ROWS, N_LANES], [WARPS, 1, 1, 1], [3, 2, 1, 0]
     )
@@ -238,10 +233,12 @@ def scan_backward(
         SVEC * SAME_BANKS // PAIRS, ROWS_A_PHASE, PHASES, order=[3, 2, 1, 0]
     )
     WORDS: gl.constexpr = [WARPS, CPT, LANE_ROWS, N // PAIRS]
-    # A slot is written after it is read, with a barrier between: one for so many steps.
+    # A slot is written after it is read, with a barrier between: one for so many steps. What they need of other rows is
+    # read before it too, or the first of them would wait for shared memory.
     AHEAD: gl.constexpr = min(2, UNROLL) if PRODUCTS else 1
-    # Slots at one step % UNROLL, and a last one: the products for dC also take the state after the chunk.
-    SLOTS: gl.constexpr = [CHUNK // UNROLL + (1 if PRODUCTS else 0), CHUNK // UNROLL]
+    # Slots at one step % UNROLL, and a last one: of the state after the chunk, which the products for dC also take, and
+    # then of that before the next chunk, on its way while the sweep goes back.
+    SLOTS: gl.constexpr = [CHUNK // UNROLL + 1, CHUNK // UNROLL]
     HISTORY_ROWS: gl.constexpr = gl.SwizzledSharedLayout(SVEC, ROWS_A_PHASE, PHASES, order=[2, 1, 0])
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, ACC, 2)
@@ -258,6 +255,9 @@ def scan_backward(
         [1, WARPS, 1, 4], [128 // N // GROUP, 1, GROUP, N // 4], [1, 1, 1, WARPS], [3, 2, 1, 0]
     )
     SUM_ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, WARPS], [1, 0])
+    # The factors of the time steps, 16 columns at a time; no two of the eight rows read at once lie in the same banks.
+    LOW: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
+    LOW_ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, order=[2, 1, 0])
 
     batch = gl.program_id(1)
     dr = gl.program_id(2)
@@ -278,10 +278,14 @@ def scan_backward(
     own_ch = first + gl.arange(0, BD, OWN)
     own_mask = own_ch < D
     skip = gl.load(skip_ptr + dr * D + own_ch, mask=own_mask, other=0.0)
+    low_row = axis(1, 0, CHUNK, LOW)
+    low_k = axis(2, 0, 16, LOW)
     if RANK:
         weights = hold_weights(w_ptr + dr * (D * RANK), first, D, RANK, WARPS, WIDTH, WIDTH, WIDTH)
-        low_row = axis(2, 0, CHUNK, RIGHT)
-        low_base = dt_ptr + gl.multiple_of(dr64 * dt_dir + batch64 * dt_batch, 8)
+        low_base = dt_ptr + gl.multiple_of(dr64 * dt_dir + batch64 * dt_batch, 8) + low_k
+        s_low = ()
+        for _ in gl.static_range((RANK + 15) // 16):
+            s_low = s_low + (gl.allocate_shared_memory(ELEM, [1, CHUNK, 16], LOW_ROWS),)
         own_row = axis(2, 0, CHUNK, ACC)
         bias_ch = first + axis(0, 0, WARPS, ACC) * WIDTH + axis(1, 0, WIDTH, ACC)
     else:
@@ -293,9 +297,17 @@ def scan_backward(
     bc_row = axis(0, 0, CHUNK, BC_TILE)
     bc_n = axis(1, 0, N, BC_TILE)
 
+    # Kept states in the history's order, in words
+    CHANNELS: gl.constexpr = gl.SliceLayout(3, HELD_HISTORY)
+    kept_ch = axis(0, 0, WARPS, CHANNELS) * WIDTH + axis(2, 0, LANE_ROWS, CHANNELS) * CPT + axis(1, 0, CPT, CHANNELS)
+    kept_ch = gl.expand_dims(kept_ch, 3)
+    kept_mask = first + kept_ch < D
+    word = gl.expand_dims(axis(2, 0, N // PAIRS, gl.SliceLayout(0, HELD_HISTORY)), 0)
+    kept_at = kept_ch * (N // PAIRS) + word
+    KEPT_CHUNK: gl.constexpr = D * N // PAIRS
+
     x_base = x_ptr + dr64 * x_dir + batch64 * x_batch + copy_ch
-    if not RANK:
-        dt_base = dt_ptr + dr64 * dt_dir + batch64 * dt_batch + copy_ch
+    dt_base = low_base if RANK else dt_ptr + dr64 * dt_dir + batch64 * dt_batch + copy_ch
     b_base = b_ptr + dr64 * b_dir + batch64 * b_batch + bc_n
     c_base = c_ptr + dr64 * c_dir + batch64 * c_batch + bc_n
     z_base = z_ptr + batch64 * z_batch + copy_ch
@@ -327,6 +339,7 @@ def scan_backward(
     s_h = ()
     for i in gl.static_range(UNROLL):
         s_h = s_h + (gl.allocate_shared_memory(KEEP, [SLOTS[min(i, 1)], WARPS, CPT, LANE_ROWS, N], HISTORY),)
+    s_kept = view_shared(s_h[0].index(CHUNK // UNROLL), HELD_TYPE, WORDS, HISTORY_WORDS)
     s_db = gl.allocate_shared_memory(gl.float32, SUM_SHAPE, SUM)
     s_dc = gl.allocate_shared_memory(gl.float32, SUM_SHAPE, SUM)
     s_b2 = view_shared(s_b, gl.float32, [CHUNK, N], FLAT)
@@ -334,18 +347,16 @@ def scan_backward(
     s_delta2 = view_shared(s_delta, gl.float32, [CHUNK, BD], FLAT)
     s_dy2 = view_shared(s_dy, gl.float32, [CHUNK, BD], FLAT)
 
-    copies = (s_x3, s_dout, s_x3 if RANK else s_dt, s_z, s_yin)
-    bases = (x_base, dout_base, x_base if RANK else dt_base, z_base, y_base)
+    kept_base = (state_at.to(gl.pointer_type(gl.int32), bitcast=True) if PAIRS == 2 else state_at) + kept_at
+    copies = (s_x3, s_dout, s_low if RANK else s_dt, s_z, s_yin)
+    bases = (x_base, dout_base, dt_base, z_base, y_base)
     strides = (x_time, dout_time, dt_time, z_time, D)
+    rows = (copy_row, low_row)
     c = chunks - 1
-    _copy_chunk(copies, bases, strides, c, c * CHUNK + copy_row, walk, length, gate_steps, copy_mask, RANK, GATE)
+    copy_async(s_kept, kept_base + c * KEPT_CHUNK, mask=kept_mask)
+    _copy_chunk(copies, bases, strides, c, rows, walk, length, gate_steps, copy_mask, low_k, CHUNK, RANK, GATE)
     b_next = load_rows(b_base, c * CHUNK + bc_row, walk, length, b_time)
     c_next = load_rows(c_base, c * CHUNK + bc_row, walk, length, c_time)
-    if RANK:
-        low_time = time_of(gl.minimum(c * CHUNK + low_row, length - 1), walk, length)
-        low = load_factors(low_base, low_time, dt_time, RANK, WARPS, RIGHT)
-    kept = _load_kept(state_at + c * (D * N), first, ROWS, CPT * N // PAIRS, CPT, D, HELD)
-
     g = gl.zeros([BD, N], gl.float32, STATE)
     da = gl.zeros([BD, N], gl.float32, STATE)
     dskip = gl.zeros([BD], gl.float32, OWN)
@@ -374,6 +385,10 @@ def scan_backward(
         else:
             s_dy2.store(dout)
         if RANK:
+            low = ()
+            for i in gl.static_range((RANK + 15) // 16):
+                factors = s_low[i].permute((0, 2, 1)).load(RIGHT)
+                low = low + (factors.broadcast_to(WARPS, 16, CHUNK),)
             dt = LN2 * time_steps(weights, low, bias, WARPS, WIDTH, CHUNK, ACC, PRECISE)
             dt = gl.where(c * CHUNK + own_row < length, dt, 0.0)
             view_shared(s_delta, gl.float32, [CHUNK, WARPS, WIDTH], SUM).store(gl.permute(dt, (2, 0, 1)))
@@ -382,14 +397,10 @@ def scan_backward(
             s_delta2.store(gl.where(step < length, LN2 * softplus_in_ln2(dt * LOG2E + bias, PRECISE), 0.0))
         s_b2.store(b_next.to(gl.float32))
         s_c2.store(c_next.to(gl.float32))
-        checkpoint = view_shared(s_h[0].index(0), HELD_TYPE, WORDS, HISTORY_WORDS)
-        checkpoint.store(_by_channel(kept, WARPS, LANE_ROWS, CPT, N // PAIRS))
-        h = _states(kept, STATE, BD, N)
+        kept = s_kept.load(HELD_HISTORY)
+        view_shared(s_h[0].index(0), HELD_TYPE, WORDS, HISTORY_WORDS).store(kept)
+        h = _states(gl.permute(kept, (0, 2, 1, 3)), STATE, BD, N)
         block_barrier()
-
-        if c > 0:  # the next chunk is on its way while this one is worked on
-            before = (c - 1) * CHUNK + copy_row
-            _copy_chunk(copies, bases, strides, c - 1, before, walk, length, gate_steps, copy_mask, RANK, GATE)
 
         # The states of the chunk again, from its checkpoint, and dC
         for u0 in range(CHUNK // UNROLL):
@@ -420,28 +431,38 @@ def scan_backward(
                 columns = _columns(left, CPT, ACC, SPLIT)
                 s_dc.index(i).store(_sum_history(s_h, columns, i * GROUP + 1, UNROLL, ACC, HISTORY_ROWS, N))
 
+        if c > 0:  # the next chunk is on its way while the sweep goes back
+            copy_async(s_kept, kept_base + (c - 1) * KEPT_CHUNK, mask=kept_mask)
+            _copy_chunk(
+                copies, bases, strides, c - 1, rows, walk, length, gate_steps, copy_mask, low_k, CHUNK, RANK, GATE
+            )
+            b_next = load_rows(b_base, (c - 1) * CHUNK + bc_row, walk, length, b_time)
+            c_next = load_rows(c_base, (c - 1) * CHUNK + bc_row, walk, length, c_time)
+
         # The adjoint, backwards in steps: g is the gradient of the state before the step, from later steps. Where dB is
         # a product, the gradient of the state after the step takes the place of the state before it.
         for u0 in range(CHUNK // UNROLL):
             sums = ()
-            held = ()
+            rows_of = ()
             block = CHUNK // UNROLL - 1 - u0
             for u1 in gl.static_range(UNROLL):
                 if u1 % AHEAD == 0:
-                    held = ()
+                    rows_of = ()
                     for i in gl.static_range(AHEAD):
+                        u = block * UNROLL + (UNROLL - 1 - u1 - i)
                         words = view_shared(s_h[UNROLL - 1 - u1 - i].index(block), HELD_TYPE, WORDS, HISTORY_WORDS)
-                        held = held + (words.load(HELD_HISTORY),)
+                        rows_of = rows_of + ((
+                            words.load(HELD_HISTORY), s_delta.index(u).load(CHANNEL), s_dy.index(u).load(CHANNEL),
+                            s_x.index(c % 2 * CHUNK + u).load(CHANNEL), s_b.index(u).load(BC_ROW),
+                            s_c.index(u).load(BC_ROW),
+                        ),)  # fmt: skip
+                held, delta, dy, x, bb, cc = rows_of[u1 % AHEAD]
                 u = block * UNROLL + (UNROLL - 1 - u1)
                 s = c * CHUNK + u
                 t = time_of(s, walk, length)
-                delta = s_delta.index(u).load(CHANNEL)
-                dy = s_dy.index(u).load(CHANNEL)
-                x = s_x.index(c % 2 * CHUNK + u).load(CHANNEL).to(gl.float32)
-                bb = gl.expand_dims(s_b.index(u).load(BC_ROW), 0)
-                cc = gl.expand_dims(s_c.index(u).load(BC_ROW), 0)
-                gh = g + gl.expand_dims(dy, 1) * cc
-                gb = gl.sum(gh * bb, 1)
+                x = x.to(gl.float32)
+                gh = g + gl.expand_dims(dy, 1) * gl.expand_dims(cc, 0)
+                gb = gl.sum(gh * gl.expand_dims(bb, 0), 1)
                 if PRODUCTS:
                     s_h[UNROLL - 1 - u1].index(block).store(_by_channel(gh.to(KEEP), WARPS, LANE_ROWS, CPT, N))
                 else:
@@ -454,7 +475,7 @@ def scan_backward(
                     else:
                         s_db.index(u).store(gl.reshape(gl.sum(grad_b, 0), [1, 1, N]))
                 g = gl.exp2(gl.expand_dims(delta, 1) * a) * gh
-                gu = g * _states(gl.permute(held[u1 % AHEAD], (0, 2, 1, 3)), STATE, BD, N)
+                gu = g * _states(gl.permute(held, (0, 2, 1, 3)), STATE, BD, N)
                 da += gl.expand_dims(delta, 1) * gu
                 gb = _own(gb, BD, WARPS, TWO_LANES)
                 ga = _own(gl.sum(a * gu, 1), BD, WARPS, TWO_LANES)
@@ -474,13 +495,6 @@ def scan_backward(
                 columns = _columns(left * right.to(gl.float32), CPT, ACC, SPLIT)
                 s_db.index(i).store(_sum_history(s_h, columns, i * GROUP, UNROLL, ACC, HISTORY_ROWS, N))
         block_barrier()
-        if c > 0:
-            b_next = load_rows(b_base, (c - 1) * CHUNK + bc_row, walk, length, b_time)
-            c_next = load_rows(c_base, (c - 1) * CHUNK + bc_row, walk, length, c_time)
-            if RANK:
-                low_time = time_of((c - 1) * CHUNK + low_row, walk, length)
-                low = load_factors(low_base, low_time, dt_time, RANK, WARPS, RIGHT)
-            kept = _load_kept(state_at + (c - 1) * (D * N), first, ROWS, CPT * N // PAIRS, CPT, D, HELD)
 
         # dB and dC of the chunk
         db_rows = gl.reshape(gl.sum(view_shared(s_db, gl.float32, SUM_SHAPE, SUM_ALL).load(SUM_TILE), 1), [CHUNK, N])
