@@ -26,6 +26,7 @@ from torchvision.transforms import functional as tvf
 from vimfast.augment import crops, draws
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.config import AugmentConfig
+from vimfast.data.decoding import Graph
 from vimfast.data.hardware import Decoding
 from vimfast.data.loader import Loader
 from vimfast.data.order import Order
@@ -227,6 +228,27 @@ def test_evaluation_broken_off_starts_over(val: Source) -> None:
     whole = list(loader.epoch(0))
     next(loader.epoch(0))
     assert_same(list(loader.epoch(0)), whole)
+
+
+def test_evaluations_share_what_decodes(val: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that was begun early, which then starts on the batches that it has."""
+    loader, built, begun = evaluation_loader(val), [], []
+    build, restart = Graph.__init__, Loader._restart
+    monkeypatch.setattr(Graph, "__init__", lambda self, *words: (built.append(self), build(self, *words))[1])
+    monkeypatch.setattr(Loader, "_restart", lambda self, *place: (begun.append(place), restart(self, *place))[1])
+    whole = list(loader.epoch(0))
+    for early in (False, True):
+        if early:
+            loader.begin(0)
+        assert_same(list(loader.epoch(0)), whole)
+        loader.pause()
+    batches = loader.epoch(0)
+    for batch in whole:  # and no further, as a loop that counts does
+        assert_same([next(batches)], [batch])
+    loader.begin(0)
+    assert_same(list(loader.epoch(0)), whole)
+    assert len(built) == 1
+    assert begun == 5 * [(0, 0)]
 
 
 def test_an_older_iterator_does_not_take_the_batches_of_a_newer(train: Source) -> None:

@@ -151,6 +151,30 @@ def test_some_epochs_without_an_evaluation(recipe: str, shards: Path, tmp_path: 
     assert "Max accuracy: -" not in (some / "train.log").read_text()  # of none
 
 
+def test_an_evaluation_is_begun_while_the_last_steps_run(recipe: str, shards: Path) -> None:
+    """And what decodes its images is built once."""
+    ready: list[tuple[int, int] | None] = []
+    graphs: list[object] = []
+
+    class Looks(Hook):
+        def __init__(self, run: TrainingRun) -> None:
+            self.loader = run.evaluated.loader
+
+        def epoch_trained(self, place: Place) -> None:
+            self.loader._join()
+            ready.append(self.loader._next_place)
+
+        def epoch_end(self, place: Place, end: EpochEnd) -> None:
+            assert self.loader._next_place is None  # its memory was given back
+            graphs.append(self.loader._graph)
+
+    words = ("--config", recipe, "--data-path", str(shards), "--epochs", "4", "--steps-per-epoch", "1")
+    train(*words, "--eval-every", "2", hooks=lambda run: [Looks(run)])
+    assert ready == [None, (0, 0), None, (0, 0)]
+    assert graphs[0] is None
+    assert graphs[1] is graphs[2] is graphs[3] is not None
+
+
 def test_an_epoch_without_an_evaluation_is_saved_once(recipe: str, shards: Path, tmp_path: Path) -> None:
     """It was saved twice, and the second time pushed the epoch before it out of the folder."""
     words = ("--config", recipe, "--data-path", str(shards), "--steps-per-epoch", "1", "--epochs", "4")

@@ -115,17 +115,19 @@ class Graph:
             raise DecodeError(str(error)) from error
         return outputs
 
-    def skip(self) -> bool:
-        """Drop the next batch; False at the end, where there is none."""
-        try:
-            self.next()
-        except StopIteration:
-            return False
-        return True
+    def drain(self) -> bool:
+        """Drop the batches in work, once the feed has ended, and pull from it again with the next one.
 
-    def rewind(self) -> None:
-        """Pull from the feed again, after :meth:`next` raised StopIteration."""
-        self._pipe.reset()
+        Returns: whether that worked; else DALI failed on one of them, and the graph is of no more use.
+        """
+        try:
+            while True:
+                self.next()
+        except StopIteration:
+            self._pipe.reset()
+            return True
+        except DecodeError:
+            return False
 
 
 def tensor(images: Any) -> Tensor:

@@ -70,8 +70,8 @@ class Loader(Epochs):
     """Batches of one rank, in the order of `view.order`.
 
     A training loader reads on over epoch ends: asking for the next epoch continues without a pause, asking for any
-    other place (a resumed run) starts the stream there. An evaluation loader stops at the end of the epoch and gives
-    its memory back; its last batch may be short, and a rank for which nothing is left has fewer batches than ``steps``.
+    other place (a resumed run) starts the stream there. An evaluation loader pauses at the end of the epoch; its last
+    batch may be short, and a rank for which nothing is left has fewer batches than ``steps``.
 
     Batches stay valid for as long as they are held.
 
@@ -229,7 +229,7 @@ class Loader(Epochs):
         """
         self._check_process()
         self._join()
-        if not self.view.training or self._graph is None or self._next_place != (epoch, start):
+        if self._graph is None or self._next_place != (epoch, start):
             self._restart(epoch, start)
         self._owner = owner = object()
         return self._batches(epoch, start, owner)
@@ -244,7 +244,7 @@ class Loader(Epochs):
             self._next_place = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0)
             yield batch
         if not self.view.training and owner is self._owner:
-            self.close()
+            self.pause()
 
     def _take_beside(self) -> Batch | None:
         """:meth:`_take` on the loader's stream; what the current stream is given from here on waits for it."""
@@ -301,13 +301,8 @@ class Loader(Epochs):
         return _joined([work.inputs for work in works])
 
     def _restart(self, epoch: int, start: int) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
-        if self._graph is not None:
-            self._drain(self._graph)
-        self._in_work.clear()
-        self._decoded.clear()
+        self._stop_reading()
+        self._drain()
         if self._graph is None:
             feed = weakref.WeakMethod(self._feed)  # DALI and the thread below must not keep a loader that nobody has
             self._graph = Graph(self.view.inputs, self.view.graph, self._settings, lambda: cast(Any, feed())())
@@ -316,13 +311,16 @@ class Loader(Epochs):
         self._ahead = _ReadAhead(together, -(-self._wanted.readahead // self._steps_at_once))
         self._next_place = (epoch, start)
 
-    def _drain(self, graph: Graph) -> None:
+    def _stop_reading(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = self._next_place = None
+        self._in_work.clear()
+        self._decoded.clear()
+
+    def _drain(self) -> None:
         """Let go of what DALI has in work: cheaper than building the graph, and its memory, again."""
-        try:
-            while graph.skip():
-                pass
-            graph.rewind()
-        except DecodeError:  # in a batch that nobody asked for
+        if self._graph is not None and not self._graph.drain():
             self._graph = None
 
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
@@ -335,15 +333,19 @@ class Loader(Epochs):
         if not batches or not self._reader.blame(batches, refused):
             raise error
 
+    def pause(self) -> None:
+        """Stop reading and give the memory of batches back. What decodes stays, and begins sooner than it is built."""
+        self._join()
+        self._stop_reading()
+        self._drain()
+        if self._settings.on_gpu:
+            decoding.release_memory()
+
     def close(self) -> None:
         """Stop reading and let DALI go. Batches already handed out stay valid; the loader can be used again."""
         self._join()
-        if self._ahead is not None:
-            self._ahead.close()
-        built = self._graph is not None
-        self._ahead = self._graph = self._next_place = None
-        self._in_work.clear()
-        self._decoded.clear()
+        self._stop_reading()
+        built, self._graph = self._graph is not None, None
         self._threads.close()
         if built:
             # DALI's pipelines hold themselves in a circle: without this, their threads and memory live until a full

@@ -24,7 +24,7 @@ from vimfast.train.compiling import captures, compiles
 from vimfast.train.continuity import computed_as_in, order_changes
 from vimfast.train.curriculum import Curriculum, TrainingStage
 from vimfast.train.depth import StochasticDepth
-from vimfast.train.device import StageEntry, prepare_device
+from vimfast.train.device import EvaluationAhead, StageEntry, prepare_device
 from vimfast.train.folder import RunFolder, check_folder, unwritable
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.health import GradientHealth, LossHealth
@@ -259,6 +259,7 @@ def _hooks(run: TrainingRun, cfg: Config, images: str, start_up: StartUp, more: 
     return [
         Beginning(start_up, run.report),
         Progress(run, health, losses, DataWaits(run, cfg.data), cfg.run.log_every),
+        EvaluationAhead(run),
         *(more(run) if more is not None else ()),
         Records(run, cfg.run.csv),
         *saving,

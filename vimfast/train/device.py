@@ -11,13 +11,13 @@ from vimfast import dist
 from vimfast.train.curriculum import TrainingStage
 from vimfast.train.depth import StochasticDepth
 from vimfast.train.fitting import blank_batch
-from vimfast.train.loop import Hook, Place, Precision, TrainingRun
+from vimfast.train.loop import EpochEnd, Hook, Place, Precision, TrainingRun
 from vimfast.train.report import duration
 from vimfast.train.start_up import StartUp
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again
 
-AHEAD = 100  # steps before its stage in which a loader builds what decodes, and decodes the first batches
+AHEAD = 100  # steps in which a loader that is about to be needed builds what decodes, and decodes the first batches
 
 
 def kernels(model: nn.Module, precision: Precision) -> str:
@@ -94,6 +94,22 @@ class StageEntry(Hook):
 
     def returned(self, place: Place) -> None:
         self._begun = None
+
+
+class EvaluationAhead(Hook):
+    """Begins on the images of an evaluation in the last :data:`AHEAD` steps before it, so that it waits for none."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run, self._begun = run, False
+
+    def after_step(self, place: Place) -> None:
+        evaluated = self._run.evaluated
+        if not self._begun and place.steps - place.step <= AHEAD and evaluated.due(place.epoch, self._run.epochs):
+            self._begun = True
+            evaluated.loader.begin(0)
+
+    def epoch_end(self, place: Place, end: EpochEnd) -> None:
+        self._begun = False
 
 
 def prepare_device(run: TrainingRun, entry: StageEntry, start_up: StartUp) -> None:

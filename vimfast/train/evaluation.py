@@ -89,7 +89,7 @@ def evaluate(
             report.advance()
     if answers is not None:
         answers.end(loader)
-    loader.close()  # gives its memory back
+    loader.pause()
     for model, was in zip(models, training, strict=True):
         model.train(was)
     return [_scores(own.read()) for own in sums]
