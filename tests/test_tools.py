@@ -210,6 +210,41 @@ def test_how_soon_a_recipe_is_how_good(tree: Path, tmp_path: Path) -> None:
     assert (mean([1.0, 3.0], 1), mean([1.0, None], 0), mean([None], 0)) == ("2.0 ± 1.4", "1 (1 of 2)", "-")
 
 
+def test_the_hours_of_a_recipe() -> None:
+    """At half the floor of the other GPU; 3 epochs of 7.2 million images at 1,000/s are 6 hours."""
+    from bench_stages import Measured, arithmetic, table
+    from floors import H200, RTX_4090
+
+    stage = Measured("stage 1", 3, 64, 100, 8, 100.0, (0.010, 0.020))
+    assert (stage.rate, stage.predicted) == (1000, 500)
+    assert arithmetic([stage, stage], [7_200_000, 3_600_000], [1000.0, 500.0]) == [
+        "stage 1: 3 x 7,200,000 images / 1,000 img/s = 6.00 h",
+        "stage 1: 3 x 3,600,000 images / 500 img/s = 6.00 h",
+        "in all 12.00 h",
+    ]
+    row = [next(iter(column.cells)) for column in table([stage], (H200, RTX_4090)).columns]
+    assert row == ["stage 1", "3", "64", "8 x 100", "100.00", "1,000", "500", "10.00", "2.00"]
+
+
+def test_a_recipe_is_timed_at_the_sizes_and_batches_of_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    stages = [{"share": 0.5, "input_size": 24, "batch_size": 3, "accum_steps": 2}, {}]
+    recipe.write_text(yaml.safe_dump({**TINY, "schedule": {"epochs": 4, "stages": stages}, "ema": {"model_ema": True}}))
+    monkeypatch.setattr(sys, "argv", ["bench_stages.py", str(recipe), "--images", "1000", "--repeats", "1"])
+    runpy.run_path(str(TOOLS / "bench_stages.py"))["main"]()
+    said = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")] for line in said.splitlines() if "│" in line]
+    assert [row[1:5] for row in rows] == [
+        ["stage 1", "2", "24", "2 x 3"],
+        ["stage 2", "2", "40", "1 x 2"],
+        ["evaluations", "4", "40", "1 x 2"],
+    ]
+    assert "stage 1: 2 x 1,000 images" in said
+    assert "predicted" not in said
+
+
 def test_a_large_set_is_measured_without_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
