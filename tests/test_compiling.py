@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import TINY, train
+from runs import TINY, Stops, differences, train
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch._inductor.exc import InductorError
@@ -58,10 +58,49 @@ def test_what_cannot_be_compiled_is_said_in_a_sentence(tree: Path, tmp_path: Pat
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(TINY))
-    with pytest.raises(UserError, match=r"cannot be compiled .*no compiler here") as error:
+    with pytest.raises(UserError, match=r"cannot be compiled .*no compiler here\)") as error:
         train("--config", str(recipe), "--data-path", str(tree), hooks=compiled)
     assert "--no-torch-compile" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+DEIT = {
+    "model": {
+        "model": "deit_tiny_patch16_224",
+        "input_size": 48,
+        "drop_path": 0.5,
+        "torch_compile": True,
+        "model_kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3},
+    },
+    "data": {"batch_size": 4, "num_workers": 1},
+    "schedule": {"epochs": 2, "warmup_epochs": 0, "stages": [{"epochs": 1, "input_size": 32, "batch_size": 6}, {}]},
+    "run": {"device": "cpu", "log_every": 50},
+}
+
+
+def test_each_stage_is_compiled_for_its_batches(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for batches of any shape, which is slower. And a run that leaves blocks out at random resumes alike."""
+    traced: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        given = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        traced.extend(str(tuple(value.shape)) for value in given if isinstance(value, torch.Tensor) and value.ndim == 4)
+        return graph
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **how: compile_module(module, **{"backend": backend, **how})
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(DEIT))
+    flags = ("--config", str(recipe), "--data-path", str(tree), "--output_dir")
+    train(*flags, str(tmp_path / "whole"))
+    weight = "(24, 3, 8, 8)"
+    assert traced == ["(6, 3, 32, 32)", weight, "(4, 3, 48, 48)", weight]  # a dimension of any length has a name
+    parts = str(tmp_path / "parts")
+    train(*flags, parts, control=Stops("epoch 1, step 1 "))
+    train(*flags, parts, "--resume", "auto")
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
 
 
 def test_errors_of_the_compiler_are_told_from_others() -> None:

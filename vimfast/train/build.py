@@ -240,7 +240,7 @@ def _resume(run: TrainingRun, cfg: Config, start: Loaded | None, images: str) ->
     elif cfg.run.start_epoch is not None:
         run.move(cfg.run.start_epoch)
     if compiles(run.model, cfg.model, run.world.device):
-        run.model.compile()
+        run.model.compile(dynamic=False)  # for the batches of each stage
     for module in run.evaluated.models.values():
         copy_from_first(module)
 

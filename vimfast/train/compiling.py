@@ -52,7 +52,7 @@ def compiler_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # whose import takes a second
             raise
-        why = " ".join(str(error).split())
+        why = " ".join(str(error).split()).partition(" Set TORCHDYNAMO_VERBOSE=1")[0]
         raise UserError(f"the model cannot be compiled ({why[:200]})", "add --no-torch-compile") from error
 
 
