@@ -230,9 +230,10 @@ def test_evaluation_broken_off_starts_over(val: Source) -> None:
     assert_same(list(loader.epoch(0)), whole)
 
 
-def test_evaluations_share_what_decodes(val: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_evaluations_share_what_decodes(val: Source, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Also one that was begun early, which then starts on the batches that it has."""
-    loader, built, begun = evaluation_loader(val), [], []
+    loader, built, begun = evaluation_loader(val, device=device), [], []
     build, restart = Graph.__init__, Loader._restart
     monkeypatch.setattr(Graph, "__init__", lambda self, *words: (built.append(self), build(self, *words))[1])
     monkeypatch.setattr(Loader, "_restart", lambda self, *place: (begun.append(place), restart(self, *place))[1])
