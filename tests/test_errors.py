@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import socket
 
 import pytest
 import torch
@@ -37,3 +38,22 @@ def test_more_gpus_than_there_are(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         dist._device(device, local_rank, processes)
+
+
+def test_where_the_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these ended in torch's traceback."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2 and MASTER_ADDR is not set; start"):
+        dist.start("cpu")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1, which another program is using; choose"):
+            dist.start("cpu")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match=f"rank 0 does not answer at 127.0.0.1, port {port} .*; check MASTER_ADDR"):
+        dist.start("cpu", timeout=0.5)

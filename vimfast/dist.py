@@ -86,7 +86,7 @@ def start(device: str, timeout: float = 1800.0) -> World:
         # NCCL's monitor ends the process without saying why when one of NCCL's own calls takes this long.
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(timeout)))
         limit = timedelta(seconds=timeout)
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        store = _meeting_point(limit)
         if local_size == size:
             # torchrun restarts processes with the same store, which still holds the addresses of the previous ones.
             # Between hosts the restart count may differ: docs/stopping.md has the setting for that.
@@ -103,6 +103,35 @@ def start(device: str, timeout: float = 1800.0) -> World:
     if size > 1 and where.type == "cuda":
         _connect(where, host)
     return World(rank, local_rank, size, local_size, where, node, host)
+
+
+def _meeting_point(limit: timedelta) -> dist.Store:
+    """The store in which the processes find each other.
+
+    Raises:
+        UserError: their launcher does not say where, another program has the port, or rank 0 does not answer.
+    """
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and {name} is not set",
+                "start the processes with torchrun or --processes, which set both",
+            )
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        store: dist.Store = next(dist.rendezvous("env://", timeout=limit))[0]
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"the processes are to meet at port {port} of {address}, which another program is using",
+                "choose another MASTER_PORT (--master_port of torchrun; on one host --standalone finds a free one)",
+            ) from None
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"rank 0 does not answer at {address}, port {port} ({why})",
+            "check MASTER_ADDR and MASTER_PORT, firewalls between the hosts, and whether rank 0 is running",
+        ) from None
+    return store
 
 
 def _connect(device: torch.device, host: dist.ProcessGroup | None) -> None:
