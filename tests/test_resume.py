@@ -155,6 +155,24 @@ def test_changed_settings_are_listed_and_take_effect(
     assert "changed since" not in capsys.readouterr().out
 
 
+def test_another_global_batch_is_listed_with_the_flag_that_keeps_it(
+    flags: tuple[str, ...], copy: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It follows from the number of processes too, which is no setting: here one continues what two have begun."""
+    run = copy("end")
+    path = Path(run) / "checkpoint.pth"
+    torch.save({**torch.load(path, weights_only=True), "global_batch": 8}, path)
+    more = ("--epochs", "2", "--steps-per-epoch", "1", "--output_dir", run, "--resume", "auto")
+    capsys.readouterr()
+    train(*flags, *more, "--global-batch-size", "8")
+    assert "on all processes" not in capsys.readouterr().out
+    for name in ("checkpoint.pth", "checkpoint.1.pth"):  # after the evaluation of an epoch, and before it
+        train(*flags, *more, "--resume", str(Path(run) / name), "--output_dir", str(tmp_path / name))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("images an update, on all processes 8 4") == 2
+    assert "--global-batch-size 8 keeps the updates, and with them the learning rate, as they were" in said
+
+
 @pytest.mark.parametrize("opt", ["sgd", "lamb", "lion"])
 def test_another_optimizer_is_one_sentence(flags: tuple[str, ...], halves: Path, opt: str) -> None:
     path = str(halves / "middle" / "checkpoint.pth")

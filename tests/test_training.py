@@ -182,7 +182,41 @@ def test_an_epoch_without_an_evaluation_is_saved_once(recipe: str, shards: Path,
     with pytest.raises(RuntimeError, match="power cut"):
         train(*flags, hooks=lambda run: [DiesIn(2)])
     states = [load_checkpoint(path) for path in kept_checkpoints(tmp_path)]
-    assert [(state["epoch"], state["evaluated"]) for state in states] == [(1, True), (0, True)]
+    assert [(state["epoch"], state["evaluated"]) for state in states] == [(1, False), (0, False)]
+
+
+def test_the_last_epoch_is_evaluated_where_a_lower_number_of_epochs_makes_it_that(
+    recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It had not been, as --eval-every had it, and the run ended without a score or a best checkpoint."""
+    words = ("--config", recipe, "--data-path", str(shards), "--steps-per-epoch", "1", "--eval-every", "9")
+    flags = (*words, "--output_dir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(*flags, "--epochs", "3", hooks=lambda run: [DiesIn(1)])
+    assert "test_acc1" not in records(tmp_path)[0]
+    capsys.readouterr()
+    train(*flags, "--epochs", "1", "--resume", "auto")
+    said = capsys.readouterr().out
+    assert "all steps of epoch 0 are trained; its evaluation is next" in said
+    assert "vimfast predict" in said
+    straight = tmp_path / "straight"
+    train(*words, "--output_dir", str(straight), "--epochs", "1")
+    assert records(tmp_path) == records(straight)
+    assert (tmp_path / "best_checkpoint.pth").exists()
+
+
+def test_a_run_beyond_its_last_epoch_says_how_it_is_evaluated(
+    recipe: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--config", recipe, "--data-path", str(shards), "--steps-per-epoch", "2", "--output_dir", str(tmp_path))
+    train(*flags, "--epochs", "3", control=Stops("epoch 1, step 1 "))
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    capsys.readouterr()
+    train(*flags, "--epochs", "1", "--resume", "auto")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the run stands at epoch 1, step 1 of 2, beyond --epochs 1; a larger --epochs continues" in said
+    assert f"--eval --resume {tmp_path / 'checkpoint.pth'} evaluates it" in said
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
 def test_code_of_ones_own_after_each_epoch(recipe: str, shards: Path, tmp_path: Path) -> None:
@@ -330,7 +364,7 @@ def test_a_finished_run_says_so_when_resumed(
     assert "Training time" in capsys.readouterr().out
     train(*flags, "--resume", "auto")
     said = capsys.readouterr().out
-    assert "all epochs are done (1 of 1); a larger --epochs would continue the run" in said
+    assert "all epochs are done (1 of 1); a larger --epochs continues the run, and --eval" in said
     assert "resuming at" not in said
     assert "Training time" not in said
 

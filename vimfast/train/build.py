@@ -39,7 +39,7 @@ from vimfast.train.page import RunPage
 from vimfast.train.plan import plan, plan_evaluation, stage_table
 from vimfast.train.report import Reporter
 from vimfast.train.rollback import Rollback
-from vimfast.train.run_state import load_origin, load_place
+from vimfast.train.run_state import batch_changes, load_origin, load_place
 from vimfast.train.saving import Checkpoints, NoCheckpoints
 from vimfast.train.start_up import StartUp
 from vimfast.train.waiting import DataWaits
@@ -282,13 +282,25 @@ def _introduce(run: TrainingRun, cfg: Config, start: Loaded | None) -> None:
     if warmup >= epochs and cfg.schedule.sched != "none":
         run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")
     if run.place.epoch >= run.epochs:
-        run.report.say(
-            f"all epochs are done ({run.place.epoch} of {run.epochs}); a larger --epochs would continue the run"
-        )
+        done = f"all epochs are done ({run.place.epoch} of {run.epochs})"
+        if run.place.step:
+            done = f"the run stands at {run.place}, beyond --epochs {run.epochs}"
+        evaluates = f", and --eval --resume {start.path} evaluates it" if start is not None else ""
+        run.report.say(f"{done}; a larger --epochs continues the run{evaluates}")
+    elif run.place.step == run.place.steps:
+        run.report.say(f"all steps of epoch {run.place.epoch} are trained; its evaluation is next")
     elif run.place.epoch or run.place.step:
         run.report.say(f"resuming at {run.place}")
-    if start is not None and (changed := cfg.changed_since(start.state.get("config") or {})):
+    if start is None:
+        return
+    changed: list[tuple[str, object, object]] = [*cfg.changed_since(start.state.get("config") or {})]
+    batches = batch_changes(run, start.state)
+    changed += [("images an update, on all processes", *batches)] if batches else []
+    if changed:
         run.report.table("changed since the checkpoint", ("setting", "then", "now"), changed)
+    if batches:
+        scaled = "" if cfg.optim.unscale_lr else ", and with them the learning rate,"
+        run.report.say(f"--global-batch-size {batches[0]} keeps the updates{scaled} as they were")
 
 
 def _take_over(held: RunFolder, cfg: Config, start: Loaded | None, place: Place, report: Reporter) -> None:

@@ -138,7 +138,7 @@ class Evaluated:
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether this epoch of so many ends with an evaluation; the last one always does."""
-        return (epoch + 1) % self.every == 0 or epoch + 1 == epochs
+        return (epoch + 1) % self.every == 0 or epoch + 1 >= epochs
 
     def score(self) -> dict[str, Scores]:
         for model in self.models.values():

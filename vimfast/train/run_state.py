@@ -169,14 +169,16 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
     place.best_acc1 = float(state.get("best_acc1", NO_ACC1))
     epoch = int(state["epoch"])
     steps = run.curriculum.at(epoch).steps
-    run.move(epoch, int(state.get("step", steps)))
-    if state.get("evaluated", True) and place.step >= state.get("steps", steps):
+    step = int(state.get("step", steps))
+    trained = step >= state.get("steps", steps)  # all of the epoch, whatever its steps are in this run
+    run.move(epoch, steps if trained else step)
+    if trained and (state.get("evaluated", True) or not run.evaluated.due(epoch, run.epochs)):
         run.move(epoch + 1)
     if place.epoch == 0:  # nothing has been evaluated; earlier versions have 0 here
         place.best_acc1 = NO_ACC1
     if start_epoch is not None:
         run.move(start_epoch)
-    if place.step and (state["steps"], state["global_batch"]) != (place.steps, run.global_batch):
+    if place.step and not trained and (state["steps"], state["global_batch"]) != (place.steps, run.global_batch):
         fix = "the data and --steps-per-epoch as they were"
         if state["global_batch"] != run.global_batch:
             fix = (
@@ -200,6 +202,13 @@ def load_place(run: TrainingRun, state: State, origin: str, cfg: Config, changes
         return
     own = processes[world.rank]
     set_random_states(RandomStates(own["torch"], own["cuda"]), world.device)
+
+
+def batch_changes(run: TrainingRun, state: State) -> tuple[int, int] | None:
+    """Images of an update before the checkpoint and in this run, which follow from the number of processes too; None:
+    they are the same, or the checkpoint does not say."""
+    then, now = state.get("global_batch"), run.curriculum.at(int(state.get("epoch", 0))).global_batch
+    return (then, now) if isinstance(then, int) and then != now else None
 
 
 def take_turns(run: TrainingRun, turns: Sequence[tuple[int, int]]) -> None:
@@ -250,7 +259,7 @@ def collect(
     """The state of the run as it is, copied to host memory; None on ranks but 0. Every process must call it.
 
     Args:
-        evaluated: whether the finished epoch has been evaluated.
+        evaluated: whether the finished epoch has been evaluated; not every epoch is.
         images: :attr:`~vimfast.data.source.Source.identity` of the training images.
     """
     world, place = run.world, run.place

@@ -126,7 +126,7 @@ class Checkpoints(Hook):
             self._health.check(place)
 
     def epoch_end(self, place: Place, end: EpochEnd) -> None:
-        self.save(place, best=end.best, evaluated=True)
+        self.save(place, best=end.best, evaluated=bool(end.scores))
         if place.epoch + 1 == self._run.epochs:
             self._finish()
             best = f"the best top-1 is {place.best_acc1:.2f}%, in {self._folder / BEST}"
