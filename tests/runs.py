@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,17 @@ def start(
     if processes:
         return WatchedFork(torchrun, *words[1 + len(FORKING) :], env=env)
     return WatchedFork(run_program, program, *flags, env=env)
+
+
+def wait_until_read(settings: Path, run: Watched) -> None:
+    """Until a process waits for its settings, a named pipe. They never end, as it stays open."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end and run.process.poll() is None:
+        with suppress(OSError):  # nobody reads
+            os.open(settings, os.O_WRONLY | os.O_NONBLOCK)
+            return
+        time.sleep(0.01)
+    raise AssertionError(run.text)
 
 
 def assert_gone(run: Watched, within: float) -> None:

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import PACED, STOPPED, TIMEOUT, TINY, assert_gone, assert_holds, call, differences, environment, start
+from runs import (
+    PACED,
+    STOPPED,
+    TIMEOUT,
+    TINY,
+    assert_gone,
+    assert_holds,
+    call,
+    differences,
+    environment,
+    start,
+    wait_until_read,
+)
 from watch import Watched
 
 
@@ -196,6 +208,18 @@ def test_a_signal_before_there_are_ranks(number: str, status: int) -> None:
     code += "import time\nwhile True:\n    try: time.sleep(9)\n    except BaseException: pass"
     with Watched([sys.executable, "-c", code], env=environment()) as run:
         run.wait_for("ready", TIMEOUT)
+        run.process.send_signal(getattr(signal, number))
+        assert run.wait(TIMEOUT) == status
+        assert run.err == f"{number} received: stopped before the first step; there is nothing to save\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75), ("SIGHUP", 75)])
+def test_a_signal_while_the_settings_are_read(number: str, status: int, tmp_path: Path) -> None:
+    """They are a named pipe, so the command waits for them."""
+    settings = tmp_path / "settings.yaml"
+    os.mkfifo(settings)
+    with start("vimfast", "train", "--config", str(settings), fresh=True) as run:
+        wait_until_read(settings, run)
         run.process.send_signal(getattr(signal, number))
         assert run.wait(TIMEOUT) == status
         assert run.err == f"{number} received: stopped before the first step; there is nothing to save\n"

@@ -10,12 +10,10 @@ import os
 import signal
 import socket
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from runs import TIMEOUT, assert_gone, start
+from runs import TIMEOUT, assert_gone, start, wait_until_read
 from watch import Watched
 
 from vimfast.cli import reporting
@@ -28,17 +26,6 @@ UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": f"test {os.getpid()}", "LOCAL_WORLD_SIZ
 def settings(tmp_path: Path) -> Path:
     os.mkfifo(tmp_path / "settings.yaml")
     return tmp_path / "settings.yaml"
-
-
-def wait_until_read(settings: Path, run: Watched) -> None:
-    """Until a process waits for its settings. They never end, as the pipe stays open."""
-    end = time.monotonic() + TIMEOUT
-    while time.monotonic() < end and run.process.poll() is None:
-        with suppress(OSError):  # nobody reads
-            os.open(settings, os.O_WRONLY | os.O_NONBLOCK)
-            return
-        time.sleep(0.01)
-    raise AssertionError(run.text)
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 75), ("SIGHUP", 75)])

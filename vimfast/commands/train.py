@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vimfast.cli import Parser, end_process, run_main, whole
 from vimfast.config.flags import flag_parser
 from vimfast.errors import UserError
+from vimfast.processes.launch import end_at_signals, launch
 
 if TYPE_CHECKING:
     from vimfast.config import Config
@@ -23,10 +24,11 @@ _GPUS = "gpus"
 
 def main() -> int:
     """Train as the command line says; returns the exit status."""
+    end_at_signals()  # first of all: reading the settings takes its time on a busy machine
     own, sys.argv[1:] = _split(sys.argv[1:])
     from vimfast.train import __main__ as train
 
-    cfg = train.settings(sys.argv[1:])  # first of all: a misspelled flag, or --help, answers at once
+    cfg = train.settings(sys.argv[1:])  # before torch: a misspelled flag, or --help, answers at once
     if own.max_restarts and cfg.run.output_dir and cfg.run.resume != "auto" and not cfg.run.eval:
         raise UserError("a restart by --max-restarts would not continue the run", "add --resume auto")
     processes = _count(own.processes)
@@ -35,10 +37,8 @@ def main() -> int:
     # OpenMP reads it when torch is imported. torchrun sets the same.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     gc.disable()  # looking for garbage among the modules again and again takes a fifth of the imports' time
-    from vimfast.processes.launch import end_at_signals, launch
-
-    end_at_signals()
-    _import_shared(cfg)
+    with train.without_wandb():
+        _import_shared(cfg)
     return launch(lambda: run_main(train.main, end_process), processes, restarts=own.max_restarts)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,12 +79,27 @@ def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
     return control.status
 
 
+@contextmanager
+def without_wandb() -> Iterator[None]:
+    """In the block, timm does not import wandb, as it does wherever that is installed: a good part of a second, for
+    something that only a run with ``--wandb`` uses, which imports it itself."""
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # to Python, a module that is not installed
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+
+
 def _import_all(logs: bool) -> None:
     """Import in the background what takes seconds, while the main thread waits for the GPU and the other processes."""
     with suppress(Exception):  # the main thread meets it again
         from vimfast.data.decoding import import_dali
-        from vimfast.train import build  # noqa: F401
 
+        with without_wandb():
+            from vimfast.train import build  # noqa: F401
         import_dali()
         if logs:
             import torch.utils.tensorboard  # noqa: F401
