@@ -1,6 +1,7 @@
 """What every command shares: its flags, how its errors are reported, and how it ends."""
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
+from vimfast.cli.live import LiveLine
 from vimfast.cli.parser import SIZE, Parser, image_size, path, path_or_url, whole
 from vimfast.cli.reporting import (
     first_on_host,
@@ -16,6 +17,7 @@ from vimfast.cli.running import run_main
 
 __all__ = [
     "SIZE",
+    "LiveLine",
     "Parser",
     "backstop",
     "end_process",

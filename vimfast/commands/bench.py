@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimfast.cli import SIZE, Parser, image_size, path, path_or_url, say_written, whole
-from vimfast.errors import UserError
+from vimfast.cli import SIZE, LiveLine, Parser, image_size, path, path_or_url, say_written, whole
+from vimfast.errors import UserError, counted
 from vimfast.image_size import ImageSize
 
 if TYPE_CHECKING:
@@ -79,17 +79,19 @@ def main() -> None:
         raise UserError(f"--seconds is {args.seconds:g}", "it must be above 0 and below 3600")
     if args.plot is not None:
         _check_plot(args.plot)
-    import torch
+    with LiveLine() as live:
+        live.say("importing torch")
+        import torch
 
-    from vimfast.data.source import open_source
-    from vimfast.dist import processes
+        from vimfast.data.source import open_source
+        from vimfast.dist import processes
 
-    if args.data is not None:
-        open_source(args.data, "train")  # before minutes have gone by
-    with processes(args.device, timeout=600) as world:
-        _settle(args, world)
-        figures = _measure(args, world)
-        where = _describe(args, world)
+        if args.data is not None:
+            open_source(args.data, "train")  # before minutes have gone by
+        with processes(args.device, timeout=600) as world:
+            _settle(args, world)
+            figures = _measure(args, world, live)
+            where = _describe(args, world)
     if args.json:
         print(
             json.dumps(
@@ -115,7 +117,7 @@ def _settle(args: argparse.Namespace, world: World) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
+def _measure(args: argparse.Namespace, world: World, live: LiveLine) -> list[Figure]:
     import torch
 
     from vimfast.models import create_model
@@ -140,13 +142,15 @@ def _measure(args: argparse.Namespace, world: World) -> list[Figure]:
     kinds = [("inference", inference)] if args.no_training else [("training", training), ("inference", inference)]
     for what, prepare in kinds:
         if on_gpu:  # one by one, since each is to have the memory to itself
-            found += [_on_gpu(what, prepare, subject, world.device, args.seconds) for subject in subjects]
+            for subject in subjects:
+                live.say(f"measuring {what} of {subject.model}")
+                found.append(_on_gpu(what, prepare, subject, world.device, args.seconds))
         else:
+            live.say(f"measuring {what} of {' and '.join(names)}")
             found += _on_cpu(what, prepare, subjects, world.device, args.seconds)
     if args.data is not None:
-        _progress(f"the loader of {args.data}")
+        live.say(f"measuring the loader of {args.data}")
         found.append(_loading(args, world))
-    _progress("")
     return found
 
 
@@ -157,7 +161,6 @@ def _on_cpu(
     from vimfast.speed import timings
     from vimfast.speed.steps import repeats_for
 
-    _progress(f"{what} of {' and '.join(subject.model for subject in subjects)}")
     gc.collect()
     runs = [prepare(subject, device)[0] for subject in subjects]
     times = timings(runs, device, [repeats_for(run, device, seconds) for run in runs])
@@ -173,7 +176,6 @@ def _on_gpu(what: str, prepare: Callable[..., Any], subject: Subject, device: to
     from vimfast.speed import peak_gib, timing
     from vimfast.speed.steps import repeats_for
 
-    _progress(f"{what} of {subject.model}")
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -192,8 +194,8 @@ def _on_gpu(what: str, prepare: Callable[..., Any], subject: Subject, device: to
         timed = timing(run, device, repeats)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{device} has too little memory for {what} of {subject.model} on {subject.batch} images",
-            f"give --batch-size {max(subject.batch // 2, 1)}",
+            f"{device} has too little memory for {what} of {subject.model} on {counted(subject.batch, 'image')}",
+            f"give --batch-size {subject.batch // 2}" if subject.batch > 1 else "give a smaller --input-size",
         ) from None
     note = "compiled, CUDA graph" if subject.compiled else "CUDA graph"
     rate = 1000 * subject.batch / timed.ms
@@ -227,15 +229,10 @@ def _describe(args: argparse.Namespace, world: World) -> str:
         machine = torch.cuda.get_device_name(world.device)
     else:
         threads = torch.get_num_threads()
-        machine = f"CPU, {threads} thread{'s' * (threads != 1)}"
+        machine = f"CPU, {counted(threads, 'thread')}"
     precision = "bf16" if args.amp else "fp32"
-    return f"{machine}; {args.batch_size} images of {ImageSize.of(args.input_size)} pixels a step, {precision}"
-
-
-def _progress(what: str) -> None:
-    """What is measured, in place of what was before, on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what and f'measuring {what} ...'}", end="", file=sys.stderr, flush=True)
+    images = f"{counted(args.batch_size, 'image')} of {ImageSize.of(args.input_size)} pixels"
+    return f"{machine}; {images} a step, {precision}"
 
 
 def _print(figures: list[Figure], where: str, args: argparse.Namespace) -> None:

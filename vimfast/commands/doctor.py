@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from vimfast import __version__
-from vimfast.cli import Parser, fit_terminal, path
+from vimfast.cli import LiveLine, Parser, fit_terminal, path
 from vimfast.doctor import Line, State, examine
 
 _MARKS: Mapping[State, str] = {"green": "✓", "yellow": "!", "red": "✗"}
@@ -39,13 +39,11 @@ def parser() -> Parser:
 def main() -> int:
     """Look at everything; returns the exit status."""
     args = parser().parse_args(sys.argv[1:])
-    live = sys.stderr.isatty()
-    if live:
-        begin = f"looking at this machine, which takes about {_USUAL}, or minutes where something hangs"
+    if sys.stderr.isatty():
+        begin = f"looking at this machine, which takes about {_USUAL}, or minutes where it is busy or something hangs"
         print(fit_terminal(begin, sys.stderr), file=sys.stderr)
-    lines = examine(args.data, _progress if live else None)
-    if live:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    with LiveLine() as live:
+        lines = examine(args.data, lambda what, number, of: live.say(f"{number}/{of} {what}"))
     if args.json:
         print(json.dumps(to_json(lines), indent=1))
     else:
@@ -58,11 +56,6 @@ def to_json(lines: Sequence[Line]) -> dict[str, Any]:
     states = [line.state for line in lines]
     counts = {"green": states.count("green"), "yellow": states.count("yellow"), "red": states.count("red")}
     return {"vimfast": __version__, **counts, "lines": [asdict(line) for line in lines]}
-
-
-def _progress(what: str, number: int, of: int) -> None:
-    """What is looked at, in place of what was before."""
-    print(f"\r\033[K{number}/{of} {what} ...", end="", file=sys.stderr, flush=True)
 
 
 def _marks() -> Mapping[State, str]:

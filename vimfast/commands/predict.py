@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from vimfast.cli import SIZE, Parser, fit_terminal, image_size, path, say_written, whole
+from vimfast.cli import SIZE, LiveLine, Parser, fit_terminal, image_size, path, say_written, whole
 from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
@@ -85,17 +85,20 @@ def add_model_flags(parser: Parser) -> None:
 @contextmanager
 def loaded(args: argparse.Namespace) -> Iterator[Classifier]:
     """The model of the command line, on its device, after a warning for each thing to know about it."""
-    from vimfast import dist
-    from vimfast.inference import load_classifier
-
+    with LiveLine() as live:
+        live.say("importing torch")
+        from vimfast import dist
+        from vimfast.inference import load_classifier
     with dist.processes(args.device) as world:
-        classifier = load_classifier(
-            args.checkpoint,
-            weights=args.weights,
-            model=args.model,
-            input_size=args.input_size,
-            device=world.device,
-        )
+        with LiveLine() as live:
+            live.say(f"reading {args.checkpoint}")
+            classifier = load_classifier(
+                args.checkpoint,
+                weights=args.weights,
+                model=args.model,
+                input_size=args.input_size,
+                device=world.device,
+            )
         for note in classifier.notes:
             warn(note)
         yield classifier
@@ -107,9 +110,11 @@ def warn(sentence: str) -> None:
 
 
 def check_order(checkpoint: Path, command: str) -> None:
-    """The words are easily swapped."""
+    """Before anything takes time; the words are easily swapped."""
     from vimfast.shards.tree import is_image_name
 
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint} does not exist", "give a run folder, a checkpoint or an exported folder")
     if is_image_name(checkpoint.name) and checkpoint.is_file():
         raise UserError(f"{checkpoint} is an image", f"the checkpoint comes first: vimfast {command} CKPT IMAGE")
 

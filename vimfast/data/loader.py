@@ -34,7 +34,7 @@ from vimfast.data.order import Order
 from vimfast.data.reader import Reader
 from vimfast.data.source import Source
 from vimfast.data.views import Batch, View, Work
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ class Loader(Epochs):
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
         """Find the images that DALI failed on, to continue without them; what that cannot help is raised."""
         if _lacks_memory(error):
-            why = f"{self.device} has too little memory to decode {self.order.batch_size} images at once"
+            why = f"{self.device} has too little memory to decode {counted(self.order.batch_size, 'image')} at once"
             raise UserError(f"{why}; lower --batch-size (or --eval-batch-size, or --prefetch)") from error
         batches = [(work.ids, work.inputs[0]) for work in failed]
         refused = partial(decoding.undecodable, settings=self._settings)

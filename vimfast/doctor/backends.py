@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from vimfast.doctor.isolation import Failed, NoAnswer, isolated
@@ -17,10 +18,18 @@ _AGAIN = "please report it with the output of vimfast doctor --json; --scan-back
 _BUSY = f"if other work keeps this machine busy, try again without it; else {_AGAIN}"
 
 
-def look_at_backends(usable: Usable) -> list[Line]:
-    """A line for each, on the first GPU if there is one."""
+def look_at_backends(usable: Usable, begin: Callable[[str], None] = lambda name: None) -> list[Line]:
+    """A line for each, on the first GPU if there is one.
+
+    Args:
+        begin: is told the name of the next one.
+    """
     device = f"cuda:{usable.numbers[0]}" if usable.numbers else "cpu"
-    return [_look(name, device, usable) for name in isolated(_names, _SECONDS)]
+    lines = []
+    for name in isolated(_names, _SECONDS):
+        begin(name)
+        lines.append(_look(name, device, usable))
+    return lines
 
 
 def _names() -> list[str]:

@@ -65,7 +65,7 @@ class _Examination:
             (MACHINE, "/dev/shm", lambda: look_at_shared_memory(self._gpus)),
             (MACHINE, "open files", look_at_open_files),
             *([("data", str(data), lambda: self._look_at_data(data))] if data is not None else []),
-            ("Vim-Tiny", "Vim-Tiny", self._look_at_backends),
+            ("Vim-Tiny", "Vim-Tiny", lambda: self._look_at_backends(len(steps))),
         ]
         for number, (part, what, at) in enumerate(steps, 1):
             self._report(what, number, len(steps))
@@ -101,7 +101,7 @@ class _Examination:
 
         return look_at_data(folder, self._gpus)
 
-    def _look_at_backends(self) -> list[Line]:
+    def _look_at_backends(self, number: int) -> list[Line]:
         from vimfast.doctor.backends import look_at_backends
 
-        return look_at_backends(self._usable)
+        return look_at_backends(self._usable, lambda name: self._report(f"Vim-Tiny on {name}", number, number))

@@ -20,7 +20,7 @@ from vimfast import dist
 from vimfast.data.loader import Loader
 from vimfast.data.views import Batch
 from vimfast.dist import World
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.answers import Answers
 from vimfast.train.compiling import compiler_errors, uncompiled
@@ -484,7 +484,9 @@ def memory_for(loader: Loader, advice: Callable[[], str]) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)
         batch = loader.order.batch_size
-        raise UserError(f"{loader.device} has too little memory for {batch} images a step", f"try {advice()}") from None
+        raise UserError(
+            f"{loader.device} has too little memory for {counted(batch, 'image')} a step", f"try {advice()}"
+        ) from None
 
 
 def _on(device: torch.device, model: nn.Module) -> nn.Module:

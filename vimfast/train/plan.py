@@ -43,7 +43,7 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
     """(what, how) of an evaluation that is ready to begin."""
     loader, model = run.evaluated.loader, run.evaluated.models[""]
     source, batch = loader.source, loader.order.batch_size
-    images = f"{len(source):,} images of {len(source.classes)} classes in {cfg.data.data_path}"
+    images = f"{counted(len(source), 'image')} of {len(source.classes)} classes in {cfg.data.data_path}"
     limit = f"; the images of {cfg.run.eval_steps} steps alone" if cfg.run.eval_steps else ""
     rows = [
         ("model", f"{_name(cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters"),
@@ -51,7 +51,7 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
         ("evaluates on", f"{images}, at {cfg.model.size} pixels{limit}"),
         ("cache", _cache(cfg)),
         ("decodes by", _decoding(loader)),
-        ("batch", f"{run.world.size} process{'es' * (run.world.size != 1)} x {batch} images"),
+        ("batch", f"{run.world.size} process{'es' * (run.world.size != 1)} x {counted(batch, 'image')}"),
         ("memory", _memory(run.world.device)),
     ]
     return [(what, how) for what, how in rows if how]
@@ -93,7 +93,7 @@ def _cache(cfg: Config) -> str:
 
 def _images(run: TrainingRun, cfg: Config) -> str:
     source, val_source = run.loader.source, run.evaluated.loader.source
-    images = f"{len(source):,} images of {len(source.classes)} classes in {cfg.data.data_path}"
+    images = f"{counted(len(source), 'image')} of {len(source.classes)} classes in {cfg.data.data_path}"
     when = f" after every {cfg.run.eval_every} epochs" if cfg.run.eval_every > 1 else ""
     return f"{images}, at {cfg.model.size} pixels; {len(val_source):,} to validate{when}"
 
@@ -127,7 +127,7 @@ def _stages(run: TrainingRun) -> str:
 
 
 def _epochs(count: int) -> str:
-    return f"{count} epoch{'s' * (count != 1)}"
+    return counted(count, "epoch")
 
 
 def _in_stage(run: TrainingRun) -> str:
@@ -149,9 +149,9 @@ def _augmentation(cfg: Config) -> str:
 
 
 def _batch(run: TrainingRun) -> str:
-    factors = [f"{run.world.size} process{'es' * (run.world.size != 1)}", f"{run.loader.order.batch_size} images"]
+    factors = [f"{run.world.size} process{'es' * (run.world.size != 1)}", counted(run.loader.order.batch_size, "image")]
     factors += [f"{run.accum_steps} batches"] if run.accum_steps > 1 else []
-    return f"{run.global_batch:,} images an update: {' x '.join(factors)}"
+    return f"{counted(run.global_batch, 'image')} an update: {' x '.join(factors)}"
 
 
 def _rate(run: TrainingRun, cfg: Config) -> str:
