@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vimfast import dist
-from vimfast.errors import UserError
+from vimfast.errors import UserError, lacks_memory
 
 
 @pytest.mark.parametrize(("fix", "sentence"), [("use 1", "it is 0; a; use 1"), (None, "it is 0; a")])
@@ -22,6 +22,21 @@ def test_a_problem_and_its_fix(fix: str | None, sentence: str) -> None:
 
 def test_a_question_ends_its_own_sentence() -> None:
     assert str(UserError("no 'vmi'; did you mean 'vim'?", "see --help")) == "no 'vmi'; did you mean 'vim'? see --help"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:126] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_by_any_name(error: Exception) -> None:
+    assert lacks_memory(error)
+    assert not lacks_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+_LITTLE_MEMORY = ("out of memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation", "can't allocate memory", "bad_alloc")
+
 
 class UserError(Exception):
     """Bad input, in one sentence: ``<problem>; <fix>``.
@@ -22,6 +24,13 @@ class UserError(Exception):
     def __str__(self) -> str:
         link = " " if self.problem.endswith("?") else "; "  # after "did you mean 'train'?"
         return one_line(self.problem if self.fix is None else f"{self.problem}{link}{self.fix}")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that there was too little memory, on a GPU or on the host: torch has an exception for its
+    own allocator alone, while CUDA, cuBLAS, Triton, DALI and torch on a CPU each have words of their own."""
+    out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return out or any(sign in str(error) for sign in _LITTLE_MEMORY)
 
 
 def counted(number: int, what: str) -> str:

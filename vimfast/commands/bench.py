@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimfast.cli import SIZE, LiveLine, Parser, image_size, path, path_or_url, say_written, whole
-from vimfast.errors import UserError, counted
+from vimfast.errors import UserError, counted, lacks_memory
 from vimfast.image_size import ImageSize
 
 if TYPE_CHECKING:
@@ -184,16 +184,16 @@ def _on_gpu(what: str, prepare: Callable[..., Any], subject: Subject, device: to
         run, capture = prepare(subject, device)
         try:
             repeats = repeats_for(run, device, seconds)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            if not subject.compiled:
+            if lacks_memory(error) or not subject.compiled:
                 raise
             why = " ".join(str(error).split())[:200]
             raise UserError(f"{subject.model} cannot be compiled here ({why})", "add --no-deit") from None
         capture()
         timed = timing(run, device, repeats)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
         raise UserError(
             f"{device} has too little memory for {what} of {subject.model} on {counted(subject.batch, 'image')}",
             f"give --batch-size {subject.batch // 2}" if subject.batch > 1 else "give a smaller --input-size",

@@ -34,7 +34,7 @@ from vimfast.data.order import Order
 from vimfast.data.reader import Reader
 from vimfast.data.source import Source
 from vimfast.data.views import Batch, View, Work
-from vimfast.errors import UserError, counted
+from vimfast.errors import UserError, counted, lacks_memory
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class Loader(Epochs):
 
     def _explain(self, error: DecodeError, failed: list[Work]) -> None:
         """Find the images that DALI failed on, to continue without them; what that cannot help is raised."""
-        if _lacks_memory(error):
+        if lacks_memory(error):
             why = f"{self.device} has too little memory to decode {counted(self.order.batch_size, 'image')} at once"
             raise UserError(f"{why}; lower --batch-size (or --eval-batch-size, or --prefetch)") from error
         batches = [(work.ids, work.inputs[0]) for work in failed]
@@ -436,10 +436,6 @@ def _joined(inputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         list(itertools.chain.from_iterable(parts)) if isinstance(parts[0], list) else np.concatenate(parts)
         for parts in zip(*inputs, strict=True)
     )
-
-
-def _lacks_memory(error: DecodeError) -> bool:
-    return any(sign in str(error) for sign in ("out of memory", "cudaErrorMemoryAllocation", "bad_alloc"))
 
 
 def _check_fills_a_step(view: View) -> None:

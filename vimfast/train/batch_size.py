@@ -17,7 +17,7 @@ from vimfast.config import Config
 from vimfast.config.choices import AUTO
 from vimfast.data.relabelling import open_mapped
 from vimfast.dist import World
-from vimfast.errors import UserError
+from vimfast.errors import UserError, lacks_memory
 from vimfast.image_size import ImageSize
 from vimfast.train.compiling import captures
 from vimfast.train.fitting import blank_batch, largest_batch
@@ -129,10 +129,9 @@ class StepTrial:
     def _capture(self, images: Tensor, targets: Tensor) -> None:
         try:
             self._step.capture(images, targets)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            pass  # the run will say so, and launch its steps
+        except RuntimeError as error:  # of any other kind: the run will say so, and launch its steps
+            if lacks_memory(error):
+                raise
 
     def close(self) -> None:
         """Give its memory back."""

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vimfast.errors import lacks_memory
 from vimfast.image_size import ImageSize
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 
-Trial = Callable[[int], None]  # does what a step of so many images takes; raises torch.OutOfMemoryError
+Trial = Callable[[int], None]  # does what a step of so many images takes; raises where memory is too little
 
 _UNIT = 8  # images: what matrix units like
 _FINENESS = 16  # the search ends within this share of the batch
@@ -46,8 +47,8 @@ def largest_batch(trial: Trial, most: int, unit: int = _UNIT) -> int:
 def _fits(trial: Trial, size: int) -> bool:
     try:
         trial(size)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):  # cuBLAS and cuDNN say it so
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
             return False
         raise
     return True

@@ -20,7 +20,7 @@ from vimfast import dist
 from vimfast.data.loader import Loader
 from vimfast.data.views import Batch
 from vimfast.dist import World
-from vimfast.errors import UserError, counted
+from vimfast.errors import UserError, counted, lacks_memory
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.answers import Answers
 from vimfast.train.compiling import compiler_errors, uncompiled
@@ -378,9 +378,9 @@ class TrainingRun(_Closed):
         try:
             with compiler_errors():
                 self.train_step.capture(images, targets)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if lacks_memory(error):
+                raise
             why = " ".join(str(error).split())
             self.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
         if not all(dist.gather_objects(self.train_step.has_captured(images, targets))):
@@ -481,7 +481,9 @@ def memory_for(loader: Loader, advice: Callable[[], str]) -> Iterator[None]:
     """Too little memory in the block is reported with advice, which is asked for once what the block held is free."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
         traceback.clear_frames(error.__traceback__)
         batch = loader.order.batch_size
         raise UserError(
