@@ -64,7 +64,7 @@ def draw_curve(log: Path, out: Path) -> None:
     smoothing = load_config(["--config", str(CONFIG)]).mix.smoothing
     floor = smoothed_floor(smoothing, CLASSES)
     epochs = [json.loads(line) for line in log.read_text().splitlines()]
-    x = [e["epoch"] + 1 for e in epochs]
+    x = [e["epoch"] for e in epochs]  # as log and report number them
     best = max(e["test_acc1"] for e in epochs)
     figure, left = plt.subplots(figsize=(8, 4.8), layout="constrained")
     left.plot(x, [e["train_loss"] for e in epochs], color="tab:orange", label="training loss")

@@ -25,11 +25,13 @@ from rich.text import Text
 from vimfast.checks.findings import CheckOptions, Finding, Findings, Report, in_bytes
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
-from vimfast.cli import SIZE, Parser, image_size, path, run_main, say_written, whole
+from vimfast.cli import SIZE, Parser, image_size, path, run_main, say_written, whole, wrapped
+from vimfast.cli.styles import ADVICE, BAD, DOUBTFUL
 from vimfast.errors import UserError, counted, one_line
 from vimfast.shards.format import SPLITS, is_shards_folder
 
 _LINES_PER_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
+_INDENT = 5  # columns of the further lines of one that a terminal is too narrow for
 
 
 def check(path: Path, options: CheckOptions) -> Report:
@@ -115,10 +117,12 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def _print(report: Report, console: Console) -> None:
     def say(text: str, style: str = "") -> None:
-        console.print(Text(text.encode("utf-8", "backslashreplace").decode(), style))
+        text = text.encode("utf-8", "backslashreplace").decode()
+        console.print(Text(wrapped(text, console.width, _INDENT) if console.is_terminal else text, style))
 
     if report.splits:
-        table = Table(title=f"{report.path} ({report.kind})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        say(f"{report.path} ({report.kind})")  # a title would be broken at the table's width
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("split")
         for title in ("classes", "images", "fewest per class", "most per class", "size"):
             table.add_column(title, justify="right")
@@ -128,12 +132,12 @@ def _print(report: Report, console: Console) -> None:
     groups = report.findings.by_kind()
     for kind, findings in groups[:_GROUPS]:
         severity, split, fix = kind
-        say(f"{severity}{split and f' in {split}'}", "bold red" if severity == "error" else "bold yellow")
+        say(f"{severity}{split and f' in {split}'}", BAD if severity == "error" else DOUBTFUL)
         for finding in findings[:_LINES_PER_GROUP]:
             say(one_line(f"  {finding.file}: {finding.what}"))
         if (total := report.findings.of_kind(kind)) > _LINES_PER_GROUP:
             say(f"  and {total - _LINES_PER_GROUP:,} more; --json lists {'all' if total == len(findings) else 'some'}")
-        say(f"  -> {fix}\n" if fix else "", "cyan")
+        say(f"  -> {fix}\n" if fix else "", ADVICE)
     if len(groups) > _GROUPS:
         say(f"and {len(groups) - _GROUPS:,} more kinds of findings; --json lists all\n")
 
@@ -141,7 +145,7 @@ def _print(report: Report, console: Console) -> None:
 def _print_verdict(report: Report, console: Console) -> None:
     counts = f"{counted(report.findings.errors, 'error')}, {counted(report.findings.warnings, 'warning')}"
     verdict = f"{'fit to train on' if report.fit else 'not fit to train on'}: {counts}"
-    console.print(Text(verdict, "green" if report.fit else "red"))
+    console.print(Text(verdict, ADVICE if report.fit else BAD))
 
 
 def parser() -> Parser:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import evaluation_crop
 from vimfast.checkpoint import HUB_WEIGHTS, Description, described, load_found, load_weights
-from vimfast.errors import UserError
+from vimfast.cli import fit_terminal
+from vimfast.errors import UserError, printable
 from vimfast.formats import (
     TOLERANCE,
     example_images,
@@ -61,7 +62,7 @@ def export(
         require_onnx()
     checkpoint, state, passed_over = load_found(checkpoint, best=True)
     for note in passed_over:
-        print(f"warning: {note}", file=sys.stderr)
+        print(fit_terminal(f"warning: {note}", sys.stderr), file=sys.stderr)
     values = state["model"] if weights == "raw" else state.get("model_ema")
     if values is None:
         raise UserError(f"{checkpoint} holds no averaged weights", "write the trained ones (--weights raw)")
@@ -75,7 +76,8 @@ def export(
     if told.model:  # else the model's own is the best guess
         cfg.update({"input_size": (told.options.get("in_chans", 3), *size), **_preprocessing(told, size)})
     save_for_hub(built, out, model_args=model_args, classes=told.classes)
-    print(f"{out}: {name}, {'trained' if weights == 'raw' else 'averaged'} weights of {checkpoint}")
+    whose = "trained" if weights == "raw" else "averaged"
+    print(fit_terminal(printable(f"{out}: {name}, {whose} weights of {checkpoint}"), sys.stdout))
     for other in (PROGRAM, ONNX):  # an earlier export's, of other weights
         (out / other).unlink(missing_ok=True)
     images = example_images((told.options.get("in_chans", cfg["input_size"][0]), *size))
@@ -103,7 +105,8 @@ def _check(model: nn.Module, path: Path, read: Callable[[Path], Callable[[Tensor
         raise UserError(
             f"{path} differs from the model by {difference:.1e}, more than {TOLERANCE:g}", "do not use it; report this"
         )
-    print(f"{path}: outputs differ from the model's by at most {difference:.2g}")
+    close = f"differ from the model's by at most {difference:.2g}" if difference else "are the model's, bit for bit"
+    print(fit_terminal(printable(f"{path}: outputs {close}"), sys.stdout))
 
 
 def _check_out(out: Path) -> None:

@@ -241,7 +241,7 @@ def _print(figures: list[Figure], where: str, args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=where, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("what")
     table.add_column("of", overflow="fold")
     for column in ("img/s", "ms a step", "spread", "GiB", "cores"):
@@ -257,6 +257,7 @@ def _print(figures: list[Figure], where: str, args: argparse.Namespace) -> None:
         numbers += [ms, spread, gib, cores]
         table.add_row(f.what, f"{f.of}{f.note and f' ({f.note})'}", *numbers)
     console = Console(highlight=False)
+    console.print(where, soft_wrap=True, markup=False, style="bold")
     console.print(table)
     for line in _verdicts(figures, args):
         console.print(line, soft_wrap=True, markup=False)

@@ -16,9 +16,11 @@ from typing import Any
 
 from vimfast import __version__
 from vimfast.cli import LiveLine, Parser, fit_terminal, path
+from vimfast.cli.styles import ADVICE, BAD, DOUBTFUL, GOOD
 from vimfast.doctor import Line, State, examine
 
 _MARKS: Mapping[State, str] = {"green": "✓", "yellow": "!", "red": "✗"}
+_STYLES: Mapping[State, str] = {"green": GOOD, "yellow": DOUBTFUL, "red": BAD}
 _USUAL = "half a minute"  # 12 to 20 s on two cores
 _PLAIN_MARKS: Mapping[State, str] = {"green": "+", "yellow": "!", "red": "x"}
 
@@ -85,11 +87,11 @@ def _print(lines: Sequence[Line]) -> None:
         for line in of:
             found = Text(line.found)
             if line.fix:
-                found.append(f"\n-> {line.fix}", "cyan")
-            table.add_row(Text(marks[line.state], f"bold {line.state}"), Text(line.what), found)
+                found.append(f"\n-> {line.fix}", ADVICE)
+            table.add_row(Text(marks[line.state], _STYLES[line.state]), Text(line.what), found)
         table.add_section()
     console = Console(highlight=False)
     console.print(table)
     red, yellow = (sum(line.state == state for line in lines) for state in ("red", "yellow"))
     verdict = "fit to train on" if not red else "not fit to train on"
-    console.print(Text(f"{verdict}: {red} red, {yellow} yellow", "bold red" if red else "bold green"))
+    console.print(Text(f"{verdict}: {red} red, {yellow} yellow", BAD if red else ADVICE))

@@ -161,7 +161,7 @@ def _print(classifier: Classifier, predictions: Predictions) -> None:
     from rich.text import Text
 
     title = f"{classifier.origin}, {_weights(classifier)} weights"
-    table = Table(title=printable(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("image", overflow="fold")
     table.add_column("label", overflow="fold")
     table.add_column("probability", justify="right")
@@ -175,6 +175,7 @@ def _print(classifier: Classifier, predictions: Predictions) -> None:
             table.add_row(*row, *([Text(guess.name, "dim")] if named else []))
         table.add_section()
     if predictions.images:
+        print(fit_terminal(printable(title), sys.stdout))
         Console(highlight=False).print(table)
 
 

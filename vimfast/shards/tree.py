@@ -268,7 +268,12 @@ def _layout(root: Path, split: str) -> str:
         )
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     if classes := [path.name for path in entries if path.name not in _SPLITS and _holds_images(path)]:
-        return f"{root} holds class folders such as {', '.join(classes[:2])}: move them into {root / split}/"
+        held = f"{root} holds class folders such as {', '.join(classes[:2])}"
+        if any(is_folder(root / own) for own in _SPLITS):
+            return f"{held}: move them into {root / split}/"
+        return (
+            f"{held}: move them into {root}/train/, and then a part of each, such as a tenth, into {root}/val/<class>/"
+        )
     if images := sum(is_image_name(path.name) for path in entries):
         return f"{root} holds {images:,} images and no class folders: sort them into {root / split}/<class>/"
     if (shard := first_shard(root)) is not None:
