@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import TIMEOUT, assert_gone, start, wait_until_read
+from runs import TIMEOUT, assert_gone, environment, start, wait_until_read
 from watch import Watched
 
 from vimfast.cli import reporting
@@ -97,3 +97,13 @@ def test_a_process_that_is_ended_because_another_has_failed_is_silent(
         run.process.send_signal(signal.SIGTERM)
         assert run.wait(TIMEOUT) == 143
         assert not run.text
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    """It was "cannot import name 'build'": a thread imports too, and fails while the main thread waits for it."""
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text("import time\ntime.sleep(2)\nraise ImportError('timm is broken')\n")
+    paths = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    with start("vimfast.train", "--data-path", "x", "--device", "cpu", fresh=True, PYTHONPATH=paths) as run:
+        assert run.wait(TIMEOUT) == 1
+        assert run.err.endswith("error: ImportError: timm is broken\n")

@@ -65,7 +65,10 @@ def _run(starting: Starting, hooks: Hooks | None, stage: Stages | None) -> int:
         Control(world, run.stall_timeout, folder, starting) as control,
     ):
         start_up.done("process group")
-        from vimfast.train.build import build
+        try:
+            from vimfast.train.build import build
+        except ImportError:  # where the thread's attempt failed while this one waited for it, which hides why
+            from vimfast.train.build import build
 
         gc.freeze()
         gc.enable()
