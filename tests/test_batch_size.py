@@ -104,3 +104,15 @@ def test_a_resumed_run_keeps_the_batch_that_was_found(
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["batch_size"] == 2
     train(*short, "--batch-size", "auto", "--eval", "--resume", str(tmp_path / "run"))
     assert "batch          1 process x 2 images" in capsys.readouterr().out
+
+
+def test_an_update_of_more_images_than_an_epoch_has_is_told_in_images(tree: Path, tmp_path: Path) -> None:
+    """As a recipe for ImageNet has it on a small folder: --accum-steps, which nobody gave, was to be lowered."""
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY))
+    flags = ("--config", str(tmp_path / "recipe.yaml"), "--data-path", str(tree), "--epochs", "1", "--eval-steps", "1")
+    sentence = refused(*flags, "--global-batch-size", "1024")
+    assert sentence == (
+        "an update takes 1,024 images (--global-batch-size) and an epoch has 36; give --global-batch-size 36 or less"
+    )
+    train(*flags, "--global-batch-size", "36")
+    assert "--accum-steps 99 is more than the 18 batches" in refused(*flags, "--accum-steps", "99")

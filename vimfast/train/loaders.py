@@ -148,6 +148,12 @@ def _training_order(cfg: Config, source: Source, batches: Batches, world: World,
     )
     updates = order.steps // accum
     if updates == 0 < order.steps:
+        if (wanted := cfg.optim.global_batch_size) is not None:  # where --accum-steps is not what was given
+            images = order.steps * order.global_batch
+            raise UserError(
+                f"an update takes {wanted:,} images (--global-batch-size) and an epoch has {images:,}",
+                f"give --global-batch-size {images} or less",
+            )
         count = f"{order.steps} batch{'es' * (order.steps != 1)}"
         raise UserError(f"--accum-steps {accum} is more than the {count} of an epoch", "lower it")
     limit = cfg.run.steps_per_epoch
