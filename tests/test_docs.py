@@ -46,7 +46,13 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 MEASURED = ("benchmarks.md", "kernels.md", "reliability.md", "remote.md")
 # Errors of other programs.
-NOT_OURS = {"CUDA out of memory", "Cannot find backend for cpu", "RendezvousConnectionError"}
+NOT_OURS = {
+    "CUDA out of memory",
+    "Cannot find backend for cpu",
+    "RendezvousConnectionError",
+    "address already in use",
+    "EADDRINUSE",
+}
 
 
 def said() -> Iterator[str]:

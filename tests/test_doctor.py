@@ -182,7 +182,7 @@ def test_speed_of_a_folder_with_bad_images(tmp_path: Path) -> None:
     assert "two.jpg is not a readable image" in line.found
     (tmp_path / "train" / "a" / "deep" / "one.jpg").unlink()
     line = look_at_data(tmp_path, 0)
-    assert (line.state, "none of 1 images could be read" in line.found) == ("red", True)
+    assert (line.state, "none of 1 image could be read" in line.found) == ("red", True)
     (tmp_path / "train" / "a" / "two.jpg").unlink()
     assert "holds no images in class folders" in look_at_data(tmp_path, 0).found
 

@@ -165,7 +165,7 @@ def test_other_commands(run: Path, tree: Path, tmp_path: Path, monkeypatch: pyte
     call(show.main, tree, *settings, "--input-size", 24, 48, "--out", tmp_path / "show.png")
     call(show.main, tree, *settings, "--split", "val", "--src", "--input-size", 48, 24, "--out", tmp_path / "show.png")
     tiny = ("--device", "cpu", "--batch-size", 1, "--seconds", 0.02, "--no-deit", "--model", "vim_tiny_patch16_224")
-    assert "1 images of 16 x 32 pixels" in call(bench.main, *tiny, "--input-size", 16, 32)
+    assert "1 image of 16 x 32 pixels" in call(bench.main, *tiny, "--input-size", 16, 32)
     call(check_data.main, "--input-size", 60, 90, tree, "--splits", "val", "--html", tmp_path / "check.html")
     page = (tmp_path / "check.html").read_text()
     assert "below 60 pixels in height or 90 in width" in page

@@ -882,7 +882,7 @@ def test_what_is_passed_over_is_said(odd: Path, tmp_path: Path) -> None:
     said = run(odd, "--out", tmp_path / "out")
     assert f"{odd}/train: 7 images of 2 classes\n{odd}/train: 1 of them has no images, such as n2\n" in said
     assert f"{odd}/train: not converted, since the names are not of images: 1 .tar" in said
-    assert f"{odd}/train: not converted, since they are in no class folder: 1 images" in said
+    assert f"{odd}/train: not converted, outside any class folder: 1 image" in said
 
 
 def test_files_and_frames_larger_than_images_are(odd: Path, tmp_path: Path) -> None:

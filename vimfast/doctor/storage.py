@@ -18,7 +18,7 @@ from vimfast.data.files import FilesSource
 from vimfast.data.source import BadImage, Source, open_source
 from vimfast.doctor.isolation import Failed, isolated
 from vimfast.doctor.lines import Line
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 from vimfast.shards.format import SPLITS, is_shards_folder, read_manifest
 from vimfast.shards.tree import is_image_name
 
@@ -97,7 +97,9 @@ def _measure(folder: Path) -> Speed | UserError:
     except UserError as error:
         return error
     if not images:
-        return UserError(f"{bad}; none of {len(ids)} images could be read", "vimfast check DATA --decode lists all")
+        return UserError(
+            f"{bad}; none of {counted(len(ids), 'image')} could be read", "vimfast check DATA --decode lists all"
+        )
     return Speed(kind, images, size, seconds, None if before is None or after is None else after - before, bad)
 
 

@@ -205,7 +205,7 @@ def _plans_of_store(url: str, options: ConversionOptions) -> list[ShardPlan]:
 
 
 def _report_images(files: FileList) -> None:
-    report(f"{files.where}: {len(files):,} images of {len(files.classes):,} classes")
+    report(f"{files.where}: {counted(len(files), 'image')} of {len(files.classes):,} classes")
     empty = np.flatnonzero(np.bincount(files.labels, minlength=len(files.classes)) == 0).tolist()
     if empty:
         has = "has" if len(empty) == 1 else "have"
@@ -243,7 +243,7 @@ def _report_others(plans: Sequence[ShardPlan]) -> None:
             counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
             report(f"{plan.files.where}: not converted, since the names are not of images: {counts}")
         if loose := plan.files.loose:
-            report(f"{plan.files.where}: not converted, since they are in no class folder: {loose:,} images")
+            report(f"{plan.files.where}: not converted, outside any class folder: {counted(loose, 'image')}")
 
 
 # The folder to write to

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 from vimfast.shards.foreign import INDEX_SHARDS, first_shard
 from vimfast.shards.origin import FolderOrigin, Origin
 
@@ -186,7 +186,7 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
     if not folders:
         if flat:
             raise UserError(
-                f"{folder} holds {flat} images and no class folders",
+                f"{folder} holds {counted(flat, 'image')} and no class folders",
                 f"move each image into a folder named after its class, such as {split}/n01440764/",
             )
         if (shard := first_shard(folder)) is not None:
@@ -275,7 +275,7 @@ def _layout(root: Path, split: str) -> str:
             f"{held}: move them into {root}/train/, and then a part of each, such as a tenth, into {root}/val/<class>/"
         )
     if images := sum(is_image_name(path.name) for path in entries):
-        return f"{root} holds {images:,} images and no class folders: sort them into {root / split}/<class>/"
+        return f"{root} holds {counted(images, 'image')} and no class folders: sort them into {root / split}/<class>/"
     if (shard := first_shard(root)) is not None:
         return f"{root} holds WebDataset shards of another program, such as {shard.name}: {INDEX_SHARDS}"
     layout = "with one folder of images per class in each"
