@@ -31,6 +31,7 @@ class Trouble:
         cut: of the answer's body, only so many bytes come before the connection breaks.
         flip: change this byte of the body.
         delay: seconds before the answer.
+        until: the answer waits for this.
     """
 
     name: str = ""
@@ -40,6 +41,7 @@ class Trouble:
     cut: int | None = None
     flip: int | None = None
     delay: float = 0.0
+    until: threading.Event | None = None
 
     def meets(self, path: str) -> bool:
         if self.times == 0 or not path.partition("?")[0].endswith(self.name):
@@ -73,6 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.proxy.requests.append((self.command, self.path, self.headers.get("Range", "")))
             trouble = next((one for one in self.proxy.troubles if one.meets(self.path)), Trouble())
         time.sleep(trouble.delay)
+        if trouble.until is not None:
+            trouble.until.wait()
         if trouble.status:
             return self._answer(trouble.status, {}, trouble.body)
         there = http.client.HTTPConnection(self.upstream, timeout=30)

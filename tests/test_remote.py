@@ -9,94 +9,28 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from loaders import make_loader
 from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble, moto, s3, wait_for
-from PIL import Image
+from remote_shards import IMAGES, IN_SHARD, URL, assert_same, batches, by_window, local, remote, settings, shard_bytes
 from runs import TINY, Stops, differences, environment, refused, train
-from torch import Tensor
 
 from vimfast import check_data
 from vimfast.commands import show
 from vimfast.config import DataConfig, load_config
-from vimfast.data.cache import Cache, CacheSettings, NoRoom
+from vimfast.data.cache import Cache, NoRoom
 from vimfast.data.fetching import Fetcher, Timeline
 from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
 from vimfast.errors import UserError
-from vimfast.shards.convert import convert
-from vimfast.shards.format import ConversionOptions
-from vimfast.stores import open_store
 
-__all__ = ["moto", "s3"]  # fixtures
+__all__ = ["local", "moto", "remote", "s3"]  # fixtures
 
 WINDOW = ("--order", "window", "--order-window", "3")
-URL = f"s3://{BUCKET}/shards"
-IMAGES, IN_SHARD = 60, 5  # 12 training shards
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small shards of small images, of 2 classes."""
-    root = tmp_path_factory.mktemp("remote")
-    noise = np.random.default_rng(0)
-    for split, count in (("train", IMAGES), ("val", 10)):
-        for i in range(count):
-            path = root / "tree" / split / "ab"[i % 2] / f"{i}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(noise.integers(0, 256, (48, 40 + i % 7, 3), dtype=np.uint8)).save(path)
-    convert(root / "tree", root / "shards", ConversionOptions(shard_samples=IN_SHARD), workers=1)
-    return root / "shards"
-
-
-@pytest.fixture
-def remote(local: Path, s3: Proxy) -> Proxy:
-    """The same in a bucket."""
-    store = open_store(URL)
-    if store.find("manifest.json") is None:
-        for path in local.iterdir():
-            if path.is_file():
-                store.put(path.name, path)
-    s3.requests.clear()
-    return s3
-
-
-def shard_bytes(local: Path) -> int:
-    """Of the largest."""
-    return max(path.stat().st_size for path in local.glob("*.tar"))
-
-
-def batches(source: Source, count: int, start: tuple[int, int] = (0, 0), **order: Any) -> list[tuple[Tensor, Tensor]]:
-    """So many of a training loader, over the ends of epochs."""
-    ordered = Order(len(source), **{"batch_size": 4, "seed": 3, **order})
-    loader = make_loader(source, ordered, size=32, threads=1, prefetch=1, readahead=1)
-    found, (epoch, step) = [], start
-    while len(found) < count:
-        found += [tuple(batch[:2]) for batch in islice(loader.epoch(epoch, step), count - len(found))]
-        epoch, step = epoch + 1, 0
-    loader.close()
-    return found
-
-
-def assert_same(found: list[tuple[Tensor, Tensor]], wanted: list[tuple[Tensor, Tensor]]) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def settings(folder: Path, size: int | None = None) -> CacheSettings:
-    return CacheSettings(str(folder), size)
-
-
-def by_window(source: Source, window: int = 3) -> dict[str, Any]:
-    return {"bounds": source.bounds(), "window": window}
 
 
 @pytest.mark.parametrize("kind", ["permutation", "window", "small", "none"])
@@ -119,23 +53,8 @@ def test_batches_are_those_of_the_disk(local: Path, remote: Proxy, tmp_path: Pat
     assert used <= (size if size is not None else 1 << 30)
 
 
-def test_ranks_share_the_cache_and_their_number_may_change(local: Path, remote: Proxy, tmp_path: Path) -> None:
-    """2, then 4, then 1, in one epoch: every rank's batches are those of the disk, and every part comes once."""
-    here = open_source(local, "train")
-    for world, start in ((2, 0), (4, 3), (1, 6)):
-        for rank in range(world):
-            order = {"world": world, "rank": rank, "batch_size": 8 // world, "repeats": 3, **by_window(here)}
-            away = open_source(URL, "train", settings(tmp_path))
-            assert_same(batches(away, 3, (0, start), **order), batches(here, 3, (0, start), **order))
-    assert max(remote.asked(f"train-{number:06d}.tar") for number in range(12)) == 1
-
-
 READS_ALL = """
 import sys
-import numpy as np
-from vimfast import check_data
-from vimfast.commands import show
-from vimfast.config import DataConfig, load_config
 from vimfast.data.cache import CacheSettings
 from vimfast.data.order import Order
 from vimfast.data.source import open_source
@@ -195,6 +114,18 @@ def one_epoch(source: Source, by_shard: bool = True) -> list[bytes]:
         source.will_need(ids)
         found += [image.tobytes() for image in source.read(ids).encoded]
     return found
+
+
+def test_an_image_of_a_shard_that_was_read_before_is_read_from_the_cache(remote: Proxy, tmp_path: Path) -> None:
+    """As the page about a run shows images after each evaluation."""
+    source = open_source(URL, "val", settings(tmp_path))
+    order = Order(len(source), 5, shuffle=False, drop_last=False)
+    for step in range(order.steps):
+        source.follow(order, 0, step)
+        source.read(order.step(0, step)[1])
+    requests = len(remote.requests)
+    source.read(np.array([0]))
+    assert len(remote.requests) == requests
 
 
 def test_bytes_changed_on_their_way_are_asked_for_again(local: Path, remote: Proxy, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class RemoteTars:
     def _file(self, shard: int) -> Held | None:
         """The copy of a shard, once it is here; None where its images have to be requested."""
         held = self._held(shard)
-        if held is not None or self._fetcher is None or not self._waits:
+        if held is not None or self.cache is None or self._fetcher is None or not self._waits:
             return held
         begin = time.monotonic()
         told = begin + _TELL_AFTER - _TELL_EVERY
@@ -181,7 +181,8 @@ class RemoteTars:
                 told = now
                 missing, wanted = self._fetcher.missing()
                 _say(f"waiting for data: {wanted - missing} of the next {counted(wanted, 'shard')} have arrived")
-        return held
+        # One that is not to come, as it was read before, may still be in the cache.
+        return held or self.cache.hold(self._shards.cached_name(shard))
 
     def _read_held(self, held: Held, place: Place) -> bytes:
         try:
