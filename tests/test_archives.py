@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import visible, write_image
+from object_server import Server
+from object_servers import BUCKET, Proxy, moto, s3
 from scipy.io import savemat
 
 from vimfast.errors import UserError
-from vimfast.shards import archives
+from vimfast.shards import archives, homes, stored
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions, read_manifest
+from vimfast.stores import open_store
+
+__all__ = ["moto", "s3"]  # fixtures
 
 WNIDS = ("n01440764", "n01443537", "n02110341")
 IDS = {"n01440764": 3, "n01443537": 1, "n02110341": 2}  # ILSVRC2012_ID: not in the order of the names
@@ -214,8 +220,61 @@ def test_an_archive_that_shrinks_or_goes_away_ends_the_conversion(packed: Path, 
         (lambda: (tmp_path / "ILSVRC2012_img_val.tar").unlink(), r"cannot be read \(No such file"),
     ):
         shutil.copy(packed / "ILSVRC2012_img_val.tar", tmp_path)
-        moved = archives.ArchiveOrigin(str(tmp_path / "ILSVRC2012_img_val.tar"), ["a", "b"], files.places[[0, -1]])
+        moved = homes.ArchiveOrigin(str(tmp_path / "ILSVRC2012_img_val.tar"), ["a", "b"], files.places[[0, -1]])
         damage()
         with pytest.raises(UserError, match=sentence):
             [moved.read(i) for i in (1, 0)]
     assert origin.stat()["size"].tolist() == files.places[[0, -1], 1].tolist()
+
+
+# In a store
+
+
+@pytest.fixture
+def bucket(packed: Path, s3: Proxy, tmp_path: Path) -> str:
+    """The archives in a store; where in it."""
+    stored.store_at.cache_clear()
+    store = open_store(f"s3://{BUCKET}/{tmp_path.name}/raw")
+    for path in packed.iterdir():
+        store.put(path.name, path)
+    s3.requests.clear()
+    return f"{BUCKET}/{tmp_path.name}/raw"
+
+
+def test_archives_in_a_store_give_the_same_shards_there(
+    bucket: str, expected: dict[str, bytes], s3: Proxy, tmp_path: Path
+) -> None:
+    out = f"s3://{BUCKET}/{tmp_path.name}/out"
+    assert "is complete: 16 train images" in convert(f"s3://{bucket}", out, OPTIONS, workers=1)
+    spans = [span for method, path, span in s3.requests if method == "GET" and path.endswith("train.tar")]
+    assert all(spans), "it is never read whole"
+    store = open_store(out)
+    store.remove("train-000001.tar")
+    s3.requests.clear()
+    convert(f"s3://{bucket}", out, OPTIONS, workers=1)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in expected:
+        (copy / name).write_bytes(store.read(name))
+    assert visible(copy) == expected
+    assert s3.asked("train.tar") == 4, "the images of one shard: the headers are known"
+
+
+def test_archives_on_a_web_server(packed: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """Which cannot list its files."""
+    server = Server(packed)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    convert(f"{url}/imagenet", tmp_path / "out", OPTIONS, workers=1)
+    assert visible(tmp_path / "out") == expected
+    with pytest.raises(UserError, match=r"/no/thing is on a web server, .* none of ImageNet's archives there; give"):
+        convert(f"{url}/no/thing", tmp_path / "none", OPTIONS, workers=1)
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_archive_instead_of_its_folder(packed: Path, tmp_path: Path) -> None:
+    for root in (packed / "ILSVRC2012_img_val.tar", "s3://raw/imagenet/ILSVRC2012_img_train.tar"):
+        folder = str(root).rpartition("/")[0]
+        with pytest.raises(UserError, match=f"is one of ImageNet's archives; give the folder .* in, {folder}$"):
+            convert(root, tmp_path / "out", OPTIONS, workers=1)

@@ -51,13 +51,13 @@ def source(images: Path, s3: Proxy, tmp_path: Path) -> str:
     store = open_store(url)
     for path in images.rglob("*.*"):
         store.put(str(path.relative_to(images)), path)
-    stored._store.cache_clear()  # of a server that is gone
+    stored.store_at.cache_clear()  # of a server that is gone
     return url
 
 
 @pytest.fixture
 def out(s3: Proxy, tmp_path: Path) -> str:
-    stored._store.cache_clear()
+    stored.store_at.cache_clear()
     return f"s3://{BUCKET}/{tmp_path.name}/shards"
 
 

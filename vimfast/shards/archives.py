@@ -8,13 +8,15 @@ found by its place in the archive. The plan that follows, and so the shards, are
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
 import tarfile
-import weakref
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +25,26 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from vimfast.errors import UserError
-from vimfast.files import atomic_write, read_at, read_file
+from vimfast.files import atomic_write, read_file
+from vimfast.shards.homes import DOWNLOAD_AGAIN, Home, home_of
 from vimfast.shards.members import members
-from vimfast.shards.origin import MOST_BYTES, Origin, missing_sources, put_stat
+from vimfast.shards.origin import Origin
 from vimfast.shards.tree import FileList, file_kind, is_image_name, pack_names
 from vimfast.shards.workers import Pace, run, tick
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12"
+NOTE = ".archive.npz"  # with a split before it: the name of a note of what its archive holds
 _TRUTH, _META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 _MOST_DEVKIT_BYTES = 64 << 20  # of one of its files
-_DOWNLOAD = "download it again, or compare its checksum with image-net.org's"
+
+
+class _Tar(NamedTuple):
+    """Of a class, and where it lies in the archive."""
+
+    name: str
+    offset: int
+    size: int
 
 
 class _Found(NamedTuple):
@@ -47,75 +58,38 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True)
 class ArchivedFiles(FileList):
-    """The images of one split; `folder` is their archive, and `places` says where they are in it.
+    """The images of one split; `folder` is their archive's name in its `home`, and `places` says where they are in it.
 
     Attributes:
         places: int64 [N, 2]: the first byte, and how many.
     """
 
+    home: Home = field(kw_only=True)
     places: np.ndarray = field(kw_only=True)
 
+    @property
+    def where(self) -> str:
+        return self.home.where(str(self.folder))
+
     def describe(self, name: str) -> str:
-        return f"{self.folder}: {name}"
+        return f"{self.where}: {name}"
 
     def origin(self, ids: Sequence[int]) -> Origin:
-        return ArchiveOrigin(str(self.folder), [self.name(i) for i in ids], self.places[ids])
+        return self.home.origin(str(self.folder), [self.name(i) for i in ids], self.places[ids])
 
 
-class ArchiveOrigin:
-    """Members of an archive, by their places.
-
-    Args:
-        places: int64 [n, 2]: the first byte of each, and how many.
-    """
-
-    def __init__(self, archive: str, names: Sequence[str], places: np.ndarray) -> None:
-        self._archive, self._names, self._places = archive, names, places
-        self._file: int | None = None
-
-    def __getstate__(self) -> tuple[str, Sequence[str], np.ndarray]:
-        return self._archive, self._names, self._places
-
-    def __setstate__(self, state: tuple[str, Sequence[str], np.ndarray]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
-
-    def name(self, i: int) -> str:
-        return f"{self._archive}: {self._names[i]}"
-
-    def stat(self) -> np.ndarray:
-        sources = missing_sources(len(self._names))
-        with suppress(OSError):  # reported when it is read
-            put_stat(sources, os.stat(self._archive), self._places[:, 1])
-        return sources
-
-    def read(self, i: int) -> bytes:
-        offset, size = self._places[i].tolist()
-        if size > MOST_BYTES:
-            raise ValueError(f"{size:,} bytes, which is more than {MOST_BYTES:,}")
-        try:
-            if self._file is None:
-                self._file = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
-                weakref.finalize(self, os.close, self._file)
-            data = read_at(self._file, offset, size)
-        except OSError as error:
-            raise UserError(
-                f"{self.name(i)} cannot be read ({error.strerror})", "once the archive is back, run again, it resumes"
-            ) from None
-        if len(data) < size:
-            raise UserError(f"{self._archive} is cut off in {self._names[i]}", _DOWNLOAD)
-        return data
+def has_archive(root: Path | str, split: str) -> bool:
+    """Whether the archive of this split is in a folder, or below a URL."""
+    return home_of(root).stamp(ARCHIVES[split]) is not None
 
 
-def archive_of(root: Path, split: str) -> Path | None:
-    """The archive in `root` that holds this split, if there is one."""
-    path = root / ARCHIVES[split]
-    return path if path.is_file() else None
-
-
-def list_archive(root: Path, split: str, classes: Sequence[str] | None, workers: int, notes: Path) -> ArchivedFiles:
+def list_archive(
+    root: Path | str, split: str, classes: Sequence[str] | None, workers: int, notes: Path
+) -> ArchivedFiles:
     """The images of a split as its archive has them, sorted and labelled as those of the unpacked folder.
 
     Args:
+        root: where the archive is: a folder, or a URL.
         classes: the training classes, if the split is not to define them.
         workers: processes.
         notes: a folder for what was found, so that a later run need not look again.
@@ -123,34 +97,34 @@ def list_archive(root: Path, split: str, classes: Sequence[str] | None, workers:
     Raises:
         UserError: the archive or the devkit is missing, damaged or of another layout, or has an unknown class.
     """
-    archive = root / ARCHIVES[split]
-    note = notes / f"{split}.archive.npz"
+    home, archive = home_of(root), ARCHIVES[split]
+    note = notes / f"{split}{NOTE}"
     try:
-        stat = archive.stat()
-        key = json.dumps([str(archive.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, classes])
-        if (known_files := _read_note(note, key, archive)) is not None:
+        key = json.dumps([os.path.abspath(root) if isinstance(root, Path) else root, home.stamp(archive), classes])
+        if (known_files := _read_note(note, key, home, archive)) is not None:
             return known_files
-        files = _look_through(root, archive, split, classes, workers)
+        files = _look_through(home, split, classes, workers)
     except OSError as error:
-        raise UserError(f"{archive} cannot be read ({error.strerror})", "fix that and run again") from None
+        raise UserError(f"{home.where(archive)} cannot be read ({error.strerror})", "fix that and run again") from None
     with suppress(OSError):  # where nothing can be written, the conversion is about to say so
         _write_note(note, key, files)
     return files
 
 
-def _look_through(root: Path, archive: Path, split: str, classes: Sequence[str] | None, workers: int) -> ArchivedFiles:
-    labels_of = _validation_classes(root) if split == "val" else None  # first: a minute passes before it is needed
-    by_class = _list_train(archive, workers) if labels_of is None else _list_val(archive, labels_of)
+def _look_through(home: Home, split: str, classes: Sequence[str] | None, workers: int) -> ArchivedFiles:
+    labels_of = _validation_classes(home) if split == "val" else None  # first: a minute passes before it is needed
+    by_class = _list_train(home, workers) if labels_of is None else _list_val(home, labels_of)
     known = sorted(by_class) if classes is None else list(classes)
     if unknown := sorted(set(by_class) - set(known)):
         raise UserError(
-            f"{archive} has images of {unknown[0]}, which is not a training class ({len(unknown)} are not)",
+            f"{home.where(ARCHIVES[split])} has images of {unknown[0]}, which is not a training class "
+            f"({len(unknown)} are not)",
             "put the training images of the same data set beside it",
         )
-    return _sorted(archive, known, by_class)
+    return _sorted(home, ARCHIVES[split], known, by_class)
 
 
-def _sorted(archive: Path, classes: list[str], by_class: dict[str, _Found]) -> ArchivedFiles:
+def _sorted(home: Home, archive: str, classes: list[str], by_class: dict[str, _Found]) -> ArchivedFiles:
     """In the order of a folder's: by class, then by name. Of members with one name the last counts, as in unpacking."""
     names: list[str] = []
     labels, places, others = [], [], Counter[str]()
@@ -163,10 +137,16 @@ def _sorted(archive: Path, classes: list[str], by_class: dict[str, _Found]) -> A
             labels.append(label)
             places.append(last[inside])
     if not labels:
-        raise UserError(f"{archive} holds no images", _DOWNLOAD)
+        raise UserError(f"{home.where(archive)} holds no images", DOWNLOAD_AGAIN)
     packed = pack_names(names)
     return ArchivedFiles(
-        archive, classes, np.array(labels, np.int32), *packed, others, places=np.array(places, np.int64)
+        Path(archive),
+        classes,
+        np.array(labels, np.int32),
+        *packed,
+        others,
+        home=home,
+        places=np.array(places, np.int64),
     )
 
 
@@ -177,7 +157,7 @@ def _write_note(note: Path, key: str, files: ArchivedFiles) -> None:
         np.savez(file, text=text, labels=files.labels, names=files.names, offsets=files.offsets, places=files.places)
 
 
-def _read_note(note: Path, key: str, archive: Path) -> ArchivedFiles | None:
+def _read_note(note: Path, key: str, home: Home, archive: str) -> ArchivedFiles | None:
     """What an earlier run found in this archive; None where there is no sound note of it."""
     try:
         with np.load(io.BytesIO(read_file(note)), allow_pickle=False) as saved:
@@ -188,36 +168,54 @@ def _read_note(note: Path, key: str, archive: Path) -> ArchivedFiles | None:
         return None
     if known != key or shapes != ((len(labels),), (len(labels), 2), (len(labels) + 1,), len(names)):
         return None
-    return ArchivedFiles(archive, classes, labels, names, offsets, others, places=places)
+    return ArchivedFiles(Path(archive), classes, labels, names, offsets, others, home=home, places=places)
 
 
 # The archives
 
 
-def _list_train(archive: Path, workers: int) -> dict[str, _Found]:
+def _list_train(home: Home, workers: int) -> dict[str, _Found]:
     """The images of each class, from the tars in the archive, which are looked through by worker processes."""
-    with open(archive, "rb", buffering=0) as file:
-        inside = list(members(file, str(archive), _DOWNLOAD))
-    tars = [(name, offset, size) for name, offset, size in inside if name.endswith(".tar")]
+    archive = ARCHIVES["train"]
+    with home.open(archive, headers=True) as file:
+        inside = list(members(file, home.where(archive), DOWNLOAD_AGAIN))
+    tars = [_Tar(*member) for member in inside if member[0].endswith(".tar")]
     if not tars:
         raise UserError(
-            f"{archive} holds no tar of a class, such as n01440764.tar", "give ImageNet's archive as it was downloaded"
+            f"{home.where(archive)} holds no tar of a class, such as n01440764.tar",
+            "give ImageNet's archive as it was downloaded",
         )
     found: dict[str, _Found] = {}
+    groups = [tars[first : first + home.at_once] for first in range(0, len(tars), home.at_once)]
     pace = Pace(len(tars), "classes listed", unit="classes")
-    for (name, _, _), images in run(_list_class, tars, lambda tar: (str(archive), *tar), workers, pace):
-        found[name.removesuffix(".tar")] = images
+    for group, images in run(_list_classes, groups, lambda group: (home, group), workers, pace):
+        found |= {tar.name.removesuffix(".tar"): of_class for tar, of_class in zip(group, images, strict=True)}
     return found
 
 
-def _list_class(archive: str, name: str, offset: int, size: int) -> _Found:
-    """In a worker."""
-    tick(name)
-    with open(archive, "rb", buffering=0) as file:
-        return _images(members(file, f"{archive}: {name}", _DOWNLOAD, offset, size))
+def _list_classes(home: Home, tars: Sequence[_Tar]) -> list[_Found]:
+    """In a worker, all of these classes at a time."""
+    ended = threading.Event()
+    with ThreadPoolExecutor(len(tars)) as pool:
+        try:
+            found = [pool.submit(_list_class, home, tar, ended) for tar in tars]
+            left = set(found)
+            while left:
+                done, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
+                tick(tars[0].name, len(done))
+        finally:
+            ended.set()
+    return [images.result() for images in found]
 
 
-def _images(found_in_tar: Iterator[tuple[str, int, int]]) -> _Found:
+def _list_class(home: Home, tar: _Tar, ended: threading.Event) -> _Found:
+    archive = ARCHIVES["train"]
+    with home.open(archive, headers=True) as file:
+        inside = members(file, f"{home.where(archive)}: {tar.name}", DOWNLOAD_AGAIN, tar.offset, tar.size)
+        return _images(itertools.takewhile(lambda _: not ended.is_set(), inside))
+
+
+def _images(found_in_tar: Iterable[tuple[str, int, int]]) -> _Found:
     found = _Found([], [], [], Counter())
     for name, offset, size in found_in_tar:
         if is_image_name(os.path.basename(name)):
@@ -229,15 +227,17 @@ def _images(found_in_tar: Iterator[tuple[str, int, int]]) -> _Found:
     return found
 
 
-def _list_val(archive: Path, class_of: Callable[[int], str | None]) -> dict[str, _Found]:
-    with open(archive, "rb", buffering=0) as file:
-        images = _images(members(file, str(archive), _DOWNLOAD))
+def _list_val(home: Home, class_of: Callable[[int], str | None]) -> dict[str, _Found]:
+    """A header follows from the one before, so 50,000 requests would wait for each other: it is read as a whole."""
+    where = home.where(ARCHIVES["val"])
+    with home.open(ARCHIVES["val"], headers=False) as file:
+        images = _images(members(file, where, DOWNLOAD_AGAIN))
     found: dict[str, _Found] = {}
     for name, offset, size in zip(images.names, images.offsets, images.sizes, strict=True):
         number = re.search(r"(\d{8})\.\w+$", name)
         wnid = class_of(int(number[1])) if number else None
         if wnid is None:
-            raise UserError(f"{archive} has {name}, of which the devkit knows no class", _DOWNLOAD)
+            raise UserError(f"{where} has {name}, of which the devkit knows no class", DOWNLOAD_AGAIN)
         own = found.setdefault(wnid, _Found([], [], [], Counter()))
         own.names.append(os.path.basename(name))
         own.offsets.append(offset)
@@ -250,45 +250,44 @@ def _list_val(archive: Path, class_of: Callable[[int], str | None]) -> dict[str,
 # The devkit
 
 
-def _validation_classes(root: Path) -> Callable[[int], str | None]:
+def _validation_classes(home: Home) -> Callable[[int], str | None]:
     """From the number of a validation image, from 1 on, to its class, such as n01440764.
 
     Raises:
         UserError: the devkit is not there, is damaged, or scipy is missing, which reads it.
     """
-    archive, folder = root / f"{DEVKIT}.tar.gz", root / DEVKIT
-    where = archive if archive.is_file() else folder
-    if not where.exists():
+    packed = f"{DEVKIT}.tar.gz"
+    name = packed if home.stamp(packed) else DEVKIT
+    if name == DEVKIT and home.stamp(f"{DEVKIT}/{_TRUTH}") is None:
         raise UserError(
-            f"{root} has {ARCHIVES['val']}, but not {archive.name}, which says what its images show",
+            f"{home.where(ARCHIVES['val'])} is there, but not {packed} beside it, which says what its images show",
             "put it there too, from image-net.org",
         )
+    where = home.where(name)
     try:
-        truth, meta = _devkit_files(where)
+        truth, meta = _devkit_files(home, name)
         numbers = [int(line) for line in truth.split()]
         wnids = _read_meta(meta)
     except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror or error})", _DOWNLOAD) from None
+        raise UserError(f"{where} cannot be read ({error.strerror or error})", DOWNLOAD_AGAIN) from None
     except (tarfile.TarError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{where} is damaged ({error})", _DOWNLOAD) from None
+        raise UserError(f"{where} is damaged ({error})", DOWNLOAD_AGAIN) from None
     return lambda image: wnids.get(numbers[image - 1]) if 0 < image <= len(numbers) else None
 
 
-def _devkit_files(where: Path) -> tuple[bytes, bytes]:
+def _devkit_files(home: Home, name: str) -> tuple[bytes, bytes]:
     """The numbers of the classes of the validation images, and the table of classes."""
+    if name == DEVKIT:  # unpacked
+        return home.read(f"{name}/{_TRUTH}"), home.read(f"{name}/{_META}")
     found: dict[str, bytes] = {}
-    if where.is_dir():
-        for name in (_TRUTH, _META):
-            found[name] = (where / name).read_bytes()
-    else:
-        with tarfile.open(where) as tar:
-            for member in tar:
-                name = os.path.normpath(member.name).removeprefix(f"{DEVKIT}/")
-                if name in (_TRUTH, _META) and member.isreg() and member.size <= _MOST_DEVKIT_BYTES:
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    found[name] = content.read()
-    if missing := [name for name in (_TRUTH, _META) if name not in found]:
+    with tarfile.open(fileobj=io.BytesIO(home.read(name))) as tar:
+        for member in tar:
+            inside = os.path.normpath(member.name).removeprefix(f"{DEVKIT}/")
+            if inside in (_TRUTH, _META) and member.isreg() and member.size <= _MOST_DEVKIT_BYTES:
+                content = tar.extractfile(member)
+                assert content is not None
+                found[inside] = content.read()
+    if missing := [inside for inside in (_TRUTH, _META) if inside not in found]:
         raise ValueError(f"it has no {missing[0]}")
     return found[_TRUTH], found[_META]
 

@@ -24,7 +24,7 @@ from vimfast import __version__
 from vimfast.class_names import are_imagenets
 from vimfast.errors import UserError, counted
 from vimfast.files import TEMPORARY, write_bytes
-from vimfast.shards.archives import ARCHIVES, archive_of, list_archive
+from vimfast.shards.archives import ARCHIVES, NOTE, has_archive, list_archive
 from vimfast.shards.format import (
     FORMAT,
     INDEX_DTYPE,
@@ -53,7 +53,7 @@ from vimfast.shards.format import (
     write_manifest,
 )
 from vimfast.shards.plan import ShardPlan
-from vimfast.shards.stored import Mirror, list_store, mirrored
+from vimfast.shards.stored import Mirror, list_store, mirrored, store_at
 from vimfast.shards.tree import FileList, is_folder, scan_split
 from vimfast.shards.workers import Engine, Processes, report, verify_shards, write_shards
 from vimfast.shards.writer import estimate_bytes, join_rows, read_record, record_path
@@ -75,8 +75,7 @@ def convert(
     """Make `out` hold the images of `root` as shards, keeping what an earlier run with the same options has written.
 
     Args:
-        root: a folder in the ImageNet layout, or with the archives of ImageNet; or the URL of such a folder, without
-            archives, in a store.
+        root: a folder in the ImageNet layout, or with the archives of ImageNet; or the URL of such a folder.
         out: a folder, or a URL.
         workers: processes.
         skip_bad: leave unreadable images out and record them in the manifest.
@@ -92,9 +91,9 @@ def convert(
     _check_out(root, out)
     with mirrored(out) if isinstance(out, str) else nullcontext() as mirror:
         folder = Path(out) if mirror is None else mirror.folder
-        plans = _make_plans(root, options, folder, workers)
         if mirror is not None:
             mirror.fetch()
+        plans = _make_plans(root, options, folder, workers)
         digests, engine = {plan.split: plan.digest() for plan in plans}, engine or Processes(workers)
         with locked(folder), _explained(plans, folder, mirror):
             return _convert(str(root), plans, digests, folder, mirror, engine, skip_bad, overwrite)
@@ -140,7 +139,7 @@ def _convert(
     write_bytes(out / STATE_FOLDER / SOURCE, os.fsencode(root if is_url(root) else os.path.abspath(root)))
     if mirror is not None:
         mirror.remove(MANIFEST)
-        for own in (PLAN, SOURCE):
+        for own in (PLAN, SOURCE, *(path.name for path in (out / STATE_FOLDER).glob(f"*{NOTE}"))):
             mirror.publish(f"{STATE_FOLDER}/{own}")
     begin = time.monotonic()
     written = write_shards(plans, out, engine, skip_bad, kept, mirror)
@@ -166,9 +165,12 @@ def _what_is_kept(plans: Sequence[ShardPlan], out: Path, mirror: Mirror | None) 
 
 def _make_plans(root: Path | str, options: ConversionOptions, out: Path, workers: int) -> list[ShardPlan]:
     """One plan for each split that exists; the training set determines the classes."""
+    home, _, name = str(root).rpartition("/")
+    if name in ARCHIVES.values():
+        raise UserError(f"{root} is one of ImageNet's archives", f"give the folder that they are in, {home or '.'}")
     if isinstance(root, str):
-        return _plans_of_store(root, options)
-    found = [split for split in SPLITS if is_folder(root / split) or archive_of(root, split)]
+        return _plans_of_store(root, options, out, workers)
+    found = [split for split in SPLITS if is_folder(root / split) or has_archive(root, split)]
     if not found and is_shards_folder(root):
         raise UserError(
             f"{root} holds shards already", f"train on them with --data-path {root}, or give the folder of images"
@@ -190,17 +192,28 @@ def _make_plans(root: Path | str, options: ConversionOptions, out: Path, workers
     return plans
 
 
-def _plans_of_store(url: str, options: ConversionOptions) -> list[ShardPlan]:
+def _plans_of_store(url: str, options: ConversionOptions, out: Path, workers: int) -> list[ShardPlan]:
     plans: list[ShardPlan] = []
+    lists = store_at(url).lists
     for split in SPLITS:
-        files = list_store(url, split, plans[0].files.classes if plans else None)
+        classes = plans[0].files.classes if plans else None
+        files: FileList | None = list_store(url, split, classes) if lists else None
+        if files is None and has_archive(url, split):
+            files = list_archive(url, split, classes, workers, out / STATE_FOLDER)
         if files is None:
-            report(f"{url} has no images in {split}/<class>/: there is no {split} to convert")
+            held = f"images in {split}/<class>/" if lists else ARCHIVES[split]
+            report(f"{url} has no {held}: there is no {split} to convert")
             continue
         plans.append(ShardPlan(split, files, options))
         _report_images(files)
+    if not plans and not lists:
+        where = f"{url} is on a web server, which cannot list its files, and has none of ImageNet's archives there"
+        raise UserError(where, "give a bucket's URL, or the folder of the archives")
     if not plans:
-        raise UserError(f"{url} has no images in train/<class>/ or val/<class>/", "give the folder that holds train/")
+        raise UserError(
+            f"{url} has no images in train/<class>/ or val/<class>/, and none of ImageNet's archives",
+            "give the folder that holds train/, or the archives",
+        )
     return plans
 
 
@@ -214,7 +227,7 @@ def _report_images(files: FileList) -> None:
 
 def _list_images(root: Path, split: str, classes: list[str] | None, out: Path, workers: int) -> FileList:
     """From a folder, or where there is none from ImageNet's archive."""
-    if not is_folder(root / split) and archive_of(root, split):
+    if not is_folder(root / split) and has_archive(root, split):
         return list_archive(root, split, classes, workers, out / STATE_FOLDER)
     return scan_split(root, split, classes)
 

@@ -6,13 +6,13 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from vimfast.errors import UserError
 
 
 def members(
-    file: io.FileIO, what: str, fix: str, start: int = 0, size: int | None = None
+    file: BinaryIO, what: str, fix: str, start: int = 0, size: int | None = None
 ) -> Iterator[tuple[str, int, int]]:
     """Of a tar, which may lie in another, the regular members: name, first byte in the file, and size in bytes.
 
@@ -26,7 +26,7 @@ def members(
         UserError: it is no tar, is cut off, or has a name that leads out of it.
     """
     if size is None:
-        size = os.fstat(file.fileno()).st_size - start
+        size = file.seek(0, os.SEEK_END) - start
     try:
         window = _Window(file, start, size)
         with tarfile.open(fileobj=window, mode="r:") as tar:
@@ -48,7 +48,7 @@ def members(
 class _Window(io.RawIOBase):
     """A stretch of a file, as a file."""
 
-    def __init__(self, file: io.FileIO, start: int, size: int) -> None:
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self._file, self._start, self._size, self._at = file, start, size, 0
 
     def readable(self) -> bool:
@@ -66,6 +66,8 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         room = memoryview(buffer)[: max(0, self._size - self._at)]
-        count = os.preadv(self._file.fileno(), [room], self._start + self._at)
-        self._at += count
-        return count
+        self._file.seek(self._start + self._at)
+        data = self._file.read(len(room))
+        room[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from vimfast.shards.format import (
     PLAN,
     SPLITS,
     STATE_FOLDER,
+    crc32_of_file,
     dali_index_name,
     index_name,
     is_shard_name,
@@ -41,7 +44,7 @@ _AHEAD = 32  # requests at a time of one worker: a store answers each only after
 
 
 @functools.lru_cache(maxsize=4)
-def _store(url: str) -> Store:
+def store_at(url: str) -> Store:
     """One for this process."""
     return open_store(url)
 
@@ -83,11 +86,8 @@ class StoreOrigin:
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[bytes]] = {}
 
-    def __getstate__(self) -> tuple[str, Sequence[str], np.ndarray]:
-        return self._url, self._names, self._sizes
-
-    def __setstate__(self, state: tuple[str, Sequence[str], np.ndarray]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self._url, self._names, self._sizes)
 
     def name(self, i: int) -> str:
         return f"{self._url}/{self._names[i]}"
@@ -104,12 +104,15 @@ class StoreOrigin:
             self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="fetch")
         for k in range(i, min(i + _AHEAD, len(self._names))):
             if k not in self._coming and self._sizes[k] <= MOST_BYTES:
-                self._coming[k] = self._pool.submit(_store(self._url).read, self._names[k])
+                self._coming[k] = self._pool.submit(self._fetch, k)
         data = self._coming.pop(i).result()
         if i + 1 == len(self._names):
             self._pool.shutdown(wait=False)
             self._pool = None
         return data
+
+    def _fetch(self, i: int) -> bytes:
+        return store_at(self._url).read(self._names[i])
 
 
 def list_store(url: str, split: str, classes: Sequence[str] | None) -> StoredFiles | None:
@@ -123,7 +126,7 @@ def list_store(url: str, split: str, classes: Sequence[str] | None) -> StoredFil
     """
     found: dict[str, list[tuple[str, int]]] = {}
     others, loose = Counter[str](), 0
-    for entry in _store(url).entries(split):
+    for entry in store_at(url).entries(split):
         name, slash, inside = entry.name.removeprefix(f"{split}/").partition("/")
         if any(part.startswith(".") for part in (name, *inside.split("/"))):
             continue
@@ -156,11 +159,12 @@ class Mirror:
     """The folder of a conversion whose shards are in a store: what of it is needed here.
 
     Attributes:
-        folder: has the manifest, the plan, the records and the indexes.
+        folder: has the manifest, the plan, the records, the indexes, and notes of what archives hold.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
         self.url, self.folder = url.rstrip("/"), folder
+        self._fetched: dict[str, int] = {}  # checksums of what the store has
 
     def fetch(self) -> None:
         """What an earlier run has left in the store.
@@ -171,38 +175,42 @@ class Mirror:
         (self.folder / STATE_FOLDER).mkdir(exist_ok=True)
         for name in (MANIFEST, f"{STATE_FOLDER}/{PLAN}", *map(index_name, SPLITS)):
             self._get(name)
-        for entry in _store(self.url).entries(STATE_FOLDER):
+        for entry in store_at(self.url).entries(STATE_FOLDER):
             if entry.name.endswith(".npz"):
                 self._get(entry.name)
 
     def holds_others(self) -> bool:
         """Whether there are shards in the store, of whatever conversion."""
-        return any(is_shard_name(entry.name) for entry in _store(self.url).entries())
+        return any(is_shard_name(entry.name) for entry in store_at(self.url).entries())
 
     def collect(self, split: str, number: int) -> None:
         """The record of a shard that was written."""
         self._get(str(record_path(self.folder, split, number).relative_to(self.folder)))
 
     def publish(self, name: str) -> None:
-        """Put a file of the folder into the store."""
-        _store(self.url).put(name, self.folder / name)
+        """Have a file of the folder in the store."""
+        if self._fetched.get(name) != crc32_of_file(self.folder / name):
+            store_at(self.url).put(name, self.folder / name)
 
     def remove(self, name: str) -> None:
         """From both."""
         (self.folder / name).unlink(missing_ok=True)
-        _store(self.url).remove(name)
+        self._fetched.pop(name, None)
+        store_at(self.url).remove(name)
 
     def clear(self) -> None:
         """Delete what any conversion has written; the manifest first, so that it does not look complete."""
         self.remove(MANIFEST)
         ours = {index_name(split) for split in SPLITS}
-        for entry in list(_store(self.url).entries()):
+        for entry in list(store_at(self.url).entries()):
             if is_shard_name(entry.name) or entry.name in ours or entry.name.startswith(f"{STATE_FOLDER}/"):
                 self.remove(entry.name)
 
     def _get(self, name: str) -> None:
         try:
-            (self.folder / name).write_bytes(_store(self.url).read(name))
+            data = store_at(self.url).read(name)
+            (self.folder / name).write_bytes(data)
+            self._fetched[name] = zlib.crc32(data)
         except Missing:
             (self.folder / name).unlink(missing_ok=True)
 
@@ -226,7 +234,7 @@ def write_to_store(part: Part, url: str, skip_bad: bool, tick: Callable[[str], N
     Raises:
         UserError: as it does, or the store does not answer.
     """
-    store, record_name = _store(url), _record_name(part)
+    store, record_name = store_at(url), _record_name(part)
     store.remove(record_name)  # its tar is about to be replaced
     with tempfile.TemporaryDirectory(prefix="vimfast-") as name:
         folder = Path(name)
@@ -246,7 +254,7 @@ def verify_in_store(part: Part, url: str, tick: Callable[[str], None]) -> Record
         Differs: it was never finished, is cut off or gone, or a source image is another than was converted.
         UserError: source images cannot be read, which is no fault of theirs, or the store does not answer.
     """
-    store, record_name = _store(url), _record_name(part)
+    store, record_name = store_at(url), _record_name(part)
     with tempfile.TemporaryDirectory(prefix="vimfast-") as name:
         path = Path(name, record_name)
         path.parent.mkdir()

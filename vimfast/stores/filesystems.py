@@ -22,6 +22,8 @@ _Result = TypeVar("_Result")
 class FilesystemStore:
     """A folder of one of fsspec's file systems."""
 
+    lists = True
+
     def __init__(self, url: str, patience: float) -> None:
         self.url, self._patience = url, patience
 

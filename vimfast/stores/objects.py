@@ -42,6 +42,7 @@ class ObjectStore:
 
     def __init__(self, url: str, patience: float) -> None:
         self.url, self._patience = url, patience
+        self.lists = not url.lower().startswith("http")
         self._fix = _CREDENTIALS.get(url[:2].lower(), _CREDENTIALS["az"])
 
     @cached_property
@@ -70,7 +71,7 @@ class ObjectStore:
 
     def entries(self, under: str = "") -> Iterator[Entry]:
         """All objects below a folder; a web server has no way to say."""
-        if self.url.lower().startswith("http"):
+        if not self.lists:
             raise UserError(
                 f"{self.url} is on a web server, which cannot list its files", "give a bucket's URL instead"
             )

@@ -38,6 +38,10 @@ class Store(Protocol):
     def url(self) -> str:
         """Without a slash at its end."""
 
+    @property
+    def lists(self) -> bool:
+        """Whether it can say what objects it has; web servers cannot."""
+
     def entries(self, under: str = "") -> Iterator[Entry]:
         """All objects below the folder `under`, at any depth, in no particular order."""
 
