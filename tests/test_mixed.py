@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 import yaml
 from conftest import write_image
+from object_servers import BUCKET, Proxy, moto, s3, wait_for
+from remote_shards import IMAGES, IN_SHARD, URL, assert_same, batches, local, remote, settings
 from runs import RECIPE, Stops, differences, refused, train
 
-from vimfast.data.mixed import MixedSource, open_data, portions
+from vimfast.data.fetching import Timeline
+from vimfast.data.mixed import MixedSource, _PartOfRoute, in_stores, open_data, portions
 from vimfast.data.order import Order
 from vimfast.data.source import BadImage, open_source
 from vimfast.errors import UserError
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions
+from vimfast.stores import open_store
+
+__all__ = ["local", "moto", "remote", "s3"]  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +87,7 @@ def test_what_is_a_mixture(tmp_path: Path) -> None:
     for words, which in (("a b", "a"), ("a:1 b", "b"), ("a:0 b:1", "a:0"), ("a:1 b:1.2.3", "b:1.2.3")):
         with pytest.raises(UserError, match=f"2 data sets, and '{which}' has no weight above 0; give each its weight"):
             portions(words)
-    with pytest.raises(UserError, match=r"s3://b/x is one of several data sets; copy it to a disk"):
-        open_data("s3://b/x:1 y:1", "train")
+    assert [in_stores(path) for path in ("s3://b/x", "a:1 s3://b/x:1", "a:1 b:1")] == [True, True, False]
 
 
 def test_a_weight_that_gives_no_image_is_refused(shards: Path, own: Path) -> None:
@@ -113,3 +118,75 @@ def test_a_set_without_training_images_of_its_own_is_a_sentence(own: Path, tmp_p
         open_data(f"{tmp_path}/shards:1 {tmp_path}/nowhere:1", "train")
     with pytest.raises(UserError, match=r"holds no 'val' split"):
         open_data(f"{tmp_path}/shards:1 {tmp_path}/shards:1", "val")
+
+
+# In stores
+
+
+OTHERS = f"s3://{BUCKET}/others"
+
+
+@pytest.fixture
+def others(remote: Proxy, shards: Path) -> Proxy:
+    """A second data set in the bucket."""
+    store = open_store(OTHERS)
+    for path in shards.iterdir():
+        if path.is_file():
+            store.put(path.name, path)
+    remote.requests.clear()
+    return remote
+
+
+@pytest.mark.parametrize("kind", ["stores", "store and folder", "no cache"])
+def test_sets_in_stores_give_the_batches_of_the_disk(
+    local: Path, shards: Path, own: Path, others: Proxy, tmp_path: Path, kind: str
+) -> None:
+    """Over the end of an epoch, in the place of a run that was stopped, and once all is in the cache."""
+    second = {"store and folder": (own, own)}.get(kind, (shards, OTHERS))
+    here = open_data(f"{local}:0.7 {second[0]}:0.3", "train")
+    away = [f"{URL}:0.7 {second[1]}:0.3", "train", settings(tmp_path, 0 if kind == "no cache" else None)]
+    steps = len(here) // 4 + 3
+    wanted = batches(here, steps, mixture=here.mixture)
+    assert_same(batches(source := open_data(*away), steps, mixture=source.mixture), wanted)
+    assert source.identity == here.identity
+    if kind != "no cache":
+        wait_for(lambda: len(list(tmp_path.rglob("train-*.tar"))) == IMAGES // IN_SHARD + (kind == "stores"))
+    others.requests.clear()
+    assert_same(batches(open_data(*away), steps - 5, (0, 5), mixture=here.mixture), wanted[5:])
+    if kind != "no cache":
+        assert not [path for _, path, _ in others.requests if path.endswith(".tar")]
+
+
+def test_validation_images_of_sets_in_stores(
+    local: Path, own: Path, others: Proxy, shards: Path, tmp_path: Path
+) -> None:
+    """One set after the other, each shard once; and one that has none."""
+    evaluated = {"shuffle": False, "drop_last": False}
+    here = open_data(f"{local}:1 {shards}:1 {own}:1", "val")
+    away = open_data(f"{URL}:1 {OTHERS}:1 {own}:1", "val", settings(tmp_path))
+    assert away.classes == here.classes
+    assert_same(batches(away, 7, **evaluated), batches(here, 7, **evaluated))
+    assert [others.asked(name) for name in ("shards/val-000000.tar", "shards/val-000001.tar")] == [1, 1]
+    assert others.asked("others/val-000000.tar") == 1
+
+
+def test_shards_come_in_the_order_of_the_images_of_their_set(local: Path, shards: Path, tmp_path: Path) -> None:
+    """Also for a run that begins late in an epoch: what has been read before comes last."""
+    mixed = open_data(f"{local}:0.5 {shards}:0.5", "train")
+    order = Order(len(mixed), 4, mixture=mixed.mixture)
+    part = _PartOfRoute(order, 0, IMAGES)
+    timeline = Timeline(part, np.arange(IMAGES) // IN_SHARD, IMAGES // IN_SHARD)
+    for epoch, step in ((0, 0), (1, order.steps // 2), (4, order.steps - 1)):
+        ids = np.concatenate([order.step(epoch, place)[1] for place in range(step, order.steps)])
+        here = list(dict.fromkeys((ids[ids < IMAGES] // IN_SHARD).tolist()))
+        coming = timeline.from_here(epoch, step)
+        assert set(coming[: len(here)]) == set(here)
+        assert sorted(coming) == list(range(IMAGES // IN_SHARD))
+
+
+def test_a_cache_too_small_for_all_sets_is_refused(local: Path, others: Proxy, tmp_path: Path) -> None:
+    size = sum(path.stat().st_size for path in local.glob("*.tar"))
+    with pytest.raises(
+        UserError, match=rf"--cache-size {size:,} cannot hold the [\d,]+ bytes .*; give .* or 0 to keep"
+    ):
+        open_data(f"{URL}:1 {OTHERS}:1", "train", settings(tmp_path, size))

@@ -39,7 +39,7 @@ class Timeline:
 
     def from_here(self, epoch: int, step: int) -> list[int]:
         """The shards that are read from a step on, by when they are needed first; those of the next epoch come last."""
-        here = self.route.drawn_before(step)
+        here = self.route.drawn_before(epoch, step)
         order, last = self._epoch(epoch)
         coming: list[int] = order[last[order] >= here].tolist()
         if self.route.endless:

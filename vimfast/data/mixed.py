@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -12,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from vimfast.data.cache import CacheSettings
+from vimfast.data.remote import check_room_for_all
 from vimfast.data.source import BadImage, Images, Source, open_source
 from vimfast.data.tars import Route
 from vimfast.errors import UserError
-from vimfast.shards.format import is_shards_folder, read_manifest
+from vimfast.shards.format import Manifest, fetch_manifest, is_shards_folder, read_manifest
 from vimfast.shards.tree import class_folders, is_folder
-from vimfast.stores import is_url
+from vimfast.stores import is_url, open_store
 
 _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[0-9.]+(e-?[0-9]+)?)")
 
@@ -41,12 +43,15 @@ def open_data(path: str | Path, split: str, cache: CacheSettings | None = None) 
     parts = portions(str(path))
     if not parts:
         return open_source(path, split, cache)
-    if stores := [part.path for part in parts if is_url(part.path)]:
-        raise UserError(f"{stores[0]} is one of several data sets", "copy it to a disk: these are read from folders")
-    having = parts if split == "train" else [part for part in parts if _has(Path(part.path), split)] or parts
+    manifests = {part.path: _manifest(part.path) for part in parts}
+    stored = [held for name, held in manifests.items() if is_url(name) and held is not None]
+    if stored:
+        check_room_for_all(stored, split, cache or CacheSettings())
+    having = parts if split == "train" else [part for part in parts if _has(part.path, manifests[part.path], split)]
+    having = having or parts
     opened = [open_source(part.path, split, cache) for part in having]
     known = [list(source.classes) for source in opened]
-    known += [_classes(Path(part.path)) for part in parts if part not in having]
+    known += [_classes(part.path, manifests[part.path]) for part in parts if part not in having]
     alike = all(classes == known[0] for classes in known)
     classes = known[0] if alike else sorted({name for classes in known for name in classes})
     return MixedSource(opened, classes, [part.weight for part in having] if split == "train" else None)
@@ -74,13 +79,25 @@ def portions(path: str) -> list[Portion]:
     return parts
 
 
-def _has(root: Path, split: str) -> bool:
-    return split in read_manifest(root).splits if is_shards_folder(root) else is_folder(root / split)
+def in_stores(path: str) -> bool:
+    """Whether the data set of this ``--data-path``, or one of several, is in a store."""
+    return any(is_url(part.path) for part in portions(path)) or is_url(path)
 
 
-def _classes(root: Path) -> list[str]:
+def _manifest(path: str) -> Manifest | None:
+    """Of shards; None for a folder of images."""
+    if is_url(path):
+        return fetch_manifest(open_store(path))
+    return read_manifest(Path(path)) if is_shards_folder(Path(path)) else None
+
+
+def _has(path: str, manifest: Manifest | None, split: str) -> bool:
+    return is_folder(Path(path, split)) if manifest is None else split in manifest.splits
+
+
+def _classes(path: str, manifest: Manifest | None) -> list[str]:
     """Of the training images."""
-    return read_manifest(root).classes if is_shards_folder(root) else class_folders(root / "train")
+    return class_folders(Path(path, "train")) if manifest is None else manifest.classes
 
 
 def _shares(weights: Sequence[float], samples: int) -> list[int]:
@@ -90,6 +107,38 @@ def _shares(weights: Sequence[float], samples: int) -> list[int]:
     for place in sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])[: samples - sum(shares)]:
         shares[place] += 1
     return shares
+
+
+class _PartOfRoute:
+    """What of a route is images of one of the sources, by their numbers there.
+
+    Args:
+        first, end: the numbers of its images in the whole.
+    """
+
+    def __init__(self, whole: Route, first: int, end: int) -> None:
+        self.whole, self._first, self._end = whole, first, end
+        self._epochs: dict[int, np.ndarray] = {}  # where its images come
+
+    @property
+    def by_shard(self) -> bool:
+        return self.whole.by_shard
+
+    @property
+    def endless(self) -> bool:
+        return self.whole.endless
+
+    def drawn(self, epoch: int) -> np.ndarray:
+        drawn = self.whole.drawn(epoch)
+        self._epochs = {known: places for known, places in self._epochs.items() if abs(known - epoch) < 2}
+        self._epochs[epoch] = places = np.flatnonzero((drawn >= self._first) & (drawn < self._end))
+        ids: np.ndarray = drawn[places] - self._first
+        return ids
+
+    def drawn_before(self, epoch: int, step: int) -> int:
+        if epoch not in self._epochs:
+            self.drawn(epoch)
+        return int(np.searchsorted(self._epochs[epoch], self.whole.drawn_before(epoch, step)))
 
 
 class MixedSource:
@@ -115,6 +164,7 @@ class MixedSource:
                 "raise it, or leave that data set out",
             )
         self.mixture = tuple(zip(lengths, shares, strict=True))
+        self._routes: list[_PartOfRoute] | None = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -140,7 +190,11 @@ class MixedSource:
         return None
 
     def follow(self, route: Route, epoch: int, step: int) -> None:
-        """Nothing: mixed sets are in folders."""
+        if self._routes is None or self._routes[0].whole is not route:
+            bounds = itertools.pairwise(self._firsts.tolist())
+            self._routes = [_PartOfRoute(route, *own) for own in bounds]
+        for source, own in zip(self._sources, self._routes, strict=True):
+            source.follow(own, epoch, step)
 
     def will_need(self, ids: np.ndarray) -> None:
         for number, places in self._by_source(ids):

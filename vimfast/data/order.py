@@ -165,8 +165,8 @@ class Order:
         count = min(-(-self.steps * self.global_batch // self.repeats), self.samples)
         return self._images(epoch, np.arange(count))
 
-    def drawn_before(self, step: int) -> int:
-        """How many of :meth:`drawn` are seen before a step; an image that both see does not count."""
+    def drawn_before(self, epoch: int, step: int) -> int:
+        """How many of :meth:`drawn` are seen before a step, in any epoch; an image that both see does not count."""
         return step * self.global_batch // self.repeats
 
     def step(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:

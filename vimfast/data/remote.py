@@ -23,7 +23,7 @@ from vimfast.data.fetching import Fetcher, Shards, Timeline
 from vimfast.data.tars import Place, Route, allow_open_files
 from vimfast.errors import UserError, counted
 from vimfast.files import read_at
-from vimfast.shards.format import Manifest
+from vimfast.shards.format import Manifest, SplitEntry
 from vimfast.stores import Store
 
 _REQUESTS_AT_ONCE = 64  # for images; a store takes some 30 ms to answer each
@@ -43,8 +43,7 @@ def remote_tars(store: Store, manifest: Manifest, split: str, index: np.ndarray,
     if settings.size == 0:
         return RemoteTars(shards, None, 0)
     cache = Cache(settings.path, settings.size)
-    read = manifest.splits.values() if split == "train" else [entry]  # training evaluates too
-    _check_disk(cache, sum(shard.bytes for entry in read for shard in entry.shards))
+    _check_disk(cache, sum(shard.bytes for read in _read_with(manifest, split) for shard in read.shards))
     return RemoteTars(shards, cache, most_held(manifest, split, settings.size))
 
 
@@ -70,6 +69,28 @@ def most_held(manifest: Manifest, split: str, size: int | None) -> int:
             f"give {(others + 2) * largest:,} or more, or 0 to keep nothing",
         )
     return fit - others if split == "train" else 2
+
+
+def check_room_for_all(manifests: Sequence[Manifest], split: str, settings: CacheSettings) -> None:
+    """Whether a cache can hold the shards of several data sets at a time: mixed, each batch reads from all of them.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if settings.size == 0:
+        return
+    data = sum(shard.bytes for manifest in manifests for entry in _read_with(manifest, split) for shard in entry.shards)
+    if settings.size is not None and settings.size < data:
+        raise UserError(
+            f"--cache-size {settings.size:,} cannot hold the {data:,} bytes of shards, which mixed data sets need",
+            f"give {data:,} or more, or 0 to keep nothing",
+        )
+    _check_disk(Cache(settings.path, settings.size), data)
+
+
+def _read_with(manifest: Manifest, split: str) -> list[SplitEntry]:
+    """The splits that a run reads: one that trains also evaluates."""
+    return [entry for name, entry in manifest.splits.items() if split in ("train", name)]
 
 
 def _check_disk(cache: Cache, data: int) -> None:

@@ -44,7 +44,7 @@ class Route(Protocol):
     def drawn(self, epoch: int) -> np.ndarray:
         """The ids of the images of an epoch, in order; int [n]."""
 
-    def drawn_before(self, step: int) -> int:
+    def drawn_before(self, epoch: int, step: int) -> int:
         """How many of them come before a step."""
 
 

@@ -10,6 +10,7 @@ from vimfast.checkpoint import Loaded
 from vimfast.config import Batches, Config, DataConfig
 from vimfast.data.cache import CacheSettings
 from vimfast.data.loader import Loader, LoaderSettings
+from vimfast.data.mixed import in_stores
 from vimfast.data.order import Order
 from vimfast.data.relabelling import numbered, open_mapped
 from vimfast.data.source import Source
@@ -17,7 +18,6 @@ from vimfast.data.views import Evaluation, Stage, Stages, crop_view
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
-from vimfast.stores import is_url
 from vimfast.train.continuity import check_classes, check_every_class
 from vimfast.train.report import Reporter
 
@@ -70,7 +70,7 @@ def open_training_source(cfg: Config, classes: Sequence[str] | None = None) -> S
         check_every_class(classes, source.class_counts(), data.data_path)
     if not cfg.mix.soft_targets:
         return source
-    if is_url(data.data_path):
+    if in_stores(data.data_path):
         raise UserError(
             f"--soft-targets needs the name of each of {len(source):,} images, and {data.data_path} would be asked for "
             "every one of them",

@@ -7,9 +7,9 @@ from torch import nn
 
 from vimfast.config import Config
 from vimfast.data.loader import Loader
+from vimfast.data.mixed import in_stores
 from vimfast.dist import World
 from vimfast.errors import counted
-from vimfast.stores import is_url
 from vimfast.train.compiling import is_compiled
 from vimfast.train.device import kernels
 from vimfast.train.loaders import cache_settings
@@ -84,7 +84,7 @@ def _decoding(loader: Loader) -> str:
 def _cache(cfg: Config) -> str:
     """Of the shards of a store."""
     settings = cache_settings(cfg.data)
-    if not is_url(cfg.data.data_path):
+    if not in_stores(cfg.data.data_path):
         return ""
     if settings.size == 0:
         return "none: images are read from the store one by one"

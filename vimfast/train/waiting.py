@@ -8,8 +8,8 @@ from vimfast import dist
 from vimfast.config import DataConfig
 from vimfast.data.hardware import available_cores
 from vimfast.data.loader import Loader
+from vimfast.data.mixed import in_stores
 from vimfast.data.source import ShardSource
-from vimfast.stores import is_url
 from vimfast.train.loop import Place, TrainingRun
 from vimfast.train.pace import Stretch
 
@@ -99,7 +99,7 @@ class DataWaits:
 
 def reading_advice(data: DataConfig, loader: Loader) -> str:
     """What helps where the bytes of images come too late."""
-    if is_url(data.data_path):
+    if in_stores(data.data_path):
         return "the store sends shards too slowly; a cache that holds all of them (--cache-size) reads each only once"
     if isinstance(loader.source, ShardSource):
         return f"--readahead {4 * data.readahead} asks the disk earlier; a faster disk, or more memory, helps too"
