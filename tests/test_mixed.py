@@ -175,11 +175,11 @@ def test_shards_come_in_the_order_of_the_images_of_their_set(local: Path, shards
     mixed = open_data(f"{local}:0.5 {shards}:0.5", "train")
     order = Order(len(mixed), 4, mixture=mixed.mixture)
     part = _PartOfRoute(order, 0, IMAGES)
-    timeline = Timeline(part, np.arange(IMAGES) // IN_SHARD, IMAGES // IN_SHARD)
+    timeline = Timeline(part, np.arange(0, IMAGES + 1, IN_SHARD))
     for epoch, step in ((0, 0), (1, order.steps // 2), (4, order.steps - 1)):
         ids = np.concatenate([order.step(epoch, place)[1] for place in range(step, order.steps)])
         here = list(dict.fromkeys((ids[ids < IMAGES] // IN_SHARD).tolist()))
-        coming = timeline.from_here(epoch, step)
+        coming = timeline.from_here(epoch, step, IMAGES)
         assert set(coming[: len(here)]) == set(here)
         assert sorted(coming) == list(range(IMAGES // IN_SHARD))
 

@@ -22,9 +22,10 @@ from runs import TINY, Stops, differences, environment, refused, train
 from vimfast import check_data
 from vimfast.commands import show
 from vimfast.config import DataConfig, load_config
+from vimfast.data import fetching
 from vimfast.data.cache import Cache, NoRoom
 from vimfast.data.fetching import Fetcher, Timeline
-from vimfast.data.order import Order
+from vimfast.data.order import Detour, Order
 from vimfast.data.source import Source, open_source
 from vimfast.errors import UserError
 
@@ -56,7 +57,7 @@ def test_batches_are_those_of_the_disk(local: Path, remote: Proxy, tmp_path: Pat
 READS_ALL = """
 import sys
 from vimfast.data.cache import CacheSettings
-from vimfast.data.order import Order
+from vimfast.data.order import Detour, Order
 from vimfast.data.source import open_source
 
 source = open_source(sys.argv[1], "train", CacheSettings(sys.argv[2]))
@@ -406,21 +407,72 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 # The order in which shards come
 
 
-def test_shards_come_in_the_order_of_their_first_images() -> None:
-    shard = np.repeat(np.arange(6), 4)
+@pytest.mark.parametrize("places", [1 << 18, 7])
+def test_shards_come_in_the_order_of_their_first_images(monkeypatch: pytest.MonkeyPatch, places: int) -> None:
+    """However many places of an epoch are looked at together."""
+    monkeypatch.setattr(fetching, "_PLACES", places)
     bounds = tuple(range(0, 25, 4))
     for order in (
         Order(24, 4, bounds=bounds, window=2),
         Order(24, 4),
+        Order(24, 4, limit=3),
         Order(24, 2, repeats=3, bounds=bounds, window=2),
+        Order(24, 4, detours=(Detour(0, 2, 1),)),
     ):
-        timeline = Timeline(order, shard, 6)
-        for epoch, step in ((0, 0), (0, 3), (3, order.steps - 1)):
-            coming = timeline.from_here(epoch, step)
-            here = [shard[i] for s in range(step, order.steps) for i in order.step(epoch, s)[1]]
-            following = [shard[i] for s in range(order.steps) for i in order.step(epoch + 1, s)[1]]
+        timeline = Timeline(order, np.array(bounds))
+        for epoch, step in ((0, 0), (0, 2), (3, order.steps - 1)):
+            coming = timeline.from_here(epoch, step, 6)
+            here = [i // 4 for s in range(step, order.steps) for i in order.step(epoch, s)[1]]
+            following = [i // 4 for s in range(order.steps) for i in order.step(epoch + 1, s)[1]]
             wanted = list(dict.fromkeys(here))
             assert set(coming[: len(wanted)]) == set(wanted)
             assert list(dict.fromkeys([*wanted, *following]))[len(wanted) :] == coming[len(wanted) :]
+            assert timeline.from_here(epoch, step, 2) == coming[:2]
     evaluation = Order(24, 5, shuffle=False, drop_last=False)
-    assert Timeline(evaluation, shard, 6).from_here(0, 2) == [2, 3, 4, 5]
+    assert Timeline(evaluation, np.array(bounds)).from_here(0, 2, 6) == [2, 3, 4, 5]
+
+
+# A large index
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of any size is too large for memory."""
+    monkeypatch.setattr("vimfast.shards.rows.MOST_IN_MEMORY", 1)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_index_is_kept_in_the_cache(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    order = by_window(open_source(local, "train"))
+    wanted = batches(open_source(local, "train"), 20, **order)
+    remote.troubles = [Trouble("train.index.npy", 1, flip=500)]
+    away = open_source(URL, "train", settings(tmp_path))
+    assert_same(batches(away, 20, **order), wanted)
+    assert remote.asked("train.index.npy") == 2, "what was damaged on its way is fetched again"
+    assert_same(batches(open_source(URL, "train", settings(tmp_path)), 20, **order), wanted)
+    assert remote.asked("train.index.npy") == 2
+    cache = Cache(tmp_path, 1000)
+    with pytest.raises(NoRoom):
+        cache.begin("x/y", 900)
+    assert list(tmp_path.rglob("train.index.npy")), "it is held while it is in use"
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_index_that_cannot_be_kept(local: Path, remote: Proxy, tmp_path: Path) -> None:
+    remote.troubles = [Trouble("train.index.npy", flip=500)]
+    with pytest.raises(UserError, match=rf"{URL}/train.index.npy is damaged: its checksum is not .*; copy it to"):
+        open_source(URL, "train", settings(tmp_path))
+    assert not list(tmp_path.rglob("*.part"))
+    remote.troubles = []
+    with pytest.raises(UserError, match=rf"has no room for the [\d,]+ bytes of {URL}/train.index.npy .the size"):
+        open_source(URL, "train", settings(tmp_path, 1000))
+    size = 4 * shard_bytes(local)
+    with pytest.raises(UserError, match=rf"--cache-size {size:,} is less than .* and the [\d,]+ of the indexes; give"):
+        open_source(URL, "train", settings(tmp_path, size))
+    open_source(URL, "train", settings(tmp_path, 0)).read(np.arange(4))
+    (copy,) = tmp_path.rglob("train.index.npy")
+    with copy.open("r+b") as file:
+        file.seek(500)
+        file.write(b"\0\0\0\0\0\0")
+    with pytest.raises(UserError, match=rf"{copy} is damaged: .*; delete it and run again, which fetches it again"):
+        open_source(URL, "train", settings(tmp_path)).class_counts()

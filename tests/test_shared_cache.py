@@ -85,7 +85,7 @@ class Ranks:
 
 def by_need(folder: Path) -> list[str]:
     """The shards, in the order in which the first of their images are needed."""
-    shards = order_of(open_source(folder, "train")).drawn(0) // IN_SHARD
+    shards = order_of(open_source(folder, "train")).drawn(0, 0, IMAGES)[1] // IN_SHARD
     return [shard_name("train", shard) for shard in dict.fromkeys(shards.tolist())]
 
 

@@ -1,6 +1,7 @@
 """How a set as large as ImageNet-21k opens: time, memory of a rank, and the order of an epoch.
 
     python tools/bench_large.py /data/large --images 14200000
+    python tools/bench_large.py /data/large --cache /data/cache     # from a store on loopback
 
 The folder gets an index of random rows and tars without content; images are not read.
 """
@@ -11,10 +12,14 @@ import argparse
 import os
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from vimfast.data.cache import CacheSettings
+from vimfast.data.fetching import Timeline
 from vimfast.data.order import Order
 from vimfast.data.source import ShardSource, open_source
 from vimfast.shards.format import (
@@ -62,18 +67,37 @@ def own_memory() -> int:
     return int(lines["RssAnon"].split()[0]) << 10
 
 
+@contextmanager
+def opened_from(args: argparse.Namespace) -> Iterator[tuple[Path | str, CacheSettings | None]]:
+    """The folder, or its URL on a server and a cache that holds some of its shards."""
+    if args.cache is None:
+        yield args.folder, None
+        return
+    from bench_remote import served
+
+    with served(args.folder) as url:
+        yield url, CacheSettings(str(args.cache), 8 * BYTES)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="made if it is not there; 0.5 GB")
     parser.add_argument("--images", type=int, default=14_200_000)
+    parser.add_argument("--cache", type=Path, help="read the folder through a server and a cache in this one; 0.5 GB")
     args = parser.parse_args()
     if not args.folder.exists():
         make(args.folder, args.images)
-    before, begin = own_memory(), time.perf_counter()
-    source = open_source(args.folder, "train")
+    with opened_from(args) as (place, cache):
+        measure(place, cache)
+
+
+def measure(place: Path | str, cache: CacheSettings | None) -> None:
+    """Open it, look at the order of two epochs, and print."""
+    before, begin, processor = own_memory(), time.perf_counter(), time.thread_time()
+    source = open_source(place, "train", cache)
     assert isinstance(source, ShardSource)
-    opened = time.perf_counter()
+    opened, processor = time.perf_counter(), time.thread_time() - processor
     source.class_counts()
     checked = time.perf_counter()
     order = Order(len(source), 128, repeats=3)
@@ -84,9 +108,17 @@ def main() -> None:
     for step in range(200):
         source._rows[order.step(1, step)[1]]
     batches = time.perf_counter()
-    print(f"{len(source):,} images: open in {opened - begin:.3f} s, index checked {checked - opened:.2f} s later")
+    print(
+        f"{len(source):,} images: open in {opened - begin:.3f} s, {processor:.3f} of them of the processor; "
+        f"index checked {checked - opened:.2f} s later"
+    )
     print(f"first batch of the next epoch: {1e3 * (next_epoch - first):.2f} ms ({len(positions)}, {ids[0]})")
     print(f"order and rows of a batch of 128: {1e3 * (batches - next_epoch) / 200:.2f} ms")
+    if cache is not None:
+        for kind, route in (("all", order), ("a window", Order(len(source), 128, bounds=source.bounds()))):
+            begin = time.perf_counter()
+            Timeline(route, np.array(source.bounds())).from_here(0, 0, 8)
+            print(f"next shards of an order of {kind}: {time.perf_counter() - begin:.2f} s")
     print(f"memory of its own: {(own_memory() - before) / 1e6:.0f} MB")
 
 

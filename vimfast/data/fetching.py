@@ -6,8 +6,10 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,51 +18,69 @@ from vimfast.data.tars import Route
 from vimfast.errors import UserError, counted
 from vimfast.files import read_at
 from vimfast.shards.format import ShardEntry
+from vimfast.shards.rows import Rows
 from vimfast.stores import Store, name_in
 
 _SHARDS_AT_ONCE = 3  # of a process: while the last bytes of one come, and are checked, those of the next do
 _PARTS_AT_ONCE = 4  # of a shard
 _PART_BYTES = 8 << 20
+_PLACES = 1 << 18  # of an epoch, looked at together
 _POLL, _ROOM_POLL = 0.05, 1.0  # seconds between two looks at what other processes fetch, and at what they let go of
 
 
 class Timeline:
-    """When the shards of a route are needed, in numbers of images from the beginning of an epoch.
+    """When the shards of a route are needed, in places of an epoch.
+
+    An epoch is looked at in blocks: that of 14 million images would take some 300 MB as a whole.
 
     Args:
-        shard: the shard of each image; integers [N].
-        count: how many shards there are.
+        firsts: the first image of each shard, and the number of all images; int64 [shards + 1].
     """
 
-    def __init__(self, route: Route, shard: np.ndarray, count: int) -> None:
+    def __init__(self, route: Route, firsts: np.ndarray) -> None:
         self.route = route
-        self._shard, self._count = shard, count
+        self._firsts = firsts
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def from_here(self, epoch: int, step: int) -> list[int]:
-        """The shards that are read from a step on, by when they are needed first; those of the next epoch come last."""
-        here = self.route.drawn_before(epoch, step)
+    def from_here(self, epoch: int, step: int, most: int) -> list[int]:
+        """The shards that are read from a step on, by when they are needed first, at most so many; those of the next
+        epoch come last."""
+        here = self.route.drawn_before(step)
         order, last = self._epoch(epoch)
         coming: list[int] = order[last[order] >= here].tolist()
-        if self.route.endless:
+        if self.route.endless and len(coming) < most:
             following, _ = self._epoch(epoch + 1)
             known = set(coming)
             coming += [shard for shard in following.tolist() if shard not in known]
         for past in self._epochs.keys() - {epoch, epoch + 1}:
             del self._epochs[past]
-        return coming
+        return coming[:most]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards that are read at all, by their first images; and of each shard, where its last image comes."""
         if epoch not in self._epochs:
-            shards = self._shard[self.route.drawn(epoch)]
-            first, last = np.full(self._count, len(shards)), np.full(self._count, -1)
-            places = np.arange(len(shards))
-            last[shards] = places  # of equal ones, the last counts
-            first[shards[::-1]] = places[::-1]
+            end, count = self.route.length, len(self._firsts) - 1
+            first, last = np.full(count, end), np.full(count, -1)
+            blocks = deque(range(0, end, _PLACES))
+            while blocks and (first == end).any():
+                shards, places = self._block(epoch, blocks.popleft())
+                last[shards] = places  # of equal ones, the last counts
+                fresh = first[shards] == end
+                first[shards[fresh][::-1]] = places[fresh][::-1]
+            ended = np.zeros(count, bool)
+            while blocks and not ended.all():  # from the end on; all shards have begun before
+                shards, places = self._block(epoch, blocks.pop())
+                fresh = ~ended[shards]
+                last[shards[fresh]] = places[fresh]
+                ended[shards] = True
             order = np.argsort(first, kind="stable")
-            self._epochs[epoch] = order[first[order] < len(shards)], last
+            self._epochs[epoch] = order[first[order] < end], last
         return self._epochs[epoch]
+
+    def _block(self, epoch: int, begin: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of the images at some places, and those places."""
+        places, ids = self.route.drawn(epoch, begin, begin + _PLACES)
+        return np.searchsorted(self._firsts, ids, "right") - 1, places
 
 
 @dataclass(frozen=True)
@@ -69,13 +89,18 @@ class Shards:
 
     Args:
         key: their folder in the cache.
-        index: rows of all images, ``INDEX_DTYPE``, in the order of shards.
+        rows: of the index, of all images.
     """
 
     store: Store
     key: str
     entries: Sequence[ShardEntry]
-    index: np.ndarray
+    rows: Rows
+
+    @cached_property
+    def firsts(self) -> np.ndarray:
+        """The first image of each shard, and the number of all images; int64 [shards + 1]."""
+        return np.cumsum([0, *(entry.samples for entry in self.entries)])
 
     def cached_name(self, shard: int) -> str:
         """In the cache."""
@@ -87,8 +112,7 @@ class Shards:
 
     def damaged(self, shard: int, file: int) -> int:
         """How many images of a copy of this shard, an open file, are not what was stored."""
-        begin, end = np.searchsorted(self.index["shard"], [shard, shard + 1]).tolist()
-        rows = self.index[begin:end]
+        rows = self.rows[np.arange(*self.firsts[shard : shard + 2])]
         places = zip(rows["offset"].tolist(), rows["size"].tolist(), rows["crc32"].tolist(), strict=True)
         return sum(zlib.crc32(read_at(file, offset, size)) != stored for offset, size, stored in places)
 
@@ -97,12 +121,10 @@ class Fetcher:
     """Keeps the shards that are read next in the cache, and held. Other processes do the same with the same cache:
     each fetches what is not there and no other is fetching.
 
-    Args:
-        most: shards held at a time; the rest of the cache is for other data, and for what was used before.
     """
 
-    def __init__(self, shards: Shards, cache: Cache, most: int) -> None:
-        self._shards, self._cache, self._most = shards, cache, most
+    def __init__(self, shards: Shards, cache: Cache) -> None:
+        self._shards, self._cache = shards, cache
         self._changed = threading.Condition()
         self._wanted: list[int] = []  # by when they are needed
         self._held: dict[int, Held] = {}
@@ -114,8 +136,8 @@ class Fetcher:
             threading.Thread(target=self._work, name="fetch", daemon=True).start()
 
     def want(self, shards: Sequence[int]) -> None:
-        """These are read next, in this order of first need; others are let go of."""
-        wanted = list(shards[: self._most])
+        """These are read next, in this order of first need, and held at a time; others are let go of."""
+        wanted = list(shards)
         with self._changed:
             if wanted == self._wanted:
                 return
@@ -268,29 +290,41 @@ class Fetcher:
             raise
 
     def _copy(self, shard: int, file: int) -> None:
-        """All parts of a shard, several at a time. None is being written any more when this ends."""
         entry = self._shards.entries[shard]
-        left = iter(range(0, entry.bytes, _PART_BYTES))  # next() on it is atomic
-        errors: list[Exception] = []
+        copy(self._shards.store, entry.name, entry.bytes, file, lambda: self._closed)
 
-        def copy_some() -> None:
-            try:
-                for offset in left:
-                    if errors or self._closed:
-                        return
-                    size = min(_PART_BYTES, entry.bytes - offset)
-                    _write(file, offset, self._shards.store.read_range(entry.name, offset, size))
-            except Exception as error:
-                errors.append(error)
 
-        # Not a pool's: those are waited for when the interpreter ends, even if their store does not answer.
-        threads = [threading.Thread(target=copy_some, name="fetch-part", daemon=True) for _ in range(_PARTS_AT_ONCE)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
+def copy(store: Store, name: str, size: int, file: int, ended: Callable[[], bool] = lambda: False) -> None:
+    """Write an object of `size` bytes to an open file, in parts, several at a time. None is being written any more when
+    this returns.
+
+    Args:
+        ended: asked before each part whether to leave it at that.
+
+    Raises:
+        UserError: it cannot be read, or is too short.
+        OSError: it cannot be written.
+    """
+    left = iter(range(0, size, _PART_BYTES))  # next() on it is atomic
+    errors: list[Exception] = []
+
+    def copy_some() -> None:
+        try:
+            for offset in left:
+                if errors or ended():
+                    return
+                _write(file, offset, store.read_range(name, offset, min(_PART_BYTES, size - offset)))
+        except Exception as error:
+            errors.append(error)
+
+    # Not a pool's: those are waited for when the interpreter ends, even if their store does not answer.
+    threads = [threading.Thread(target=copy_some, name="fetch-part", daemon=True) for _ in range(_PARTS_AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _write(file: int, offset: int, data: bytes) -> None:

@@ -118,7 +118,6 @@ class _PartOfRoute:
 
     def __init__(self, whole: Route, first: int, end: int) -> None:
         self.whole, self._first, self._end = whole, first, end
-        self._epochs: dict[int, np.ndarray] = {}  # where its images come
 
     @property
     def by_shard(self) -> bool:
@@ -128,17 +127,17 @@ class _PartOfRoute:
     def endless(self) -> bool:
         return self.whole.endless
 
-    def drawn(self, epoch: int) -> np.ndarray:
-        drawn = self.whole.drawn(epoch)
-        self._epochs = {known: places for known, places in self._epochs.items() if abs(known - epoch) < 2}
-        self._epochs[epoch] = places = np.flatnonzero((drawn >= self._first) & (drawn < self._end))
-        ids: np.ndarray = drawn[places] - self._first
-        return ids
+    @property
+    def length(self) -> int:
+        return self.whole.length
 
-    def drawn_before(self, epoch: int, step: int) -> int:
-        if epoch not in self._epochs:
-            self.drawn(epoch)
-        return int(np.searchsorted(self._epochs[epoch], self.whole.drawn_before(epoch, step)))
+    def drawn(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        places, ids = self.whole.drawn(epoch, begin, end)
+        own = (ids >= self._first) & (ids < self._end)
+        return places[own], ids[own] - self._first
+
+    def drawn_before(self, step: int) -> int:
+        return self.whole.drawn_before(step)
 
 
 class MixedSource:

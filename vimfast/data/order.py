@@ -160,13 +160,19 @@ class Order:
         """Whether another epoch follows each, as in training."""
         return self.shuffle
 
-    def drawn(self, epoch: int) -> np.ndarray:
-        """The images that all ranks see in an epoch, in order; int [n]. Repeats are left out."""
-        count = min(-(-self.steps * self.global_batch // self.repeats), self.samples)
-        return self._images(epoch, np.arange(count))
+    @property
+    def length(self) -> int:
+        """How many images all ranks see in an epoch, without repeats."""
+        return min(-(-self.steps * self.global_batch // self.repeats), self.samples)
 
-    def drawn_before(self, epoch: int, step: int) -> int:
-        """How many of :meth:`drawn` are seen before a step, in any epoch; an image that both see does not count."""
+    def drawn(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images that all ranks see from one to another place of an epoch without repeats: those places, and the
+        images; int64 [n]."""
+        places = np.arange(begin, min(end, self.length))
+        return places, self._images(epoch, places.copy())
+
+    def drawn_before(self, step: int) -> int:
+        """How many images are seen before a step, in any epoch; one that is seen in it too does not count."""
         return step * self.global_batch // self.repeats
 
     def step(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:

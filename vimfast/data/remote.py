@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from vimfast.data.cache import Cache, CacheSettings, Held
 from vimfast.data.fetching import Fetcher, Shards, Timeline
+from vimfast.data.remote_rows import bytes_in_cache, key_of
 from vimfast.data.tars import Place, Route, allow_open_files
 from vimfast.errors import UserError, counted
 from vimfast.files import read_at
 from vimfast.shards.format import Manifest, SplitEntry
+from vimfast.shards.rows import Rows
 from vimfast.stores import Store
 
 _REQUESTS_AT_ONCE = 64  # for images; a store takes some 30 ms to answer each
@@ -31,19 +31,18 @@ _PATIENCE = 240.0  # seconds that a batch waits for a shard; less than a run may
 _TELL_AFTER, _TELL_EVERY = 10.0, 30.0  # seconds of waiting
 
 
-def remote_tars(store: Store, manifest: Manifest, split: str, index: np.ndarray, settings: CacheSettings) -> RemoteTars:
+def remote_tars(store: Store, manifest: Manifest, split: str, rows: Rows, settings: CacheSettings) -> RemoteTars:
     """The tars of one split of a shards folder in a store, with their cache.
 
     Raises:
         UserError: the cache cannot be used.
     """
     entry = manifest.splits[split]
-    # The index has the checksum of every image, so its own is as good as a name for all of them, wherever they are.
-    shards = Shards(store, f"{split}-{entry.samples}-{entry.index_crc32:08x}", entry.shards, index)
+    shards = Shards(store, key_of(split, entry), entry.shards, rows)
     if settings.size == 0:
         return RemoteTars(shards, None, 0)
     cache = Cache(settings.path, settings.size)
-    _check_disk(cache, sum(shard.bytes for read in _read_with(manifest, split) for shard in read.shards))
+    _check_disk(cache, sum(map(_bytes, _read_with(manifest, split))))
     return RemoteTars(shards, cache, most_held(manifest, split, settings.size))
 
 
@@ -57,16 +56,16 @@ def most_held(manifest: Manifest, split: str, size: int | None) -> int:
         UserError: too few fit.
     """
     entries = manifest.splits.values()
-    own = manifest.splits[split].shards
-    if size is None or sum(shard.bytes for entry in entries for shard in entry.shards) <= size:
-        return max(len(own), 1)
+    if size is None or sum(map(_bytes, entries)) <= size:
+        return max(len(manifest.splits[split].shards), 1)
     largest = max(shard.bytes for entry in entries for shard in entry.shards)
-    others = 2 * (len(manifest.splits) - 1)
-    fit = size // largest
+    others, indexes = 2 * (len(manifest.splits) - 1), sum(map(bytes_in_cache, entries))
+    fit = (size - indexes) // largest
     if fit < others + 2:
+        and_indexes = f" and the {indexes:,} of the indexes" if indexes else ""
         raise UserError(
-            f"--cache-size {size:,} is less than {others + 2} of the shards, of up to {largest:,} bytes",
-            f"give {(others + 2) * largest:,} or more, or 0 to keep nothing",
+            f"--cache-size {size:,} is less than {others + 2} of the shards, of up to {largest:,} bytes{and_indexes}",
+            f"give {(others + 2) * largest + indexes:,} or more, or 0 to keep nothing",
         )
     return fit - others if split == "train" else 2
 
@@ -79,7 +78,7 @@ def check_room_for_all(manifests: Sequence[Manifest], split: str, settings: Cach
     """
     if settings.size == 0:
         return
-    data = sum(shard.bytes for manifest in manifests for entry in _read_with(manifest, split) for shard in entry.shards)
+    data = sum(_bytes(entry) for manifest in manifests for entry in _read_with(manifest, split))
     if settings.size is not None and settings.size < data:
         raise UserError(
             f"--cache-size {settings.size:,} cannot hold the {data:,} bytes of shards, which mixed data sets need",
@@ -91,6 +90,11 @@ def check_room_for_all(manifests: Sequence[Manifest], split: str, settings: Cach
 def _read_with(manifest: Manifest, split: str) -> list[SplitEntry]:
     """The splits that a run reads: one that trains also evaluates."""
     return [entry for name, entry in manifest.splits.items() if split in ("train", name)]
+
+
+def _bytes(entry: SplitEntry) -> int:
+    """What a split takes of a cache."""
+    return sum(shard.bytes for shard in entry.shards) + bytes_in_cache(entry)
 
 
 def _check_disk(cache: Cache, data: int) -> None:
@@ -137,13 +141,13 @@ class RemoteTars:
             return
         if self._fetcher is None:
             allow_open_files(self.most)
-            self._fetcher = Fetcher(self._shards, self.cache, self.most)
+            self._fetcher = Fetcher(self._shards, self.cache)
             weakref.finalize(self, self._fetcher.close)
         if self._timeline is None or self._timeline.route is not route:
-            self._timeline = Timeline(route, self._shards.index["shard"], len(self._shards.entries))
+            self._timeline = Timeline(route, self._shards.firsts)
         if self._impatient and not self._fetcher.missing()[0]:
             self._impatient = False
-        self._fetcher.want(self._timeline.from_here(epoch, step))
+        self._fetcher.want(self._timeline.from_here(epoch, step, self.most))
 
     def will_need(self, places: Sequence[Place]) -> None:
         fresh = {} if self._waits else {place: self._request(place) for place in places if not self._held(place.shard)}

@@ -20,22 +20,21 @@ import numpy as np
 
 from vimfast.data.cache import CacheSettings
 from vimfast.data.remote import remote_tars
+from vimfast.data.remote_rows import remote_rows
 from vimfast.data.tars import LocalTars, Place, Route, Tars
 from vimfast.errors import UserError
 from vimfast.shards import jpeg
 from vimfast.shards.format import (
     Manifest,
     SplitEntry,
-    fetch_index,
     fetch_manifest,
-    index_name,
     is_shards_folder,
     read_manifest,
 )
 from vimfast.shards.origin import read_image
-from vimfast.shards.rows import Rows, open_rows, rows_in_memory
+from vimfast.shards.rows import Rows, open_rows
 from vimfast.shards.tree import FileList, class_folders, scan_split
-from vimfast.stores import is_url, name_in, open_store
+from vimfast.stores import is_url, open_store
 
 _TAR_BLOCK = 512
 
@@ -163,9 +162,8 @@ def _open_url(url: str, split: str, cache: CacheSettings) -> ShardSource:
     store = open_store(url)
     manifest = fetch_manifest(store)
     entry = _entry(manifest, split, store.url)
-    index = fetch_index(store, split, entry.samples, entry.index_crc32)
-    rows = rows_in_memory(index, entry, len(manifest.classes), name_in(store, index_name(split)))
-    return ShardSource(manifest.classes, entry, rows, remote_tars(store, manifest, split, index, cache))
+    rows = remote_rows(store, manifest, split, cache)
+    return ShardSource(manifest.classes, entry, rows, remote_tars(store, manifest, split, rows, cache))
 
 
 def _entry(manifest: Manifest, split: str, where: str) -> SplitEntry:

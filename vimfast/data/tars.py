@@ -41,11 +41,16 @@ class Route(Protocol):
     def endless(self) -> bool:
         """Whether another epoch follows each."""
 
-    def drawn(self, epoch: int) -> np.ndarray:
-        """The ids of the images of an epoch, in order; int [n]."""
+    @property
+    def length(self) -> int:
+        """How many places for images an epoch has."""
 
-    def drawn_before(self, epoch: int, step: int) -> int:
-        """How many of them come before a step."""
+    def drawn(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """The places from `begin` to `end` that have images (of whoever asks), ascending, and the ids of those; both
+        int64 [n]."""
+
+    def drawn_before(self, step: int) -> int:
+        """The first place of a step."""
 
 
 class Tars(Protocol):

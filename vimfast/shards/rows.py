@@ -56,10 +56,42 @@ def open_rows(folder: Path, split: str, entry: SplitEntry, classes: int) -> Rows
     Raises:
         UserError: it is missing, damaged, or other than the manifest says.
     """
-    if entry.samples > MOST_IN_MEMORY:
-        return _FileRows(folder, split, entry, _Check(entry, classes, str(folder / index_name(split))))
-    rows = read_index(folder, split, entry.samples, entry.index_crc32)
-    return rows_in_memory(rows, entry, classes, str(folder / index_name(split)))
+    path = folder / index_name(split)
+    if not stays_in_file(entry):
+        return rows_in_memory(read_index(folder, split, entry.samples, entry.index_crc32), entry, classes, str(path))
+    fix = f"copy it again, or rebuild it with vimfast-prepare --reindex {folder}"
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{path} {what}", fix) from None
+    except ValueError as error:
+        raise UserError(f"{path} is {error}", fix) from None
+    return rows_in_file(file, entry, classes, str(path), fix)
+
+
+def stays_in_file(entry: SplitEntry) -> bool:
+    """Whether the index is too large to be read whole."""
+    return entry.samples > MOST_IN_MEMORY
+
+
+def index_bytes(entry: SplitEntry) -> int:
+    """The size of the index's file."""
+    return len(index_header(entry.samples)) + entry.samples * INDEX_DTYPE.itemsize
+
+
+def rows_in_file(file: int, entry: SplitEntry, classes: int, where: str, fix: str) -> Rows:
+    """An index that stays in its file.
+
+    Args:
+        file: open; closed by what is returned.
+        where: it is, for a person to find it.
+        fix: what to do where it is damaged.
+
+    Raises:
+        UserError: it is other than the manifest says.
+    """
+    return _FileRows(file, entry, _Check(entry, classes, where, fix), where, fix)
 
 
 def rows_in_memory(rows: np.ndarray, entry: SplitEntry, classes: int, where: str) -> Rows:
@@ -85,14 +117,14 @@ class _Check:
         UserError: when it is called with rows that are not.
     """
 
-    def __init__(self, entry: SplitEntry, classes: int, where: str) -> None:
-        self.classes, self._where = classes, where
+    def __init__(self, entry: SplitEntry, classes: int, where: str, fix: str = _AGAIN) -> None:
+        self.classes, self._where, self._fix = classes, where, fix
         self._firsts = np.cumsum([0, *(shard.samples for shard in entry.shards)])
         self._bytes = np.array([shard.bytes for shard in entry.shards], np.uint64)
 
     def __call__(self, rows: np.ndarray, ids: np.ndarray) -> None:
         if wrong := self._wrong(rows, ids):
-            raise UserError(f"{self._where} is damaged: it {wrong}", _AGAIN)
+            raise UserError(f"{self._where} is damaged: it {wrong}", self._fix)
 
     def _wrong(self, rows: np.ndarray, ids: np.ndarray) -> str | None:
         shards = np.searchsorted(self._firsts, ids, "right") - 1
@@ -127,23 +159,14 @@ class _MemoryRows:
 
 
 class _FileRows:
-    def __init__(self, folder: Path, split: str, entry: SplitEntry, check: _Check) -> None:
-        self._path, self._entry, self._check = folder / index_name(split), entry, check
-        self._fix = f"copy it again, or rebuild it with vimfast-prepare --reindex {folder}"
+    def __init__(self, file: int, entry: SplitEntry, check: _Check, where: str, fix: str) -> None:
+        self._file, self._entry, self._check, self._where, self._fix = file, entry, check, where, fix
+        weakref.finalize(self, os.close, file).atexit = False  # threads may be reading still
         self._header = index_header(entry.samples)
-        try:
-            self._file = open_regular(self._path)
-        except OSError as error:
-            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise UserError(f"{self._path} {what}", self._fix) from None
-        except ValueError as error:
-            raise UserError(f"{self._path} is {error}", self._fix) from None
-        weakref.finalize(self, os.close, self._file).atexit = False  # threads may be reading still
-        expected = len(self._header) + entry.samples * INDEX_DTYPE.itemsize
-        if (size := os.fstat(self._file).st_size) != expected:
-            raise UserError(f"{self._path} has {size:,} bytes, not the {expected:,} of its samples", self._fix)
+        if (size := os.fstat(file).st_size) != (expected := index_bytes(entry)):
+            raise UserError(f"{where} has {size:,} bytes, not the {expected:,} of its samples", fix)
         if self._read(0, len(self._header)) != self._header:
-            raise UserError(f"{self._path} is damaged: its header is another than the manifest's", self._fix)
+            raise UserError(f"{where} is damaged: its header is another than the manifest's", fix)
         self._damage: UserError | None = None
         self._counts = np.zeros(check.classes, np.int64)
         self._thread = threading.Thread(target=self._check_all, name="check the index", daemon=True)
@@ -181,9 +204,9 @@ class _FileRows:
                 self._check(rows, np.arange(start, start + len(rows)))
                 self._counts += np.bincount(rows["label"], minlength=len(self._counts))
             if checksum != self._entry.index_crc32:
+                wanted = self._entry.index_crc32
                 raise UserError(
-                    f"{self._path} is damaged: its checksum is {checksum}, the manifest says {self._entry.index_crc32}",
-                    self._fix,
+                    f"{self._where} is damaged: its checksum is {checksum}, the manifest says {wanted}", self._fix
                 )
         except UserError as error:
             self._damage = error
@@ -200,7 +223,7 @@ class _FileRows:
         try:
             data = read_at(self._file, at, size)
         except OSError as error:
-            raise UserError(f"{self._path} cannot be read ({error.strerror})", "fix its disk, then resume") from None
+            raise UserError(f"{self._where} cannot be read ({error.strerror})", "fix its disk, then resume") from None
         if len(data) < size:
-            raise UserError(f"{self._path} was cut off while it was in use", f"{self._fix}, then resume")
+            raise UserError(f"{self._where} was cut off while it was in use", f"{self._fix}, then resume")
         return data
