@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import stat
+import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -91,8 +92,15 @@ class LocalTars:
     """
 
     def __init__(self, folder: Path, sizes: Sequence[tuple[str, int]]) -> None:
-        allow_open_files(len(sizes))
-        self._tars = [_Tar(folder / name, size) for name, size in sizes]
+        # A new file has the lowest free number, so this leaves half of the limit to everybody else.
+        most = allow_open_files(len(sizes)) // 2
+        self._tars: list[_Tar] = []
+        kept: list[int] = []
+        weakref.finalize(self, _close, kept).atexit = False  # threads may be reading still
+        for name, size in sizes:
+            self._tars.append(tar := _Tar(f"{folder}/{name}", size, most))
+            if tar.kept is not None:
+                kept.append(tar.kept)
 
     @property
     def widest_window(self) -> int | None:
@@ -112,7 +120,12 @@ class LocalTars:
         return self._tars[place.shard].read(place.offset, place.size)
 
     def name(self, shard: int) -> str:
-        return str(self._tars[shard].path)
+        return self._tars[shard].path
+
+
+def _close(files: Sequence[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 class _Tar:
@@ -122,18 +135,23 @@ class _Tar:
     It is opened once and stays open, so that a run reads the tars that it began with whatever becomes of their names;
     where too few open files are allowed, it is opened for each image.
 
+    A data set may have thousands, so this makes no more objects than it needs: no Path, no finalizer of its own.
+
+    Args:
+        most: the first number of an open file that is not kept.
+
     Raises:
         UserError: it cannot be read, or does not have its `size`.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    __slots__ = ("kept", "path")
+
+    def __init__(self, path: str, size: int, most: int) -> None:
         self.path = path
-        self._kept: int | None = None
+        self.kept: int | None = None
         file = self._open()
-        # A new file has the lowest free number, so this leaves half of the limit to everybody else.
-        if file < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
-            self._kept = file
-            weakref.finalize(self, os.close, file).atexit = False  # threads may be reading still
+        if file < most:
+            self.kept = file
         found = os.fstat(file)
         self._let_go(file)
         if not stat.S_ISREG(found.st_mode):
@@ -142,8 +160,8 @@ class _Tar:
             raise UserError(f"{path} has {found.st_size} bytes, the manifest says {size}", _AGAIN)
 
     def _open(self) -> int:
-        if self._kept is not None:
-            return self._kept
+        if self.kept is not None:
+            return self.kept
         try:
             return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -152,7 +170,7 @@ class _Tar:
             raise UserError(f"{self.path} cannot be opened ({error.strerror})", _opening(error)) from None
 
     def _let_go(self, file: int) -> None:
-        if file != self._kept:
+        if file != self.kept:
             os.close(file)
 
     def will_need(self, offset: int, size: int) -> None:
@@ -185,10 +203,12 @@ def _opening(error: OSError) -> str:
     return "fix its permissions, or the disk" if error.errno in (errno.EACCES, errno.EPERM, errno.EIO) else _AGAIN
 
 
-def allow_open_files(count: int) -> None:
-    """1,024 is a common limit, which any process may raise."""
+def allow_open_files(count: int) -> int:
+    """Raise the limit of open files for so many, as far as this process may (1,024 is common); the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        soft = max(soft, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
