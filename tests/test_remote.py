@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,32 @@ def test_bytes_changed_on_their_way_are_asked_for_again(local: Path, remote: Pro
     assert one_epoch(open_source(URL, "train", settings(tmp_path, 0)), False) == one_epoch(
         open_source(local, "train"), False
     )
+
+
+def test_a_full_cache_asks_of_the_system_what_a_disk_does(
+    local: Path, remote: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk to fetch an image ahead, and its bytes: for no image a file is opened, locked or touched."""
+    calls = Counter[str]()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return function(*arguments)
+
+        return call
+
+    found = []
+    for source in (open_source(local, "train"), open_source(URL, "train", settings(tmp_path))):
+        for _ in range(2):
+            one_epoch(source)
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "pread"), (os, "posix_fadvise"), (os, "open"), (os, "utime"), (fcntl, "flock")):
+                patch.setattr(module, name, counted(name, getattr(module, name)))
+            one_epoch(source)
+        found.append(dict(calls))
+        calls.clear()
+    assert found[0] == found[1] == {"pread": IMAGES, "posix_fadvise": IMAGES}
 
 
 def test_a_damaged_object_is_named(remote: Proxy, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from object_server import environment
@@ -63,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=30.0, help="of the limited store, ms")
     parser.add_argument("--window", type=int, default=2, help="shards")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5, help="of which the medians are compared")
+    parser.add_argument("--rounds", type=int, default=9, help="of the warm cache: epochs from each")
     parser.add_argument("--scratch", type=Path, help="for caches; default: a temporary folder")
     return parser.parse_args()
 
@@ -197,24 +198,59 @@ def decode_epoch(source: Source, order: Order) -> int:
     return count
 
 
+def forget(folder: Path) -> None:
+    """Have the system drop all tars below a folder from memory."""
+    for path in folder.rglob("*.tar"):
+        file = os.open(path, os.O_RDWR)
+        os.fdatasync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+class Rounds(NamedTuple):
+    """What epochs took, one for each round."""
+
+    rates: list[float]  # a second
+    processor: list[float]  # microseconds of processor time for an image, of all threads of this process
+
+
 def warm(args: argparse.Namespace) -> None:
-    """Medians of epochs, in turn from the disk and from a full cache."""
+    """Epochs in turn from the disk and from a full cache, which of them is first in turn, too.
+
+    Processor time is what to compare where something else runs.
+    """
     with served(args.data) as url, scratch(args) as folder:
         here, away = open_source(args.data, "train"), open_source(url, "train", CacheSettings(str(folder)))
         for _ in range(2):  # copies, and checksums
             read_epoch(here, order_of(here, args))
             read_epoch(away, order_of(away, args))
+        for tars in (args.data, folder):  # of a file just written, the system keeps larger pieces than of one it read
+            forget(tars)
+        read_epoch(here, order_of(here, args))
+        read_epoch(away, order_of(away, args))
         for what, unit, work in (("reading", "MB", read_epoch), ("loading", "images", decode_epoch)):
-            rates: tuple[list[float], list[float]] = ([], [])
-            for _ in range(args.rounds):
-                for source, found in zip((here, away), rates, strict=True):
-                    count, seconds, _ = timed(partial(work, source, order_of(source, args)))
-                    found.append(count / seconds / (1e6 if unit == "MB" else 1))
-            disk, cache = map(statistics.median, rates)
-            print(
-                f"{what}: {disk:,.0f} {unit}/s from the disk, {cache:,.0f} from the cache: {cache / disk:.1%}",
-                flush=True,
-            )
+            disk, cache = Rounds([], []), Rounds([], [])
+            for number in range(args.rounds):
+                for source, found in ((here, disk), (away, cache))[:: -1 if number % 2 else 1]:
+                    order = order_of(source, args)
+                    count, seconds, processor = timed(partial(work, source, order))
+                    found.rates.append(count / seconds / (1e6 if unit == "MB" else 1))
+                    found.processor.append(1e6 * processor / (order.steps * order.global_batch))
+            for kind, ours, theirs in (
+                (f"{unit}/s", cache.rates, disk.rates),
+                ("µs of processor time an image", cache.processor, disk.processor),
+            ):
+                compare(f"{what}, {kind}", ours, theirs)
+
+
+def compare(what: str, cache: list[float], disk: list[float]) -> None:
+    """Medians, and the median, least and most of the quotients of each round."""
+    shares = [ours / theirs for ours, theirs in zip(cache, disk, strict=True)]
+    print(
+        f"{what}: {statistics.median(disk):,.0f} from the disk, {statistics.median(cache):,.0f} from the cache; "
+        f"{statistics.median(shares):.1%} in a round ({min(shares):.1%} to {max(shares):.1%})",
+        flush=True,
+    )
 
 
 def plain(url: str, args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from vimfast.data.cache import Cache, CacheSettings, Held
 from vimfast.data.fetching import Fetcher, Shards, Timeline
 from vimfast.data.remote_rows import bytes_in_cache, key_of
-from vimfast.data.tars import Place, Route, allow_open_files
+from vimfast.data.tars import Place, Route, allow_open_files, ask_ahead
 from vimfast.errors import UserError, counted
 from vimfast.files import read_at
 from vimfast.shards.format import Manifest, SplitEntry
@@ -150,7 +150,13 @@ class RemoteTars:
         self._fetcher.want(self._timeline.from_here(epoch, step, self.most))
 
     def will_need(self, places: Sequence[Place]) -> None:
-        fresh = {} if self._waits else {place: self._request(place) for place in places if not self._held(place.shard)}
+        held = {shard: self._held(shard) for shard in {place.shard for place in places}}
+        waits, fresh = self._waits, dict[Place, Future[bytes]]()
+        for place in places:
+            if (copy := held[place.shard]) is not None:
+                ask_ahead(copy.file, place.offset, place.size)
+            elif not waits:
+                fresh[place] = self._request(place)
         self._asked = [self._asked[1], fresh]
 
     def read(self, places: Sequence[Place]) -> list[bytes]:

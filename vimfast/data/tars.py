@@ -176,9 +176,7 @@ class _Tar:
     def will_need(self, offset: int, size: int) -> None:
         """Ask for these bytes: a cold disk then fetches a batch at once, not image by image as they are read."""
         file = self._open()
-        with suppress(OSError):  # reported when it is read
-            for start in range(offset, offset + size, _AHEAD_BYTES):
-                os.posix_fadvise(file, start, min(_AHEAD_BYTES, offset + size - start), os.POSIX_FADV_WILLNEED)
+        ask_ahead(file, offset, size)
         self._let_go(file)
 
     def read(self, offset: int, size: int) -> bytes:
@@ -201,6 +199,13 @@ def _opening(error: OSError) -> str:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (ulimit -n)"
     return "fix its permissions, or the disk" if error.errno in (errno.EACCES, errno.EPERM, errno.EIO) else _AGAIN
+
+
+def ask_ahead(file: int, offset: int, size: int) -> None:
+    """Have the disk fetch these bytes of an open file while something else is done."""
+    with suppress(OSError):  # reported when it is read
+        for start in range(offset, offset + size, _AHEAD_BYTES):
+            os.posix_fadvise(file, start, min(_AHEAD_BYTES, offset + size - start), os.POSIX_FADV_WILLNEED)
 
 
 def allow_open_files(count: int) -> int:
