@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=30.0, help="of the limited store, ms")
     parser.add_argument("--window", type=int, default=2, help="shards")
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, help="of an epoch from the warm cache; all without it")
     parser.add_argument("--rounds", type=int, default=9, help="of the warm cache: epochs from each")
     parser.add_argument("--scratch", type=Path, help="for caches; default: a temporary folder")
     return parser.parse_args()
@@ -207,6 +209,22 @@ def forget(folder: Path) -> None:
         os.close(file)
 
 
+def read_images(source: Source, order: Order) -> tuple[int, float, float]:
+    """Of an epoch: how many, seconds, and seconds of processor time."""
+    _, seconds, processor = timed(partial(read_epoch, source, order))
+    return order.steps * order.global_batch, seconds, processor
+
+
+def decode_images(source: Source, order: Order) -> tuple[int, float, float]:
+    """The same with decoding, once a loader has begun."""
+    loader = Loader(source, training_view(order, torch.device("cpu")), LoaderSettings())
+    batches = loader.epoch(0)
+    next(batches)
+    measured = timed(lambda: sum(len(batch.labels) for batch in batches))
+    loader.close()
+    return measured
+
+
 class Rounds(NamedTuple):
     """What epochs took, one for each round."""
 
@@ -228,27 +246,24 @@ def warm(args: argparse.Namespace) -> None:
             forget(tars)
         read_epoch(here, order_of(here, args))
         read_epoch(away, order_of(away, args))
-        for what, unit, work in (("reading", "MB", read_epoch), ("loading", "images", decode_epoch)):
+        for what, work in (("reading", read_images), ("loading", decode_images)):
             disk, cache = Rounds([], []), Rounds([], [])
             for number in range(args.rounds):
                 for source, found in ((here, disk), (away, cache))[:: -1 if number % 2 else 1]:
-                    order = order_of(source, args)
-                    count, seconds, processor = timed(partial(work, source, order))
-                    found.rates.append(count / seconds / (1e6 if unit == "MB" else 1))
-                    found.processor.append(1e6 * processor / (order.steps * order.global_batch))
-            for kind, ours, theirs in (
-                (f"{unit}/s", cache.rates, disk.rates),
-                ("µs of processor time an image", cache.processor, disk.processor),
-            ):
-                compare(f"{what}, {kind}", ours, theirs)
+                    images, seconds, processor = work(source, replace(order_of(source, args), limit=args.steps))
+                    found.rates.append(images / seconds)
+                    found.processor.append(1e6 * processor / images)
+            compare(f"{what}, images/s", cache.rates, disk.rates)
+            compare(f"{what}, µs of processor time an image", cache.processor, disk.processor)
 
 
 def compare(what: str, cache: list[float], disk: list[float]) -> None:
-    """Medians, and the median, least and most of the quotients of each round."""
+    """Medians, and the quartiles of the quotients of each round."""
     shares = [ours / theirs for ours, theirs in zip(cache, disk, strict=True)]
+    low, middle, high = statistics.quantiles(shares, n=4)
     print(
         f"{what}: {statistics.median(disk):,.0f} from the disk, {statistics.median(cache):,.0f} from the cache; "
-        f"{statistics.median(shares):.1%} in a round ({min(shares):.1%} to {max(shares):.1%})",
+        f"{middle:.1%} in a round (half of the rounds: {low:.1%} to {high:.1%})",
         flush=True,
     )
 

@@ -145,9 +145,9 @@ class Fetcher:
             kept = set(wanted)
             for shard in self._held.keys() - kept:
                 del self._held[shard]
-            for shard in wanted:  # what is here already is here at once
-                self._hold(shard)
-            self._changed.notify_all()
+            missing = [shard for shard in wanted if not self._hold(shard)]  # what is here already is here at once
+            if missing:  # else threads would wake each step for nothing
+                self._changed.notify_all()
 
     def wants(self, shard: int) -> bool:
         """Whether it is to come."""
