@@ -97,21 +97,6 @@ def test_a_weight_that_gives_no_image_is_refused(shards: Path, own: Path) -> Non
         open_data(f"{shards}:1 {own}:1", "train").bounds()
 
 
-def test_a_run_on_a_mixture_resumes_to_the_same_bits(shards: Path, own: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE))
-    flags = ("--config", str(recipe), "--steps-per-epoch", "3", "--eval-steps", "1", "--epochs", "2")
-    data = ("--data-path", f"{shards}:0.6", f"{own}:0.4")
-    whole = train(*flags, *data, "--output_dir", str(tmp_path / "whole"))
-    assert isinstance(whole.loader.source, MixedSource)
-    train(*flags, *data, "--output_dir", str(tmp_path / "halves"), control=Stops("epoch 1, step 1 "))
-    halves = ("--output_dir", str(tmp_path / "halves"), "--resume", "auto")
-    other = refused(*flags, "--data-path", f"{shards}:0.5", f"{own}:0.5", *halves)
-    assert "holds other images, or in another order" in other
-    train(*flags, *data, *halves)
-    assert not differences(tmp_path / "whole", tmp_path / "halves")
-
-
 def test_a_set_without_training_images_of_its_own_is_a_sentence(own: Path, tmp_path: Path) -> None:
     convert(own, tmp_path / "shards", ConversionOptions(), workers=1)
     with pytest.raises(UserError, match=r"nowhere.* does not exist"):
@@ -190,3 +175,24 @@ def test_a_cache_too_small_for_all_sets_is_refused(local: Path, others: Proxy, t
         UserError, match=rf"--cache-size {size:,} cannot hold the [\d,]+ bytes .*; give .* or 0 to keep"
     ):
         open_data(f"{URL}:1 {OTHERS}:1", "train", settings(tmp_path, size))
+
+
+def test_a_run_on_a_mixture_resumes_to_the_same_bits(
+    shards: Path, own: Path, others: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole one from the disk, and one in two halves with a set in a store."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    flags = ("--config", str(recipe), "--steps-per-epoch", "3", "--eval-steps", "1", "--epochs", "2")
+    data = ("--data-path", f"{shards}:0.6", f"{own}:0.4")
+    whole = train(*flags, *data, "--output_dir", str(tmp_path / "whole"))
+    assert isinstance(whole.loader.source, MixedSource)
+    cache, folder = ("--cache-dir", str(tmp_path / "cache")), ("--output_dir", str(tmp_path / "halves"))
+    away = ("--data-path", f"{OTHERS}:0.6", f"{own}:0.4", *cache)
+    train(*flags, *away, *folder, control=Stops("epoch 1, step 1 "))
+    assert f"all shards in {tmp_path / 'cache'}" in capsys.readouterr().out
+    halves = (*cache, *folder, "--resume", "auto")
+    refusal = refused(*flags, "--data-path", f"{OTHERS}:0.5", f"{own}:0.5", *halves)
+    assert "holds other images, or in another order" in refusal
+    train(*flags, *away, *folder, "--resume", "auto")
+    assert not differences(tmp_path / "whole", tmp_path / "halves")

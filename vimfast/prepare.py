@@ -35,7 +35,7 @@ def parser() -> Parser:
         epilog="example: vimfast prepare imagenet_data/ --out shards/",
     )
     add = parser.add_argument
-    text = "folder that holds train/ and val/ (or one of them), or the archives of ImageNet as they are downloaded"
+    text = "folder that holds train/ and val/ (or one of them) or ImageNet's archives; or its URL in a store"
     add("root", metavar="IMAGENET_ROOT", type=_place, nargs="?", help=text)
     add("--out", metavar="FOLDER", type=_place, help="folder to write the shards into, or its URL in a store")
     add("--resize", metavar="N", type=whole(1), help="shrink to a short side of N pixels, as JPEGs of --quality")
