@@ -123,6 +123,7 @@ def test_a_rank_killed_in_mid_download_and_others_in_its_place(
         wait_for(lambda: bool(asked(ways[1]) & middle), SECONDS)
         met.set()
         wait_for(lambda: files(cache, "") >= first | middle - asked(ways[1]), SECONDS)
+        wait_for(lambda: len(two.done()) > 0, SECONDS)
         assert files(cache, ".part") >= asked(ways[1]) & middle
         two.processes[1].process.send_signal(signal.SIGKILL)
         assert two.processes[1].wait(SECONDS) == -signal.SIGKILL
@@ -140,7 +141,7 @@ def test_a_rank_killed_in_mid_download_and_others_in_its_place(
         assert asked(*ways[3:]) <= last, "what is in the cache is not fetched again"
     for ranks in (two, four, one, beside):
         ranks.assert_as_from(local)
-    assert [len(ranks.done()) > 0 for ranks in (two, four, one)] == [True] * 3
+    assert all(len(ranks.done()) > 0 for ranks in (two, four, one))
     assert beside.done() == range(STEPS)
     assert files(cache, "") == set(need)
     assert not files(cache, ".part")
