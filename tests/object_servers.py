@@ -57,6 +57,7 @@ class Proxy:
     url: str
     troubles: list[Trouble] = field(default_factory=list)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, range
+    signatures: list[str] = field(default_factory=list)  # the header of the same requests
 
     def asked(self, name: str) -> int:
         """GETs of an object."""
@@ -73,6 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.lock:
             self.proxy.requests.append((self.command, self.path, self.headers.get("Range", "")))
+            self.proxy.signatures.append(self.headers.get("Authorization", ""))
             trouble = next((one for one in self.proxy.troubles if one.meets(self.path)), Trouble())
         time.sleep(trouble.delay)
         if trouble.until is not None:

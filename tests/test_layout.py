@@ -112,10 +112,10 @@ def test_only_one_room_imports_llvm() -> None:
 
 def test_only_one_room_imports_the_clients_of_stores() -> None:
     """And no sooner than a URL is opened: they are optional."""
-    clients = ("obstore", "fsspec", "boto3")
+    clients = ("obstore", "fsspec", "botocore")
     importers = {name for name, path in modules().items() if any(n.startswith(clients) for n in imports(path))}
     assert importers == {"vimfast.stores.objects", "vimfast.stores.filesystems"}
-    code = "import sys, vimfast.stores; print([m for m in ('obstore', 'fsspec', 'boto3') if m in sys.modules])"
+    code = "import sys, vimfast.stores; print([m for m in ('obstore', 'fsspec', 'botocore') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

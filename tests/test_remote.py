@@ -354,7 +354,17 @@ def test_soft_targets_are_for_a_disk(remote: Proxy, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("", None), ("0", 0), ("12", 12), ("1.5GB", 1_500_000_000), ("2 TiB", 2 << 40), ("3k", 3000), ("5MB", 5_000_000)],
+    [
+        ("", None),
+        ("0", 0),
+        ("12", 12),
+        ("1.5GB", 1_500_000_000),
+        ("2 TiB", 2 << 40),
+        ("3k", 3000),
+        ("5MB", 5_000_000),
+        ("7KB", 7000),
+        ("2gb", 2_000_000_000),
+    ],
 )
 def test_sizes_of_the_cache(text: str, size: int | None) -> None:
     assert DataConfig(cache_size=text).cache_bytes == size

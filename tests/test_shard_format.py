@@ -138,7 +138,7 @@ def test_what_a_later_version_adds_is_ignored(tmp_path: Path, manifest: Manifest
     [
         (lambda m: m.update(format="other"), "says format 'other', not 'vimfast-shards'; give a folder"),
         (lambda m: m.update(version=2), "is of format 2, this vimfast reads up to 1; upgrade vimfast"),
-        (lambda m: m.update(version="1"), "(version: expected int, got str); run vimfast-prepare again"),
+        (lambda m: m.update(version="1"), "(version: expected int, got str); copy it again, or run"),
         (lambda m: m.pop("splits"), "(object missing required field splits)"),
         (lambda m: m["splits"]["val"].update(bytes="many"), "(splits[...].bytes: expected int, got str)"),
         (lambda m: m["splits"]["val"].update(bytes=True), "(splits[...].bytes: expected int, got bool)"),
@@ -305,5 +305,5 @@ def test_any_tar_is_read_or_refused(whole: dict[str, bytes], data: st.DataObject
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"format": ', b"\xff\xfe{", b"null"])
 def test_what_is_not_a_manifest_at_all(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(UserError, match=r"is damaged \(.*\); run vimfast-prepare again"):
+    with pytest.raises(UserError, match=r"is damaged \(.*\); copy it again, or run vimfast-prepare again"):
         read_manifest(tmp_path)

@@ -101,14 +101,38 @@ def test_throttling_and_broken_connections_pass(s3: Proxy) -> None:
     assert store.read_range("a.bin", 500, 1000) == CONTENT[500:1500]
 
 
+def refusal(code: str, more: str = "") -> bytes:
+    """As S3's protocol writes it."""
+    return f"<Error><Code>{code}</Code><Message>Why.</Message>{more}</Error>".encode()
+
+
 @pytest.mark.parametrize(
     ("trouble", "sentence"),
     [
         (Trouble(status=400, body=EXPIRED), "the credentials have expired or are not valid .400 ExpiredToken.; renew"),
         (Trouble(status=401), "the credentials have expired or are not valid .401.; renew them"),
         (Trouble(status=403), "access is denied .403.; set AWS_ACCESS_KEY_ID"),
+        (
+            Trouble(status=403, body=refusal("AccessDenied")),
+            "access is denied .403 AccessDenied.; use credentials that may, and check the URL",
+        ),
+        (
+            Trouble(status=403, body=refusal("InvalidAccessKeyId")),
+            "the store does not know the access key .403 InvalidAccessKeyId.; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT",
+        ),
+        (
+            Trouble(status=403, body=refusal("SignatureDoesNotMatch")),
+            "the secret key is not that of the access key .403 SignatureDoesNotMatch.; check AWS_SECRET_ACCESS_KEY",
+        ),
+        (Trouble(status=403, body=refusal("RequestTimeTooSkewed")), "the clock of this machine is wrong .*; set it"),
         (Trouble(status=503, body=SLOW_DOWN), "the store has refused requests for 1 s .503 SlowDown.; run again"),
-        (Trouble(status=301), "the bucket is in another region; set AWS_REGION"),
+        (Trouble(status=500, body=refusal("InternalError")), "the store has failed for 1 s .500 InternalError.; run"),
+        (Trouble(status=301), "the bucket is in another region; set AWS_REGION to its region"),
+        (
+            Trouble(status=400, body=refusal("AuthorizationHeaderMalformed", "<Region>eu-west-1</Region>")),
+            "the bucket is in another region; set AWS_REGION=eu-west-1",
+        ),
+        (Trouble(status=400, body=refusal("Odd")), "the store refuses the request .400 Odd Why..; check the URL"),
     ],
 )
 def test_what_does_not_pass_is_one_sentence(s3: Proxy, trouble: Trouble, sentence: str) -> None:
@@ -118,6 +142,7 @@ def test_what_does_not_pass_is_one_sentence(s3: Proxy, trouble: Trouble, sentenc
         with pytest.raises(UserError, match=f"s3://{BUCKET}/x/a.tar cannot be read: {sentence}") as raised:
             ask("a.tar")
         assert "\n" not in str(raised.value)
+        assert "<" not in str(raised.value)
         assert "Debug" not in str(raised.value)
 
 
@@ -134,10 +159,103 @@ def test_a_fork_is_refused_rather_than_hung(s3: Proxy) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-def test_nobody_there(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"s3://bucket/x/a.tar cannot be read .*sending request.*; check the network"):
-        open_store("s3://bucket/x", patience=0.5).read("a.tar")
+@pytest.mark.parametrize(
+    ("endpoint", "sentence"),
+    [
+        ("http://127.0.0.1:9", r"http://127.0.0.1:9 has not answered for 0 s .Connection refused.; check the network"),
+        ("http://nobody.invalid", r"http://nobody.invalid has not answered for 0 s .*; check .* AWS_ENDPOINT_URL"),
+        ("https", "https://127.0.0.1:.* does not speak TLS; write http:// for https://"),
+    ],
+)
+def test_nobody_there(s3: Proxy, monkeypatch: pytest.MonkeyPatch, endpoint: str, sentence: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url.replace("http", "https") if endpoint == "https" else endpoint)
+    with pytest.raises(UserError, match=rf"s3://bucket/x/a.tar cannot be read: {sentence}"):
+        open_store("s3://bucket/x", patience=0.4).read("a.tar")
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "localhost", "http://", "http://127.0.0.1:port"])
+def test_an_endpoint_that_is_no_address(s3: Proxy, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """obstore panics at it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UserError, match=rf"AWS_ENDPOINT_URL is '{endpoint}'; give the address of a server, such as"):
+        open_store("s3://bucket/x").read("a.tar")
+
+
+def test_a_wait_for_the_first_answer_is_told(
+    s3: Proxy, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The address may be wrong, and three minutes without a word are long. Afterwards, the run has words of its own."""
+    monkeypatch.setattr("vimfast.stores.objects._QUIET", 0.5)
+    store = open_store(f"s3://{BUCKET}/waiting")
+    store.put("a.bin", CONTENT)
+    again = open_store(f"s3://{BUCKET}/waiting")
+    s3.troubles = [Trouble("a.bin", 5, status=503, body=SLOW_DOWN)]
+    assert again.read("a.bin") == CONTENT
+    said = capfd.readouterr().err
+    assert said == (
+        f"warning: s3://{BUCKET}/waiting/a.bin cannot be read: the store has refused requests for 0 s (503 SlowDown); "
+        "it is asked again for up to 180 s\n"
+    )
+    s3.troubles = [Trouble("a.bin", 5, status=503, body=SLOW_DOWN)]
+    assert again.read("a.bin") == CONTENT
+    assert not capfd.readouterr().err
+
+
+@pytest.fixture
+def home(s3: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Of somebody without credentials in the environment, on a machine without a role."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".aws").mkdir()
+    return tmp_path / ".aws"
+
+
+def test_no_credentials_at_all(home: Path) -> None:
+    with pytest.raises(UserError, match="s3://bucket/x cannot be read: no credentials were found; set AWS_ACCESS_KEY"):
+        open_store("s3://bucket/x").read("a.tar")
+
+
+@pytest.mark.parametrize(
+    ("profile", "sentence"),
+    [
+        ("credential_process=/bin/false", "Error when retrieving credentials from custom-process"),
+        ("aws_access_key_id=half", "Partial credentials found"),
+        ("role_arn=arn:aws:iam::1:role/x\nsource_profile=gone", 'The source_profile "gone" .* does not exist'),
+        ("sso_start_url=https://x.invalid\nsso_region=us-east-1\nsso_account_id=1\nsso_role_name=x", "SSO Token"),
+        ("[broken", "Unable to parse config file"),
+    ],
+)
+def test_a_profile_that_leads_to_no_credentials(
+    home: Path, monkeypatch: pytest.MonkeyPatch, profile: str, sentence: str
+) -> None:
+    (home / "config").write_text(f"[profile mine]\n{profile}\n")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    with pytest.raises(UserError, match=f"s3://bucket/x cannot be read: .*{sentence}.*; log in again, or check"):
+        open_store("s3://bucket/x").read("a.tar")
+
+
+def test_a_profile_that_is_not_there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "gone")
+    with pytest.raises(UserError, match=r"s3://bucket/x cannot be read: .*profile \(gone\) could not be found; log in"):
+        open_store("s3://bucket/x").read("a.tar")
+
+
+def test_a_profile_has_credentials_region_and_endpoint(home: Path, s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the AWS tools take them; the environment wins."""
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    (home / "config").write_text(
+        f"[profile mine]\naws_access_key_id=x\naws_secret_access_key=y\nregion=eu-west-3\nendpoint_url={s3.url}\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    store = open_store(f"s3://{BUCKET}/profile")
+    store.put("a.bin", CONTENT)
+    assert store.read("a.bin") == CONTENT
+    assert all("/eu-west-3/" in signature for signature in s3.signatures)
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    assert open_store(f"s3://{BUCKET}/profile").read("a.bin") == CONTENT
+    assert "/eu-north-1/" in s3.signatures[-1]
 
 
 def test_what_is_a_url() -> None:
@@ -146,6 +264,8 @@ def test_what_is_a_url() -> None:
     assert not is_url("/data/s3:/x")
     with pytest.raises(UserError, match="fsspec knows no file system 'nonsense'"):
         open_store("nonsense://x").read("a")
+    with pytest.raises(UserError, match="s3:// names no bucket; write it as s3://bucket/folder"):
+        open_store("s3://")
 
 
 def test_without_the_client_the_extra_is_named() -> None:

@@ -36,7 +36,7 @@ from vimfast.image_size import ImageSize, SizeLike
 
 _PREFIXES = {"": 1} | {
     letter + binary: (1024 if binary else 1000) ** power
-    for power, letter in enumerate("kMGT", 1)
+    for power, letter in enumerate("kmgt", 1)
     for binary in ("", "i")
 }
 
@@ -256,11 +256,10 @@ class DataConfig:
         """
         if not self.cache_size:
             return None
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?i?B?)", self.cache_size.strip())
-        prefix = found[2].rstrip("B") if found else "?"
-        if found is None or prefix not in _PREFIXES:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?i?)b?", self.cache_size.strip().lower())
+        if found is None or found[2] not in _PREFIXES:
             raise UserError(f"--cache-size is {self.cache_size!r}", "give a size such as 500MB or 200GB")
-        return int(float(found[1]) * _PREFIXES[prefix])
+        return int(float(found[1]) * _PREFIXES[found[2]])
 
 
 @dataclass

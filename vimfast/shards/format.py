@@ -235,9 +235,9 @@ def _parse_manifest(data: bytes, where: str) -> Manifest:
             )
         manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
-        raise UserError(f"{where} is damaged ({_describe(error)})", _AGAIN) from None
+        raise UserError(f"{where} is damaged ({_describe(error)})", _COPY_AGAIN) from None
     except (ValueError, RecursionError, OverflowError) as error:
-        raise UserError(f"{where} is damaged ({error})", _AGAIN) from None
+        raise UserError(f"{where} is damaged ({error})", _COPY_AGAIN) from None
     if (stated := raw.get("crc32")) is not None and stated != (found := _manifest_crc32(raw)):
         raise UserError(f"{where} is damaged or was edited: its checksum is {found}, it says {stated}", _COPY_AGAIN)
     return manifest

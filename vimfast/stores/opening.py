@@ -30,12 +30,14 @@ def open_store(url: str, *, patience: float = PATIENCE) -> Store:
     Raises:
         UserError: what reads such a URL is not installed, or it is not valid.
     """
-    url = url.rstrip("/")
-    scheme = url.partition("://")[0].lower()
+    scheme, _, place = url.partition("://")
+    scheme, url = scheme.lower(), url.rstrip("/")
     if scheme not in OBJECT_STORES:
         from vimfast.stores.filesystems import FilesystemStore  # here, for most runs need neither
 
         return FilesystemStore(url, patience)
+    if not place.strip("/"):
+        raise UserError(f"{scheme}:// names no bucket", f"write it as {scheme}://bucket/folder")
     try:
         from vimfast.stores.objects import ObjectStore
     except ImportError:
