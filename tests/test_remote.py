@@ -297,7 +297,8 @@ def test_a_disk_too_small_is_refused(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50_000))
-    with pytest.raises(UserError, match=r"the shards have 0\.\d GB and the disk of .* has room for 0\.0 GB; free some"):
+    sentence = r"the shards take [\d.]+ kB and the disk of .* has room for 50\.0 kB; .* give --cache-size 47\.5kB or"
+    with pytest.raises(UserError, match=sentence):
         open_source(URL, "train", settings(tmp_path))
 
 
@@ -364,6 +365,7 @@ def test_soft_targets_are_for_a_disk(remote: Proxy, tmp_path: Path) -> None:
         ("5MB", 5_000_000),
         ("7KB", 7000),
         ("2gb", 2_000_000_000),
+        ("1,187,840", 1_187_840),
     ],
 )
 def test_sizes_of_the_cache(text: str, size: int | None) -> None:

@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
 # Train on two "nodes" of this machine: two network namespaces joined by a cable, each with a host name and a torchrun of
-# its own. It shows that the commands of docs/several_gpus.md work between hosts. Run as root.
+# its own, which recipes/launch/node.sh starts. Run as root, on CPUs, through gloo.
 #
-#   tools/two_nodes.sh DATA [flags of vimfast.train]
+#   tools/two_nodes.sh DATA --output_dir RUN [flags of vimfast.train]
 #
-# PROCESSES=2 on each node, on CPUs, through gloo; PYTHON=python is the one with torch. Ends with 0 if both nodes do.
+# DATA       a folder, or the URL of a store that answers in both namespaces
+# {node}     in a flag becomes 0 and 1, for what each node has on a disk of its own: --cache-dir /tmp/cache{node}
+# PROCESSES  on each node [2]
+# RESTARTS   how often torchrun starts again after a crash [0]
+# NAME       of the namespaces and hosts, before -0 and -1; the cables are eth-vf0 and eth-vf1 [vimfast-<process id>]
+# PYTHON     the one with torch [python]
+#
+# A node that is killed (ip netns pids NAME-1 | xargs kill -9) is started again, as a scheduler does. Pull the cable by
+# ip -n NAME-1 link set eth-vf1 down. Ends with 0 if both nodes do.
 set -euo pipefail
 
 for word in "$@"; do
@@ -15,15 +23,15 @@ for word in "$@"; do
     esac
 done
 case ${1-} in "" | -*)
-    echo "usage: tools/two_nodes.sh DATA [flags of vimfast.train]" >&2
+    echo "usage: tools/two_nodes.sh DATA --output_dir RUN [flags of vimfast.train]" >&2
     exit 2
     ;;
 esac
-data=$(realpath "$1")
+case $1 in *://*) data=$1 ;; *) data=$(realpath "$1") ;; esac
 shift
-processes=${PROCESSES:-2} port=29500 python=${PYTHON:-python}
-names=(vimfast-node0 vimfast-node1) # of the namespaces, and the hosts
-addresses=(10.213.7.1 10.213.7.2) cables=(vfnode0 vfnode1)
+processes=${PROCESSES:-2} port=29500 python=$(command -v "${PYTHON:-python}") name=${NAME:-vimfast-$$}
+names=("$name-0" "$name-1") # of the namespaces, and the hosts
+addresses=(10.213.7.1 10.213.7.2) cables=(eth-vf0 eth-vf1)
 cd "$(dirname "$0")/.."
 
 clean() {
@@ -49,15 +57,23 @@ for i in 0 1; do
         >"/etc/netns/${names[i]}/hosts"
 done
 
-node() { # number, flags: torchrun as one types it on that node
+launch() { # number, flags: node.sh as one types it on that node
     local i=$1
     shift
     ip netns exec "${names[i]}" unshare --uts sh -c 'hostname "$0" && exec "$@"' "${names[i]}" \
-        env GLOO_SOCKET_IFNAME="${cables[i]}" OMP_NUM_THREADS=1 \
+        env GLOO_SOCKET_IFNAME="${cables[i]}" OMP_NUM_THREADS=1 NODES=2 GPUS="$processes" JOB=two-nodes \
+        RESTARTS="${RESTARTS:-0}" RENDEZVOUS="${names[0]}:$port" PATH="$(dirname "$python"):$PATH" \
         "PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" \
-        "$python" -m torch.distributed.run --nnodes=2 --nproc_per_node="$processes" --rdzv_id=two-nodes \
-        --rdzv_backend=c10d --rdzv_endpoint="${names[0]}:$port" \
-        -m vimfast.train --data-path "$data" --device cpu "$@" 2>&1 | sed -u "s/^/node $i: /"
+        recipes/launch/node.sh --data-path "$data" --device cpu "${@//\{node\}/$i}" 2>&1 | sed -u "s/^/node $i: /"
+}
+
+node() {
+    local status=137
+    while [ "$status" = 137 ]; do
+        launch "$@" && status=0 || status=$?
+        echo "node $1 ended with status $status"
+    done
+    return "$status"
 }
 
 node 0 "$@" &
@@ -66,7 +82,5 @@ node 1 "$@" &
 second=$!
 status=0
 wait "$first" || status=$?
-echo "node 0 ended with status $status"
 wait "$second" && last=0 || last=$?
-echo "node 1 ended with status $last"
 exit $((status > last ? status : last))

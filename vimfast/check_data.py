@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vimfast.checks.findings import CheckOptions, Finding, Findings, Report, in_bytes
+from vimfast.checks.findings import CheckOptions, Finding, Findings, Report
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
 from vimfast.cli import SIZE, Parser, image_size, path, run_main, say_written, whole, wrapped
 from vimfast.cli.styles import ADVICE, BAD, DOUBTFUL
-from vimfast.errors import UserError, counted, one_line
+from vimfast.errors import UserError, counted, in_bytes, one_line
 from vimfast.shards.format import SPLITS, is_shards_folder
 
 _LINES_PER_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all

@@ -38,6 +38,14 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
+def in_bytes(count: int) -> str:
+    """A size for a person: 146.2 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count} B"
+
+
 def one_line(text: str) -> str:
     """With control characters spelled out: names of files may have line ends in them."""
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)

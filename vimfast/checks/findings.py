@@ -158,14 +158,6 @@ class Report:
         return not self.findings.errors
 
 
-def in_bytes(count: int) -> str:
-    """A size for a person: 146.2 GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:,.1f} {unit}"
-    return f"{count} B"
-
-
 @dataclass(frozen=True)
 class CheckOptions:
     """What to check: `classes` is the expected number (None: judge by the names), `splits` those that must exist."""

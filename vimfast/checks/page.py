@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vimfast import __version__
-from vimfast.checks.findings import Finding, Kind, Report, in_bytes
+from vimfast.checks.findings import Finding, Kind, Report
 from vimfast.class_names import english_names
-from vimfast.errors import printable
+from vimfast.errors import in_bytes, printable
 from vimfast.files import atomic_write
 from vimfast.image_size import ImageSize, SizeLike
 from vimfast.pages import Bar, BarChart, render, thumbnail

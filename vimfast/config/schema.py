@@ -256,10 +256,11 @@ class DataConfig:
         """
         if not self.cache_size:
             return None
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?i?)b?", self.cache_size.strip().lower())
+        number = r"\d+(?:\.\d+)?|\d{1,3}(?:,\d{3})+"  # 1,234 is how sentences write it
+        found = re.fullmatch(rf"({number}) ?([kmgt]?i?)b?", self.cache_size.strip().lower())
         if found is None or found[2] not in _PREFIXES:
             raise UserError(f"--cache-size is {self.cache_size!r}", "give a size such as 500MB or 200GB")
-        return int(float(found[1]) * _PREFIXES[found[2]])
+        return int(float(found[1].replace(",", "")) * _PREFIXES[found[2]])
 
 
 @dataclass

@@ -20,7 +20,7 @@ from vimfast.data.cache import Cache, CacheSettings, Held
 from vimfast.data.fetching import Fetcher, Shards, Timeline
 from vimfast.data.remote_rows import bytes_in_cache, key_of
 from vimfast.data.tars import Place, Route, allow_open_files, ask_ahead
-from vimfast.errors import UserError, counted
+from vimfast.errors import UserError, counted, in_bytes
 from vimfast.files import read_at
 from vimfast.shards.format import Manifest, SplitEntry
 from vimfast.shards.rows import Rows
@@ -106,10 +106,11 @@ def _check_disk(cache: Cache, data: int) -> None:
     room = shutil.disk_usage(cache.folder).free + cache.used()
     needed = data if cache.size is None else min(data, cache.size)
     if needed > room:
-        what = "the shards have" if cache.size is None else "--cache-size is"
+        what = "the shards take" if cache.size is None else "--cache-size is"
+        fits = in_bytes(int(room * 0.95)).replace(" ", "")
         raise UserError(
-            f"{what} {needed / 1e9:,.1f} GB and the disk of {cache.folder} has room for {room / 1e9:,.1f} GB",
-            f"free some, take another --cache-dir, or give --cache-size {int(room * 0.95 / 1e9)}GB or less",
+            f"{what} {in_bytes(needed)} and the disk of {cache.folder} has room for {in_bytes(room)}",
+            f"free some, take another --cache-dir, or give --cache-size {fits} or less",
         )
 
 
