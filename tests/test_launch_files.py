@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import time
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.run import get_args_parser
 
 from vimfast.config import load_config
@@ -18,8 +22,10 @@ from vimfast.config import load_config
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "recipes" / "launch"
 
-# In place of torchrun: notes what it was started with, and ends with status 1 on SIGTERM, as torchrun does.
-TORCHRUN = """#!/bin/bash
+# In place of python: notes what torchrun.py was started with, and ends with status 1 on SIGTERM, as torchrun does.
+PYTHON = """#!/bin/bash
+[ "${1##*/}" = torchrun.py ] && [ -f "$1" ] || exit 66
+shift
 printf '%s\\n' "$@" > "$NOTES/torchrun"
 [ "$HOLD" = yes ] || exit "$STATUS"
 trap 'sleep 0.1; exit 1' TERM
@@ -41,7 +47,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """With programs of a cluster that there is not."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("torchrun", TORCHRUN), ("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("python", PYTHON), ("srun", SRUN), ("scontrol", SCONTROL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     slurm = {
@@ -110,7 +116,51 @@ def test_a_node_that_was_stopped_says_that_it_is_to_be_started_again(
     assert stopped(["bash", str(LAUNCH / "node.sh")], environment, tmp_path, number) == status
 
 
-@pytest.mark.parametrize("status", [0, 1, 2])
+def test_scripts_start_as_their_first_lines_say() -> None:
+    for name in ("node.sh", "slurm.sh"):
+        assert os.access(LAUNCH / name, os.X_OK), name
+
+
+def failed(*statuses: int) -> ChildFailedError:
+    """What torchrun ends with when its processes have."""
+    failures = {rank: ProcessFailure(rank, 17, status, "") for rank, status in enumerate(statuses)}
+    return ChildFailedError("vimfast.train", failures)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RendezvousConnectionError("The connection to the C10d store has failed."), 255),
+        (RendezvousTimeoutError(), 255),
+        (failed(143, 143), 143),
+        (failed(75, 75), 143),
+    ],
+)
+def test_torchrun_says_what_to_start_again(monkeypatch: pytest.MonkeyPatch, error: Exception, status: int) -> None:
+    """Kubernetes does so from 128 on; SLURM starts a job with a lost node again by itself."""
+
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr("torch.distributed.run.main", main)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(LAUNCH / "torchrun.py"))
+    assert ended.value.code == status
+
+
+@pytest.mark.parametrize("error", [failed(2, 3), failed(-9), SignalException("SIGTERM", signal.SIGTERM)])
+def test_torchrun_ends_as_ever_where_another_start_would_fail_too(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def main() -> None:
+        raise error
+
+    monkeypatch.setattr("torch.distributed.run.main", main)
+    with pytest.raises(type(error)):
+        runpy.run_path(str(LAUNCH / "torchrun.py"))
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 255])
 def test_a_job_that_ends_by_itself_is_not_requeued(environment: dict[str, str], tmp_path: Path, status: int) -> None:
     command = ["bash", str(LAUNCH / "slurm.sh")]
     assert subprocess.run(command, env={**environment, "STATUS": str(status)}, cwd=ROOT).returncode == status

@@ -137,7 +137,7 @@ def test_two_nodes_prints_its_usage() -> None:
     for flags, status in (["--help"], 0), ([], 2), (["--device", "cpu"], 2):
         done = subprocess.run([str(TOOLS / "two_nodes.sh"), *flags], capture_output=True, text=True)
         assert done.returncode == status
-        assert "tools/two_nodes.sh DATA [flags of vimfast.train]" in done.stdout + done.stderr
+        assert "tools/two_nodes.sh DATA --output_dir RUN [flags of vimfast.train]" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@
 # NAME       of the namespaces and hosts, before -0 and -1; the cables are eth-vf0 and eth-vf1 [vimfast-<process id>]
 # PYTHON     the one with torch [python]
 #
-# A node that is killed (ip netns pids NAME-1 | xargs kill -9) is started again, as a scheduler does. Pull the cable by
-# ip -n NAME-1 link set eth-vf1 down. Ends with 0 if both nodes do.
+# A node that is killed (ip netns pids NAME-1 | xargs kill -9), or has lost the first one, is started again, as a scheduler
+# does. ip -n NAME-1 link set eth-vf1 down pulls the cable. Ends with 0 if both nodes do.
 set -euo pipefail
 
 for word in "$@"; do
@@ -31,10 +31,11 @@ case $1 in *://*) data=$1 ;; *) data=$(realpath "$1") ;; esac
 shift
 processes=${PROCESSES:-2} port=29500 python=$(command -v "${PYTHON:-python}") name=${NAME:-vimfast-$$}
 names=("$name-0" "$name-1") # of the namespaces, and the hosts
-addresses=(10.213.7.1 10.213.7.2) cables=(eth-vf0 eth-vf1)
+addresses=(10.213.7.1 10.213.7.2) cables=(eth-vf0 eth-vf1) open=$(mktemp)
 cd "$(dirname "$0")/.."
 
 clean() {
+    rm -f "$open"
     for name in "${names[@]}"; do
         ip netns pids "$name" 2>/dev/null | xargs -r kill -9 2>/dev/null || true
         ip netns del "$name" 2>/dev/null || true
@@ -43,7 +44,6 @@ clean() {
     done
 }
 trap clean EXIT
-clean
 
 ip netns add "${names[0]}"
 ip netns add "${names[1]}"
@@ -69,9 +69,10 @@ launch() { # number, flags: node.sh as one types it on that node
 
 node() {
     local status=137
-    while [ "$status" = 137 ]; do
+    while [ -e "$open" ]; do # neither node has ended for good
         launch "$@" && status=0 || status=$?
         echo "node $1 ended with status $status"
+        case $status in 137 | 255) sleep 1 ;; *) rm -f "$open" ;; esac
     done
     return "$status"
 }

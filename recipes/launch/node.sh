@@ -9,12 +9,13 @@
 # GPUS        processes on this node: a number, or gpu for one on each GPU [gpu]
 # RESTARTS    how often torchrun starts again after a crash, from the last checkpoint [3]
 #
-# Ends as a process of the run does, where torchrun always says 1: with 143 after SIGTERM and 75 after SIGUSR1 (the place
-# is saved, start again), otherwise as torchrun does (0: done; 1: it failed, and starting again would not help).
+# Ends with a status by which a scheduler can tell what to start again: 143 after SIGTERM and 75 after SIGUSR1 (the place
+# is saved), 143 too where another node was told to stop, 255 where the first node is gone; otherwise as torchrun does
+# (0: done; 1: it failed, and starting again would not help).
 set -u
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else restarted processes meet at the old addresses
 
-torchrun --nnodes="${NODES:-1}" --nproc_per_node="${GPUS:-gpu}" --max-restarts="${RESTARTS:-3}" \
+python "$(dirname "$0")/torchrun.py" --nnodes="${NODES:-1}" --nproc_per_node="${GPUS:-gpu}" --max-restarts="${RESTARTS:-3}" \
     --rdzv_backend=c10d --rdzv_id="${JOB:-vimfast}" --rdzv_endpoint="${RENDEZVOUS:-localhost:29500}" \
     -m vimfast.train "$@" --resume auto &
 child=$!
