@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import time
@@ -222,3 +223,19 @@ def test_the_kubernetes_job_is_one_that_its_operator_takes(environment: dict[str
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         assert config.data.cache_dir in mounts
         assert str(Path(config.run.output_dir).parent) in mounts
+
+
+def test_scripts_pass_shellcheck() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    scripts = [LAUNCH / "node.sh", LAUNCH / "slurm.sh", ROOT / "tools/two_nodes.sh"]
+    done = subprocess.run(["shellcheck", "--severity=warning", *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_pods_are_valid_ones() -> None:
+    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate, with 22 MB, is not installed")
+    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    for name, replica in job["spec"]["pytorchReplicaSpecs"].items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name.lower()}, **replica["template"]}
+        schemas.validate(pod, "1.32", strict=True)

@@ -10,6 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble, moto, s3
 
@@ -127,6 +128,7 @@ def refusal(code: str, more: str = "") -> bytes:
         (Trouble(status=403, body=refusal("RequestTimeTooSkewed")), "the clock of this machine is wrong .*; set it"),
         (Trouble(status=503, body=SLOW_DOWN), "the store has refused requests for 1 s .503 SlowDown.; run again"),
         (Trouble(status=500, body=refusal("InternalError")), "the store has failed for 1 s .500 InternalError.; run"),
+        (Trouble(status=501), "its server does not know such requests .501.; check the address"),
         (Trouble(status=301), "the bucket is in another region; set AWS_REGION to its region"),
         (
             Trouble(status=400, body=refusal("AuthorizationHeaderMalformed", "<Region>eu-west-1</Region>")),
@@ -185,7 +187,7 @@ def test_a_wait_for_the_first_answer_is_told(
     s3: Proxy, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The address may be wrong, and three minutes without a word are long. Afterwards, the run has words of its own."""
-    monkeypatch.setattr("vimfast.stores.objects._QUIET", 0.5)
+    monkeypatch.setattr("vimfast.stores.objects.QUIET", 0.5)
     store = open_store(f"s3://{BUCKET}/waiting")
     store.put("a.bin", CONTENT)
     again = open_store(f"s3://{BUCKET}/waiting")
@@ -199,6 +201,16 @@ def test_a_wait_for_the_first_answer_is_told(
     s3.troubles = [Trouble("a.bin", 5, status=503, body=SLOW_DOWN)]
     assert again.read("a.bin") == CONTENT
     assert not capfd.readouterr().err
+
+
+def test_a_wait_for_a_file_system_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("vimfast.stores.filesystems.QUIET", 0.0)
+    system = fsspec.filesystem("memory")
+    monkeypatch.setattr(type(system), "cat_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(UserError, match=r"memory://waiting/a.bin cannot be read \(no route\); check the address"):
+        open_store("memory://waiting", patience=0.5).read("a.bin")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "warning: memory://waiting/a.bin cannot be read (no route); it is asked again for up to 0 s"
 
 
 @pytest.fixture

@@ -101,6 +101,9 @@ def explained(error: Exception, where: str, done: str, url: str, seconds: float)
     if answer.status in ("429", "503"):
         problem = f"the store has refused requests for {seconds:.0f} s ({said})"
         return Unanswered(f"{begin}{problem}", "run again when it is less busy")
+    if answer.status == "501":
+        fix = "check the address, and that the server speaks the protocol of such URLs"
+        return UserError(f"{begin}its server does not know such requests ({said})", fix)
     if answer.status.startswith("5"):
         return Unanswered(f"{begin}the store has failed for {seconds:.0f} s ({said})", "run again later")
     if answer.status:

@@ -12,7 +12,7 @@ import fsspec
 
 from vimfast.errors import UserError
 from vimfast.files import TEMPORARY
-from vimfast.stores.store import Entry, Missing, missing, name_in
+from vimfast.stores.store import QUIET, Entry, Missing, missing, name_in, tell_of_waiting
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 15.0  # seconds
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ValueError)
@@ -26,6 +26,7 @@ class FilesystemStore:
 
     def __init__(self, url: str, patience: float) -> None:
         self.url, self._patience = url, patience
+        self._answered = False  # anything, as yet
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
@@ -94,18 +95,23 @@ class FilesystemStore:
         """Ask until there is an answer: fsspec leaves repeating to each file system, and few do it."""
         path = f"{self._opened[1]}/{name}" if name else self._opened[1]
         begin, pause = time.monotonic(), _FIRST_PAUSE
+        silent = not self._answered
         while True:
             try:
-                return ask(path)
+                result = ask(path)
+                self._answered = True
+                return result
             except FileNotFoundError:
+                self._answered = True
                 raise missing(self, name) from None
             except Exception as error:  # of whatever library is behind the URL
-                late = time.monotonic() + pause > begin + self._patience
-                if late or isinstance(error, _FINAL):
-                    said = " ".join(str(error).split()) or type(error).__name__
-                    raise UserError(
-                        f"{name_in(self, name)} cannot be {done} ({said})",
-                        "check the address, the network and the credentials, then run again",
-                    ) from None
+                said = " ".join(str(error).split()) or type(error).__name__
+                problem = f"{name_in(self, name)} cannot be {done} ({said})"
+                if time.monotonic() + pause > begin + self._patience or isinstance(error, _FINAL):
+                    fix = "check the address, the network and the credentials, then run again"
+                    raise UserError(problem, fix) from None
+            if silent and time.monotonic() > begin + QUIET:
+                silent = False
+                tell_of_waiting(problem, begin + self._patience - time.monotonic())
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)

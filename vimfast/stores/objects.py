@@ -7,7 +7,6 @@ once. It was chosen by measurement over fsspec's s3fs: docs/remote.md has the fi
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cached_property
@@ -21,11 +20,10 @@ from obstore.exceptions import BaseError
 
 from vimfast.errors import UserError
 from vimfast.stores.answers import Unanswered, check_endpoint, explained, first_line, no_credentials, too_short
-from vimfast.stores.store import Entry, Missing, missing, name_in
+from vimfast.stores.store import QUIET, Entry, Missing, missing, name_in, tell_of_waiting
 
 _CONNECT, _SILENCE, _WHOLE = timedelta(seconds=10), timedelta(seconds=30), timedelta(minutes=30)
 _FIRST_PAUSE, _LONGEST_PAUSE, _MOST_RETRIES = timedelta(milliseconds=100), timedelta(seconds=15), 1000
-_QUIET = 5.0  # seconds for which the first request is repeated without a word
 _PARALLEL_BYTES = 16 << 20  # of a part of a large object that is written
 _AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
 _AWS_REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
@@ -84,15 +82,13 @@ class ObjectStore:
             return
 
     def _ask(self, name: str, ask: Callable[[Any], _Result], done: str = "read") -> _Result:
-        """What the store answers. Somebody who has mistyped its address waits for the first answer, and is told so."""
+        """What the store answers."""
         _refuse_after_fork()
-        if not self._answered and self._patience > _QUIET:
+        if not self._answered and self._patience > QUIET:
             try:
-                return self._answer(self._hasty_client, name, ask, done, _QUIET)
+                return self._answer(self._hasty_client, name, ask, done, QUIET)
             except Unanswered as error:
-                if os.environ.get("LOCAL_RANK", "0") == "0":
-                    told = f"warning: {error.problem}; it is asked again for up to {self._patience:.0f} s"
-                    print(told, file=sys.stderr, flush=True)
+                tell_of_waiting(error.problem, self._patience)
         return self._answer(self._client, name, ask, done, self._patience)
 
     def _answer(self, client: Any, name: str, ask: Callable[[Any], _Result], done: str, seconds: float) -> _Result:
@@ -117,7 +113,7 @@ class ObjectStore:
 
     @cached_property
     def _hasty_client(self) -> Any:
-        return self._open(_QUIET)
+        return self._open(QUIET)
 
     def _open(self, patience: float) -> Any:
         options: dict[str, Any] = {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from vimfast.errors import UserError
 
+QUIET = 5.0  # seconds for which a store that has not answered anything yet is asked again without a word
 _READER_BYTES = 8 << 20  # of one request; with 30 ms until the first byte, larger ones gain little
 
 
@@ -81,6 +84,12 @@ def open_object(store: Store, name: str, buffer: int = _READER_BYTES) -> BinaryI
     if entry is None:
         raise missing(store, name)
     return io.BufferedReader(_Object(store, entry), buffer)
+
+
+def tell_of_waiting(problem: str, seconds: float) -> None:
+    """That a store has not answered anything yet: its address may be wrong, and minutes without a word are long."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on a machine
+        print(f"warning: {problem}; it is asked again for up to {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def missing(store: Store, name: str) -> Missing:
