@@ -59,7 +59,8 @@ class RayCluster:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"no Ray cluster can be used at {where} ({reason})",
-                "give the address that ray start --head printed, on a node of the cluster",
+                "give the address that ray start --head printed, on a node of the cluster, and set RAY_AUTH_MODE=token "
+                "if the cluster asks for one",
             ) from None
         try:
             yield
