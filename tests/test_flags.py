@@ -261,5 +261,5 @@ def test_every_recipe_is_of_this_code_and_shares_out_on_1_and_8_gpus(path: Path)
             config.optim.global_batch_size
         }
     model = create_model(config.model.model, img_size=config.model.input_size, device="meta", **config.model.options())
-    assert path.stem in ("debug", "demo", "tiny_imagenet") or path.stem.split("_")[1] in config.model.model
+    assert path.stem in ("cifar10", "debug", "demo", "tiny_imagenet") or path.stem.split("_")[1] in config.model.model
     assert model.num_classes == 1000

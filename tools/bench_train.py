@@ -161,6 +161,7 @@ def plot(source: Path) -> None:
     figure, panels = plt.subplots(
         2, figsize=(9, 1.8 + 0.75 * sum(heights)), layout="constrained", height_ratios=heights
     )
+    used: set[str] = set()
     for axes, trains in zip(panels, (True, False), strict=True):
         own = [(row, found) for row, found in steps if row.training is trains][::-1]
         bars: dict[str, list[tuple[float, float]]] = {label: [] for label in COLORS}
@@ -174,13 +175,14 @@ def plot(source: Path) -> None:
         for label, color in COLORS.items():
             places, rates = zip(*bars[label], strict=True) if bars[label] else ((), ())
             drawn = axes.barh(places, rates, height=0.25, color=color)
+            used |= {label} if rates else set()
             axes.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=9)
         axes.set_yticks(range(len(own)), [row.short for row, _ in own])
         axes.set(xlim=(0, 1.12 * max(rate for found in bars.values() for _, rate in found)), xticks=[])
         axes.set_title("training" if trains else "inference", fontsize=10, loc="left", weight="bold")
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.tick_params(left=False)
-    patches = [Patch(color=color, label=label) for label, color in COLORS.items()]
+    patches = [Patch(color=color, label=label) for label, color in COLORS.items() if label in used]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     title = f"Images per second; each group has a scale of its own\n{record['gpu']}, {record['date']}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
