@@ -15,10 +15,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from watch import MARK, Watched
 
 _NO_MARK = "0" * 32  # as long as what Watched marks processes with
@@ -27,7 +29,8 @@ _EVERYTHING = [
     "vimfast.train.build",
     "vimfast.inference",
     "vimfast.samples",
-    "forked",
+    "conftest",
+    "runs",
     "preloaded",
 ]
 
@@ -140,6 +143,10 @@ def forking() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_EVERYTHING)
     os.environ.setdefault(MARK, _NO_MARK)  # room for another, in the forked process and so in each fork
+    with pytest.MonkeyPatch.context() as patch:
+        # Python 3.11 gives the server no sys.path, and the server ignores that it cannot import what it should.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
     return context
 
 
@@ -154,6 +161,7 @@ def _mark(mark: str) -> None:
 def _run(
     setting: tuple[str, dict[str, str], list[str]], function: Callable[..., object], arguments: tuple[Any, ...]
 ) -> None:
+    assert "preloaded" in sys.modules, "the process that is forked could not import what it should"
     folder, env, streams = setting
     if len(env.get(MARK, "")) == len(_NO_MARK):
         _mark(env[MARK])
