@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import run_forked
 
 from vimfast.affinity import gpu_node, physical, read_cores, read_nodes, settle, share_out
 
@@ -257,27 +257,21 @@ def test_a_process_that_its_launcher_pinned(tmp_path: Path, monkeypatch: pytest.
     assert settle(0, CPUS, tmp_path) == {0}
 
 
-SETTLE = """
-import os, sys, threading
-from pathlib import Path
-import torch
-from vimfast.affinity import settle
-
-rank, ranks, root, *own = sys.argv[1:]
-if own:
-    os.sched_setaffinity(0, {int(cpu) for cpu in own})
-print(settle(int(rank), [torch.device("cpu")] * int(ranks), Path(root)))
-print(os.sched_getaffinity(0))
-later = threading.Thread(target=lambda: print(os.sched_getaffinity(0)))
-later.start()
-later.join()
-"""
+def show_settling(rank: int, ranks: int, root: Path, *own: int) -> None:
+    """Print what `settle` returns, and the CPUs of the process and of a thread that is made afterwards."""
+    if own:
+        os.sched_setaffinity(0, own)
+    print(settle(rank, [torch.device("cpu")] * ranks, root))
+    print(os.sched_getaffinity(0))
+    later = threading.Thread(target=lambda: print(os.sched_getaffinity(0)))
+    later.start()
+    later.join()
 
 
 def settled(rank: int, ranks: int, root: Path, *own: int) -> list[str]:
-    """What `settle` returned, and the CPUs of the process and of a thread that it made afterwards."""
-    arguments = [str(argument) for argument in (rank, ranks, root, *own)]
-    return subprocess.check_output([sys.executable, "-c", SETTLE, *arguments], text=True).splitlines()
+    done = run_forked(show_settling, rank, ranks, root, *own)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
