@@ -5,7 +5,8 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install)
+PACKAGES := --constraint constraints.txt --editable '.[cuda$(CUDA),dev]'
+UV := $(shell command -v uv 2>/dev/null)
 
 .PHONY: demo test test-faults test-gpus lint types format docs bench clean
 
@@ -51,7 +52,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vimfast needs Python 3.10 or newer; run make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): torch, the CUDA libraries and DALI, about 3 GB to download and 7 GB on disk"
-	$(INSTALL) --constraint constraints.txt --editable '.[cuda$(CUDA),dev]'
+	$(if $(UV),uv pip install --python $(BIN)/python $(PACKAGES) ||) $(BIN)/python -m pip install $(PACKAGES)
 	touch $@
 
 clean:
