@@ -27,10 +27,11 @@ from vimfast.augment.erasing import Erasing
 from vimfast.augment.pixels import carry_out
 from vimfast.augment.pixels_pillow import change
 from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
-from vimfast.augment.recipe import Recipe, training_crop
-from vimfast.config import AugmentConfig
+from vimfast.augment.recipe import Recipe, described, training_crop
+from vimfast.config import AugmentConfig, load_config
 from vimfast.errors import UserError
 from vimfast.image_size import ImageSize
+from vimfast.train.plan import _augmentation
 
 SIZE = ImageSize(48, 64)
 FILL = (124, 116, 104)
@@ -420,3 +421,37 @@ def test_refused_input() -> None:
     plan = Plan(np.zeros((1, 1)), np.zeros((1, 0), PATCH))
     with pytest.raises(ValueError, match="make it with"):
         carry_out(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--color-jitter", "0.3"],
+        ["--ThreeAugment"],
+        ["--aa", "rand-m9"],
+        ["--aa", "rand-m9-t3a", "--color-jitter", "0.3"],
+        ["--reprob", "1"],
+        ["--mixup", "0.8"],
+        ["--cutmix-minmax", "0.2", "0.4"],
+        ["--src"],
+        ["--input-size", "32"],
+        ["--repeated-aug"],
+    ],
+)
+def test_the_plan_of_a_run_names_whatever_changes_its_images(flags: list[str]) -> None:
+    """It said "crops and flips alone" of images whose colours are jittered, or which are not resized."""
+    off = ["--aa", "none", "--no-repeated-aug"]
+    off += [word for name in ("color-jitter", "reprob", "mixup", "cutmix") for word in (f"--{name}", "0")]
+    cfg = load_config([*off, *flags])
+    assert ("alone" in _augmentation(cfg, cfg.model.size)) == (not flags)
+
+
+@pytest.mark.parametrize("jitter", ["0", "0.3"])
+@pytest.mark.parametrize("flags", [["--aa", "none"], ["--aa", "rand-m9"], ["--aa", "rand-m9-t3a"], ["--ThreeAugment"]])
+def test_colour_jitter_is_named_where_it_is_drawn(flags: list[str], jitter: str) -> None:
+    cfg = load_config([*flags, "--reprob", "0", "--color-jitter", jitter])
+    without = load_config([*flags, "--reprob", "0", "--color-jitter", "0"])
+    plans = [Recipe(c.augment).draw(0, 0, np.arange(4), 48) for c in (cfg, without)]
+    drawn, others = ((plan.operations["code"] != Op.NONE).sum() for plan in plans)
+    assert ("colour jitter" in ", ".join(described(cfg))) == (drawn > others)

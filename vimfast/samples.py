@@ -18,11 +18,13 @@ from torch import Tensor
 from vimfast import dist
 from vimfast.augment.colours import to_pixels
 from vimfast.augment.plan import Op, Plan
+from vimfast.augment.recipe import described
 from vimfast.class_names import english_names
 from vimfast.config import Batches, Config, plan_batches, staged
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.views import Evaluation, RegionInputs, Work
 from vimfast.dist import World
+from vimfast.image_size import ImageSize
 from vimfast.sheet import PALETTE, Caption, Colour, Sheet, Tile
 from vimfast.train.loaders import fit_order, open_training, open_training_source, open_validation
 from vimfast.train.mixing import Mixup, build_mixup
@@ -119,7 +121,7 @@ def _draw_training(cfg: Config, count: int, world: World, title: str, settings: 
         )
     return Sheet(
         title=title,
-        subtitle=[f"{settings} · first steps of epoch 0", _augmentation(cfg)],
+        subtitle=[f"{settings} · first steps of epoch 0", _augmentation(cfg, final_size)],
         panels=panels,
         across=_ACROSS.get(len(panels[0]), 1),
         headings=["original", *["augmented"] * copies, *["mixed"] * (copies * mixup.enabled)],
@@ -250,28 +252,10 @@ def _target(target: np.ndarray, labels: Sequence[str]) -> list[Caption]:
     ]
 
 
-def _augmentation(cfg: Config) -> str:
-    """The settings that change images, in words."""
-    data, augment, mix = cfg.data, cfg.augment, cfg.mix
-    words = []
-    if data.repeated_aug:
-        words.append("three copies of each image")
-    if augment.three_augment:
-        words.append("ThreeAugment")
-    elif augment.aa not in ("", "none"):
-        words.append(augment.aa)
-    if augment.color_jitter and (augment.three_augment or augment.aa in ("", "none")):
-        words.append(f"colour jitter {augment.color_jitter}")
-    if augment.src:
-        words.append("simple random crop")
-    if augment.reprob and not augment.three_augment:
-        words.append(f"erasing {augment.reprob}")
-    if mix.mixup:
-        words.append(f"mixup {mix.mixup}")
-    if mix.cutmix or mix.cutmix_minmax:
-        words.append(f"cutmix {mix.cutmix_minmax or mix.cutmix}")
-    words.append("binary cross entropy" if mix.bce_loss else f"label smoothing {mix.smoothing}")
-    return ", ".join(words)
+def _augmentation(cfg: Config, final_size: ImageSize) -> str:
+    """The settings that change images and targets, in words."""
+    targets = "binary cross entropy" if cfg.mix.bce_loss else f"label smoothing {cfg.mix.smoothing:g}"
+    return ", ".join([*described(cfg, final_size), targets])
 
 
 # Evaluation

@@ -9,7 +9,7 @@ from vimfast.augment.crops import BoxCrop, CentreCrop, PaddedCrop, RandomResized
 from vimfast.augment.draws import uniforms
 from vimfast.augment.erasing import Erasing
 from vimfast.augment.plan import OPERATION, PATCH, Op, Plan
-from vimfast.config import AugmentConfig
+from vimfast.config import AugmentConfig, Config
 from vimfast.config.choices import Interpolation
 from vimfast.image_size import ImageSize, SizeLike
 
@@ -51,6 +51,36 @@ def evaluation_crop(size: ImageSize, ratio: float) -> CentreCrop:
     return CentreCrop(1.0 if max(size) <= LARGEST_PADDED else ratio)
 
 
+def jitter_strength(cfg: AugmentConfig) -> float:
+    """How far colours are jittered; as in timm, not beside ``--aa``, except beside ThreeAugment's sets, in ``3a``."""
+    policy = not cfg.three_augment and cfg.aa not in ("", "none")
+    return 0.0 if policy and "3a" not in cfg.aa else cfg.color_jitter
+
+
+def described(cfg: Config, final_size: ImageSize | None = None) -> list[str]:
+    """What is done to training images beyond random resized crops and flips, a few words for each part.
+
+    Args:
+        final_size: as :func:`training_crop` has it.
+    """
+    augment, mix = cfg.augment, cfg.mix
+    policy = "" if augment.aa == "none" else augment.aa
+    crop = training_crop(augment, cfg.model.size, cfg.data.scale, cfg.data.ratio, final_size)
+    padded = "padded crops of unresized images" if isinstance(crop, PaddedCrop) and crop.of is None else "padded crops"
+    jitter = jitter_strength(augment)
+    parts = [
+        "three copies of each image" if cfg.data.repeated_aug else "",
+        "simple random crops" if isinstance(crop, ShortSideCrop) else "",
+        padded if isinstance(crop, PaddedCrop) else "",
+        "ThreeAugment" if augment.three_augment else policy,
+        f"colour jitter {jitter:g}" if jitter else "",
+        f"erasing {augment.reprob:g}" if augment.reprob and not augment.three_augment else "",
+        f"mixup {mix.mixup:g}" if mix.mixup else "",
+        f"cutmix {mix.cutmix_minmax or f'{mix.cutmix:g}'}" if mix.cutmix or mix.cutmix_minmax else "",
+    ]
+    return [part for part in parts if part]
+
+
 class Recipe:
     """The augmentation that a section of settings asks for, drawn from (seed, epoch, position) alone.
 
@@ -69,13 +99,11 @@ class Recipe:
         self._three, self._jitter, self._erasing = False, 0.0, Erasing(0.0)
         if cfg is None:
             return
-        self._jitter = cfg.color_jitter
+        self._jitter = jitter_strength(cfg)
         if cfg.three_augment:
             self._three = True
             return
         self._policy = randaugment.policy(cfg.aa, interpolation)
-        if self._policy and "3a" not in cfg.aa:  # timm jitters colours after ThreeAugment's sets, and only those
-            self._jitter = 0.0
         self._erasing = Erasing(cfg.reprob, cfg.remode, cfg.recount)
 
     def draw(

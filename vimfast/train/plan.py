@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vimfast.augment.recipe import described
 from vimfast.config import Config
 from vimfast.data.loader import Loader
 from vimfast.data.mixed import in_stores
 from vimfast.dist import World
 from vimfast.errors import counted
+from vimfast.image_size import ImageSize
 from vimfast.train.compiling import is_compiled
 from vimfast.train.device import kernels
 from vimfast.train.loaders import cache_settings
@@ -28,7 +30,7 @@ def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
         ("trains on", _images(run, cfg)),
         ("cache", _cache(cfg)),
         ("stages", _stages(run)),
-        ("augments by", _augmentation(run.stage.config) + _in_stage(run)),
+        ("augments by", _augmentation(run.stage.config, cfg.model.size) + _in_stage(run)),
         ("decodes by", _decoding(run.loader)),
         ("batch", _batch(run) + _in_stage(run)),
         ("learning rate", _rate(run, cfg)),
@@ -135,17 +137,8 @@ def _in_stage(run: TrainingRun) -> str:
     return f" (stage {stages.index(run.stage) + 1} of {len(stages)})" if len(stages) > 1 else ""
 
 
-def _augmentation(cfg: Config) -> str:
-    augment, mix = cfg.augment, cfg.mix
-    three = "ThreeAugment" if augment.three_augment else augment.aa if augment.aa not in ("", "none", None) else ""
-    parts = [
-        three,
-        f"erasing {augment.reprob:g}" if augment.reprob and not augment.three_augment else "",
-        f"mixup {mix.mixup:g}" if mix.mixup else "",
-        f"cutmix {mix.cutmix:g}" if mix.cutmix or mix.cutmix_minmax else "",
-        "three copies of each image drawn" if cfg.data.repeated_aug else "",
-    ]
-    return ", ".join(filter(None, parts)) or ("crops and flips alone" if cfg.data.hflip else "crops alone")
+def _augmentation(cfg: Config, final_size: ImageSize) -> str:
+    return ", ".join(described(cfg, final_size)) or ("crops and flips alone" if cfg.data.hflip else "crops alone")
 
 
 def _batch(run: TrainingRun) -> str:
