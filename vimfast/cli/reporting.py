@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import select
 import shutil
 import socket
 import sys
@@ -23,7 +24,19 @@ def print_out(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, when the program ends
+        discard_output()
+
+
+def discard_output() -> None:
+    """Have nobody read what is left in stdout's buffer, which the interpreter writes when the program ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_output_read() -> bool:
+    """Whether stdout is anything but a pipe or a socket whose reader has closed it."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def fit_terminal(text: str, stream: TextIO | None) -> str:

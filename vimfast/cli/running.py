@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from vimfast.cli.reporting import report_once
+from vimfast.cli.reporting import discard_output, is_output_read, report_once
 from vimfast.errors import UserError
+
+OWN = ("vimfast", "vimfast_kernels")
 
 
 def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> None:
-    """Run an entry point: a ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C one and 130.
+    """Run an entry point: a ``UserError`` or a missing package becomes one line on stderr and exit status 2, Ctrl-C one
+    and 130; a reader of stdout that has read enough, such as ``head``, is no error: 141 and no line.
 
     Anything else is a bug and keeps its traceback.
     """
     try:
         status = main() or 0
+        print(end="", flush=True)  # while a reader that is gone can be told from a bug; stdout may be None
     except UserError as error:
         report_once(f"error: {error}")
         status = 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in OWN:
+            raise
+        report_once(f"error: {error}; vimfast doctor says what is missing and how to install it")
+        status = 2
+    except BrokenPipeError:
+        if is_output_read():
+            raise
+        discard_output()
+        status = 128 + signal.SIGPIPE
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         status = 130
