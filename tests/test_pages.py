@@ -59,6 +59,15 @@ def test_ticks_of_counts_are_whole() -> None:
     assert [text for _, text in ticks(0, 0.21)] == ["0.00", "0.05", "0.10", "0.15", "0.20"]
 
 
+@pytest.mark.parametrize("numbers", [[100.0], [99.0, 100.0], [3.0, 97.0]])
+def test_no_axis_of_percentages_reaches_beyond_100(numbers: list[float | None]) -> None:
+    own = chart(numbers, limit=100.0)
+    assert max(float(tick.text) for tick in own.y_ticks) <= 100
+    assert all(tick.at >= TOP for tick in own.y_ticks)
+    heights = [float(y) for y in re.findall(r"[ML]-?[\d.]+ (-?[\d.]+)", own.paths[0])]
+    assert all(TOP <= y <= BOTTOM for y in heights)
+
+
 @given(values)
 def test_lines_and_what_the_pointer_shows_lie_inside_the_chart(numbers: list[float | None]) -> None:
     own = chart(numbers)

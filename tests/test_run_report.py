@@ -19,13 +19,15 @@ import yaml
 from browser import look, needs_browser
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from runs import RECIPE, Stops, call, records, train
 
 from vimfast.__main__ import COMMANDS
 from vimfast.config import load_config
+from vimfast.data.source import open_source
 from vimfast.errors import UserError, printable
 from vimfast.inference import load_classifier, predict
-from vimfast.run_report import read_facts, write_page
+from vimfast.run_report import read_facts, write_facts, write_page
 from vimfast.run_report.environment import git_state
 from vimfast.run_report.mistakes import confused, hardest
 from vimfast.train.answers import Answers
@@ -85,6 +87,18 @@ def test_figures_are_those_of_the_log(run: Run) -> None:
         assert row
         for name in ("train_loss", "test_loss", "ema_test_loss"):
             assert f">{record[name]:.4f}<" in row[0]
+
+
+def test_top5_is_shown_where_it_can_be_below_100(run: Run, tmp_path: Path) -> None:
+    """The page of a run of three classes had a tile and a chart of 100 %."""
+    facts = read_facts(run.folder)
+    assert facts is not None
+    for name in ("log.txt", "config.yaml"):
+        shutil.copy(run.folder / name, tmp_path)
+    for classes, shown in ((5, False), (6, True), (None, True)):
+        write_facts(tmp_path, replace(facts, classes=classes))
+        assert ("top-5" in write_page(tmp_path).read_text().lower()) == shown
+    assert facts.classes == len(open_source(str(run.data), "val").classes)
 
 
 def test_mistakes_are_those_of_the_model(run: Run) -> None:
@@ -222,7 +236,7 @@ def test_a_browser_shows_it(run: Run, tmp_path: Path) -> None:
         found, complaints = look(run.folder / "report.html", tmp_path, width=width, dark=dark)
         assert complaints == []
         assert (found["width"], found["content"]) == (width, width)
-        assert (found["charts"], found["lines"]) == (6, 3 + 2 + 2 + 1 + 1 + 1)
+        assert (found["charts"], found["lines"]) == (5, 3 + 2 + 1 + 1 + 1)  # no top-5 of three classes
         assert (found["images"], found["broken"]) == (15, 0)
         assert found["columns"] == (3 if width == 1200 else 1)
         assert found["outside"] == []

@@ -67,6 +67,7 @@ class LineChart:
         series: at least one.
         write: a value as text.
         least, most: what the y axis reaches at least.
+        limit: the largest value there can be, beyond which the y axis does not reach.
         mark: one value that stands out.
     """
 
@@ -77,6 +78,7 @@ class LineChart:
     write: Format
     least: float | None = None
     most: float | None = None
+    limit: float | None = None
     mark: Mark | None = None
 
     @cached_property
@@ -93,7 +95,8 @@ class LineChart:
         ceiling = [] if self.most is None else [self.most]
         low, high = min(self._values + floor), max(self._values + ceiling)
         room = (high - low) * _ROOM or abs(high) * _ROOM or 1.0
-        return (low if low == self.least else low - room), high + room
+        above = high + room if self.limit is None else min(high + room, self.limit)
+        return (low if low == self.least else low - room), above
 
     def _x(self, value: float) -> float:
         first, last = self.x[0], self.x[-1]

@@ -67,6 +67,7 @@ class Facts(Struct, frozen=True):
         processes: of the run.
         plan: the lines that the run began with: what, and how.
         software: what it ran on: what, and which.
+        classes: of its images; None: an earlier vimfast did not say.
         stopped: where the run was told to stop; None: it was not, or was resumed.
         pace: of each epoch since the run began in this folder.
         mistakes: of the last evaluation.
@@ -75,6 +76,7 @@ class Facts(Struct, frozen=True):
     processes: Annotated[int, Meta(ge=1)]
     plan: list[tuple[str, str]]
     software: list[tuple[str, str]]
+    classes: Annotated[int, Meta(ge=1)] | None = None
     stopped: str | None = None
     pace: list[Pace] = []
     mistakes: Mistakes | None = None

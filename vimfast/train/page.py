@@ -104,7 +104,8 @@ class RunPage(Hook):
 
     def _begin(self, epoch: int) -> None:
         world = self._run.world
-        facts = Facts(world.size, list(self._run.plan), [*software(), ("device", _device(world))])
+        classes = len(self._run.evaluated.loader.source.classes)
+        facts = Facts(world.size, list(self._run.plan), [*software(), ("device", _device(world))], classes)
         try:
             before = read_facts(self._folder)
         except UserError as error:
