@@ -71,7 +71,7 @@ def test_evaluation(original: Path, tree: Path, capsys: pytest.CaptureFixture[st
         weights = trainer.evaluated.models[whose].state_dict()
         assert all(torch.equal(value, state[part][name]) for name, value in weights.items())
     said = capsys.readouterr().out
-    assert "which holds weights and their moving average (EMA)" in said
+    assert "reading weights and their moving average (EMA) from " in said
     for name in ("network", "ema network"):
         assert f"Accuracy of the {name} on the 15 test images" in said
 

@@ -75,7 +75,8 @@ def test_from_store_to_store_the_bytes_are_those_of_the_disk(
     source: str, out: str, expected: dict[str, bytes], s3: Proxy, tmp_path: Path
 ) -> None:
     said = convert(source, out, OPTIONS, workers=1)
-    assert said.startswith(f"{out} is complete: 37 train images in 4 shards, 1 changed, 8 val images in 1 shard")
+    summary = "37 train images in 4 shards, 1 converted to RGB JPEG, 8 val images in 1 shard"
+    assert said.startswith(f"{out} is complete: {summary}")
     assert held(out, tmp_path / "copy") == expected
     s3.requests.clear()
     assert f"{out} is complete already: 37 train images" in convert(source, out, OPTIONS, workers=1)

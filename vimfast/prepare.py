@@ -31,7 +31,8 @@ def parser() -> Parser:
     parser = Parser(
         "vimfast-prepare",
         "Turn a folder in the ImageNet layout into WebDataset shards with an index for random access. "
-        "Images are stored byte for byte unless --resize is given. If it is interrupted, run it again: it resumes.",
+        "RGB and grey JPEGs are stored byte for byte unless --resize is given; other images are converted to RGB JPEG. "
+        "If it is interrupted, run it again: it resumes.",
         epilog="example: vimfast prepare imagenet_data/ --out shards/",
     )
     add = parser.add_argument

@@ -446,7 +446,7 @@ def _summarize(manifest: Manifest) -> str:
     """The manifest in one line."""
     parts = []
     for split, entry in manifest.splits.items():
-        counts = {"changed": len(entry.changed), "skipped": len(entry.skipped)}
+        counts = {"converted to RGB JPEG": len(entry.changed), "skipped": len(entry.skipped)}
         notes = "".join(f", {count} {what}" for what, count in counts.items() if count)
         parts.append(f"{counted(entry.samples, f'{split} image')} in {counted(len(entry.shards), 'shard')}{notes}")
     total = sum(shard.bytes for entry in manifest.splits.values() for shard in entry.shards)

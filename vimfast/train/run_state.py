@@ -124,7 +124,7 @@ def load_models(
     Args:
         resample: as :func:`load_weights` has it.
     """
-    report.say(f"reading {origin}, which holds {weights_held(state)}")
+    report.say(f"reading {weights_held(state)} from {origin}")
     size = described(state).img_size
     for line in load_weights(model, state["model"], origin, resample=resample, img_size=size):
         report.say(line)
