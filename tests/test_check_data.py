@@ -831,8 +831,10 @@ def test_the_page_has_what_the_json_has(check: Check, odd: Path, tmp_path: Path)
     assert text.count(">does not decode<") == 1
     tiles = re.findall(r"<dt>(.*?)</dt><dd>(.*?)<small>", text)
     assert tiles[0] == ("Images of train", "39")
-    small = [path for path in odd.glob("train/*/*") if path.name != "broken.jpg" and min(Image.open(path).size) < 52]
-    assert ("Enlarged in training", str(len(small))) in tiles
+    files = [[path for path in odd.glob(f"{split}/*/*") if path.name != "broken.jpg"] for split in ("train", "val")]
+    small = [sum(min(Image.open(path).size) < 52 for path in of_split) for of_split in files]
+    said = [figure for title, figure in tiles if title == "Smaller than the input"]
+    assert said == [str(count) for count in small]
 
 
 def test_bars_count_every_image_and_class(odd: Path) -> None:

@@ -203,7 +203,7 @@ class SplitPage:
 
     @property
     def smaller(self) -> int:
-        """How many of them training enlarges."""
+        """How many of them are smaller than the input."""
         return int((self._sizes < self.input_size).any(axis=1).sum())
 
     @property
