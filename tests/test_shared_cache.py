@@ -107,7 +107,7 @@ def test_a_rank_killed_in_mid_download_and_others_in_its_place(
     then fetch, and the run with it. It is resumed on four ranks while the last shards are still to come, then on one.
     """
     need, cache = by_need(local), tmp_path / "cache"
-    first, middle, last = set(need[:WINDOW]), set(need[WINDOW:-WINDOW]), set(need[-WINDOW:])
+    early, late, last = set(need[: 2 * WINDOW + 1]), set(need[2 * WINDOW + 1 : -WINDOW]), set(need[-WINDOW:])
     met, killed, resumed = (threading.Event() for _ in range(3))
     with ExitStack() as stack:
         ways = [stack.enter_context(proxy_to(moto)) for _ in range(7)]
@@ -115,20 +115,20 @@ def test_a_rank_killed_in_mid_download_and_others_in_its_place(
             stack.callback(event.set)
         for way in ways:
             way.troubles = [Trouble(name, until=resumed) for name in last]
-        for way in ways[:3]:  # each fetches three at a time, so that rank 1 comes to some of these six
-            way.troubles += [Trouble(name, until=killed if way is ways[1] else met) for name in middle]
+        ways[1].troubles += [Trouble(name, until=killed) for name in late]
+        for way in (ways[0], ways[2]):  # until rank 1 is where it is to be killed
+            way.troubles.append(Trouble("manifest.json", until=met))
 
         two = Ranks(ways[:2], range(STEPS), cache, tmp_path / "two")
         beside = Ranks(ways[2:3], range(STEPS), cache, tmp_path / "beside")
-        wait_for(lambda: bool(asked(ways[1]) & middle), SECONDS)
+        wait_for(lambda: files(cache, "") >= early and late <= asked(ways[1]), SECONDS)
         met.set()
-        wait_for(lambda: files(cache, "") >= first | middle - asked(ways[1]), SECONDS)
-        wait_for(lambda: len(two.done()) > 0, SECONDS)
-        assert files(cache, ".part") >= asked(ways[1]) & middle
+        wait_for(lambda: len(two.done()) > 0 and len(beside.done()) > 0, SECONDS)
+        assert files(cache, ".part") >= late
         two.processes[1].process.send_signal(signal.SIGKILL)
         assert two.processes[1].wait(SECONDS) == -signal.SIGKILL
         assert two.processes[0].wait(SECONDS) != 0
-        wait_for(lambda: files(cache, "") == first | middle, SECONDS)  # the run beside them has taken over
+        wait_for(lambda: files(cache, "") == early | late, SECONDS)  # the run beside them has taken over
         assert not beside.processes[0].ended
 
         four = Ranks(ways[3:], range(two.done().stop, STEPS - 1), cache, tmp_path / "four")
