@@ -180,7 +180,7 @@ def test_help_lists_the_backends() -> None:
 @pytest.mark.parametrize(
     ("word", "words"),
     [
-        ("nowhere.yaml", ["nowhere.yaml does not exist", "the recipes are debug, demo, "]),
+        ("nowhere.yaml", ["nowhere.yaml does not exist", "the recipes are cifar10, debug, demo, "]),
         ("configs/vim_tiny_1gpu.yaml", ["does not exist", "the recipe of that name is --config vim_tiny_1gpu"]),
         ("vim_tny", ["no recipe 'vim_tny'", "did you mean 'vim_tiny'", "vim_tiny_1gpu, ", "by its path"]),
         ("folder", ["no recipe 'folder'"]),
