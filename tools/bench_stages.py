@@ -84,7 +84,10 @@ class Trial:
         )
         model = self._models.model
         if not isinstance(model, VisionMamba):
-            raise UserError(f"{config.model.model} is no Vision Mamba, and of other models no floor is known")
+            raise UserError(
+                f"{config.model.model} is not a Vision Mamba, and no floor is known for other models",
+                "give a recipe that trains one",
+            )
         self._model = model
         self._mixup = Mixup(config.mix, classes, config.run.seed, 0)
         if kernels(model, self._models.precision) == "gluon":
