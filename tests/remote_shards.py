@@ -25,18 +25,21 @@ URL = f"s3://{BUCKET}/shards"
 IMAGES, IN_SHARD = 60, 5  # 12 training shards
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small shards of small images, of 2 classes."""
-    root = tmp_path_factory.mktemp("remote")
+def small_shards(root: Path, images: int, in_shard: int) -> Path:
+    """Shards of so many small images to train on, of 2 classes, and of 10 to validate; the tree is beside them."""
     noise = np.random.default_rng(0)
-    for split, count in (("train", IMAGES), ("val", 10)):
+    for split, count in (("train", images), ("val", 10)):
         for i in range(count):
             path = root / "tree" / split / "ab"[i % 2] / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise.integers(0, 256, (48, 40 + i % 7, 3), dtype=np.uint8)).save(path)
-    convert(root / "tree", root / "shards", ConversionOptions(shard_samples=IN_SHARD), workers=1)
+    convert(root / "tree", root / "shards", ConversionOptions(shard_samples=in_shard), workers=1)
     return root / "shards"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_shards(tmp_path_factory.mktemp("remote"), IMAGES, IN_SHARD)
 
 
 @pytest.fixture

@@ -9,16 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from object_servers import wait_for
-from PIL import Image
+from remote_shards import small_shards
 from runs import ROOT, TIMEOUT, TINY, call, differences, environment
 from watch import Watched
-
-from vimfast.shards.convert import convert
-from vimfast.shards.format import ConversionOptions
 
 pytestmark = pytest.mark.faults  # each starts four interpreters that import torch, and most of them twice
 IMAGES, IN_SHARD = 240, 20
@@ -42,14 +38,7 @@ def namespaces() -> None:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 to train on, of 2 classes."""
-    root, noise = tmp_path_factory.mktemp("nodes"), np.random.default_rng(0)
-    for split, count in (("train", IMAGES), ("val", 10)):
-        for i in range(count):
-            path = root / "tree" / split / "ab"[i % 2] / f"{i}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(noise.integers(0, 256, (48, 40 + i % 7, 3), dtype=np.uint8)).save(path)
-    convert(root / "tree", root / "shards", ConversionOptions(shard_samples=IN_SHARD), workers=1)
-    return root / "shards"
+    return small_shards(tmp_path_factory.mktemp("nodes"), IMAGES, IN_SHARD)
 
 
 @pytest.fixture(scope="module")
