@@ -17,6 +17,7 @@ from vimfast_kernels.block import device as block  # noqa: E402
 from vimfast_kernels.block import device_steps as steps  # noqa: E402
 from vimfast_kernels.block import packing  # noqa: E402
 from vimfast_kernels.block.packing import Packed, Pieces  # noqa: E402
+from vimfast_kernels.conv import device as conv  # noqa: E402
 from vimfast_kernels.norm import device as norm  # noqa: E402
 from vimfast_kernels.update import device as update  # noqa: E402
 from vimfast_kernels.update import launch as update_launch  # noqa: E402
@@ -26,13 +27,14 @@ SIZES = {"C": 192, "D": 384, "N": 16, "RANK": 12, "PAD": 16, "WIDTH": 4, "BLOCK"
 PARTS = {"IN_PARTS": 32, "OUT_PARTS": 32, "PARTS": 16, "STEP_PARTS": 132}
 PARTS |= {"IN_ROWS": 32, "OUT_ROWS": 32, "ROWS": 16, "STEP_ROWS": 256}
 TILES = {"LONG": packing.LONG_SUM, "TILE": packing.TILE}
-NUMBERS = dict.fromkeys(("rows", "length", "conv_rows", "norm_rows"), "i32") | dict.fromkeys(
+STRIDES = ("x_batch", "x_time", "out_dir")
+NUMBERS = dict.fromkeys(("rows", "length", "conv_rows", "norm_rows", *STRIDES), "i32") | dict.fromkeys(
     ("rate", "kept", "eps"), "fp32"
 )
 NORM = {"C": 192, "CENTER": True, "ROWS": 4, "COLUMNS": 256}
 WAY = Direction(*[F32] * 7)
 WEIGHTS = MixerWeights(F32, None, WAY, WAY, F32, None)
-PACKED = Packed(BF16, None, BF16, None, BF16, BF16, *[F32] * 5)
+PACKED = Packed(BF16, None, BF16, None, BF16, BF16, *[F32] * 6)
 PIECES = Pieces(F32, None, F32, None, *[F32] * 8)
 # Every pointer that is not named is to fp32.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -95,6 +97,18 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int = 90, warps: int 
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(name: str) -> None:
     assert "st.global" in compiled(*CASES[name])
+
+
+@pytest.mark.parametrize("element", [BF16, "*fp16"])
+def test_a_convolution_compiles(element: str) -> None:
+    """In bf16, one special-function instruction for each of 4 x 2 outputs of 2 channels; else two."""
+    meta: dict[str, Any] = {
+        "D": 384, "K": 2, "WIDTH": 4, "BACK": 2, "BIAS": True, "STEPS": 4, "CHANNELS": 128, "CHANNEL": 1,
+        "TAP": 384, "PRECISE": element != BF16,
+    }  # fmt: skip
+    ptx = compiled(conv.conv_forward, {"x_ptr": element, "out_ptr": element, **meta}, warps=2)
+    assert ptx.count("tanh.approx.f32") == (16 if element == BF16 else 0)
+    assert ptx.count("ex2.approx") == (0 if element == BF16 else 16)
 
 
 @pytest.mark.parametrize("arch", [89, 90])

@@ -38,13 +38,13 @@ def test_a_file_that_holds_anything_else_is_no_tuning(tmp_path: Path, damage: st
     save(OTHER, path)
     written = json.loads(path.read_text())
     if damage == "one less":
-        del written["conv"]
+        del written["norm"]
     if damage == "one more":
-        written["convolution"] = written["conv"]
+        written["normalization"] = written["norm"]
     if damage == "no choice":
         written["scan_forward"]["channels"] = 4096
     if damage == "a number":
-        written["conv"] = 7
+        written["norm"] = 7
     path.write_text({"cut": path.read_text()[:40], "no object": "[]"}.get(damage, json.dumps(written)))
     assert load(path) is None
 

@@ -106,6 +106,7 @@ def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
         both(lambda way: F.pad(way.dt_weight, (0, pad - rank)), target),
         both(lambda way: way.conv_weight),
         None if w.forth.conv_bias is None else both(lambda way: way.conv_bias),
+        both(lambda way: way.conv_weight.T),
         both(lambda way: way.dt_bias),
         got.A,
         both(lambda way: way.D),

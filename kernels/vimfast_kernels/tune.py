@@ -84,10 +84,6 @@ def kernels() -> dict[str, Callable[[], Any]]:
         dB, dC, dz, out = (torch.empty_like(x) for x in (inputs.B, inputs.C, grad, grad))
         return lambda: scan.launch_backward(grad, inputs, y, states, dB, dC, dz, out)
 
-    def run_conv() -> None:
-        conv.launch_forward(x, taps, tap_bias, both)
-        conv.launch_backward(dout, x, taps, tap_bias, both, dx)
-
     def run_norm() -> None:
         norm.launch_forward(h, residual, None, weight, None, 0.0, 1e-5, True, normed, total)
         norm.launch_backward(h, residual, total, None, weight, None, 0.0, 1e-5, True, normed, again)
@@ -102,7 +98,8 @@ def kernels() -> dict[str, Callable[[], Any]]:
 
     both = [False, True]
     x, dx = random(BATCH, LENGTH, 2 * CHANNELS)[..., :CHANNELS], random(BATCH, LENGTH, CHANNELS)
-    dout, taps, tap_bias = random(2, BATCH, LENGTH, CHANNELS), random(2, CHANNELS, 4), random(2, CHANNELS)
+    dout, dense, tap_bias = random(2, BATCH, LENGTH, CHANNELS), random(2, CHANNELS, 4), random(2, CHANNELS)
+    taps = dense.mT.contiguous().mT  # channels are neighbours, as within a block
     h, normed = random(BATCH, LENGTH, CHANNELS // 2), random(BATCH, LENGTH, CHANNELS // 2)
     residual, total, again = (random(*h.shape, dtype=torch.float32) for _ in range(3))
     weight = random(CHANNELS // 2, dtype=torch.float32)
@@ -111,7 +108,8 @@ def kernels() -> dict[str, Callable[[], Any]]:
         "scan_forward_fp32": scan_forward(torch.float32),
         "scan_backward": scan_backward(torch.bfloat16),
         "scan_backward_fp32": scan_backward(torch.float32),
-        "conv": run_conv,
+        "conv_forward": lambda: conv.launch_forward(x, taps, tap_bias, both),
+        "conv_backward": lambda: conv.launch_backward(dout, x, dense, tap_bias, both, dx),
         "norm": run_norm,
         "products": products(torch.bfloat16),
         "products_fp32": products(torch.float32),

@@ -39,11 +39,16 @@ class ScanBackward(NamedTuple):
     registers: int | None  # None: as many as the compiler likes
 
 
-class Conv(NamedTuple):
+class ConvForward(NamedTuple):
+    channels: int
+    steps: int  # outputs made from one window of rows held in registers
+    warps: int
+
+
+class ConvBackward(NamedTuple):
     channels: int  # of a program of one warp
-    forward_steps: int  # outputs made from one window of rows held in registers
-    backward_steps: int
-    segments: int  # programs that share a sequence in backward
+    steps: int  # from one window of rows
+    segments: int  # programs that share a sequence
 
 
 class Norm(NamedTuple):
@@ -66,7 +71,8 @@ class Tuning:
     scan_forward_fp32: ScanForward
     scan_backward: ScanBackward  # bf16, sums over channels as products with bf16 states
     scan_backward_fp32: ScanBackward  # all else
-    conv: Conv
+    conv_forward: ConvForward
+    conv_backward: ConvBackward
     norm: Norm
     products: Products
     products_fp32: Products
@@ -83,7 +89,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     # 168 let 12 warps reside. Shared memory, of which GeForce cards have half as much, allows them 6 anyway.
     "scan_backward": tuple(ScanBackward(*v) for v in ((2, 4, 168), (1, 2, 168), (2, 2, 168), (1, 2, 255), (4, 2, 168))),
     "scan_backward_fp32": tuple(ScanBackward(*v) for v in ((2, 4, None), (1, 4, None), (2, 4, 168), (1, 4, 168))),
-    "conv": tuple(Conv(*v) for v in ((64, 16, 8, 2), (64, 8, 8, 2), (64, 16, 8, 1), (64, 16, 8, 4), (32, 16, 8, 2))),
+    "conv_forward": tuple(ConvForward(*v) for v in ((128, 8, 2), (64, 16, 1), (64, 8, 1), (128, 8, 1))),
+    "conv_backward": tuple(ConvBackward(*v) for v in ((64, 8, 2), (64, 8, 1), (64, 8, 4), (32, 8, 2))),
     "norm": tuple(Norm(*v) for v in ((1024, 2, 8), (512, 2, 16), (1024, 4, 8), (2048, 4, 8))),
     "products": tuple(Products(v) for v in (8, 4, 16, 32)),
     "products_fp32": tuple(Products(v) for v in (32, 8, 16)),

@@ -34,6 +34,13 @@ def pack_weights(
         own = raw.back if k else raw.forth
         block = _copy(block, own.conv_weight, packed.conv_weight, k * D * WIDTH, D * WIDTH, BLOCK)
         block = _copy(block, own.conv_bias, packed.conv_bias, k * D, D, BLOCK)
+
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        mask = (at >= 0) & (at < WIDTH * D)
+        taps = tl.load(own.conv_weight + at % D * WIDTH + at // D, mask=mask, other=0.0)
+        tl.store(packed.taps + k * WIDTH * D + at, taps.to(tl.float32), mask=mask)
+        block -= tl.cdiv(WIDTH * D, BLOCK)
+
         block = _copy(block, own.dt_bias, packed.dt_bias, k * D, D, BLOCK)
         block = _copy(block, own.D, packed.D, k * D, D, BLOCK)
 

@@ -41,7 +41,7 @@ def _between(w: Packed, xz: Tensor) -> tuple[Tensor, Tensor]:
     """(u [2, b, L, d], x_dbl [2, b, L, P + 2 N])."""
     b, length, _ = xz.shape
     d = w.D.shape[1]
-    u = conv.launch_forward(xz[..., :d], w.conv_weight, w.conv_bias, REVERSE)
+    u = conv.launch_forward(xz[..., :d], w.taps.mT, w.conv_bias, REVERSE)
     flat = torch.bmm(u.view(2, b * length, d), w.x_weight.transpose(1, 2))
     return u, flat.view(2, b, length, -1)
 
@@ -180,7 +180,7 @@ def _block_grad(
     rows, d, pad = b * length, w.D.shape[1], w.dt_weight.shape[2]
     x, z = xz[..., :d], xz[..., d:]
     # Recomputing two products and a convolution costs less than keeping four [b, L, d] arrays per layer.
-    u = conv.launch_forward(x, w.conv_weight, w.conv_bias, REVERSE)
+    u = conv.launch_forward(x, w.taps.mT, w.conv_bias, REVERSE)
     dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
     dout = dout.contiguous()
     du, ddelta, dA, dD, ddt_bias = scan.launch_backward(

@@ -30,6 +30,7 @@ class Packed(NamedTuple):
     dt_weight: Tensor  # [2, d, P]
     conv_weight: Tensor  # [2, d, W], from here on fp32
     conv_bias: Tensor | None  # [2, d]
+    taps: Tensor  # [2, W, d]: conv_weight again, channels side by side, as forward reads them
     dt_bias: Tensor  # [2, d]
     A: Tensor  # [2, d, N]
     D: Tensor  # [2, d]
@@ -75,7 +76,10 @@ def _shapes(weights: MixerWeights, dtype: torch.dtype) -> tuple[dict[str, Sequen
         x = getattr(weights, name)
         if x is not None and x.dtype != dtype:
             narrow[name] = x.shape
-    wide: dict[str, Sequence[int]] = {"A": (2, d, n), "D": (2, d), "dt_bias": (2, d), "conv_weight": (2, d, s["WIDTH"])}
+    width = s["WIDTH"]
+    wide: dict[str, Sequence[int]] = {
+        "A": (2, d, n), "D": (2, d), "dt_bias": (2, d), "conv_weight": (2, d, width), "taps": (2, width, d)
+    }  # fmt: skip
     if weights.forth.conv_bias is not None:
         wide["conv_bias"] = (2, d)
     return narrow, wide

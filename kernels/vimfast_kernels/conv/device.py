@@ -1,7 +1,7 @@
 """The kernels of the convolution, in Triton."""
 
 # Device functions are written in Triton's own dialect: no annotations beyond constexpr, no starred tuples.
-# ruff: noqa: RUF005
+# ruff: noqa: RET505, RUF005
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ def _sigmoid(v):
 
 
 @triton.jit
+def _silu(v, PRECISE: tl.constexpr):
+    """v / (1 + exp(-v)): one special-function instruction when bf16's eight bits are all that is kept, else two."""
+    if PRECISE:
+        return v * _sigmoid(v)
+    else:
+        half = 0.5 * v
+        return half + half * tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def _inside(time, length, mask):
     """The mask where 0 <= time < length, as a vector: Triton's interpreter takes no scalar in a mask."""
     times = tl.where(mask, time, -1)
@@ -29,13 +41,17 @@ def _load_row(base, time, length, stride, mask):
 
 
 @triton.jit
-def _load_taps(weight_ptr, d, mask, K: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """All taps [direction][tap], each a row of channels."""
+def _load_taps(
+    weight_ptr, d, mask, K: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, CHANNEL: tl.constexpr,
+    TAP: tl.constexpr,
+):  # fmt: skip
+    """All taps [direction][tap], each a row of channels; CHANNEL and TAP are their strides."""
     taps = ()
     for k in tl.static_range(K):
         row = ()
         for j in tl.static_range(WIDTH):
-            row = row + (tl.load(weight_ptr + (k * D + d) * WIDTH + j, mask=mask, other=0.0).to(tl.float32),)
+            at = weight_ptr + k * D * WIDTH + d * CHANNEL + j * TAP
+            row = row + (tl.load(at, mask=mask, other=0.0).to(tl.float32),)
         taps = taps + (row,)
     return taps
 
@@ -53,7 +69,7 @@ def _preactivation(rows, at: tl.constexpr, taps, bias, WIDTH: tl.constexpr, BACK
 def conv_forward(
     x_ptr, weight_ptr, bias_ptr, out_ptr, length, x_batch, x_time, out_dir,
     D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BACK: tl.constexpr, BIAS: tl.constexpr,
-    STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL: tl.constexpr, TAP: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     HALO: tl.constexpr = WIDTH - 1
     start = tl.program_id(0) * STEPS
@@ -64,7 +80,7 @@ def conv_forward(
     rows = ()
     for i in tl.static_range(STEPS + 2 * HALO):
         rows = rows + (_load_row(base, start + i - HALO, length, x_time, mask),)
-    taps = _load_taps(weight_ptr, d, mask, K, WIDTH, D)
+    taps = _load_taps(weight_ptr, d, mask, K, WIDTH, D, CHANNEL, TAP)
     for k in tl.static_range(K):
         bias = tl.zeros((CHANNELS,), tl.float32)
         if BIAS:
@@ -72,7 +88,7 @@ def conv_forward(
         out = out_ptr + k * out_dir + (batch * length + start) * D + d
         for i in tl.static_range(STEPS):
             v = _preactivation(rows, i + HALO, taps[k], bias, WIDTH, (BACK >> k) & 1)
-            v *= _sigmoid(v)
+            v = _silu(v, PRECISE)
             tl.store(out + i * D, v.to(out_ptr.dtype.element_ty), mask=_inside(start + i, length, mask))
 
 
@@ -127,7 +143,7 @@ def conv_backward(
     batch = tl.program_id(1).to(tl.int64)
     d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     mask = d < D
-    taps = _load_taps(weight_ptr, d, mask, K, WIDTH, D)
+    taps = _load_taps(weight_ptr, d, mask, K, WIDTH, D, WIDTH, 1)
     zero = tl.zeros((CHANNELS,), tl.float32)
     x_base = x_ptr + batch * x_batch + d
     dout_base = dout_ptr + batch * dout_batch + d

@@ -27,17 +27,18 @@ def _meta(
 
 def launch_forward(
     x: Tensor,  # [b, L, d]
-    weight: Tensor,  # [k, d, w] contiguous
+    weight: Tensor,  # [k, d, w]; each direction's dense, fastest if channels are neighbours
     bias: Tensor | None,  # [k, d] contiguous
     reverse: Sequence[bool],
 ) -> Tensor:  # [k, b, L, d]
     b, length, d = x.shape
     out = x.new_empty(weight.shape[0], b, length, d)
-    channels, steps, _, _ = tuning_of(x.device).conv
-    grid = (triton.cdiv(length, steps), b, triton.cdiv(d, channels))
-    conv_forward[grid](
+    channels, steps, warps = tuning_of(x.device).conv_forward
+    meta = _meta(d, weight, bias, reverse, steps, channels) | {"num_warps": warps}
+    precise = x.dtype != torch.bfloat16 or not x.is_cuda  # Triton's interpreter knows no tanh.approx
+    conv_forward[(triton.cdiv(length, steps), b, triton.cdiv(d, channels))](
         x, weight, x if bias is None else bias, out, length, x.stride(0), x.stride(1), out.stride(0),
-        **_meta(d, weight, bias, reverse, steps, channels),
+        CHANNEL=weight.stride(1), TAP=weight.stride(2), PRECISE=precise, **meta,
     )  # fmt: skip
     return out
 
@@ -53,7 +54,7 @@ def launch_backward(
     """The weights' gradients [rows, k, w + 1, d], fp32, to be summed over the rows: each tap's, and the bias's."""
     b, length, d = x.shape
     k, _, width = weight.shape
-    channels, _, steps, most = tuning_of(x.device).conv
+    channels, steps, most = tuning_of(x.device).conv_backward
     segments = min(triton.cdiv(length, 4 * steps), most)
     segment = triton.cdiv(triton.cdiv(length, segments), steps) * steps
     partial = x.new_empty(b * segments, k, width + 1, d, dtype=torch.float32)
