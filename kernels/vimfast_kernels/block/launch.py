@@ -24,6 +24,7 @@ from vimfast_kernels.tuning import multiprocessors, tuning_of
 REVERSE = [False, True]
 CHANNELS = 16  # d is a multiple of it
 STEP_ROWS = 64  # rows that a program of step_gradients works on at a time
+SMALL_GRADIENT = 2**17  # entries up to which one is split into more products
 WIDEST_GRADIENT = 384 * 16  # entries of a gradient of dt_weight that such a program sums in registers
 
 _DIRECTION = (
@@ -132,7 +133,8 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     """Pieces [k, parts, p, q], fp32, whose sum is a^T b [k, p, q] of a [k, m, p] and b [k, m, q]."""
     k, m, p = a.shape
     tuning = tuning_of(a.device)
-    parts = math.gcd(m, (tuning.products_fp32 if a.dtype == torch.float32 else tuning.products).parts)
+    choice = tuning.products_fp32 if a.dtype == torch.float32 else tuning.products
+    parts = math.gcd(m, choice.small if k * p * b.shape[2] < SMALL_GRADIENT else choice.parts)
     a, b = a.view(k * parts, m // parts, p).transpose(1, 2), b.view(k * parts, m // parts, -1)
     pieces = torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
     return pieces.view(k, parts, p, -1)
