@@ -19,6 +19,8 @@ from vimfast_kernels.block import packing  # noqa: E402
 from vimfast_kernels.block.packing import Packed, Pieces  # noqa: E402
 from vimfast_kernels.conv import device as conv  # noqa: E402
 from vimfast_kernels.norm import device as norm  # noqa: E402
+from vimfast_kernels.product import device as product  # noqa: E402
+from vimfast_kernels.product import launch  # noqa: E402
 from vimfast_kernels.update import device as update  # noqa: E402
 from vimfast_kernels.update import launch as update_launch  # noqa: E402
 
@@ -31,6 +33,7 @@ STRIDES = ("x_batch", "x_time", "out_dir")
 NUMBERS = dict.fromkeys(("rows", "length", "conv_rows", "norm_rows", *STRIDES), "i32") | dict.fromkeys(
     ("rate", "kept", "eps"), "fp32"
 )
+STRIDES = dict.fromkeys(("a_stride", "a_batch", "c_stride", "c_batch"), "i32")
 NORM = {"C": 192, "CENTER": True, "ROWS": 4, "COLUMNS": 256}
 WAY = Direction(*[F32] * 7)
 WEIGHTS = MixerWeights(F32, None, WAY, WAY, F32, None)
@@ -119,3 +122,18 @@ def test_an_update_compiles(name: str, arch: int) -> None:
     assert "st.global" in ptx
     # 16 bytes at once, where addresses allow it.
     assert ("ld.global.v4.b32" in ptx) == (arguments.get("BYTES") == 16)
+
+
+@pytest.mark.parametrize(("n", "k"), [(768, 192), (192, 384), (48, 384), (384, 16)])
+def test_a_product_runs_on_the_tensor_cores(n: int, k: int) -> None:
+    """The loop holds three products for every 8 terms and panel, of 64 rows for each four warps."""
+    tile = launch.tile_of(n, k)
+    sizes = {"N": n, "K": k, "ROWS": tile.rows, "COLUMNS": tile.columns, "PANELS": tile.panels, "INNER": tile.inner}
+    ptx = compiled(
+        product.product,
+        {**STRIDES, **sizes, "bias_ptr": None, "ADD": False, "STAGES": tile.stages},
+        warps=tile.warps,
+    )
+    at_once = tile.panels * (tile.inner // 8) * (tile.rows // (16 * tile.warps))
+    assert ptx.count("wgmma.mma_async.sync.aligned") >= 3 * at_once
+    assert ".tf32.tf32" in ptx

@@ -19,6 +19,7 @@ from vimfast_kernels.conv.launch import causal_conv_silu
 from vimfast_kernels.conv.reference import conv_silu
 from vimfast_kernels.norm.launch import add_norm
 from vimfast_kernels.norm.reference import add_layer_norm, add_rms_norm
+from vimfast_kernels.product.launch import multiply
 from vimfast_kernels.scan import launch as scan_launch
 from vimfast_kernels.scan import reference
 
@@ -132,6 +133,27 @@ def gradients_of_steps(rows: int, d: int, rank: int, parts: int) -> float:
     )
 
 
+def split_product(batches: int, m: int, n: int, k: int, turned: bool, add: bool, bias: bool = False) -> float:
+    """Of rows that are part of longer ones, written into such; with as many entries beside them written too."""
+    a, out = torch.randn(batches, m, k + 5), torch.randn(batches, m, n + 3)
+    w = torch.randn(batches, n, k).transpose(1, 2) if turned else torch.randn(batches, k, n)
+    b = torch.randn(n) if bias else None
+    a, into, beside = a[..., :k], out[..., :n], out[..., n:].clone()
+    want = a.double() @ w.double() + (into if add else 0) + (0 if b is None else b)
+    got = multiply(a, w, out=into, add=add) if b is None else multiply(a[0], w[0], b)[None]
+    return relative(got, want) + float((out[..., n:] != beside).sum())
+
+
+def split_special_values() -> float:
+    """How many infinities, NaN and huge values come out as anything finite, or reach other rows."""
+    a, w = torch.randn(6, 40), torch.randn(40, 20)
+    a[0, 3], a[1, 5], a[2, 7] = torch.inf, torch.nan, -torch.inf
+    a[3, 1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a NaN whose bits are all ones
+    a[4] *= 1e-39  # below the normal numbers
+    got = multiply(a, w)
+    return float(got[:4].isfinite().sum() + (~got[4:].isfinite()).sum() + (got[4] == 0).sum())
+
+
 def projected(inputs):  # type: ignore[no-untyped-def]
     """The reference's arguments: time steps projected, as the kernels do it themselves."""
     *arguments, weight = inputs
@@ -237,6 +259,11 @@ def main() -> None:
         "block without gradients": block_without_gradients(),
         "block with frozen weights": block_with_frozen_weights(),
         "block, compiled": block_compiled(),
+        "product": split_product(2, 70, 48, 96, True, False),
+        "product, added": split_product(2, 1, 200, 24, False, True),
+        "product with a bias": split_product(1, 130, 192, 40, True, False, bias=True),
+        "product of few": split_product(1, 3, 12, 17, False, False),
+        "special values": split_special_values(),
     }
     print(json.dumps(errors))
 

@@ -55,9 +55,9 @@ def milliseconds(function: Callable[[], Any], flush: Tensor, repeats: int) -> fl
 
 def kernels() -> dict[str, Callable[[], Any]]:
     """What is timed for each key of CHOICES."""
-    from vimfast_kernels.block.launch import sum_of_products
     from vimfast_kernels.conv import launch as conv
     from vimfast_kernels.norm import launch as norm
+    from vimfast_kernels.product.launch import sum_of_products
     from vimfast_kernels.scan import launch as scan
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

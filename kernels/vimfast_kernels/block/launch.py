@@ -3,12 +3,10 @@ autograd, the compiler and DDP, which takes the parameters as they are and write
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -18,13 +16,13 @@ from vimfast_kernels.block.weights import MixerWeights, flatten, unflatten
 from vimfast_kernels.conv import launch as conv
 from vimfast_kernels.flops import Shape, conv_flops, counted, scan_flops
 from vimfast_kernels.norm import launch as norm
+from vimfast_kernels.product.launch import multiply, sum_of_products
 from vimfast_kernels.scan import launch as scan
-from vimfast_kernels.tuning import multiprocessors, tuning_of
+from vimfast_kernels.tuning import multiprocessors
 
 REVERSE = [False, True]
 CHANNELS = 16  # d is a multiple of it
 STEP_ROWS = 64  # rows that a program of step_gradients works on at a time
-SMALL_GRADIENT = 2**17  # entries up to which one is split into more products
 WIDEST_GRADIENT = 384 * 16  # entries of a gradient of dt_weight that such a program sums in registers
 
 _DIRECTION = (
@@ -43,8 +41,13 @@ def _between(w: Packed, xz: Tensor) -> tuple[Tensor, Tensor]:
     b, length, _ = xz.shape
     d = w.D.shape[1]
     u = conv.launch_forward(xz[..., :d], w.taps.mT, w.conv_bias, REVERSE)
-    flat = torch.bmm(u.view(2, b * length, d), w.x_weight.transpose(1, 2))
+    flat = multiply(u.view(2, b * length, d), w.x_weight.transpose(1, 2))
     return u, flat.view(2, b, length, -1)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight (+ bias) [b, L, N] of x [b, L, K], contiguous, and weight [K, N]."""
+    return multiply(x.view(-1, x.shape[2]), weight, bias).view(*x.shape[:2], -1)
 
 
 def _states(w: Packed, x_dbl: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,7 @@ def _normalize_and_project(
     normed = torch.empty_like(total, dtype=w.x_weight.dtype)
     residual = None if residual is None else residual.contiguous()
     norm.launch_forward(x.contiguous(), residual, noise, norm_weight, norm_bias, drop_rate, eps, rms, normed, total)
-    return F.linear(normed, w.in_weight, w.in_bias)
+    return _project(normed, w.in_weight.t(), w.in_bias)
 
 
 @torch.library.custom_op(
@@ -88,7 +91,7 @@ def _block(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any)
     u, x_dbl = _between(w, xz)
     z = xz[..., w.D.shape[1] :]
     gated, y, states = scan.launch_forward(_scan_inputs(w, u, x_dbl, z, scale), save=True)
-    return F.linear(gated, w.out_weight, w.out_bias), total, narrow, wide, xz, x_dbl, y, states
+    return _project(gated, w.out_weight.t(), w.out_bias), total, narrow, wide, xz, x_dbl, y, states
 
 
 @_block.register_fake
@@ -121,23 +124,12 @@ def _block_inference(x: Tensor, residual: Tensor | None, total: Tensor, noise: T
     scan.launch_forward(_scan_inputs(w, u, x_dbl, z, scale), save=False, out=x_half)
     del u, x_dbl
     rows = xz.view(-1, xz.shape[2])[:, : x_half.shape[2]]  # a matrix with long rows: no copy
-    return F.linear(rows, w.out_weight, w.out_bias).view(x.shape)
+    return multiply(rows, w.out_weight.t(), w.out_bias).view(x.shape)
 
 
 @_block_inference.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=rest[-1])
-
-
-def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Pieces [k, parts, p, q], fp32, whose sum is a^T b [k, p, q] of a [k, m, p] and b [k, m, q]."""
-    k, m, p = a.shape
-    tuning = tuning_of(a.device)
-    choice = tuning.products_fp32 if a.dtype == torch.float32 else tuning.products
-    parts = math.gcd(m, choice.small if k * p * b.shape[2] < SMALL_GRADIENT else choice.parts)
-    a, b = a.view(k * parts, m // parts, p).transpose(1, 2), b.view(k * parts, m // parts, -1)
-    pieces = torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
-    return pieces.view(k, parts, p, -1)
 
 
 def step_gradients(ddelta: Tensor, weight: Tensor, low: Tensor, dlow: Tensor) -> Tensor:
@@ -149,7 +141,7 @@ def step_gradients(ddelta: Tensor, weight: Tensor, low: Tensor, dlow: Tensor) ->
     rank = weight.shape[2]
     columns = max(16, triton.next_power_of_2(rank))
     if ddelta.element_size() > 2 or d * columns > WIDEST_GRADIENT:
-        torch.bmm(ddelta, weight, out=dlow)
+        multiply(ddelta, weight, out=dlow)
         return sum_of_products(ddelta, low)
     parts = min(multiprocessors(ddelta.device), triton.cdiv(m, STEP_ROWS))
     pieces = torch.empty(k, parts, d, rank, device=ddelta.device)
@@ -186,7 +178,7 @@ def _block_grad(
     dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
     dout = dout.contiguous()
     du, ddelta, dA, dD, ddt_bias = scan.launch_backward(
-        torch.matmul(dout, w.out_weight), _scan_inputs(w, u, x_dbl, z, scale), y, states,
+        _project(dout, w.out_weight), _scan_inputs(w, u, x_dbl, z, scale), y, states,
         *_states(w, dx_dbl), dxz[..., d:], out=gated,
     )  # fmt: skip
     dout = dout.view(1, rows, -1)
@@ -197,10 +189,10 @@ def _block_grad(
     ddelta, du, dflat = ddelta.view(2, rows, d), du.view(2, rows, d), dx_dbl.view(2, rows, -1)
     ddt_weight = step_gradients(ddelta, w.dt_weight, x_dbl.view(2, rows, -1)[..., :pad], dflat[..., :pad])
     dx_weight = sum_of_products(dflat, u.view(2, rows, d))
-    torch.baddbmm(du, dflat, w.x_weight, out=du)
+    multiply(dflat, w.x_weight, out=du, add=True)
     dconv = conv.launch_backward(du.view_as(u), x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])
     del u, du, ddelta
-    dnormed = torch.matmul(dxz, w.in_weight)
+    dnormed = _project(dxz, w.in_weight)
     normed = None if asked.in_weight is None else torch.empty_like(dnormed)
     dnorm = norm.launch_backward(
         dnormed, None if dtotal is None else dtotal.contiguous(), total, noise, flat[0], flat[1], drop_rate, eps, rms,

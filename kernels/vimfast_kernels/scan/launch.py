@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from vimfast_kernels.flops import counted, scan_flops
+from vimfast_kernels.product.launch import multiply
 from vimfast_kernels.scan.device_backward import scan_backward, sum_partials
 from vimfast_kernels.scan.device_forward import scan_forward
 from vimfast_kernels.tuning import ScanForward, multiprocessors, tuning_of
@@ -88,7 +89,7 @@ def projected(x: Inputs) -> Inputs:
     """x, its time steps from a product outside where the kernels' tensor cores cannot make them."""
     if x.dt_weight is None or (x.u.element_size() == 2 and x.dt_weight.shape[-1] <= WIDEST_RANK):
         return x
-    delta = torch.bmm(x.delta.flatten(1, 2), x.dt_weight.transpose(1, 2))
+    delta = multiply(x.delta.flatten(1, 2), x.dt_weight.transpose(1, 2))
     return x._replace(delta=delta.view_as(x.u), dt_weight=None)
 
 
