@@ -88,7 +88,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
         ScanForward(*v) for v in ((32, 1, 4, 168), (64, 1, 4, 168), (64, 1, 2, 168), (32, 1, 4, 255), (32, 2, 4, 128))
     ),
     # 168 let 12 warps reside. Shared memory, of which GeForce cards have half as much, allows them 6 anyway.
-    "scan_backward": tuple(ScanBackward(*v) for v in ((2, 4, 168), (1, 2, 168), (2, 2, 168), (1, 2, 255), (4, 2, 168))),
+    "scan_backward": tuple(ScanBackward(*v) for v in ((2, 2, 168), (2, 4, 168), (1, 2, 168), (1, 2, 255), (4, 2, 168))),
     "scan_backward_fp32": tuple(ScanBackward(*v) for v in ((2, 4, None), (1, 4, None), (2, 4, 168), (1, 4, 168))),
     "conv_forward": tuple(ConvForward(*v) for v in ((128, 8, 2), (64, 16, 1), (64, 8, 1), (128, 8, 1))),
     "conv_backward": tuple(ConvBackward(*v) for v in ((64, 8, 2), (64, 8, 1), (64, 8, 4), (32, 8, 2))),

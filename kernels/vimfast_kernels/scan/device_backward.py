@@ -402,15 +402,22 @@ def scan_backward(
         h = _states(gl.permute(kept, (0, 2, 1, 3)), STATE, BD, N)
         block_barrier()
 
-        # The states of the chunk again, from its checkpoint, and dC
-        for u0 in range(CHUNK // UNROLL):
+        # The states of the chunk again, from its checkpoint, and dC. A step's rows are read during the step before.
+        following = (
+            s_delta.index(0).load(CHANNEL), s_x.index(c % 2 * CHUNK).load(CHANNEL), s_b.index(0).load(BC_ROW),
+        )  # fmt: skip
+        for u0 in gl.static_range(CHUNK // UNROLL):
             sums = ()
             for u1 in gl.static_range(UNROLL):
                 u = u0 * UNROLL + u1
-                delta = s_delta.index(u).load(CHANNEL)
-                dtx = delta * s_x.index(c % 2 * CHUNK + u).load(CHANNEL).to(gl.float32)
-                bb = gl.expand_dims(s_b.index(u).load(BC_ROW), 0)
-                h = gl.exp2(gl.expand_dims(delta, 1) * a) * h + bb * gl.expand_dims(dtx, 1)
+                delta, x_row, bb = following
+                v = min(u + 1, CHUNK - 1)
+                following = (
+                    s_delta.index(v).load(CHANNEL), s_x.index(c % 2 * CHUNK + v).load(CHANNEL),
+                    s_b.index(v).load(BC_ROW),
+                )  # fmt: skip
+                dtx = delta * x_row.to(gl.float32)
+                h = gl.exp2(gl.expand_dims(delta, 1) * a) * h + gl.expand_dims(bb, 0) * gl.expand_dims(dtx, 1)
                 if u1 < UNROLL - 1:
                     s_h[u1 + 1].index(u0).store(_by_channel(h.to(KEEP), WARPS, LANE_ROWS, CPT, N))
                 if not PRODUCTS:
