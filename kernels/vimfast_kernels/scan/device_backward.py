@@ -402,7 +402,8 @@ def scan_backward(
         h = _states(gl.permute(kept, (0, 2, 1, 3)), STATE, BD, N)
         block_barrier()
 
-        # The states of the chunk again, from its checkpoint, and dC. A step's rows are read during the step before.
+        # The states of the chunk again, from its checkpoint, and dC. A step's rows are read during the step before if
+        # there are PRODUCTS; in fp32 registers are short.
         following = (
             s_delta.index(0).load(CHANNEL), s_x.index(c % 2 * CHUNK).load(CHANNEL), s_b.index(0).load(BC_ROW),
         )  # fmt: skip
@@ -410,12 +411,13 @@ def scan_backward(
             sums = ()
             for u1 in gl.static_range(UNROLL):
                 u = u0 * UNROLL + u1
-                delta, x_row, bb = following
-                v = min(u + 1, CHUNK - 1)
+                v = min(u + 1, CHUNK - 1) if PRODUCTS else u
+                present = following
                 following = (
                     s_delta.index(v).load(CHANNEL), s_x.index(c % 2 * CHUNK + v).load(CHANNEL),
                     s_b.index(v).load(BC_ROW),
                 )  # fmt: skip
+                delta, x_row, bb = present if PRODUCTS else following
                 dtx = delta * x_row.to(gl.float32)
                 h = gl.exp2(gl.expand_dims(delta, 1) * a) * h + gl.expand_dims(bb, 0) * gl.expand_dims(dtx, 1)
                 if u1 < UNROLL - 1:
