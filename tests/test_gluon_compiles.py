@@ -1,4 +1,4 @@
-"""The Gluon scan compiles, without a GPU, for every architecture we name; what it computes is tested on a GPU."""
+"""The Gluon kernels compile, without a GPU, for every architecture we name; what they compute is tested on a GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from vimfast_kernels import tuning  # noqa: E402
+from vimfast_kernels.conv.device_backward import conv_backward_of_sum  # noqa: E402
 from vimfast_kernels.scan import launch  # noqa: E402
 
-FP32 = {"a_ptr", "skip_ptr", "bias_ptr", "dbc_ptr", "dparam_ptr"}
+FP32 = {"a_ptr", "skip_ptr", "bias_ptr", "dbc_ptr", "dparam_ptr", "taps_ptr", "partial_ptr"}
 # The rank of the time steps, those of Tiny, Small and Base; 0: they are given.
 RANKS = {80: 24, 86: 0, 89: 16, 90: 16, 100: 48}
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one program may have
@@ -34,7 +35,7 @@ def compiled(kernel: Any, arch: int, element: str, num_warps: int, **constants: 
             signature[name] = "*" + ("fp32" if name in FP32 else state if name == "state_ptr" else element)
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
-        if name not in ("length", "scale"):
+        if name not in ("length", "scale", "sequences", "segment"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, signature, places, attributes)
@@ -88,3 +89,18 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
             assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
             states_a_thread = program["BD"] // warps * n // 32
             assert backward.asm["ptx"].count("ex2.approx") >= 2 * program["UNROLL"] * states_a_thread
+
+
+@pytest.mark.parametrize(
+    ("arch", "element", "rank", "channels"), [(80, "fp16", 24, 32), (89, "bf16", 112, 64), (90, "bf16", 48, 64)]
+)
+def test_convolution_backward_compiles(arch: int, element: str, rank: int, channels: int) -> None:
+    d = 6 * channels
+    kernel = compiled(
+        conv_backward_of_sum, arch, element, channels // 16, D=d, K=2, WIDTH=4, BACK=2, BIAS=True, RANK=rank,
+        CHANNELS=channels, STAGES=2, PRECISE=element == "fp16", X_TIME=2 * d, DOUT_TIME=d, FACTOR_TIME=rank,
+        DX_TIME=2 * d,
+    )  # fmt: skip
+    assert 0 < kernel.metadata.shared <= SHARED_MEMORY[arch] * 1024
+    # Of the loop and of what comes before it: 32 columns in parts of 8, both directions, 16 factors at once.
+    assert kernel.asm["ptx"].count("mma.sync") == 2 * 4 * 2 * -(-rank // 16)

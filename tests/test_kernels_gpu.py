@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 from vimfast_kernels import tuning  # noqa: E402
 from vimfast_kernels.block.launch import step_gradients  # noqa: E402
 from vimfast_kernels.block.weights import unflatten  # noqa: E402
-from vimfast_kernels.conv.launch import causal_conv_silu  # noqa: E402
+from vimfast_kernels.conv.launch import causal_conv_silu, launch_backward_of_sum  # noqa: E402
 from vimfast_kernels.norm.launch import add_norm  # noqa: E402
 from vimfast_kernels.scan import launch as scan_launch  # noqa: E402
 from vimfast_kernels.scan.launch import Inputs, launch_backward, launch_forward, selective_scan  # noqa: E402
@@ -294,6 +294,50 @@ def test_conv(shape: tuple[int, int, int], dtype: torch.dtype, reverse: list[boo
     plain = lambda *v: conv_silu(*v, list(reverse))  # noqa: E731
     kernel = lambda *v: causal_conv_silu(*v, reverse=reverse)  # noqa: E731
     check(kernel, plain, [x, weight, bias], [grad], dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "taps", "bias"),
+    [
+        ((2, 1, 64), 8, 4, True),
+        ((5, 17, 64), 24, 4, False),
+        ((3, 7, 48), 48, 3, True),
+        ((4, 197, 384), 48, 4, True),
+        ((6, 197, 96), 56, 5, True),
+        ((1, 1000, 128), 80, 4, True),
+        ((2, 50, 128), 112, 2, True),
+        ((2, 9, 64), 136, 4, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_conv_backward_of_a_sum(
+    shape: tuple[int, int, int], rank: int, taps: int, bias: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    b, length, d = shape
+    on = {"device": "cuda", "dtype": dtype}
+    x, dout = torch.randn(b, length, 2 * d, **on)[..., :d], torch.randn(2, b, length, d, **on)
+    factors, products = torch.randn(2, b, length, rank, **on), torch.randn(2, rank, d, **on) / rank**0.5
+    parameters = [torch.randn(2, d, taps, device="cuda"), torch.randn(2, d, device="cuda")][: 1 + bias]
+
+    def plain(to: torch.dtype | None) -> list[Tensor]:
+        leaves = [(v if to is None else v.to(to)).detach().requires_grad_() for v in (x, *parameters)]
+        total = [v if to is None else v.to(to) for v in (dout, factors, products)]
+        grad = total[0] + torch.einsum("kblp,kpd->kbld", *total[1:])
+        return list(torch.autograd.grad(conv_silu(*leaves, *[None][bias:], [False, True]), leaves, grad))
+
+    def ours() -> list[Tensor]:
+        dx = torch.empty(b, length, 2 * d, **on)[..., :d]
+        weight, *more = parameters
+        partial = launch_backward_of_sum(
+            dout.clone(), factors, products, x, weight, more[0] if bias else None, [False, True], dx
+        )
+        *dtaps, dbias = partial.sum(0).unbind(1)
+        return [dx, torch.stack(dtaps, -1), dbias][: 2 + bias]
+
+    for a, again, exact, same in zip(ours(), ours(), plain(torch.float64), plain(None), strict=True):
+        assert relative(a, exact) <= 2 * relative(same, exact) + NOISE[dtype]
+        assert torch.equal(a, again)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 192), (1, 3, 33), (3, 197, 384), (2, 50, 1000)])

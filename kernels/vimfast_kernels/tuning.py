@@ -174,6 +174,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor, of which its programs have a share each."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
 def use(device: int, tuning: Tuning) -> None:
     """Launch with these choices from now on, in this process."""
     _chosen[device] = tuning

@@ -189,8 +189,9 @@ def _block_grad(
     ddelta, du, dflat = ddelta.view(2, rows, d), du.view(2, rows, d), dx_dbl.view(2, rows, -1)
     ddt_weight = step_gradients(ddelta, w.dt_weight, x_dbl.view(2, rows, -1)[..., :pad], dflat[..., :pad])
     dx_weight = sum_of_products(dflat, u.view(2, rows, d))
-    multiply(dflat, w.x_weight, out=du, add=True)
-    dconv = conv.launch_backward(du.view_as(u), x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])
+    dconv = conv.launch_backward_of_sum(
+        du.view_as(u), dx_dbl, w.x_weight, x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d]
+    )
     del u, du, ddelta
     dnormed = _project(dxz, w.in_weight)
     normed = None if asked.in_weight is None else torch.empty_like(dnormed)

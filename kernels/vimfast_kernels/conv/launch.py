@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,18 +11,31 @@ import triton
 from torch import Tensor
 
 from vimfast_kernels.conv.device import conv_backward, conv_forward
+from vimfast_kernels.conv.device_backward import HELD_RANK, SEQUENCES, STEPS, conv_backward_of_sum
 from vimfast_kernels.flops import conv_flops, counted
+from vimfast_kernels.product.launch import multiply
 from vimfast_kernels.sums import sum_rows
-from vimfast_kernels.tuning import tuning_of
+from vimfast_kernels.tuning import multiprocessors, shared_memory, tuning_of
+
+# Of the kernel that adds a product itself: 168 registers let 3 programs of 4 warps reside on a multiprocessor.
+RESIDENT, REGISTERS = 3, 168
+RESERVED = 1024  # bytes of shared memory that each program takes besides its own
+MOST_STAGES = 3  # blocks of rows in shared memory: the one that is worked on, and those on their way
+WIDEST_FILTER = 5  # whose halo on both sides fits into a block of 8 steps
+WIDEST_FACTORS = 128  # columns, by the shared memory for their rows
+
+
+def _backward_directions(reverse: Sequence[bool]) -> int:
+    """A bit for each direction in which time runs down."""
+    return sum(1 << k for k, flag in enumerate(reverse) if flag)
 
 
 def _meta(
     d: int, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], steps: int, channels: int
 ) -> dict[str, object]:
-    back = sum(1 << k for k, flag in enumerate(reverse) if flag)
     return {
-        "D": d, "K": weight.shape[0], "WIDTH": weight.shape[2], "BACK": back, "BIAS": bias is not None,
-        "STEPS": steps, "CHANNELS": channels, "num_warps": 1, "enable_fp_fusion": True,
+        "D": d, "K": weight.shape[0], "WIDTH": weight.shape[2], "BACK": _backward_directions(reverse),
+        "BIAS": bias is not None, "STEPS": steps, "CHANNELS": channels, "num_warps": 1, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -62,6 +76,51 @@ def launch_backward(
         x, weight, x if bias is None else bias, dout, dx, partial, length, segment,
         x.stride(0), x.stride(1), *dout.stride()[:3], dx.stride(0), dx.stride(1),
         **_meta(d, weight, bias, reverse, steps, channels),
+    )  # fmt: skip
+    return partial
+
+
+def _stages(x: Tensor, k: int, rank: int, channels: int) -> int:
+    """As many as let RESIDENT programs share a multiprocessor's memory, and 2 at least."""
+    parts = triton.cdiv(rank, 16)
+    row = (1 + k) * channels + k * 16 * triton.next_power_of_2(parts)
+    stage = row * STEPS.value * SEQUENCES.value * x.element_size()
+    weights = k * parts * 16 * channels * x.element_size() if rank > HELD_RANK.value else 0
+    room = shared_memory(x.device) // RESIDENT - RESERVED - weights
+    return max(2, min(MOST_STAGES, room // stage))
+
+
+def launch_backward_of_sum(
+    dout: Tensor,  # [k, b, L, d], may be overwritten
+    factors: Tensor,  # [k, b, L, p], rows aligned to 16 bytes
+    products: Tensor,  # [k, p, d] contiguous
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reverse: Sequence[bool],
+    dx: Tensor,
+) -> Tensor:
+    """`launch_backward` for the gradient dout + factors products, which is not written where the kernel that makes
+    it takes the shapes."""
+    (b, length, d), (k, _, width), rank = x.shape, weight.shape, products.shape[1]
+    if x.element_size() > 2 or k > 2 or width > WIDEST_FILTER or rank > WIDEST_FACTORS or d % 16:
+        flat = dout.view(k, b * length, d)
+        multiply(factors.view(k, b * length, -1), products, out=flat, add=True)
+        return launch_backward(dout, x, weight, bias, reverse, dx)
+    channels = math.gcd(d, 64)
+    programs = triton.cdiv(b, SEQUENCES.value) * (d // channels)
+    segments = RESIDENT * multiprocessors(x.device) // programs
+    segments = max(1, min(segments, length // (4 * STEPS.value)))
+    segment = triton.cdiv(triton.cdiv(length, segments), STEPS.value) * STEPS.value
+    segments = triton.cdiv(length, segment)
+    partial = x.new_empty(b * segments, k, width + 1, d, dtype=torch.float32)
+    conv_backward_of_sum[(segments, triton.cdiv(b, SEQUENCES.value), d // channels)](
+        x, weight, x if bias is None else bias, dout, factors, products, dx, partial, b, length, segment,
+        x.stride(0), *dout.stride()[:2], *factors.stride()[:2], dx.stride(0),
+        X_TIME=x.stride(1), DOUT_TIME=dout.stride(2), FACTOR_TIME=factors.stride(2), DX_TIME=dx.stride(1),
+        D=d, K=k, WIDTH=width, BACK=_backward_directions(reverse), BIAS=bias is not None,
+        RANK=rank, CHANNELS=channels, STAGES=_stages(x, k, rank, channels), PRECISE=x.dtype != torch.bfloat16,
+        num_warps=channels // 16, maxnreg=REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     return partial
 
