@@ -69,7 +69,9 @@ def launch_backward(
     b, length, d = x.shape
     k, _, width = weight.shape
     channels, steps, most = tuning_of(x.device).conv_backward
-    segments = min(triton.cdiv(length, 4 * steps), most)
+    # A few long sequences are cut into more segments, for 8 warps a multiprocessor.
+    fill = 8 * multiprocessors(x.device) // (b * triton.cdiv(d, channels))
+    segments = min(triton.cdiv(length, 4 * steps), max(most, fill))
     segment = triton.cdiv(triton.cdiv(length, segments), steps) * steps
     partial = x.new_empty(b * segments, k, width + 1, d, dtype=torch.float32)
     conv_backward[(segments, b, triton.cdiv(d, channels))](
@@ -87,7 +89,7 @@ def _stages(x: Tensor, k: int, rank: int, channels: int) -> int:
     stage = row * STEPS.value * SEQUENCES.value * x.element_size()
     weights = k * parts * 16 * channels * x.element_size() if rank > HELD_RANK.value else 0
     room = shared_memory(x.device) // RESIDENT - RESERVED - weights
-    return max(2, min(MOST_STAGES, room // stage))
+    return max(2, min(MOST_STAGES, int(room // stage)))
 
 
 def launch_backward_of_sum(
