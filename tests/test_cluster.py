@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import builtins
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from conftest import visible, write_image
 from object_servers import BUCKET, Proxy, moto, s3
 
 from vimfast.errors import UserError
+from vimfast.shards import cluster as clusters
 from vimfast.shards.cluster import RayCluster
 from vimfast.shards.convert import convert
 from vimfast.shards.format import MANIFEST, ConversionOptions
@@ -43,6 +48,67 @@ def test_without_ray_it_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         RayCluster(None, 1).opened(),
     ):
         pass
+
+
+@contextmanager
+def answering(answer: bytes | None) -> Iterator[str]:
+    """The address of a server that says this to whoever connects, and hangs up; None: it says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                if answer is not None:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+                over.wait(TIMEOUT if answer is None else 0)
+
+        over = threading.Event()
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        over.set()
+
+
+def refused(address: str) -> str:
+    """What is said of the address of no cluster."""
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match="; give the address that ray start --head printed, ") as error:  # noqa: SIM117
+        with RayCluster(address, None).opened():
+            pass
+    return error.value.problem
+
+
+def test_an_address_where_nobody_listens_is_named_at_once() -> None:
+    """It took a quarter of an hour, in silence."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert refused(address) == f"no Ray cluster can be used at {address} (Connection refused)"
+        assert refused(f"ray://{address}") == f"no Ray cluster can be used at ray://{address} (Connection refused)"
+
+
+def test_an_address_that_stays_silent_is_named_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "_PATIENCE", 0.2)
+    with answering(None) as address:
+        assert "it accepts a connection and says nothing for 0 s" in refused(address)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0\r\n", b""])
+def test_an_address_of_something_else_is_named(answer: bytes) -> None:
+    with answering(answer) as address:
+        assert "something other than Ray answers there" in refused(address)
+
+
+def test_a_server_of_grpc_answers_as_ray_does() -> None:
+    grpc = pytest.importorskip("grpc")
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        clusters._expect_answer(f"127.0.0.1:{port}")
+        clusters._expect_answer(f"ray://localhost:{port}")
+    finally:
+        server.stop(None)
 
 
 @pytest.fixture(scope="module")

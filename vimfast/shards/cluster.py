@@ -8,10 +8,12 @@ object store.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from vimfast.errors import UserError
 from vimfast.shards.workers import Pace, progress, tick_with
@@ -21,6 +23,9 @@ T = TypeVar("T")
 
 _RETRIES = 3  # of a task whose process or node is lost; an image that ends a process each time is not tried for ever
 _REPORT_SECONDS = 0.5  # between two reports of a task
+_PATIENCE = 10.0  # seconds, for the cluster's head to answer
+# A gRPC client begins with these, and the server's first frame is of type 4 as well: RFC 9113, 3.4.
+_PREFACE, _SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 4
 
 
 class RayCluster:
@@ -39,22 +44,26 @@ class RayCluster:
         """Connected in the block.
 
         Raises:
-            UserError: Ray is not installed, or there is no cluster.
+            UserError: Ray is not installed, or there is no cluster: within `_PATIENCE` where nothing answers.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's worker processes run whatever Python it is that runs this one; `uv run` would build another.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        address = self._address or os.environ.get("RAY_ADDRESS")
+        if address is not None:  # Ray would try 20 times, 41 s each; it reads this when it is imported
+            os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
         try:
             import ray
         except ImportError:
             raise UserError("--engine ray needs Ray, which is not installed", "pip install 'vimfast[ray]'") from None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-        address = self._address or os.environ.get("RAY_ADDRESS")
         if address is None:  # and not the cluster that somebody else may have started on this machine
             options |= {"num_cpus": self._workers, "include_dashboard": False}
         try:
+            if address is not None:
+                _expect_answer(address)
             ray.init(address=address or "local", **options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             where = address or "this machine"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
@@ -116,6 +125,44 @@ class RayCluster:
         import ray
 
         return self._workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _expect_answer(address: str) -> None:
+    """Return if a gRPC server answers at HOST:PORT, or if `address` is of another form, which is for Ray to judge.
+
+    Ray itself tries for 41 s, and says neither what it does nor why it fails.
+
+    Raises:
+        OSError: none does; says why.
+    """
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return
+    if host is None or port is None:
+        return
+    with _connected(host, port) as head:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":  # what follows would have to be encrypted
+            return
+        head.sendall(_PREFACE + bytes([0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0]))
+        try:
+            first = head.recv(9, socket.MSG_WAITALL)
+        except TimeoutError:
+            raise TimeoutError(f"it accepts a connection and says nothing for {_PATIENCE:.0f} s") from None
+        except ConnectionError:
+            first = b""
+    if len(first) < 9 or first[3] != _SETTINGS:
+        raise ConnectionError("something other than Ray answers there")
+
+
+def _connected(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_connection((host, port), timeout=_PATIENCE)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {_PATIENCE:.0f} s") from None
+    except OSError as error:
+        raise ConnectionError(error.strerror or str(error)) from None
 
 
 def _result(reference: Any, place: Any) -> Any:
