@@ -20,8 +20,8 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from vimfast import check_data
+from vimfast.checks import checking, page
 from vimfast.checks import findings as findings_module
-from vimfast.checks import page
 from vimfast.checks.findings import CheckOptions, ClassCheck, Finding, imagenet_wnids, run_tasks
 from vimfast.config import load_config
 from vimfast.data.source import open_source
@@ -838,7 +838,7 @@ def test_the_page_has_what_the_json_has(check: Check, odd: Path, tmp_path: Path)
 
 
 def test_bars_count_every_image_and_class(odd: Path) -> None:
-    report = check_data.check(odd, CheckOptions())
+    report = checking.check(odd, CheckOptions())
     assert report.classes["train"] == {"n01": 14, "n02": 13, "n03": 12}
     read = [Image.open(path).size for path in sorted(odd.glob("val/*/*"))]
     assert sorted(map(tuple, report.sizes["val"][:, ::-1].tolist())) == sorted(read)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from runs import call, command, environment
 
+import vimfast
 from vimfast import __version__
 from vimfast.__main__ import COMMANDS, usage
 from vimfast.cli import run_main
@@ -71,14 +72,47 @@ def _broken() -> None:
     raise BrokenPipeError
 
 
-@pytest.mark.parametrize("name", ["prepare", "train"])
-def test_a_missing_package_is_one_sentence(name: str) -> None:
-    """As after ``pip install --no-deps``, where each command but ``doctor`` ended in a traceback."""
-    program = "import sys; sys.modules['yaml'] = sys.modules['rich'] = None; from vimfast.__main__ import main; main()"
+PACKAGES = ("PIL", "jinja2", "msgspec", "numpy", "rich", "timm", "torch", "yaml")
+WORDS = {
+    "vimfast prepare": ("tree", "--out", "shards"),
+    "vimfast train": ("--data-path", "tree"),
+    "vimfast-prepare": ("tree", "--out", "shards"),
+    "vimfast.check_data": ("tree",),
+    "vimfast.export": ("run", "--out", "exported"),
+    "vimfast.prepare": ("tree", "--out", "shards"),
+    "vimfast.timm": ("script.py",),
+    "vimfast.train": ("--data-path", "tree"),
+}
+
+
+def test_these_are_all_programs() -> None:
+    """What can be started otherwise than by ``vimfast COMMAND``."""
+    folder = Path(vimfast.__file__).parent
+    programs = {
+        ".".join(("vimfast", *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__main__")
+        for path in folder.rglob("*.py")
+        if '\nif __name__ == "__main__":\n' in path.read_text()
+    }
+    assert programs - {"vimfast"} == {program for program in WORDS if "." in program}
+
+
+@pytest.mark.parametrize("program", WORDS)
+def test_a_missing_package_is_one_sentence(program: str, tmp_path: Path) -> None:
+    """As after ``pip install --no-deps``, where all but ``vimfast doctor`` ended in a traceback."""
+    (tmp_path / "script.py").touch()
+    (tmp_path / "tree").mkdir()
+    if " " in program:
+        start, words = "from vimfast.__main__ import main; main()", [program.split()[1]]
+    elif program == "vimfast-prepare":
+        start, words = "from vimfast.prepare import main; main()", []
+    else:
+        start, words = f"import runpy; runpy.run_module({program!r}, run_name='__main__')", []
+    code = f"import sys; sys.modules.update(dict.fromkeys({PACKAGES})); {start}"
+    words = [sys.executable, "-c", code, *words, *WORDS[program]]
     env = {**os.environ, **environment()}
-    done = subprocess.run([sys.executable, "-c", program, name, "-h"], capture_output=True, text=True, env=env)
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: .*'?(yaml|rich)\b.*; vimfast doctor says what is missing .*\n", done.stderr)
+    assert re.fullmatch(rf"error: .*'?({'|'.join(PACKAGES)})\b.*; vimfast doctor says .*\n", done.stderr)
 
 
 def test_an_unknown_command_is_one_sentence() -> None:

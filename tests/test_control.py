@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vimfast.dist import World
-from vimfast.processes.control import Control
+from vimfast.processes.control import Control, _described
 from vimfast.processes.hub import (
     COME_AGAIN,
     CRASHED,
@@ -53,6 +53,17 @@ def beat(ticks: int, idle: float = 0.0, doing: str = "training step", line: str 
 
 def failed(kind: str, text: str) -> Message:
     return {"say": "failed", "kind": kind, "text": text, "trace": f"trace of {text}"}
+
+
+def test_a_missing_package_is_not_a_crash() -> None:
+    """Training imports most of itself when its processes are connected. It ended in a traceback and status 1."""
+    with pytest.raises(ModuleNotFoundError) as missing:
+        import no_such_package  # noqa: F401
+    sentence = "No module named 'no_such_package'; vimfast doctor says what is missing and how to install it"
+    assert _described(missing.value) == ("user", sentence)
+    with pytest.raises(ModuleNotFoundError) as bug:
+        import vimfast.no_such_module  # noqa: F401
+    assert _described(bug.value)[0] == "crash"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -25,7 +25,7 @@ from torch.distributed.run import get_args_parser
 from torchvision.datasets.imagenet import ARCHIVE_META
 
 from vimfast.__main__ import COMMANDS
-from vimfast.check_data import check
+from vimfast.checks.checking import check
 from vimfast.checks.findings import CheckOptions
 from vimfast.commands.train import _split
 from vimfast.config import load_config, resolve

@@ -23,7 +23,7 @@ from conftest import visible, write_image
 from runs import ROOT, TIMEOUT, TINY, differences, environment, records, start
 from watch import Watched
 
-from vimfast import check_data
+from vimfast.checks import checking
 from vimfast.checks.findings import CheckOptions
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
@@ -231,7 +231,7 @@ def test_any_file_damaged_at_random_is_made_again(
         with suppress(UserError):
             source = open_source(out, "train")
             source.read(source.labels[:0].astype(int))
-        shown = check_data.check(out, CheckOptions())
+        shown = checking.check(out, CheckOptions())
         noticed = not shown.fit or path.parent != out
         with convert(images, out) as run:
             status = run.wait(TIMEOUT)

@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from conftest import visible, write_image
 
-from vimfast.check_data import check
+from vimfast.checks.checking import check
 from vimfast.checks.findings import CheckOptions
 from vimfast.data.source import open_source
 from vimfast.errors import UserError

@@ -12,7 +12,7 @@ from vimfast import prepare
 from vimfast.cli import run_main
 from vimfast.errors import UserError
 from vimfast.shards import stored
-from vimfast.shards.convert import convert
+from vimfast.shards.convert import classes_without_images, convert
 from vimfast.shards.format import MANIFEST, ConversionOptions
 from vimfast.stores import open_store
 
@@ -82,7 +82,7 @@ def test_from_store_to_store_the_bytes_are_those_of_the_disk(
     assert f"{out} is complete already: 37 train images" in convert(source, out, OPTIONS, workers=1)
     assert not [request for request in s3.requests if request[0] in ("PUT", "POST", "DELETE")]
     assert not [request for request in s3.requests if ".JPEG" in request[1]], "images are not read again"
-    assert list(prepare.classes_without_images(out)) == ["1 class has no images in val, such as b"]
+    assert list(classes_without_images(out)) == ["1 class has no images in val, such as b"]
 
 
 def test_each_end_may_be_a_disk(

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vimfast import check_data
+from vimfast.checks import checking
 from vimfast.checks.findings import CheckOptions
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
@@ -213,7 +213,7 @@ def read_all(files: dict[str, bytes]) -> None:
             [source.name(i) for i in range(len(source))]
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017
-        check_data.check(Path(name), CheckOptions())
+        checking.check(Path(name), CheckOptions())
 
 
 @given(st.data())

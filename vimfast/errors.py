@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+_OWN = ("vimfast", "vimfast_kernels")
 _LITTLE_MEMORY = ("out of memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation", "can't allocate memory", "bad_alloc")
 
 
@@ -24,6 +25,13 @@ class UserError(Exception):
     def __str__(self) -> str:
         link = " " if self.problem.endswith("?") else "; "  # after "did you mean 'train'?"
         return one_line(self.problem if self.fix is None else f"{self.problem}{link}{self.fix}")
+
+
+def missing_package(error: BaseException) -> UserError | None:
+    """What to say where a package is not installed; None: it is something else, such as a module of ours."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None or error.name.partition(".")[0] in _OWN:
+        return None
+    return UserError(str(error), "vimfast doctor says what is missing and how to install it")
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -17,12 +17,6 @@ from pathlib import Path
 from vimfast import __version__
 from vimfast.cli import Parser, fit_terminal, path, run_main, whole
 from vimfast.errors import one_line
-from vimfast.shards.cluster import RayCluster
-from vimfast.shards.convert import classes_without_images, convert
-from vimfast.shards.format import ConversionOptions
-from vimfast.shards.indexing import index_tars
-from vimfast.shards.reindex import reindex
-from vimfast.shards.workers import report
 from vimfast.stores import is_url
 
 
@@ -89,6 +83,14 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def run() -> None:
     """Do as the command line says."""
     args = _parse(sys.argv[1:])
+    # Here, where a package that is missing can be said in a sentence.
+    from vimfast.shards.cluster import RayCluster
+    from vimfast.shards.convert import classes_without_images, convert
+    from vimfast.shards.format import ConversionOptions
+    from vimfast.shards.indexing import index_tars
+    from vimfast.shards.reindex import reindex
+    from vimfast.shards.workers import report
+
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.reindex is not None:
         print(fit_terminal(one_line(reindex(args.reindex, workers=workers)), sys.stdout))

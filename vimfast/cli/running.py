@@ -8,9 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from vimfast.cli.reporting import discard_output, is_output_read, report_once
-from vimfast.errors import UserError
-
-OWN = ("vimfast", "vimfast_kernels")
+from vimfast.errors import UserError, missing_package
 
 
 def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> None:
@@ -26,9 +24,10 @@ def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sy
         report_once(f"error: {error}")
         status = 2
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in OWN:
+        missing = missing_package(error)
+        if missing is None:
             raise
-        report_once(f"error: {error}; vimfast doctor says what is missing and how to install it")
+        report_once(f"error: {missing}")
         status = 2
     except BrokenPipeError:
         if is_output_read():
