@@ -51,6 +51,30 @@ def test_a_reader_of_results_may_have_enough(tree: Path) -> None:
     assert _unread("check", str(tree), "--json") == (128 + signal.SIGPIPE, "")
 
 
+_LOOK = """
+import os, sys
+from vimfast.cli import run_main
+from vimfast.commands.doctor import _print
+from vimfast.doctor import Line
+
+def look():
+    streams = [os.readlink(f"/proc/self/fd/{number}") for number in range(3)]
+    _print([Line("machine", "cores", "green", "2")])  # it ended in an AttributeError
+    os.system("echo of a child")
+    with open(sys.argv[1], "w") as file:
+        print(*streams, sys.stdin.read(), sys.stderr.isatty(), file=file)
+
+run_main(look)
+"""
+
+
+def test_closed_streams_are_nobodys(tmp_path: Path) -> None:
+    """``vimfast doctor >&-`` ended in a traceback, and a file that was opened next would have been stdout."""
+    words = ["sh", "-c", '"$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, _LOOK, str(tmp_path / "seen")]
+    assert subprocess.run(words, env={**os.environ, **environment()}).returncode == 0
+    assert (tmp_path / "seen").read_text() == "/dev/null /dev/null /dev/null  False\n"
+
+
 def _unread(*words: str) -> tuple[int, str]:
     """Exit status and stderr of ``vimfast`` when nobody reads its output."""
     reading, writing = os.pipe()

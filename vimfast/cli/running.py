@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,9 +18,10 @@ def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sy
 
     Anything else is a bug and keeps its traceback.
     """
+    _open_closed_streams()
     try:
         status = main() or 0
-        print(end="", flush=True)  # while a reader that is gone can be told from a bug; stdout may be None
+        print(end="", flush=True)  # while a reader that is gone can be told from a bug
     except UserError as error:
         report_once(f"error: {error}")
         status = 2
@@ -38,3 +40,16 @@ def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sy
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         status = 130
     end(status)
+
+
+def _open_closed_streams() -> None:
+    """Have stdin, stdout and stderr that are closed, as by ``>&-``, be empty or be read by nobody.
+
+    Python has None for them, and the next file to be opened, a shard perhaps, would have the number of one: what a
+    library prints would be written into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
