@@ -17,6 +17,7 @@ import vimfast
 from vimfast import __version__
 from vimfast.__main__ import COMMANDS, usage
 from vimfast.cli import run_main
+from vimfast.errors import UserError
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -54,6 +55,7 @@ def test_a_reader_of_results_may_have_enough(tree: Path) -> None:
 _LOOK = """
 import os, sys
 from vimfast.cli import run_main
+from vimfast.errors import UserError
 from vimfast.commands.doctor import _print
 from vimfast.doctor import Line
 
@@ -137,6 +139,24 @@ def test_a_missing_package_is_one_sentence(program: str, tmp_path: Path) -> None
     done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 2
     assert re.fullmatch(rf"error: .*'?({'|'.join(PACKAGES)})\b.*; vimfast doctor says .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("show", ["tree", "--out"]),
+        ("predict", ["run", "cat.jpg", "--grid"]),
+        ("check", ["tree", "--sample-grid"]),
+        ("bench", ["--plot"]),
+    ],
+)
+def test_an_image_is_a_png(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PNG was written to ``grid.jpg`` or ``grid.foo``."""
+    monkeypatch.setattr(sys, "argv", [f"vimfast {name}"])
+    parser = import_module(COMMANDS[name].function.partition(":")[0]).parser()
+    with pytest.raises(UserError, match=rf"^{words[-1]}: 'a/x\.foo' must end in \.png, .*; see vimfast {name} --help$"):
+        parser.parse_args([*words, "a/x.foo"])
+    assert Path("a/x.PNG") in vars(parser.parse_args([*words, "a/x.PNG"])).values()
 
 
 def test_an_unknown_command_is_one_sentence() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vimfast.cli import SIZE, Parser, image_size, path, run_main, whole
+from vimfast.cli import SIZE, Parser, image_size, path, png, run_main, whole
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def parser() -> Parser:
     text = "write a page with all of it: classes, sizes and shapes of images, findings with thumbnails"
     add("--html", metavar="FILE", type=path, help=text)
     text = "draw samples as the trainer sees them with its default settings; vimfast show takes its flags"
-    add("--sample-grid", metavar="PNG", type=path, help=text)
+    add("--sample-grid", metavar="PNG", type=png, help=text)
     text = "of images in training: their side, pixels, or height and width [224]"
     add("--input-size", metavar=SIZE, type=image_size, default=224, help=text)
     add("--seed", type=whole(0), default=0, help="seed of the samples [0]")

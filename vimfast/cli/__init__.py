@@ -2,7 +2,7 @@
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
 from vimfast.cli.live import LiveLine
-from vimfast.cli.parser import SIZE, Parser, image_size, path, path_or_url, whole
+from vimfast.cli.parser import SIZE, Parser, image_size, path, path_or_url, png, whole
 from vimfast.cli.reporting import (
     first_on_host,
     fit_terminal,
@@ -29,6 +29,7 @@ __all__ = [
     "leave_word",
     "path",
     "path_or_url",
+    "png",
     "print_out",
     "report_once",
     "run_main",

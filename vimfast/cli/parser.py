@@ -98,6 +98,13 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def png(text: str) -> Path:
+    """An argparse type: a file to write an image to, of the one kind that is written."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .png, the kind of file that is written")
+    return path(text)
+
+
 def path_or_url(text: str) -> str:
     """An argparse type: the same, or the URL of a folder in a store, as text."""
     return os.path.expanduser(text)

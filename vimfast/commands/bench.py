@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimfast.cli import SIZE, LiveLine, Parser, image_size, path, path_or_url, say_written, whole
+from vimfast.cli import SIZE, LiveLine, Parser, image_size, path_or_url, png, say_written, whole
 from vimfast.errors import UserError, counted, lacks_memory
 from vimfast.image_size import ImageSize
 
@@ -69,7 +69,7 @@ def parser() -> Parser:
     add("--no-training", action="store_true", help="leave training out")
     add("--seconds", metavar="X", type=float, default=3.0, help="about how long each measurement takes [3]")
     add("--json", action="store_true", help="print a JSON object instead of a table")
-    add("--plot", metavar="PNG", type=path, help="draw the images per second; needs matplotlib")
+    add("--plot", metavar="PNG", type=png, help="draw the images per second; needs matplotlib")
     return parser
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from vimfast.cli import SIZE, LiveLine, Parser, fit_terminal, image_size, path, say_written, whole
+from vimfast.cli import SIZE, LiveLine, Parser, fit_terminal, image_size, path, png, say_written, whole
 from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
@@ -65,7 +65,7 @@ def parser() -> Parser:
     add("images", metavar="IMAGE", nargs="+", type=path, help="images, and folders of images at any depth")
     add("--top", metavar="K", type=whole(1), default=5, help="classes to list for each image [5]")
     add("--json", action="store_true", help="print a JSON object instead of a table")
-    add("--grid", metavar="PNG", type=path, help=f"draw the images, up to {_MOST}, with what is seen in them")
+    add("--grid", metavar="PNG", type=png, help=f"draw the images, up to {_MOST}, with what is seen in them")
     add_model_flags(parser)
     return parser
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vimfast.cli import Parser, path, path_or_url, say_written, whole
+from vimfast.cli import Parser, path_or_url, png, say_written, whole
 from vimfast.config import resolve
 from vimfast.config.flags import CONFIG, flag_parser
 from vimfast.errors import UserError
@@ -27,7 +27,7 @@ def parser() -> Parser:
     add: Any = parser.add_argument_group("what is drawn").add_argument
     parser._action_groups.insert(1, parser._action_groups.pop())  # --help: before a hundred flags of training
     add("data", metavar="DATA", type=path_or_url, help="shards or a folder tree; stands before the flags")
-    add("--out", metavar="PNG", type=path, default=Path("samples.png"), help="file to write [samples.png]")
+    add("--out", metavar="PNG", type=png, default=Path("samples.png"), help="file to write [samples.png]")
     add("--split", choices=("train", "val"), default="train", help="train, or val: as the evaluation sees it [train]")
     add("--count", metavar="N", type=whole(1), default=8, help="images [8]")
     return parser
