@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return status, "".join(capsys.readouterr())
 
     return run
+
+
+@pytest.mark.parametrize("name", ["predict", "embed"])
+def test_a_folder_is_listed_once(
+    name: str, exported: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file's kind was asked for twice."""
+    write_image(tmp_path / "photos" / "cat.jpg", 0)
+    asked: list[Path] = []
+    is_dir = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: asked.append(path) or is_dir(path))
+    if name == "embed":
+        status, text = main(exported, tmp_path / "photos", "--out", tmp_path / "x.npy", "--device", "cpu")
+        assert (status, "written to" in text) == (0, True)
+    else:
+        monkeypatch.setattr(sys, "argv", ["vimfast predict", str(exported), str(tmp_path / "photos")])
+        assert import_module("vimfast.commands.predict").main() == 0
+    assert [path for path in asked if "photos" in path.parts] == [tmp_path / "photos"]
 
 
 def test_vectors_are_what_the_head_reads(exported: Path, tree: Path, tmp_path: Path, main: Main) -> None:

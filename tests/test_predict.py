@@ -312,9 +312,10 @@ def test_names_that_are_odd(main: Callable[..., tuple[int, str, str]], run: Path
     for name in (b"a\nb.jpg", b"\xff.jpg"):
         write_image(tmp_path / "image.jpg", 1)
         os.rename(tmp_path / "image.jpg", os.path.join(os.fsencode(tmp_path), name))
-    status, out, _ = main(run, tmp_path, "--grid", tmp_path / "grid.bin")
+    (tmp_path / ".seen").mkdir()  # where no images are looked for
+    status, out, _ = main(run, tmp_path, "--grid", tmp_path / ".seen" / "grid.png")
     assert status == 0
-    assert out.endswith(f"\nwritten to {tmp_path / 'grid.bin'}\n")
+    assert out.endswith(f"\nwritten to {tmp_path / '.seen' / 'grid.png'}\n")
     flat = "".join(line.split("  ")[0].strip() for line in out.splitlines())
     assert "a\\nb.jpg" in flat
     assert "\\udcff.jpg" in flat

@@ -143,9 +143,17 @@ def predict(
         UserError: the checkpoint cannot be used, or what is to be looked at is no path.
     """
     own = checkpoint if isinstance(checkpoint, Classifier) else load_classifier(checkpoint)
-    images, unreadable = find_images(paths)
+    images, missing = find_images(paths)
+    seen = predict_files(own, images, top=top, batch_size=batch_size, report=report)
+    return seen._replace(unreadable=missing + seen.unreadable)
+
+
+def predict_files(
+    own: Classifier, images: Sequence[Path], *, top: int = 5, batch_size: int = 64, report: Report | None = None
+) -> Predictions:
+    """:func:`predict`, of files that :func:`find_images` has found."""
     if not images:
-        return Predictions([], unreadable)
+        return Predictions([], [])
     top = min(top, len(own.classes))
 
     def best(batch: Tensor) -> Tensor:  # [B, 2, top]
@@ -158,7 +166,7 @@ def predict(
         for values, indices in answers.tolist()
     ]
     seen = [Seen(path, own_guesses) for path, own_guesses in zip(read, guesses, strict=True)]
-    return Predictions(seen, unreadable + bad)
+    return Predictions(seen, bad)
 
 
 def embed(
@@ -177,6 +185,15 @@ def embed(
         UserError: the checkpoint cannot be used, or its model's head reads more than one vector.
     """
     own = checkpoint if isinstance(checkpoint, Classifier) else load_classifier(checkpoint)
+    images, missing = find_images(paths)
+    embedded = embed_files(own, images, batch_size=batch_size, report=report)
+    return embedded._replace(unreadable=missing + embedded.unreadable)
+
+
+def embed_files(
+    own: Classifier, images: Sequence[Path], *, batch_size: int = 64, report: Report | None = None
+) -> Embeddings:
+    """:func:`embed`, of files that :func:`find_images` has found."""
     model: Any = own.model
 
     def features(batch: Tensor) -> Tensor:  # [B, C]
@@ -186,10 +203,9 @@ def embed(
             raise UserError(f"the model of {own.origin} makes {shape} features of an image", "use one that pools them")
         return pooled.float()
 
-    images, unreadable = find_images(paths)
     read, answers, bad = _ask(own, images, features, batch_size, report) if images else ([], torch.empty(0), [])
     vectors = answers.numpy() if read else np.zeros((0, model.num_features), np.float32)
-    return Embeddings(read, vectors, unreadable + bad)
+    return Embeddings(read, vectors, bad)
 
 
 def _ask(

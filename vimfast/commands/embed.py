@@ -29,12 +29,12 @@ def main() -> int:
     check_order(args.checkpoint, "embed")
     if args.out.suffix != ".npy":
         raise UserError(f"--out is {args.out}", "give a file name ending in .npy; a .csv is written beside it")
-    from vimfast.inference import embed, find_images
+    from vimfast.inference import embed_files, find_images
 
     with loaded(args) as classifier:
         images, missing = find_images(args.images)
         found = with_bar(
-            len(images), lambda report: embed(classifier, images, batch_size=args.batch_size, report=report)
+            len(images), lambda report: embed_files(classifier, images, batch_size=args.batch_size, report=report)
         )
     unreadable = missing + found.unreadable
     for _, why in unreadable:

@@ -120,12 +120,12 @@ def check_order(checkpoint: Path, command: str) -> None:
 
 
 def _predict(classifier: Classifier, args: argparse.Namespace) -> Predictions:
-    from vimfast.inference import find_images, predict
+    from vimfast.inference import find_images, predict_files
 
     images, missing = find_images(args.images)
     found = with_bar(
         len(images),
-        lambda report: predict(classifier, images, top=args.top, batch_size=args.batch_size, report=report),
+        lambda report: predict_files(classifier, images, top=args.top, batch_size=args.batch_size, report=report),
     )
     return found._replace(unreadable=missing + found.unreadable)
 
