@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vimfast import dist
-from vimfast.errors import UserError, lacks_memory
+from vimfast.errors import UserError, duration, lacks_memory
 
 
 @pytest.mark.parametrize(("fix", "sentence"), [("use 1", "it is 0; a; use 1"), (None, "it is 0; a")])
@@ -72,3 +72,20 @@ def test_where_the_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match=f"rank 0 does not answer at 127.0.0.1, port {port} .*; check MASTER_ADDR"):
         dist.start("cpu", timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0:00:00"),
+        (59.4, "0:00:59"),
+        (59.6, "0:01:00"),
+        (60.0, "0:01:00"),
+        (3599.0, "0:59:59"),
+        (3599.6, "1:00:00"),
+        (86399.6, "24:00:00"),
+        (400_000.0, "111:06:40"),
+    ],
+)
+def test_times_have_one_format(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -20,11 +20,12 @@ from vimfast.data.hardware import available_cores
 from vimfast.data.loader import Loader
 from vimfast.data.source import FolderSource, Images
 from vimfast.dist import World
+from vimfast.errors import duration
 from vimfast.processes.control import Control
 from vimfast.train.build import build
 from vimfast.train.loop import Place, TrainingRun
 from vimfast.train.pace import Stretch
-from vimfast.train.report import Reporter, short_duration
+from vimfast.train.report import Reporter
 from vimfast.train.waiting import SETTLED_AFTER, DataWaits, decoding_advice, reading_advice
 
 HIDE, SHOW, ERASE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"  # what a terminal does with its cursor and a line
@@ -50,6 +51,7 @@ def test_a_run_says_when_it_ends_and_that_reading_is_slow_once(
     monkeypatch.setattr(FolderSource, "read", read)
     monkeypatch.setattr("vimfast.train.waiting.SETTLED_AFTER", 4)
     monkeypatch.setattr("vimfast.train.hooks.FORECAST_AFTER", 6)
+    monkeypatch.setattr("vimfast.train.hooks.FORECAST_FROM", 0.0)
     train(*flags, "--epochs", "2", "--steps-per-epoch", "8")
     said = capsys.readouterr().out
     assert len(re.findall(rf"^training waits \d+% {SLOW}; vimfast prepare makes shards of the folder", said, re.M)) == 1
@@ -58,6 +60,17 @@ def test_a_run_says_when_it_ends_and_that_reading_is_slow_once(
     today = [time.strftime("%A %d %B at %H:%M", time.localtime(time.time() - 60 * back)) for back in range(-1, 5)]
     assert len(found) == 1
     assert found[0] in today
+
+
+def test_an_end_that_is_near_is_not_foretold(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a time of day, on a day of the week, with a second left."""
+    monkeypatch.setattr("vimfast.train.hooks.FORECAST_AFTER", 4)
+    train(*flags, "--epochs", "1", "--steps-per-epoch", "8")
+    said = capsys.readouterr().out
+    assert len(re.findall(r" \d:\d\d:\d\d left$", said, re.M)) == 4
+    assert "the last step ends" not in said
 
 
 def test_one_slow_report_changes_no_decoder(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +169,7 @@ def test_a_bar_and_its_figures_fit_into_80_columns(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     report = Reporter(None, active=True)
     assert report.live
-    brief = f"loss 2.298 21,500 img/s, waiting for data 21%, {short_duration(97300)} left"
+    brief = f"loss 2.298 21,500 img/s, data wait 21%, {duration(97300)} left"
     with report.steps("epoch 299", 1251, 1250):
         report.news("", "x" * 200, brief)
         report.advance()

@@ -54,6 +54,12 @@ def in_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def duration(seconds: float) -> str:
+    """A time for a person, in hours, minutes and seconds: 0:01:05, 27:01:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def one_line(text: str) -> str:
     """With control characters spelled out: names of files may have line ends in them."""
     return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)

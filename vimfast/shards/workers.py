@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vimfast.cli import end_with_parent, fit_terminal
-from vimfast.errors import UserError, one_line
+from vimfast.errors import UserError, duration, one_line
 from vimfast.shards.format import shard_name
 from vimfast.shards.plan import Part, ShardPlan
 from vimfast.shards.stored import Mirror, verify_in_store, write_to_store
@@ -284,7 +283,7 @@ class Pace:
         """(images done, rate, time left)"""
         done = self.found + self.done
         rate = self.done / max(1e-6, time.monotonic() - self.begin)
-        left = str(timedelta(seconds=round((self.total - done) / rate))) if self.done else "-:--:--"
+        left = duration((self.total - done) / rate) if self.done else "-:--:--"
         return done, f"{rate:,.0f} {self.unit}/s", f"{left} left"
 
 

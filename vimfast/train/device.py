@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from vimfast import dist
+from vimfast.errors import duration
 from vimfast.train.curriculum import TrainingStage
 from vimfast.train.depth import StochasticDepth
 from vimfast.train.fitting import blank_batch
 from vimfast.train.loop import EpochEnd, Hook, Place, Precision, TrainingRun
-from vimfast.train.report import duration
 from vimfast.train.start_up import StartUp
 from vimfast_kernels.tune import tune_once
 from vimfast_kernels.tuning import read_again

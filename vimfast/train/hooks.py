@@ -7,15 +7,17 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from vimfast.errors import duration
 from vimfast.train.health import GradientHealth, LossHealth
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.pace import Stretch
-from vimfast.train.report import Reporter, duration, memory_gib, short_duration, watts
+from vimfast.train.report import Reporter, memory_gib, watts
 from vimfast.train.start_up import StartUp
 from vimfast.train.sums import Mark, Reading
 from vimfast.train.waiting import DataWaits
 
 FORECAST_AFTER = 50  # steps
+FORECAST_FROM = 600.0  # seconds left: what ends sooner is not waited for elsewhere
 
 
 class Beginning(Hook):
@@ -107,7 +109,7 @@ class Progress(Hook):
             f"loss {loss:.4f} lr {asked.lr:.3g} {speed:,.0f} img/s, waiting for data {share:.0%}, "
             f"{memory:.1f} GiB of {'GPU ' if run.world.device.type == 'cuda' else ''}memory, "
             f"{f'{power:.0f} W, ' if power is not None else ''}{duration(left * each)} left",
-            f"loss {loss:.3f} {speed:,.0f} img/s, waiting for data {share:.0%}, {short_duration(left * each)} left",
+            f"loss {loss:.3f} {speed:,.0f} img/s, data wait {share:.0%}, {duration(left * each)} left",
         )
         self._foretell(left * each)
         scalars = {"loss": loss, "lr": asked.lr, "img_s": speed, "data_share": share, "memory_gib": memory}
@@ -124,9 +126,11 @@ class Progress(Hook):
         self._losses.returned(place)
 
     def _foretell(self, seconds: float) -> None:
-        """Once, when the pace is known: the time of day of the last step."""
+        """Once, when the pace is known, the time of day of the last step; not where that is near."""
         if not self._foretold and self._steps_here >= FORECAST_AFTER:
             self._foretold = True
+            if seconds < FORECAST_FROM:
+                return
             end = time.strftime("%A %d %B at %H:%M", time.localtime(time.time() + seconds))
             self._run.report.say(f"at this pace the last step ends on {end}; evaluations take extra time")
 

@@ -20,7 +20,7 @@ from vimfast import dist
 from vimfast.data.loader import Loader
 from vimfast.data.views import Batch
 from vimfast.dist import World
-from vimfast.errors import UserError, counted, lacks_memory
+from vimfast.errors import UserError, counted, duration, lacks_memory
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.answers import Answers
 from vimfast.train.compiling import compiler_errors, uncompiled
@@ -34,7 +34,7 @@ from vimfast.train.mixing import Mixup
 from vimfast.train.optim import LearningRate, WeightAverage
 from vimfast.train.pace import Pace
 from vimfast.train.randomness import RandomStates, random_states, set_random_states
-from vimfast.train.report import Reporter, duration
+from vimfast.train.report import Reporter
 from vimfast.train.step import TrainStep
 from vimfast.train.sums import Sums
 

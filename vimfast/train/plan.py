@@ -10,13 +10,12 @@ from vimfast.config import Config
 from vimfast.data.loader import Loader
 from vimfast.data.mixed import in_stores
 from vimfast.dist import World
-from vimfast.errors import counted
+from vimfast.errors import counted, duration
 from vimfast.image_size import ImageSize
 from vimfast.train.compiling import is_compiled
 from vimfast.train.device import kernels
 from vimfast.train.loaders import cache_settings
 from vimfast.train.loop import EvaluationRun, Precision, TrainingRun
-from vimfast.train.report import duration
 from vimfast.train.run_state import FACTOR
 
 _IN_COLUMNS = ("input_size", "batch_size")  # of the table of stages

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,17 +41,6 @@ def watts(device: torch.device) -> float | None:
         with suppress(Exception):  # of the driver, of a virtual GPU, of a package that is missing
             return torch.cuda.power_draw(device) / 1000
     return None
-
-
-def duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def short_duration(seconds: float) -> str:
-    """``27h01m`` or ``1m05s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
 def _encodable(text: str) -> str:
