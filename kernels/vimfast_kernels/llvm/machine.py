@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+import llvmlite
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
 from vimfast_kernels.llvm.language import Code
+from vimfast_kernels.llvm.objects import kept
 
 _WIDTHS = {"avx512f": 16, "avx": 8}  # floats in the vectors of a processor with this feature; else 4
 
@@ -75,12 +78,27 @@ def _compiled(kernel: Kernel, lanes: int) -> tuple[int, Any]:
     """(address of the function, what keeps it in memory)."""
     module = ir.Module()
     kernel.write(Code(module, "kernel", kernel.names, lanes))
-    parsed = llvm.parse_assembly(str(module))
+    text = str(module)
     name, features, _ = _processor()
     # One for each engine, which takes it over and frees it in the end.
     machine = llvm.Target.from_default_triple().create_target_machine(cpu=name, features=features, opt=3)
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
-    passes.getModulePassManager().run(parsed, passes)
-    engine = llvm.create_mcjit_compiler(parsed, machine)
+    program = kept((text, name, features, *_compiler()), lambda: _object(text, machine))
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(program))
     engine.finalize_object()
     return engine.get_function_address("kernel"), engine
+
+
+def _object(text: str, machine: llvm.TargetMachine) -> bytes:
+    """An object file of ELF that holds the function."""
+    parsed = llvm.parse_assembly(text)
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(parsed, passes)
+    made: bytes = machine.emit_object(parsed)
+    return made
+
+
+@functools.cache
+def _compiler() -> tuple[str, ...]:
+    """What compiles: versions of llvmlite and LLVM, and this module, which chooses the passes."""
+    return llvmlite.__version__, str(llvm.llvm_version_info), Path(__file__).read_text()
