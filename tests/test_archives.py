@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -21,7 +22,7 @@ from object_servers import BUCKET, Proxy, moto, s3
 from scipy.io import savemat
 
 from vimfast.errors import UserError
-from vimfast.shards import archives, homes, stored
+from vimfast.shards import archives, homes, stored, workers
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions, read_manifest
 from vimfast.stores import open_store
@@ -258,6 +259,21 @@ def test_archives_in_a_store_give_the_same_shards_there(
         (copy / name).write_bytes(store.read(name))
     assert visible(copy) == expected
     assert s3.asked("train.tar") == 4, "the images of one shard: the headers are known"
+
+
+def test_while_the_validation_archive_is_read_it_is_said_how_far(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ImageNet's has 6.7 GB, and from a store all of them have to come."""
+    monkeypatch.setattr(archives, "_MB", 1000)
+    monkeypatch.setattr(workers, "_SECONDS_BETWEEN_LINES", 0.0)
+    archives.list_archive(packed, "val", WNIDS, 1, tmp_path)
+    size = (packed / "ILSVRC2012_img_val.tar").stat().st_size // 1000
+    line = rf"^(\d+) of {size} MB of the validation images' archive, [\d,]+ MB/s, \d+:\d\d:\d\d left$"
+    said = re.findall(line, capsys.readouterr().err, re.MULTILINE)
+    assert len(said) > 3
+    assert [int(done) for done in said] == sorted({int(done) for done in said})
+    assert size / 2 < int(said[-1]) <= size
 
 
 def test_archives_on_a_web_server(packed: Path, expected: dict[str, bytes], tmp_path: Path) -> None:

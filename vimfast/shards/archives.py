@@ -15,7 +15,7 @@ import re
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,12 +30,13 @@ from vimfast.shards.homes import DOWNLOAD_AGAIN, Home, home_of
 from vimfast.shards.members import members
 from vimfast.shards.origin import Origin
 from vimfast.shards.tree import FileList, file_kind, is_image_name, pack_names
-from vimfast.shards.workers import Pace, run, tick
+from vimfast.shards.workers import Pace, progress, run, tick
 
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12"
 NOTE = ".archive.npz"  # with a split before it: the name of a note of what its archive holds
 _TRUTH, _META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
+_MB = 1_000_000  # bytes
 _MOST_DEVKIT_BYTES = 64 << 20  # of one of its files
 
 
@@ -231,7 +232,7 @@ def _list_val(home: Home, class_of: Callable[[int], str | None]) -> dict[str, _F
     """A header follows from the one before, so 50,000 requests would wait for each other: it is read as a whole."""
     where = home.where(ARCHIVES["val"])
     with home.open(ARCHIVES["val"], headers=False) as file:
-        images = _images(members(file, where, DOWNLOAD_AGAIN))
+        images = _images(_with_progress(members(file, where, DOWNLOAD_AGAIN), file.seek(0, os.SEEK_END)))
     found: dict[str, _Found] = {}
     for name, offset, size in zip(images.names, images.offsets, images.sizes, strict=True):
         number = re.search(r"(\d{8})\.\w+$", name)
@@ -245,6 +246,17 @@ def _list_val(home: Home, class_of: Callable[[int], str | None]) -> dict[str, _F
     for kind, count in images.others.items():
         next(iter(found.values()), images).others[kind] += count
     return found
+
+
+def _with_progress(found_in_tar: Iterable[tuple[str, int, int]], size: int) -> Iterator[tuple[str, int, int]]:
+    """The same; meanwhile it is shown how many of the archive's bytes have been passed."""
+    pace = Pace(size // _MB, "MB of the validation images' archive", unit="MB")
+    with progress(pace) as show:
+        for member in found_in_tar:
+            if (done := (member[1] + member[2]) // _MB) > pace.done:
+                pace.done = done
+                show()
+            yield member
 
 
 # The devkit
