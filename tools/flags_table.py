@@ -43,7 +43,7 @@ ORIGINAL: dict[str, tuple[str, str]] = {
     "mixup_switch_prob": ("0.5", ""),
     "mixup_mode": ("batch; pair and elem crash on numpy 1.24 and newer", "all three work"),
     "smoothing": ("0.1", ""),
-    "bce_loss": ("off; with smoothing every class is a target", "the classes a picture holds are its targets"),
+    "bce_loss": ("off; with smoothing every class is a target", "the classes in an image are its targets"),
     "opt": ("adamw", ""),
     "opt_eps": ("1e-8", ""),
     "opt_betas": ("none", ""),
