@@ -18,6 +18,7 @@ from vimfast.config import OptimConfig, ScheduleConfig, StageConfig, load_config
 from vimfast.config.stages import MAY_CHANGE
 from vimfast.errors import UserError
 from vimfast.train.device import StageEntry
+from vimfast.train.forward import Forward
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.optim import LearningRate, build_optimizer
 from vimfast.train.step import TrainStep
@@ -236,17 +237,24 @@ def test_a_stage_has_a_graph_of_its_own(
     flags = ("--config", recipe, "--data-path", str(tree), "--output_dir")
     train(*flags, str(tmp_path / "launched"))
     held: list[tuple[int, bool]] = []
-    capture = TrainStep.capture
+    capture, record, evaluations = TrainStep.capture, Forward._record, list[int]()
 
     def noted(step: TrainStep, *inputs: torch.Tensor) -> None:
         held.append((len(step._captured), any(p.grad is not None for p in step._parameters)))
         capture(step, *inputs)
 
+    def noted_forward(forward: Forward, *inputs: Any) -> Any:
+        evaluations.append(run_of[0].place.epoch)
+        return record(forward, *inputs)
+
+    run_of: list[TrainingRun] = []
     monkeypatch.setattr(TrainStep, "capture", noted)
+    monkeypatch.setattr(Forward, "_record", noted_forward)
     monkeypatch.setattr(TrainStep, "time_replays", lambda step: setattr(step, "seconds", 0.5))
     monkeypatch.setattr("vimfast.train.build.captures", lambda *_: True)
-    run = train(*flags, str(tmp_path / "captured"))
+    run = train(*flags, str(tmp_path / "captured"), hooks=lambda run: run_of.append(run) or [])
     assert held == [(0, False)] * 3
+    assert evaluations == [0, 1, 3]  # the first in each stage
     assert isinstance(run.hooks[0], StageEntry)
     assert differences(tmp_path / "launched", tmp_path / "captured") == []
     out = capsys.readouterr().out

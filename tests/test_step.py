@@ -18,6 +18,7 @@ from vimfast.augment.recipe import Recipe
 from vimfast.config import EmaConfig
 from vimfast.data.views import Stage
 from vimfast.models import create_model
+from vimfast.train.forward import Forward, _Captured
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
 from vimfast.train.optim import WeightAverage, build_ema
 from vimfast.train.step import TrainStep
@@ -52,10 +53,13 @@ class StandIn:
             own.copy_(p.grad)
             p.grad = before
 
+    def pool(self) -> tuple[int, int]:
+        return 0, 1
+
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """TrainStep.capture without a GPU."""
+    """What TrainStep and Forward capture, without a GPU."""
 
     def record(step: TrainStep, inputs: tuple[Tensor, Tensor], side: object) -> dict[bool, StandIn]:
         found = {}
@@ -65,9 +69,21 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             step._zero_gradients()
         return found
 
+    def record_forward(forward: Forward, images: Tensor, side: object) -> _Captured:
+        own = torch.full_like(images, float("nan"))  # a capture computes nothing
+        logits = forward._launch(own)
+
+        def replay() -> None:
+            for left, found in zip(logits, forward._launch(own), strict=True):
+                left.copy_(found)
+
+        return _Captured(own, MagicMock(replay=replay), logits)
+
     StandIn.made.clear()
     monkeypatch.setattr(TrainStep, "_record", record)
-    monkeypatch.setattr("vimfast.train.step.side_stream", lambda device: MagicMock())
+    monkeypatch.setattr(Forward, "_record", record_forward)
+    for user in ("step", "forward"):
+        monkeypatch.setattr(f"vimfast.train.{user}.side_stream", lambda device: MagicMock())
     monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: MagicMock())
     monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: torch.get_rng_state())

@@ -82,7 +82,8 @@ def build_evaluation(cfg: Config, world: World, control: Control, start_up: Star
     loader = open_validation(cfg, cfg.data.batch_size, world, start, report)
     start_up.done("data")
     models = build_models(cfg, len(loader.source.classes), start, world.device, report)
-    evaluated = Evaluated(models.evaluated, loader, models.precision.amp, report, control)
+    captured = captures(models.model, cfg.model, world.device)
+    evaluated = Evaluated(models.evaluated, loader, models.precision.amp, report, control, captured)
     run = EvaluationRun(evaluated, models.precision, report, control, world)
     _print(plan_evaluation(run, cfg), report)
     return run
@@ -223,7 +224,13 @@ def _assemble(
         train_step=build_step(models, optimizer, objective, cfg.optim.clip_grad, accum_steps, world.size),
         rate=rate,
         evaluated=Evaluated(
-            models.evaluated, val_loader, models.precision.amp, report, control, every=cfg.run.eval_every
+            models.evaluated,
+            val_loader,
+            models.precision.amp,
+            report,
+            control,
+            captures(models.model, cfg.model, world.device),
+            every=cfg.run.eval_every,
         ),
         precision=models.precision,
         report=report,

@@ -47,6 +47,7 @@ class StageEntry(Hook):
         """Prepare for the steps of an epoch, whose loader has begun; every process must call it at the same place."""
         run, stage = self._run, self._run.curriculum.at(epoch)
         if self._entered is not None or run.train_step.accum_steps != stage.accum_steps:
+            run.evaluated.forget()  # whose graph shares the memory that is to be free
             run.train_step.restart(stage.accum_steps)
         if self._depth is not None:
             self._depth.set(stage.config.model.drop_path)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vimfast.data.loader import Loader
 from vimfast.dist import World
 from vimfast.errors import UserError
 from vimfast.processes.control import Control, Stopped
 from vimfast.train.answers import Answers
+from vimfast.train.forward import Forward
 from vimfast.train.report import Reporter
 from vimfast.train.sums import Sums
 
@@ -41,9 +41,8 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    models: Sequence[nn.Module],
+    forward: Forward,
     loader: Loader,
-    amp: torch.autocast,
     report: Reporter,
     control: Control | None = None,
     answers: Answers | None = None,
@@ -53,9 +52,8 @@ def evaluate(
     Sums, not means of means, are added over batches and processes, so short last batches weigh what they hold.
 
     Args:
-        models: images [B, 3, S, S] to logits [B, K].
+        forward: the models, and how they are run.
         loader: an evaluation loader; processes may have different numbers of batches.
-        amp: the autocast context to run under.
         control: is asked before every step whether to stop.
         answers: collects those of the first model.
 
@@ -64,10 +62,10 @@ def evaluate(
         UserError: the split is empty.
     """
     control = control or Control(World())
-    training = [model.training for model in models]
-    for model in models:
+    training = [model.training for model in forward.models]
+    for model in forward.models:
         model.eval()
-    sums = [Sums(("top1", "top5", "loss", "count"), loader.device) for _ in models]
+    sums = [Sums(("top1", "top5", "loss", "count"), loader.device) for _ in forward.models]
     if answers is not None:
         answers.begin()
     with report.steps("evaluate", loader.steps):
@@ -80,17 +78,16 @@ def evaluate(
             control.doing("evaluating")
             if batch is None:
                 continue
-            for place, (model, own) in enumerate(zip(models, sums, strict=True)):
-                with amp:
-                    logits = model(batch.images).float()
+            found = forward(batch.images)
+            for logits, own in zip(found, sums, strict=True):
                 own.add(*_scored(logits, batch.labels))
-                if answers is not None and place == 0:
-                    answers.add(logits, batch.labels)
+            if answers is not None:
+                answers.add(found[0], batch.labels)
             report.advance()
     if answers is not None:
         answers.end(loader)
     loader.pause()
-    for model, was in zip(models, training, strict=True):
+    for model, was in zip(forward.models, training, strict=True):
         model.train(was)
     return [_scores(own.read()) for own in sums]
 

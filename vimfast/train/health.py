@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from vimfast.checkpoint import CHECKPOINT
+from vimfast.train.graphs import IN_FLIGHT
 from vimfast.train.loop import Diverged, Place, TrainingRun
-from vimfast.train.step import IN_FLIGHT
 from vimfast.train.sums import Reading
 from vimfast.train.update import Health
 

@@ -28,7 +28,9 @@ from vimfast.train.curriculum import Curriculum, TrainingStage
 from vimfast.train.evaluation import Scores, evaluate
 from vimfast.train.fitting import blank_batch, largest_batch
 from vimfast.train.folder import RunFolder
+from vimfast.train.forward import Forward
 from vimfast.train.gradients import copy_from_first
+from vimfast.train.graphs import Pool
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.optim import LearningRate, WeightAverage
@@ -124,6 +126,7 @@ class Evaluated:
         models: the weights under ``""``, their average under ``"ema_"``, as the record of an epoch names them.
         loader: of the validation images.
         amp: the autocast context to run under.
+        captures: full batches as a CUDA graph, captured in the first evaluation and kept for the next ones.
         answers: collects those of the trained weights, if anybody wants them.
         every: epochs from one evaluation to the next.
     """
@@ -133,20 +136,27 @@ class Evaluated:
     amp: torch.autocast
     report: Reporter
     control: Control
+    captures: bool = False
     answers: Answers | None = None
     every: int = 1
+    _forward: Forward | None = field(init=False, default=None)
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether this epoch of so many ends with an evaluation; the last one always does."""
         return (epoch + 1) % self.every == 0 or epoch + 1 >= epochs
 
-    def score(self) -> dict[str, Scores]:
+    def score(self, pool: Pool | None = None) -> dict[str, Scores]:
+        """Evaluate all of it; every process must call it.
+
+        Args:
+            pool: memory of graphs that do not run meanwhile, for the graph if it is captured now.
+        """
         for model in self.models.values():
             copy_from_first(model, buffers_only=True)  # running statistics, of which each process has its own
         with memory_for(self.loader, lambda: f"--eval-batch-size {max(self.loader.order.batch_size // 2, 1)}"):
-            there = [_on(self.loader.device, model) for model in self.models.values()]
-            with uncompiled(there):
-                found = evaluate(there, self.loader, self.amp, self.report, self.control, self.answers)
+            forward = self._forward or self._run_by(pool)
+            with uncompiled(forward.models):
+                found = evaluate(forward, self.loader, self.report, self.control, self.answers)
         scores = dict(zip(self.models, found, strict=True))
         for whose, own in scores.items():
             average = " of the averaged weights (EMA)" if whose else ""
@@ -154,6 +164,19 @@ class Evaluated:
             for line in own.like_the_original("ema network" if whose else "network"):
                 self.report.say_for_scripts(line)
         return scores
+
+    def _run_by(self, pool: Pool | None) -> Forward:
+        """Kept for the next evaluations, unless it is of a copy of weights that change elsewhere."""
+        there = [_on(self.loader.device, model) for model in self.models.values()]
+        batch = self.loader.order.batch_size if self.captures else None
+        forward = Forward(there, self.amp, batch=batch, pool=pool, warn=self.report.warn)
+        if there == [*self.models.values()]:
+            self._forward = forward
+        return forward
+
+    def forget(self) -> None:
+        """Drop the graph, whose memory others may share; the next evaluation captures it again."""
+        self._forward = None
 
 
 _Own = TypeVar("_Own", bound="_Closed")
@@ -199,6 +222,7 @@ class EvaluationRun(_Closed):
     def close(self, failing: bool = False) -> None:
         """Let go of the loader."""
         self.control.doing("closing")
+        self.evaluated.forget()
         if not failing:
             _synchronize(self.world.device)
             self.evaluated.loader.close()
@@ -360,7 +384,8 @@ class TrainingRun(_Closed):
 
     def _evaluate_epoch(self) -> None:
         place, trained = self.place, self.sums.read()
-        scores = self.evaluated.score() if self.evaluated.due(place.epoch, self.epochs) else {}
+        due = self.evaluated.due(place.epoch, self.epochs)
+        scores = self.evaluated.score(self.train_step.pool) if due else {}
         best = bool(scores) and scores[""].acc1 > place.best_acc1
         if best:
             place.best_acc1 = scores[""].acc1
@@ -384,7 +409,12 @@ class TrainingRun(_Closed):
             why = " ".join(str(error).split())
             self.report.warn(f"the step cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
         if not all(dist.gather_objects(self.train_step.has_captured(images, targets))):
-            self.train_step.forget()
+            self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Drop them, of the step and of the evaluation, as they share memory."""
+        self.evaluated.forget()
+        self.train_step.forget()
 
     def memory(self) -> AbstractContextManager[None]:
         """Reports too little memory with the flags that help."""
@@ -412,7 +442,7 @@ class TrainingRun(_Closed):
                 self.train_step(images, targets, first=part == 0, last=part == self.accum_steps - 1)
             _synchronize(device)
 
-        self.train_step.forget()
+        self.forget_graphs()
         try:
             return largest_batch(trial, batch - 1)
         except RuntimeError:  # a GPU that ran out of memory is not always itself again
@@ -466,7 +496,7 @@ class TrainingRun(_Closed):
         self.control.doing("closing")
         for hook in self.hooks:
             hook.close(failing)
-        self.train_step.forget()
+        self.forget_graphs()
         if not failing:
             _synchronize(self.world.device)
             for stage in self.curriculum.stages:

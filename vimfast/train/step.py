@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import statistics
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -16,19 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vimfast.train.gradients import GradientSum
+from vimfast.train.graphs import Lead, Pool, side_stream
 from vimfast.train.update import Buffers, Health, Update
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (images, logits, targets) -> scalar
 
-IN_FLIGHT = 2  # steps the host may be ahead of the GPU
 WARM_UP = 2  # launched steps before capture: libraries make their handles, gradients find their buckets
 TIMED = 5  # replays after capture, to know how fast data has to come
-
-
-@functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which steps are captured."""
-    return torch.cuda.Stream(device)
 
 
 class _Captured(NamedTuple):
@@ -93,7 +85,7 @@ class TrainStep:
         self.seconds: float | None = None  # of a captured forward and backward pass on the GPU, once it was timed
         self._loss = torch.zeros((), device=device)
         self.end: torch.cuda.Event | None = None  # of the last step, on a GPU; with timing
-        self._ends: deque[torch.cuda.Event] = deque()
+        self._lead = Lead()
 
     # Capturing
 
@@ -136,15 +128,21 @@ class TrainStep:
     def _record(self, inputs: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> dict[bool, torch.cuda.CUDAGraph]:
         """The graphs share their memory with all others: they run one after another, and what one leaves, its
         gradients, is used before the next runs."""
-        known = [graph for captured in self._captured.values() for graph in captured.graphs.values()]
         graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        pool = self.pool
         for last in [True] if self.accum_steps == 1 else [False, True]:
             graph = torch.cuda.CUDAGraph()
-            pool = next((other.pool() for other in [*known, *graphs.values()]), None)
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self._loss.copy_(self._forward_backward(*inputs, last))
-            graphs[last] = graph
+            graphs[last], pool = graph, graph.pool()
         return graphs
+
+    @property
+    def pool(self) -> Pool | None:
+        """The memory of the graphs; None: there are none. A graph that is captured on the same stream and never runs
+        beside them may share it, as long as what it leaves is used before the next step."""
+        graphs = (graph for captured in self._captured.values() for graph in captured.graphs.values())
+        return next((graph.pool() for graph in graphs), None)
 
     @property
     def captured(self) -> bool:
@@ -218,7 +216,8 @@ class TrainStep:
                 self._drop_gradients()
             loss = self._forward_backward(images, targets, last)
         sound = self._update() if last else torch.isfinite(loss).float()
-        self._keep_pace()
+        if self._on_gpu:
+            self.end = self._lead.mark()
         return loss, sound
 
     def _replay(self, captured: _Captured, images: Tensor, targets: Tensor, first: bool, last: bool) -> Tensor:
@@ -261,16 +260,6 @@ class TrainStep:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if gradients:
             torch._foreach_zero_(gradients)
-
-    def _keep_pace(self) -> None:
-        """Let the host be no further ahead: batches in flight hold memory, and signals must be heard."""
-        if not self._on_gpu:
-            return
-        self.end = torch.cuda.Event(enable_timing=True)
-        self.end.record()
-        self._ends.append(self.end)
-        if len(self._ends) > IN_FLIGHT:
-            self._ends.popleft().synchronize()
 
     def undo(self) -> None:
         """Give up a step before its `last` batch: buffers are what they were before its `first`, and nothing else has

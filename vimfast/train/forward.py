@@ -1,0 +1,100 @@
+"""What models answer to images, without gradients; on a GPU replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vimfast.train.graphs import Lead, Pool, side_stream
+
+
+class _Captured(NamedTuple):
+    """Forward passes of all models over one batch."""
+
+    images: Tensor  # as the graph reads them
+    graph: torch.cuda.CUDAGraph
+    logits: list[Tensor]  # where it leaves them
+
+
+class Forward:
+    """Answers of several models to the same images; the host waits for nothing but the GPU's lead.
+
+    Batches of one size are replayed as a single CUDA graph, which is captured when the first of them arrives; all
+    others, a short last one for example, are launched operation by operation. The bits are the same either way.
+
+    The graph reads the models' weights where they lay when it was captured: change them in place.
+
+    Args:
+        models: images [B, 3, H, W] to logits [B, K]; in evaluation mode whenever this is called.
+        amp: the autocast context to run under; without a weight cache (``cache_enabled=False``).
+        batch: images of a batch that is replayed; None: all are launched.
+        pool: memory to share with other graphs that never run beside this one; None: memory of its own.
+        warn: is told, in a sentence, if nothing can be captured.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        amp: torch.autocast,
+        *,
+        batch: int | None = None,
+        pool: Pool | None = None,
+        warn: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.models, self._amp, self._batch, self._pool, self._warn = list(models), amp, batch, pool, warn
+        self._captured: _Captured | None = None
+        self._lead = Lead()
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph."""
+        return self._captured is not None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """The logits of each model, fp32 [B, K]; the next call may overwrite them.
+
+        Args:
+            images: [B, 3, H, W] on the device of the models; those that are replayed must all have one H and W.
+        """
+        if len(images) == self._batch and self._captured is None:
+            self._capture(images)
+        if len(images) == self._batch and self._captured is not None:
+            self._captured.images.copy_(images)
+            self._captured.graph.replay()
+            logits = self._captured.logits
+        else:
+            logits = self._launch(images)
+        if images.is_cuda:
+            self._lead.mark()
+        return logits
+
+    def _launch(self, images: Tensor) -> list[Tensor]:
+        with self._amp:
+            logits = [model(images) for model in self.models]
+        return [own.float() for own in logits]
+
+    def _capture(self, images: Tensor) -> None:
+        """Where that fails, all batches are launched. Other threads may use the GPU meanwhile."""
+        side = side_stream(images.device)
+        side.wait_stream(torch.cuda.current_stream(images.device))
+        try:
+            with torch.cuda.stream(side):
+                self._launch(images)  # libraries make their handles, kernels are compiled
+            self._captured = self._record(images, side)
+        except RuntimeError as error:  # of memory too: what is launched may need less, or says so itself
+            self._batch = None
+            why = " ".join(str(error).split())
+            self._warn(f"evaluation cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
+        finally:
+            torch.cuda.current_stream(images.device).wait_stream(side)
+
+    def _record(self, images: Tensor, side: torch.cuda.Stream) -> _Captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            own = torch.empty_like(images)  # in the graph's memory, as all that it leaves
+            logits = self._launch(own)
+        return _Captured(own, graph, logits)
