@@ -215,7 +215,7 @@ def test_the_hours_of_a_recipe() -> None:
     from bench_stages import Measured, arithmetic, table
     from floors import H200, RTX_4090
 
-    stage = Measured("stage 1", 3, 64, 100, 8, 100.0, (0.010, 0.020))
+    stage = Measured("stage 1", 3, 64, 100, 8, 100.0, 4.25, (0.010, 0.020))
     assert (stage.rate, stage.predicted) == (1000, 500)
     assert arithmetic([stage, stage], [7_200_000, 3_600_000], [1000.0, 500.0]) == [
         "stage 1: 3 x 7,200,000 images / 1,000 img/s = 6.00 h",
@@ -223,7 +223,7 @@ def test_the_hours_of_a_recipe() -> None:
         "in all 12.00 h",
     ]
     row = [next(iter(column.cells)) for column in table([stage], (H200, RTX_4090)).columns]
-    assert row == ["stage 1", "3", "64", "8 x 100", "100.00", "1,000", "500", "10.00", "2.00"]
+    assert row == ["stage 1", "3", "64", "8 x 100", "100.00", "1,000", "500", "4.2", "10.00", "2.00"]
 
 
 def test_a_recipe_is_timed_at_the_sizes_and_batches_of_its_stages(

@@ -5,7 +5,8 @@
 
 Steps are the trainer's own, mixing included, on images that are in memory already: where the loader is slower, it
 decides. The prediction assumes that a step on the other GPU takes the same multiple of its floor (tools/floors.py).
-Evaluations are of the weights and their average, as often as the recipe has them.
+Evaluations are of the weights and their average, as often as the recipe has them, and replayed as the trainer does it.
+GiB are what torch holds of the GPU's memory; the loader needs about one more.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vimfast.models.vision_mamba import VisionMamba
 from vimfast.speed import milliseconds
 from vimfast.train.compiling import captures
 from vimfast.train.device import kernels
+from vimfast.train.forward import Forward
 from vimfast.train.losses import Objective
 from vimfast.train.mixing import Mixup
 from vimfast.train.model import Models, build_models, build_step
@@ -45,6 +47,7 @@ class Measured:
         batch: images of a pass.
         parts: passes of an update.
         ms: of a pass; with its share of the update, in training.
+        gib: of the GPU's memory.
         floors: of a pass, seconds: on the GPU that measured it, and on the one that it is predicted for; on a CPU none.
     """
 
@@ -54,6 +57,7 @@ class Measured:
     batch: int
     parts: int
     ms: float
+    gib: float = 0.0
     floors: tuple[float, ...] = ()
 
     @property
@@ -125,32 +129,28 @@ class Trial:
                     trained(*mixup(images, labels, part), first=part == 0, last=part == trained.accum_steps - 1)
 
             ms = milliseconds(update, device, max(5, self._repeats // parts)) / parts
-            size = own.model.size.height
-            found.append(
-                Measured(f"stage {number}", len(epochs), size, batch, parts, ms, self._floors(batch, size, True))
-            )
+            size, floors = own.model.size.height, self._floors(batch, own.model.size.height, True)
+            found.append(Measured(f"stage {number}", len(epochs), size, batch, parts, ms, self._gib(), floors))
         trained.restart(1)
         return found
+
+    def _gib(self) -> float:
+        return torch.cuda.memory_reserved() / 2**30 if self._device.type == "cuda" else 0.0
 
     def evaluation(self) -> Measured:
         """A pass of the weights and one of their average, over each image of all evaluations; times and floors are of
         both."""
-        config, models, device = self._config, self._models.evaluated.values(), self._device
+        config, models, device = self._config, [*self._models.evaluated.values()], self._device
         batch = config.data.eval_batch_size or plan_batches(config, 1).batch_size
         images = torch.randn(batch, 3, *config.model.size, device=device)
         for model in models:
             model.eval()
-
-        @torch.no_grad()
-        def evaluate() -> None:
-            for model in models:
-                with self._models.precision.amp:
-                    model(images)
-
+        captured = captures(self._model, config.model, device)
+        forward = Forward(models, self._models.precision.amp, batch=batch if captured else None, warn=print)
         size, epochs = config.model.size.height, -(-config.schedule.epochs // config.run.eval_every)
-        ms = milliseconds(evaluate, device, self._repeats)
+        ms = milliseconds(lambda: forward(images), device, self._repeats)
         floors = tuple(len(models) * floor for floor in self._floors(batch, size, False))
-        return Measured("evaluations", epochs, size, batch, 1, ms, floors)
+        return Measured("evaluations", epochs, size, batch, 1, ms, self._gib(), floors)
 
 
 def table(found: Sequence[Measured], gpus: Sequence[Gpu]) -> Table:
@@ -158,6 +158,7 @@ def table(found: Sequence[Measured], gpus: Sequence[Gpu]) -> Table:
     names = [gpu.name for gpu in gpus] or ["this CPU"]
     shown = Table("", "epochs", "pixels", "batch", "ms", *(f"img/s, {name}" for name in names))
     if gpus:
+        shown.add_column("GiB")
         shown.add_column("x floor")
         shown.add_column("floor there / here")
     for column in shown.columns[1:]:
@@ -167,7 +168,7 @@ def table(found: Sequence[Measured], gpus: Sequence[Gpu]) -> Table:
         cells.append(f"{own.rate:,.0f}")
         if own.floors:
             here, there = own.floors
-            cells += [f"{own.predicted:,.0f}", f"{own.ms / 1000 / here:.2f}", f"{there / here:.2f}"]
+            cells += [f"{own.predicted:,.0f}", f"{own.gib:.1f}", f"{own.ms / 1000 / here:.2f}", f"{there / here:.2f}"]
         shown.add_row(*cells)
     return shown
 
