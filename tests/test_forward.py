@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from vimfast.config import OptimConfig
 from vimfast.models import create_model
+from vimfast.models.grey import Grey
 from vimfast.train.forward import Forward
 from vimfast.train.optim import build_optimizer
 from vimfast.train.step import TrainStep
+
+CPU, DEVICE = torch.device("cpu"), torch.device("cuda:0")
 
 
 class Counted(nn.Module):
@@ -42,8 +46,8 @@ def test_full_batches_are_replayed_and_short_ones_launched() -> None:
     """From one capture, which runs a model twice; the weights may change in place."""
     models = [Counted().eval(), Counted().eval()]
     warnings: list[str] = []
-    amp = torch.autocast("cpu", enabled=False)
-    forward, launched = Forward(models, amp, batch=4, warn=warnings.append), Forward(models, amp)
+    forward = Forward(models, nullcontext(), CPU, batch=4, warn=warnings.append)
+    launched = Forward(models, nullcontext(), CPU)
     for images in batches(3, 4, 4, 2, 4):
         given = [logits.clone() for logits in forward(images)]
         assert all(map(torch.equal, given, launched(images)))
@@ -62,11 +66,27 @@ def test_what_cannot_be_captured_is_launched(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Forward, "_record", fails)
     model, warnings = Counted().eval(), list[str]()
-    forward = Forward([model], torch.autocast("cpu", enabled=False), batch=4, warn=warnings.append)
+    forward = Forward([model], nullcontext(), CPU, batch=4, warn=warnings.append)
     for images in batches(4, 4):
         assert torch.equal(forward(images)[0], model(images))
     assert warnings == ["evaluation cannot be a CUDA graph (not permitted); --no-cuda-graph avoids this warning"]
     assert not forward.captured
+
+
+@pytest.mark.usefixtures("graphs")
+def test_hooks_are_called() -> None:
+    """Also those that come once there is a graph; that of a grey model is captured with it."""
+    model, seen = Counted().eval(), list[int]()
+    Grey().before(model)
+    model.head = nn.Linear(1, 5)
+    forward = Forward([model], nullcontext(), CPU, batch=4)
+    (images,) = batches(4)
+    replayed = forward(images)[0].clone()
+    assert forward.captured
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    for count in (1, 2):
+        assert torch.equal(forward(images)[0], replayed)
+        assert seen == [4] * count
 
 
 @pytest.mark.usefixtures("graphs")
@@ -101,7 +121,6 @@ def test_evaluations_of_a_run_are_captured_once(
 # On a GPU
 
 
-DEVICE = torch.device("cuda:0")
 SIZES = {"img_size": 64, "depth": 3, "embed_dim": 64, "num_classes": 10, "dynamic_img_size": True}
 
 
@@ -116,7 +135,7 @@ def test_replayed_answers_have_the_bits_of_launched_ones(name: str) -> None:
     torch.manual_seed(0)
     models = [create_model(name, img_size=64, num_classes=10).to(DEVICE).eval() for _ in range(2)]
     amp = torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
-    forward, launched = Forward(models, amp, batch=32), Forward(models, amp)
+    forward, launched = Forward(models, amp, DEVICE, batch=32), Forward(models, amp, DEVICE)
     for size in (32, 32, 7, 32):
         images = torch.randn(size, 3, 64, 64, device=DEVICE)
         given = [logits.clone() for logits in forward(images)]
@@ -142,7 +161,7 @@ def test_evaluation_lies_in_the_memory_of_the_training_step() -> None:
         if evaluated:
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
-            forward = Forward([model.eval()], amp, batch=64, pool=step.pool)
+            forward = Forward([model.eval()], amp, DEVICE, batch=64, pool=step.pool)
             logits = forward(images)[0].clone()
             torch.cuda.empty_cache()
             assert forward.captured

@@ -146,7 +146,7 @@ class Trial:
         for model in models:
             model.eval()
         captured = captures(self._model, config.model, device)
-        forward = Forward(models, self._models.precision.amp, batch=batch if captured else None, warn=print)
+        forward = Forward(models, self._models.precision.amp, device, batch=batch if captured else None, warn=print)
         size, epochs = config.model.size.height, -(-config.schedule.epochs // config.run.eval_every)
         ms = milliseconds(lambda: forward(images), device, self._repeats)
         floors = tuple(len(models) * floor for floor in self._floors(batch, size, False))

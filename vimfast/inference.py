@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,6 +41,8 @@ from vimfast.models import create_model
 from vimfast.models.grey import GREY_MEAN, GREY_STD, Grey
 from vimfast.models.registry import MODELS
 from vimfast.shards.tree import is_image_name
+from vimfast.train.compiling import is_capturable
+from vimfast.train.forward import Forward
 
 Weights = Literal["raw", "ema"]
 Report = Callable[[int], None]
@@ -47,6 +50,7 @@ Report = Callable[[int], None]
 _IMAGENET = 1000  # classes
 _PATCH, _BLOCKS = 16, 24  # of the named models
 OTHER_MODEL = "give the --model it is of; if that had other options, its run folder or an exported one, which tell them"
+_WORTH_A_GRAPH = 10  # batches: capturing one takes as long as launching a few
 _YOUNG = 0.1  # of an average, that is still its initial weights
 
 
@@ -155,9 +159,12 @@ def predict_files(
     if not images:
         return Predictions([], [])
     top = min(top, len(own.classes))
+    device = own.view.device
+    captures = device.type == "cuda" and is_capturable(own.model) and len(images) >= _WORTH_A_GRAPH * batch_size
+    forward = Forward([own.model], nullcontext(), device, batch=batch_size if captures else None)
 
     def best(batch: Tensor) -> Tensor:  # [B, 2, top]
-        found = own.model(batch).float().softmax(1).topk(top)
+        found = forward(batch)[0].softmax(1).topk(top)
         return torch.stack([found.values, found.indices.float()], 1)
 
     read, answers, bad = _ask(own, images, best, batch_size, report)

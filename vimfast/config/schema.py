@@ -173,7 +173,9 @@ class ModelConfig:
         "default: timm's vision transformers on a GPU; --no-torch-compile for none",
         neutral=True,
     )
-    cuda_graph: bool = option(True, "replay training steps as a CUDA graph where the model allows it", neutral=True)
+    cuda_graph: bool = option(
+        True, "replay training steps and evaluations as CUDA graphs where the model allows it", neutral=True
+    )
 
     @property
     def size(self) -> ImageSize:

@@ -1,6 +1,6 @@
-"""Which models are compiled, and of which the training step is a CUDA graph.
+"""Which models are compiled, and of which steps and evaluations are CUDA graphs.
 
-A graph of a step replays what the step did when it was captured, so nothing in the model may be drawn or decided on the
+A graph replays what was done when it was captured, so nothing in the model may be drawn or decided on the
 host. A Vision Mamba says whether that is so. Of timm's models its vision transformers are known to be like that, and
 compiling them pays: DeiT-Tiny takes 16.3 ms a step as a graph and 8.9 compiled (docs/benchmarks.md). A Vision Mamba is
 made of kernels of its own, which the compiler leaves as they are.
@@ -20,10 +20,14 @@ from vimfast.config import ModelConfig
 from vimfast.errors import UserError
 
 
+def is_capturable(model: nn.Module) -> bool:
+    """Whether CUDA graphs can be made of a model: nothing in it is drawn or decided on the host."""
+    return bool(getattr(model, "capturable", isinstance(model, VisionTransformer)))
+
+
 def captures(model: nn.Module, cfg: ModelConfig, device: torch.device) -> bool:
-    """Whether the training steps of a model are to be CUDA graphs."""
-    capturable = getattr(model, "capturable", isinstance(model, VisionTransformer))
-    return device.type == "cuda" and cfg.cuda_graph and bool(capturable)
+    """Whether the training steps of a model, and its evaluations, are to be CUDA graphs."""
+    return device.type == "cuda" and cfg.cuda_graph and is_capturable(model)
 
 
 def compiles(model: nn.Module, cfg: ModelConfig, device: torch.device) -> bool:

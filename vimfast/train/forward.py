@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vimfast.models.grey import Grey
 from vimfast.train.graphs import Lead, Pool, side_stream
 
 
@@ -23,13 +25,15 @@ class Forward:
     """Answers of several models to the same images; the host waits for nothing but the GPU's lead.
 
     Batches of one size are replayed as a single CUDA graph, which is captured when the first of them arrives; all
-    others, a short last one for example, are launched operation by operation. The bits are the same either way.
+    others, a short last one for example, are launched operation by operation. The bits are the same either way. A model
+    with hooks, which no replay would call, is always launched.
 
     The graph reads the models' weights where they lay when it was captured: change them in place.
 
     Args:
         models: images [B, 3, H, W] to logits [B, K]; in evaluation mode whenever this is called.
-        amp: the autocast context to run under; without a weight cache (``cache_enabled=False``).
+        amp: the context to run under; autocast without a weight cache (``cache_enabled=False``).
+        device: of models and images.
         batch: images of a batch that is replayed; None: all are launched.
         pool: memory to share with other graphs that never run beside this one; None: memory of its own.
         warn: is told, in a sentence, if nothing can be captured.
@@ -38,7 +42,8 @@ class Forward:
     def __init__(
         self,
         models: Sequence[nn.Module],
-        amp: torch.autocast,
+        amp: AbstractContextManager[object],
+        device: torch.device,
         *,
         batch: int | None = None,
         pool: Pool | None = None,
@@ -46,7 +51,7 @@ class Forward:
     ) -> None:
         self.models, self._amp, self._batch, self._pool, self._warn = list(models), amp, batch, pool, warn
         self._captured: _Captured | None = None
-        self._lead = Lead()
+        self._lead = Lead(device)
 
     @property
     def captured(self) -> bool:
@@ -58,19 +63,25 @@ class Forward:
         """The logits of each model, fp32 [B, K]; the next call may overwrite them.
 
         Args:
-            images: [B, 3, H, W] on the device of the models; those that are replayed must all have one H and W.
+            images: [B, 3, H, W] on the device; those that are replayed must all have one H and W.
         """
-        if len(images) == self._batch and self._captured is None:
-            self._capture(images)
-        if len(images) == self._batch and self._captured is not None:
-            self._captured.images.copy_(images)
-            self._captured.graph.replay()
-            logits = self._captured.logits
-        else:
+        captured = self._captured_for(images)
+        if captured is None:
             logits = self._launch(images)
-        if images.is_cuda:
-            self._lead.mark()
+        else:
+            captured.images.copy_(images)
+            captured.graph.replay()
+            logits = captured.logits
+        self._lead.mark()
         return logits
+
+    def _captured_for(self, images: Tensor) -> _Captured | None:
+        """The graph for a batch, captured now if there is none yet; None: it is to be launched."""
+        if len(images) != self._batch or any(map(_is_watched, self.models)):
+            return None
+        if self._captured is None:
+            self._capture(images)
+        return self._captured
 
     def _launch(self, images: Tensor) -> list[Tensor]:
         with self._amp:
@@ -98,3 +109,13 @@ class Forward:
             own = torch.empty_like(images)  # in the graph's memory, as all that it leaves
             logits = self._launch(own)
         return _Captured(own, graph, logits)
+
+
+def _is_watched(model: nn.Module) -> bool:
+    """Whether code of others is called in its forward pass."""
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+    return any(not isinstance(getattr(hook, "__self__", None), Grey) for hook in hooks)

@@ -22,13 +22,16 @@ class Lead:
     """Lets the host be no more than :data:`IN_FLIGHT` steps ahead: those in flight hold memory, and signals must be
     heard."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._ends: deque[torch.cuda.Event] = deque()
 
-    def mark(self) -> torch.cuda.Event:
-        """After a step was queued on the current stream of a GPU; returns its end, with timing."""
+    def mark(self) -> torch.cuda.Event | None:
+        """After a step was queued on the current stream; returns its end, with timing. None: this is no GPU."""
+        if self._device.type != "cuda":
+            return None
         end = torch.cuda.Event(enable_timing=True)
-        end.record()
+        end.record(torch.cuda.current_stream(self._device))
         self._ends.append(end)
         if len(self._ends) > IN_FLIGHT:
             self._ends.popleft().synchronize()

@@ -169,7 +169,7 @@ class Evaluated:
         """Kept for the next evaluations, unless it is of a copy of weights that change elsewhere."""
         there = [_on(self.loader.device, model) for model in self.models.values()]
         batch = self.loader.order.batch_size if self.captures else None
-        forward = Forward(there, self.amp, batch=batch, pool=pool, warn=self.report.warn)
+        forward = Forward(there, self.amp, self.loader.device, batch=batch, pool=pool, warn=self.report.warn)
         if there == [*self.models.values()]:
             self._forward = forward
         return forward

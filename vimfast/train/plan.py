@@ -48,7 +48,7 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
     limit = f"; the images of {cfg.run.eval_steps} steps alone" if cfg.run.eval_steps else ""
     rows = [
         ("model", f"{_name(cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters"),
-        ("computes", _computes(run.world, run.precision, model)),
+        ("computes", _computes(run.world, run.precision, model, captured=run.evaluated.captures)),
         ("evaluates on", f"{images}, at {cfg.model.size} pixels{limit}"),
         ("cache", _cache(cfg)),
         ("decodes by", _decoding(loader)),

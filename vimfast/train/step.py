@@ -85,7 +85,7 @@ class TrainStep:
         self.seconds: float | None = None  # of a captured forward and backward pass on the GPU, once it was timed
         self._loss = torch.zeros((), device=device)
         self.end: torch.cuda.Event | None = None  # of the last step, on a GPU; with timing
-        self._lead = Lead()
+        self._lead = Lead(device)
 
     # Capturing
 
@@ -216,8 +216,7 @@ class TrainStep:
                 self._drop_gradients()
             loss = self._forward_backward(images, targets, last)
         sound = self._update() if last else torch.isfinite(loss).float()
-        if self._on_gpu:
-            self.end = self._lead.mark()
+        self.end = self._lead.mark()
         return loss, sound
 
     def _replay(self, captured: _Captured, images: Tensor, targets: Tensor, first: bool, last: bool) -> Tensor:
