@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import RECIPE, Stops, differences, records, same, train
+from runs import RECIPE, Stops, differences, records, refused, same, train
 from test_step import graphs  # noqa: F401  # a fixture
 
 from vimfast.augment.crops import PaddedCrop, RandomResizedCrop
 from vimfast.augment.draws import COLUMNS
 from vimfast.config import OptimConfig, ScheduleConfig, StageConfig, load_config, staged
 from vimfast.config.stages import MAY_CHANGE
+from vimfast.dist import World
 from vimfast.errors import UserError
+from vimfast.train.build import build
 from vimfast.train.device import StageEntry
 from vimfast.train.forward import Forward
 from vimfast.train.loop import EpochEnd, Hook, Place, TrainingRun
@@ -261,6 +263,43 @@ def test_a_stage_has_a_graph_of_its_own(
     assert "GPU time as measured in stage 1, of others in proportion to pixels" in out
     assert "stage 2 of 3, prepared in " in out
     assert "at least 0:00:12 of GPU time for the steps of its 2 epochs" in out
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_dry_run_tries_each_stage(
+    recipe: str, tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its time is measured, not a proportion, and too little memory for a later one is known before the run begins."""
+    entered: list[int] = []
+    capture = TrainStep.capture
+
+    def noted(step: TrainStep, images: torch.Tensor, targets: torch.Tensor) -> None:
+        entered.append(images.shape[2])
+        if images.shape[2] > most:
+            raise torch.OutOfMemoryError
+        capture(step, images, targets)
+
+    def time_replays(step: TrainStep) -> None:
+        step.seconds = {32: 1.0, 40: 10.0, 48: 100.0}[entered[-1]]
+
+    most = 48
+    monkeypatch.setattr(TrainStep, "capture", noted)
+    monkeypatch.setattr(TrainStep, "time_replays", time_replays)
+    monkeypatch.setattr("vimfast.train.build.captures", lambda *_: True)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: entered[-1] * 2**30)
+    flags = ("--config", recipe, "--data-path", str(tree), "--dry-run")
+    build(load_config(list(flags)), World()).close()
+    assert entered == [32, 40, 48, 32]
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 epochs, 24 steps; at least 0:19:03 of GPU time for the steps" in out
+    assert "1 0 to 0 32 12 3" in out
+    assert "32.0 0:00:03" in out
+    assert "2 1 to 2 40 6 in 2 12" in out
+    assert "40.0 0:04:00" in out
+    assert "48.0 0:15:00" in out
+    most = 36
+    error = refused(*flags)
+    assert "too little memory for 3 images a step; try batch_size 2 in stage 2 of the recipe, with global" in error
 
 
 def test_the_evening_recipe_runs_on_a_cpu(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from vimfast.train.compiling import captures, compiles
 from vimfast.train.continuity import computed_as_in, order_changes
 from vimfast.train.curriculum import Curriculum, TrainingStage
 from vimfast.train.depth import StochasticDepth
-from vimfast.train.device import EvaluationAhead, StageEntry, prepare_device
+from vimfast.train.device import EvaluationAhead, StageEntry, Trial, prepare_device, try_stages
 from vimfast.train.folder import RunFolder, check_folder, unwritable
 from vimfast.train.gradients import copy_from_first
 from vimfast.train.health import GradientHealth, LossHealth
@@ -158,7 +158,7 @@ def _build_training(
     entry = StageEntry(run, capture=captures(run.model, cfg.model, world.device), depth=depth)
     run.hooks = [entry, *_hooks(run, cfg, images, start_up, hooks)]
     prepare_device(run, entry, start_up)
-    _introduce(run, cfg, start)
+    _introduce(run, cfg, start, try_stages(run, entry) if cfg.run.dry_run else {})
     if held is not None:
         _take_over(held, cfg, start, run.place, report)
     start_up.done("capture")
@@ -278,13 +278,13 @@ def _print(rows: Sequence[tuple[str, str]], report: Reporter) -> None:
         report.row(what, how)
 
 
-def _introduce(run: TrainingRun, cfg: Config, start: Loaded | None) -> None:
+def _introduce(run: TrainingRun, cfg: Config, start: Loaded | None, trials: Mapping[TrainingStage, Trial]) -> None:
     for note in start.notes if start is not None else ():
         run.report.warn(note)
-    run.plan = plan(run, cfg) if run.report.active else []
+    run.plan = plan(run, cfg, trials) if run.report.active else []
     _print(run.plan, run.report)
     if len(run.curriculum.stages) > 1:
-        run.report.table(*stage_table(run, cfg))
+        run.report.table(*stage_table(run, cfg, trials))
     warmup, epochs = cfg.schedule.warmup_epochs, cfg.schedule.epochs
     if warmup >= epochs and cfg.schedule.sched != "none":
         run.report.warn(f"--warmup-epochs {warmup} leaves nothing of --epochs {epochs}; warming up for {epochs - 1}")

@@ -80,11 +80,16 @@ class Curriculum:
         before = sum(own.loader.steps * count for own, count in self._epochs_before(epoch))
         return before + step * self.at(epoch).accum_steps
 
+    def left(self, epoch: int, step: int) -> dict[TrainingStage, int]:
+        """Updates of each stage from this place on."""
+        left = {own: len(range(max(own.epochs.start, epoch), own.epochs.stop)) * own.steps for own in self.stages}
+        left[self.at(epoch)] -= step
+        return left
+
     def updates_left(self, epoch: int, step: int) -> float:
         """Work from this place to the end of the run, in updates as they are here."""
         here = self.at(epoch)
-        left = {own: len(range(max(own.epochs.start, epoch), own.epochs.stop)) * own.steps for own in self.stages}
-        return sum(count * own.work / here.work for own, count in left.items()) - step
+        return sum(count * own.work / here.work for own, count in self.left(epoch, step).items())
 
     def _epochs_before(self, epoch: int) -> list[tuple[TrainingStage, int]]:
         """How many each stage has; the last one has those after the end of the run too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class StageEntry(Hook):
         self._entered, self._seconds = stage, None
         if not self._capture:
             return
-        with run.memory():
+        with run.memory(stage):
             size = stage.loader.view.size_in(epoch)
             batch = blank_batch(run.world.device, stage.loader.order.batch_size, size, stage.mixup, run.objective)
             run.capture(*batch)
@@ -125,6 +126,33 @@ def prepare_device(run: TrainingRun, entry: StageEntry, start_up: StartUp) -> No
     stage = run.curriculum.at(epoch)
     stage.loader.begin(epoch, step * stage.accum_steps)
     entry.enter(epoch)
+
+
+class Trial(NamedTuple):
+    """What the step of a stage takes of the GPU."""
+
+    seconds: float  # for forward and backward of a batch
+    gib: float  # of memory that torch holds then
+
+
+def try_stages(run: TrainingRun, entry: StageEntry) -> dict[TrainingStage, Trial]:
+    """Enter all stages, that of the next step last: for a run that is about to end without training.
+
+    Returns: nothing of stages whose steps are launched, as those are not timed, nor of a single stage.
+
+    Raises:
+        UserError: there is too little memory for one of them.
+    """
+    found: dict[TrainingStage, Trial] = {}
+    if run.next_step is None or not run.train_step.captured or len(run.curriculum.stages) == 1:
+        return found
+    here = run.next_stage
+    for stage in [*(other for other in run.curriculum.stages if other is not here), here]:
+        run.control.doing("trying the training step of each stage")
+        entry.enter(stage.epochs.start)
+        if run.train_step.seconds is not None:
+            found[stage] = Trial(run.train_step.seconds, torch.cuda.memory_reserved(run.world.device) / 2**30)
+    return found
 
 
 def _tune(run: TrainingRun) -> None:

@@ -416,30 +416,36 @@ class TrainingRun(_Closed):
         self.evaluated.forget()
         self.train_step.forget()
 
-    def memory(self) -> AbstractContextManager[None]:
-        """Reports too little memory with the flags that help."""
-        return memory_for(self.loader, self._smaller)
+    def memory(self, stage: TrainingStage | None = None) -> AbstractContextManager[None]:
+        """Reports too little memory for the steps of a stage, or else of that of the epoch, with what helps."""
+        stage = stage or self.stage
+        return memory_for(stage.loader, lambda: self._smaller(stage))
 
-    def _smaller(self) -> str:
-        """The flags for the largest batch below this one that there is memory for."""
-        batch, same = self.loader.order.batch_size, f"--global-batch-size {self.global_batch} to train the same"
+    def _smaller(self, stage: TrainingStage) -> str:
+        """The settings for the largest batch below that of a stage that there is memory for."""
+        batch, same = stage.loader.order.batch_size, f"--global-batch-size {stage.global_batch} to train the same"
         # A step of several processes waits for the others, which may have failed too.
-        found = self._largest_below(batch) if self.world.size == 1 else batch // 2
-        without = " (and no --accum-steps)" if self.accum_steps > 1 else ""
+        found = self._largest_below(batch, stage) if self.world.size == 1 else batch // 2
+        number, stages = self.curriculum.stages.index(stage), stage.config.schedule.stages
+        if found and stages and "batch_size" in stages[number].changes:  # which no flag changes
+            same = f"global_batch_size {stage.global_batch} to train the same in smaller parts"
+            return f"batch_size {found} in stage {number + 1} of the recipe, with {same}, or --use-checkpoint"
+        without = " (and no --accum-steps)" if stage.accum_steps > 1 else ""
         return (
             f"--batch-size {found} {same} in smaller parts{without}, or --use-checkpoint"
             if found
             else "--use-checkpoint"
         )
 
-    def _largest_below(self, batch: int) -> int:
+    def _largest_below(self, batch: int, stage: TrainingStage) -> int:
         self.control.doing("looking for a batch that fits")
-        device, size = self.world.device, self.loader.view.size_in(self.place.epoch)
+        device, parts = self.world.device, stage.accum_steps
+        size = stage.loader.view.size_in(max(self.place.epoch, stage.epochs.start))
 
         def trial(count: int) -> None:
-            images, targets = blank_batch(device, count, size, self.mixup, self.objective)
-            for part in range(self.accum_steps):
-                self.train_step(images, targets, first=part == 0, last=part == self.accum_steps - 1)
+            images, targets = blank_batch(device, count, size, stage.mixup, self.objective)
+            for part in range(parts):
+                self.train_step(images, targets, first=part == 0, last=part == parts - 1)
             _synchronize(device)
 
         self.forget_graphs()

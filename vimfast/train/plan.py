@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -13,7 +15,8 @@ from vimfast.dist import World
 from vimfast.errors import counted, duration
 from vimfast.image_size import ImageSize
 from vimfast.train.compiling import is_compiled
-from vimfast.train.device import kernels
+from vimfast.train.curriculum import TrainingStage
+from vimfast.train.device import Trial, kernels
 from vimfast.train.loaders import cache_settings
 from vimfast.train.loop import EvaluationRun, Precision, TrainingRun
 from vimfast.train.run_state import FACTOR
@@ -21,8 +24,12 @@ from vimfast.train.run_state import FACTOR
 _IN_COLUMNS = ("input_size", "batch_size")  # of the table of stages
 
 
-def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
-    """(what, how) of a run that is ready to begin, on its first rank."""
+def plan(run: TrainingRun, cfg: Config, trials: Mapping[TrainingStage, Trial]) -> list[tuple[str, str]]:
+    """(what, how) of a run that is ready to begin, on its first rank.
+
+    Args:
+        trials: of stages that were tried.
+    """
     rows = [
         ("model", _model(run, cfg)),
         ("computes", _computes(run.world, run.precision, run.model, captured=run.train_step.captured)),
@@ -33,7 +40,7 @@ def plan(run: TrainingRun, cfg: Config) -> list[tuple[str, str]]:
         ("decodes by", _decoding(run.loader)),
         ("batch", _batch(run) + _in_stage(run)),
         ("learning rate", _rate(run, cfg)),
-        ("length", _length(run)),
+        ("length", _length(run, trials)),
         ("memory", _memory(run.world.device)),
         ("writes to", _output(run, cfg)),
     ]
@@ -99,25 +106,34 @@ def _images(run: TrainingRun, cfg: Config) -> str:
     return f"{images}, at {cfg.model.size} pixels; {len(val_source):,} to validate{when}"
 
 
-def stage_table(run: TrainingRun, cfg: Config) -> tuple[str, list[str], list[list[object]]]:
-    """Title, columns and rows of the run's stages."""
+def stage_table(
+    run: TrainingRun, cfg: Config, trials: Mapping[TrainingStage, Trial]
+) -> tuple[str, list[str], list[list[object]]]:
+    """Title, columns and rows of the run's stages; as :func:`plan` has it."""
     stages, here, seconds = run.curriculum.stages, run.next_stage, run.train_step.seconds
+    measured = len(trials) == len(stages)
     work = {stage: stage.updates * stage.work for stage in stages}
     rows: list[list[object]] = []
     for number, (stage, own) in enumerate(zip(stages, cfg.schedule.stages, strict=True), 1):
         changes = ", ".join(f"{name} {value}" for name, value in own.changes.items() if name not in _IN_COLUMNS)
-        if seconds is None:
+        if measured:
+            share = duration(stage.updates * stage.accum_steps * trials[stage].seconds)
+        elif seconds is None:
             share = f"{work[stage] / sum(work.values()):.0%}"
         else:
             share = duration(work[stage] / here.work * here.accum_steps * seconds)
         epochs = f"{stage.epochs.start} to {stage.epochs[-1]}"
-        batch = f"{stage.global_batch:,}"
-        rows.append([number, epochs, stage.config.model.size, batch, f"{stage.updates:,}", changes, share])
+        parts = f" in {stage.accum_steps}" if stage.accum_steps > 1 else ""
+        batch = f"{stage.global_batch:,}{parts}"
+        memory = [f"{trials[stage].gib:.1f}"] if measured else []
+        rows.append([number, epochs, stage.config.model.size, batch, f"{stage.updates:,}", changes, *memory, share])
     title = "stages; work is counted in pixels"
-    if seconds is not None:
+    if measured:
+        title = "stages; GPU time and memory of their steps, GiB, as measured; loaders and evaluations come on top"
+    elif seconds is not None:
         title = f"stages; GPU time as measured in stage {stages.index(here) + 1}, of others in proportion to pixels"
-    columns = ["", "epochs", "pixels", "images", "steps", "changes", "work" if seconds is None else "GPU time"]
-    return title, columns, rows
+    columns = ["", "epochs", "pixels", "images", "steps", "changes", *(["memory"] if measured else [])]
+    return title, [*columns, "work" if seconds is None else "GPU time"], rows
 
 
 def _stages(run: TrainingRun) -> str:
@@ -158,14 +174,17 @@ def _rate(run: TrainingRun, cfg: Config) -> str:
     return f"{run.curriculum.peak_lr:.3g}{scaled}{lowered}, {optim.opt}, {schedule.sched}{warmup}"
 
 
-def _length(run: TrainingRun) -> str:
+def _length(run: TrainingRun, trials: Mapping[TrainingStage, Trial]) -> str:
     stages = run.curriculum.stages
     text = f"{_epochs(run.epochs)} of {counted(run.place.steps, 'step')}"
     if len(stages) > 1:
         text = f"{_epochs(run.epochs)}, {sum(stage.updates for stage in stages):,} steps"
+    place = run.next_step or (run.epochs, 0)
     if run.train_step.seconds is not None:
-        steps = run.curriculum.updates_left(*(run.next_step or (run.epochs, 0)))
-        seconds = steps * run.next_stage.accum_steps * run.train_step.seconds
+        seconds = run.curriculum.updates_left(*place) * run.next_stage.accum_steps * run.train_step.seconds
+        if len(trials) == len(stages):
+            left = run.curriculum.left(*place)
+            seconds = sum(left[stage] * stage.accum_steps * its.seconds for stage, its in trials.items())
         text += f"; at least {duration(seconds)} of GPU time for the steps"
     return text
 
