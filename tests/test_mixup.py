@@ -65,6 +65,22 @@ def test_draws_depend_on_step_and_rank_alone() -> None:
     assert not torch.equal(first[0], other_step[0])
 
 
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_groups_of_a_batch_are_mixed_as_batches_are(mode: str) -> None:
+    """Each by draws of its own, with partners inside of it; a last group may be smaller."""
+    images, labels = torch.rand(10, 3, 8, 8), torch.arange(10)
+    whole, grouped = (Mixup(MixConfig(mixup_mode=mode, mixup_group=size), 10, 1, 0) for size in (None, 4))
+    rng = np.random.default_rng((1, 0x6D69, 5, 0))
+    mixed, targets = grouped(images, labels, 5)
+    for own in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        wanted, weights = whole._mix_group(rng, images[own], whole._targets(labels[own]))
+        assert torch.equal(mixed[own], wanted)
+        assert torch.equal(targets[own], weights)
+    assert len(targets.max(1).values.unique()) > 2
+    at_once = Mixup(MixConfig(mixup_mode=mode, mixup_group=10), 10, 1, 0)
+    assert all(map(torch.equal, whole(images, labels, 5), at_once(images, labels, 5)))
+
+
 def test_off_is_label_smoothing() -> None:
     images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
     mixed, targets = Mixup(MixConfig(mixup=0, cutmix=0, smoothing=0.2), K, 0, 0)(images, labels, 0)

@@ -15,7 +15,8 @@ from vimfast.errors import UserError
 MAY_CHANGE = (
     *("input_size", "drop_path", "batch_size", "accum_steps", "global_batch_size", "lr", "repeated_aug"),
     *("scale", "ratio", "hflip", "aa", "color_jitter", "three_augment", "src", "reprob", "remode", "recount"),
-    *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing"),
+    *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_group"),
+    "smoothing",
 )
 """The settings that may change with the stage."""
 

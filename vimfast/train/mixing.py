@@ -1,8 +1,8 @@
 """Mixup and cutmix on the device, drawn as timm draws them: images and labels in, images and soft targets out.
 
 Mixup (Zhang et al., 2018): x = lam x1 + (1 - lam) x2, lam ~ Beta(alpha, alpha). Cutmix (Yun et al., 2019): a box of
-area 1 - lam comes from x2. The partner of an image is its mirror in the batch, x2 = flip(x1, dim 0). Draws are a
-function of (seed, step, rank), so a resumed run repeats them.
+area 1 - lam comes from x2. The partner of an image is its mirror in the batch, x2 = flip(x1, dim 0), or in its group if
+the batch is mixed in groups. Draws are a function of (seed, step, rank), so a resumed run repeats them.
 """
 
 from __future__ import annotations
@@ -62,16 +62,21 @@ class Mixup:
         if not self.enabled:
             return images, targets
         rng = np.random.default_rng((self.seed, _STREAM, step, self.rank))
+        group = self.cfg.mixup_group or len(images)
+        groups = zip(images.split(group), targets.split(group), strict=True)
+        mixed = [self._mix_group(rng, *own) for own in groups]
+        images, targets = mixed[0] if len(mixed) == 1 else map(torch.cat, zip(*mixed, strict=True))
+        classes_present = self.cfg.bce_loss and self._table is None
+        return images, (targets > 0).float() if classes_present else targets
+
+    def _mix_group(self, rng: np.random.Generator, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         lam, boxes = self.draw(rng, len(images), images.shape[2], images.shape[3])
         if (lam < 1).any():
             images = self._mix(images, lam, boxes)
         if self.cfg.mixup_mode == "batch":
-            targets = torch.lerp(targets.flip(0), targets, float(lam[0]))
-        else:
-            weight = torch.from_numpy(lam).to(images.device, torch.float32, non_blocking=True)[:, None]
-            targets = torch.lerp(targets.flip(0), targets, weight)
-        classes_present = self.cfg.bce_loss and self._table is None
-        return images, (targets > 0).float() if classes_present else targets
+            return images, torch.lerp(targets.flip(0), targets, float(lam[0]))
+        weight = torch.from_numpy(lam).to(images.device, torch.float32, non_blocking=True)[:, None]
+        return images, torch.lerp(targets.flip(0), targets, weight)
 
     def draw(self, rng: np.random.Generator, batch: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """How to mix: ``lam`` [B] float64, the weight of each image's own label (1: not mixed), and ``boxes``
