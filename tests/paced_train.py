@@ -1,9 +1,9 @@
 """``python -m vimfast.train`` with a pause before each batch, so that a test can act in mid-epoch on any machine.
 
 Set in the environment: ``PAUSE``, in seconds, and ``FAULT="rank:step:deed"`` (or ``all:step:deed``), which makes that
-rank do a deed of `Paced.do` in that step. Each rank prints its process id, the launcher's attempt and its place before
-it pauses. The pause does not change a bit of the run. ``FORKS=N`` runs N ranks as ``vimfast train`` does, with
-``RESTARTS=N``.
+rank do a deed of `Paced.do` in that step. ``HOLD="epoch/step file"`` has all ranks wait there until the file exists.
+Each rank prints its process id, the launcher's attempt and its place before it pauses. The pause does not change a bit
+of the run. ``FORKS=N`` runs N ranks as ``vimfast train`` does, with ``RESTARTS=N``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ class Paced(Hook):
         line = f"rank {self.rank} pid {os.getpid()} attempt {attempt} step {place.epoch}/{place.step}"
         print(f"{line}\n", end="", flush=True)  # in one write, so that the lines of two ranks never run together
         time.sleep(float(os.environ.get("PAUSE", "1")))
+        held_at, _, until = os.environ.get("HOLD", "").partition(" ")
+        while held_at == f"{place.epoch}/{place.step}" and not os.path.exists(until):
+            time.sleep(0.05)
         if fault := os.environ.get("FAULT"):
             rank, step, deed = fault.split(":")
             if int(step) == place.step and rank in (str(self.rank), "all"):

@@ -174,13 +174,16 @@ def test_trainings_on_two_four_and_one_ranks_killed_in_mid_download(local: Path,
         for world, killed_in in ((2, 1), (4, 2), (1, None)):
             flags = ("--config", str(recipe), *data, "--batch-size", str(TOGETHER // world), "--no-model-ema")
             flags += ("--resume", "auto", "--output_dir", str(tmp_path / name))
-            with start(PACED, *flags, processes=world, PAUSE="0.2", **environment(remote.url)) as run:
+            troubled = tmp_path / f"{name} {world}"
+            hold = {"PAUSE": "0", "HOLD": f"{killed_in}/1 {troubled}"}
+            with start(PACED, *flags, processes=world, **hold, **environment(remote.url)) as run:
                 if killed_in is None:
                     assert run.wait(TIMEOUT) == 0, run.text
                     break
                 run.wait_for(f"step {killed_in}/1$", TIMEOUT)
                 if name == "store":
                     remote.troubles = [Trouble(shard, delay=TIMEOUT) for shard in by_need(local)]
+                    troubled.touch()
                     wait_for(lambda: bool(met(remote)), SECONDS)  # if the cache has no room for a shard, by an image
                 wait_for(lambda folder=tmp_path / name, steps=killed_in * STEPS: trained(folder) >= steps, SECONDS)
                 run.kill()  # all of it at once: what is left of a run would save its place
