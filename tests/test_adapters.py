@@ -196,6 +196,29 @@ def test_hooks_fire_and_count(kind: str) -> None:
     assert grads[0].abs().max() > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"use_double_cls_token": True}, {"if_abs_pos_embed": False}])
+def test_hooks_see_whole_patches_and_all_tokens(options: dict[str, Any]) -> None:
+    """Unwatched, the patches' bias joins the positions and the last norm is of the class tokens alone."""
+    whole = model("v2", patch_size=8, stride=8, **options)
+    parameters = dict(whole.named_parameters())
+    want = whole(images())
+    want_grads = torch.autograd.grad(want.sin().sum(), list(parameters.values()))
+    seen: dict[str, Tensor] = {}
+    with (
+        whole.patch_embed.register_forward_hook(lambda m, given, out: seen.update(patches=out)),
+        whole.norm_f.register_forward_hook(lambda m, given, out: seen.update(tokens=out[0])),
+    ):
+        got = whole(images())
+    count = whole.patch_embed.num_patches
+    assert_same(seen["patches"], whole.patch_embed(images()))
+    assert seen["tokens"].shape[1] == count + len(whole.class_places(count))
+    assert_same(got, want)
+    for name, a, b in zip(
+        parameters, torch.autograd.grad(got.sin().sum(), list(parameters.values())), want_grads, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+
+
 class WeightOnly(nn.Module):
     """int8 weights with a scale for each row: what quantizers put in a Linear's place."""
 

@@ -60,6 +60,18 @@ class PatchEmbed(nn.Module):
         return (size[0] - self.patch_size) // self.stride + 1, (size[1] - self.patch_size) // self.stride + 1
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._embed(x, with_bias=True)
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(patches, the bias [C] that is not yet in them); None where the convolution itself adds it."""
+        return self._embed(x, with_bias=False), self.proj.bias if self._is_product else None
+
+    @property
+    def _is_product(self) -> bool:
+        return self.stride == self.patch_size and is_plain(self.proj, nn.Conv2d)
+
+    def _embed(self, x: Tensor, with_bias: bool) -> Tensor:
+        """A convolution that is called adds its bias in any case."""
         if x.ndim != 4:
             raise UserError(
                 f"images are a tensor of shape {tuple(x.shape)}, and the model takes a batch, [B, channels, H, W]",
@@ -74,14 +86,15 @@ class PatchEmbed(nn.Module):
             )
         rows, columns = self.grid((x.shape[2], x.shape[3]))
         size = self.patch_size
-        if self.stride != size or not is_plain(self.proj, nn.Conv2d):
+        if not self._is_product:
             maps: Tensor = self.proj(x)
             return maps.flatten(2).transpose(1, 2)  # [B, C, rows, columns] -> [B, P, C]
         # Patches that do not overlap are rows of a matrix: one copy, which also casts, and one product.
         x = x[:, :, : rows * size, : columns * size].unflatten(3, (columns, size)).unflatten(2, (rows, size))
         x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, channels, size, size]
         x = x.to(autocast_dtype(x), memory_format=torch.contiguous_format)
-        return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        bias = self.proj.bias if with_bias else None
+        return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), bias)
 
 
 class Rotary(nn.Module):

@@ -85,7 +85,7 @@ def resize_pos_embed(
     are the resampled unit vectors. The backward pass of a product is deterministic, interpolation's is not on a GPU.
     """
     places = class_places(old[0] * old[1])
-    tokens = torch.cat([pos_embed[:, :0], *(pos_embed[:, place : place + 1] for place in places)], dim=1)  # [1, T, C]
+    tokens = take_tokens(pos_embed, places)  # [1, T, C]
     wide = torch.promote_types(pos_embed.dtype, torch.float32)
     kind = pos_embed.device.type
     with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
@@ -97,11 +97,35 @@ def resize_pos_embed(
 
 def insert_tokens(patches: Tensor, tokens: Tensor, places: tuple[int, ...]) -> Tensor:
     """Patches [B, P, C] with tokens [B, T, C] at ``places`` (ascending) of the result [B, P + T, C]."""
-    pieces, taken = [], 0
-    for i, place in enumerate(places):
-        pieces += [patches[:, taken : place - i], tokens[:, i : i + 1]]
-        taken = place - i
-    return torch.cat([*pieces, patches[:, taken:]], dim=1)
+    bounds = [0, *(place - i for i, place in enumerate(places)), patches.shape[1]]
+    pieces = patches.split([b - a for a, b in itertools.pairwise(bounds)], dim=1)
+    inserted = (x for i, piece in enumerate(pieces[1:]) for x in (tokens[:, i : i + 1], piece))
+    return torch.cat([pieces[0], *inserted], dim=1)
+
+
+def place_tokens(
+    patches: Tensor,  # [B, P, C]
+    bias: Tensor | None,  # [C], of the patches
+    tokens: Tensor | None,  # [1, T, C]
+    positions: Tensor | None,  # [1, P + T, C]
+    places: tuple[int, ...],
+) -> Tensor:  # [B, P + T, C]
+    """Patches and their bias, tokens at ``places`` (ascending), and positions.
+
+    All that is the same for each image is added up first: it is one addition to the patches, in which the tokens'
+    places are left free, and one sum over the batch in the backward pass.
+    """
+    count, channels = patches.shape[1:]
+    same = (patches.new_zeros(channels) if bias is None else bias).expand(1, count, channels)
+    if tokens is not None:
+        same = insert_tokens(same, tokens, places)
+        patches = insert_tokens(patches, patches.new_zeros(patches.shape[0], tokens.shape[1], channels), places)
+    return patches + (same if positions is None else same + positions)
+
+
+def take_tokens(x: Tensor, places: tuple[int, ...]) -> Tensor:
+    """[B, M, C], only what is at ``places``: [B, T, C]."""
+    return torch.cat([x[:, place : place + 1] for place in places], dim=1) if places else x[:, :0]
 
 
 def remove_tokens(x: Tensor, places: tuple[int, ...]) -> Tensor:

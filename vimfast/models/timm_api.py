@@ -35,6 +35,19 @@ class TimmModel(nn.Module):
         """The parameters that are class tokens, in the order of the sequence."""
         raise NotImplementedError
 
+    def class_places(self, patches: int) -> tuple[int, ...]:
+        """The positions of the class tokens in a sequence with this many patches."""
+        raise NotImplementedError
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        raise NotImplementedError
+
+    def _pool(self, x: Tensor, places: tuple[int, ...]) -> Tensor:
+        raise NotImplementedError
+
+    def _classify(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, ...], list[int] | None]:
         raise NotImplementedError
 
@@ -46,6 +59,18 @@ class TimmModel(nn.Module):
         blocks: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B, channels, H, W] -> normalized tokens [B, M, C], class tokens included, in scan order."""
+        return self._encode(x)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens [B, M, C] of :meth:`forward_features`, class tokens at their usual places, to logits [B, K].
+
+        With ``pre_logits`` what the head would read: [B, C], or all tokens for final_pool_type ``max`` and ``all``.
+        """
+        x = self._pool(x, self.class_places(x.shape[1] - len(self.class_token_names())))
+        return x if pre_logits else self._classify(x)
 
     def forward_intermediates(
         self,

@@ -18,13 +18,14 @@ from vimfast.models.options import InitialValues, VimOptions
 from vimfast.models.plain import unwatched
 from vimfast.models.pos_embed import (
     RESAMPLE,
-    insert_tokens,
     note_grid,
     noted_grid,
+    place_tokens,
     remove_tokens,
     resample_pos_embed,
     resize_pos_embed,
     rotate,
+    take_tokens,
 )
 from vimfast.models.timm_api import TimmModel, new_head
 
@@ -100,28 +101,24 @@ class VisionMamba(TimmModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, channels, H, W] -> logits [B, K]; [B, M, K] with final_pool_type ``all`` and no class token."""
-        tokens, places = self._encode(x)
-        return self._classify(self._pool(tokens, places))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, channels, H, W] -> normalized tokens [B, M, C], class tokens included, in scan order."""
-        return self._encode(x)[0]
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, M, C] of :meth:`forward_features`, class tokens at their usual places, to logits [B, K].
-
-        With ``pre_logits`` what the head would read: [B, C], or all tokens for final_pool_type ``max`` and ``all``.
-        """
-        x = self._pool(x, self.class_places(x.shape[1] - len(self.class_token_names())))
-        return x if pre_logits else self._classify(x)
+        x, residual, noise, places = self._run(x)
+        if places and self.global_pool in (None, "token") and unwatched(self.norm_f, AddRMSNorm, AddLayerNorm):
+            # The head reads nothing else.
+            x, residual = take_tokens(x, places), None if residual is None else take_tokens(residual, places)
+            places = tuple(range(len(places)))
+        return self._classify(self._pool(self.norm_f(x, residual, noise, self.drop_path_rate)[0], places))
 
     def _encode(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """(normalized tokens [B, M, C] in scan order, places of the class tokens in it)."""
+        x, residual, noise, places = self._run(x)
+        return self.norm_f(x, residual, noise, self.drop_path_rate)[0], places
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
+        """(what the last norm takes, three arguments; places of the class tokens in scan order)."""
         x, turns, places, order = self._embed(x)
         if order is not None:
             places = tuple(order.index(place) for place in places)
-        x, residual, noise = self._mix(x, turns)
-        return self.norm_f(x, residual, noise, self.drop_path_rate)[0], places
+        return *self._mix(x, turns), places
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, ...], list[int] | None]:
         """(tokens [B, M, C] in scan order, rotary tables, places of the class tokens before ordering, the order)."""
@@ -130,17 +127,23 @@ class VisionMamba(TimmModel):
                 "torch.fx.symbolic_trace knows no shapes, which decide what a Vision Mamba does",
                 "take torch.export.export(model, (images,)).module(), which is a torch.fx.GraphModule",
             )
-        x, (height, width) = self.patch_embed(x), x.shape[2:]  # [B, P, C]
-        grid = self.patch_embed.grid((height, width))
+        size, bias = x.shape[2:], None
+        placed = self.sequence.if_cls_token or self.pos_embed is not None
+        if placed and unwatched(self.patch_embed, PatchEmbed):
+            x, bias = self.patch_embed.without_bias(x)
+        else:
+            x = self.patch_embed(x)  # [B, P, C]
+        grid = self.patch_embed.grid((size[0], size[1]))
         places = self.class_places(x.shape[1])
         if self.training and self.sequence.if_random_cls_token_position:
             places = (int(torch.randint(x.shape[1] + 1, ())),)
         turns = None if self.rope is None else self.rope(places, grid)  # 2 x [M, C]
-        if places:
-            class_tokens = torch.cat([getattr(self, name) for name in self.class_token_names()], dim=1)
-            x = insert_tokens(x, class_tokens.expand(x.shape[0], -1, -1), places)  # [B, M, C]
+        if placed:
+            tokens = torch.cat([getattr(self, name) for name in self.class_token_names()], dim=1) if places else None
+            positions = None if self.pos_embed is None else self._positions(self.pos_embed, grid)
+            x = place_tokens(x, bias, tokens, positions, places)  # [B, M, C]
         if self.pos_embed is not None:
-            x = self.pos_drop(x + self._positions(self.pos_embed, grid))
+            x = self.pos_drop(x)
         order = self._draw_order(x.shape[1])
         if order is not None:
             index = torch.tensor(order).to(x.device, non_blocking=True)
