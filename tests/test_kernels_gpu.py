@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from vimfast_kernels import tuning  # noqa: E402
-from vimfast_kernels.block.launch import step_gradients  # noqa: E402
+from vimfast_kernels.block.launch import projection_gradients  # noqa: E402
 from vimfast_kernels.block.weights import unflatten  # noqa: E402
 from vimfast_kernels.conv.launch import causal_conv_silu, launch_backward_of_sum  # noqa: E402
 from vimfast_kernels.norm.launch import add_norm  # noqa: E402
@@ -237,32 +237,35 @@ def test_scan_projects_time_steps(
 
 
 @pytest.mark.parametrize(
-    ("rows", "d", "rank", "dtype"),
+    ("rows", "d", "rank", "partials", "dtype"),
     [
-        (25216, 384, 16, BF16),
-        (77, 96, 8, BF16),
-        (5, 48, 16, FP16),
-        (300, 768, 24, BF16),  # these two by products of cuBLAS
-        (77, 96, 8, FP32),
+        (25216, 384, 16, 6, BF16),
+        (77, 96, 8, 2, BF16),
+        (5, 48, 16, 1, FP16),
+        (300, 384, 16, 24, BF16),  # too many partial sums for the kernel that has the products
+        (300, 768, 24, 12, BF16),
+        (300, 1536, 48, 24, BF16),  # these two by products of cuBLAS
+        (77, 96, 8, 2, FP32),
     ],
 )
-def test_gradients_of_time_steps(rows: int, d: int, rank: int, dtype: torch.dtype) -> None:
-    """Written between columns that stay as they are."""
+def test_gradients_of_projections(rows: int, d: int, rank: int, partials: int, dtype: torch.dtype) -> None:
+    """Of time steps, to their factors and weights, and the sums of B's and C's over blocks of channels."""
     torch.manual_seed(0)
     on = {"device": "cuda", "dtype": dtype}
-    ddelta, weight = torch.randn(2, rows, d, **on), torch.randn(2, d, rank, **on)
-    x_dbl = torch.randn(2, rows, rank + 32, **on)
-    low, results = x_dbl[..., :rank], []
+    ddelta, weight = torch.randn(2, 1, rows, d, **on), torch.randn(2, d, rank, **on)
+    x_dbl, dstates = torch.randn(2, 1, rows, rank + 32, **on), torch.randn(partials, 2, 1, rows, 32, device="cuda")
+    results = []
     for _ in range(2):
-        dx_dbl = torch.ones_like(x_dbl)
-        results.append((step_gradients(ddelta, weight, low, dx_dbl[..., :rank]).sum(1), dx_dbl))
+        dx_dbl = torch.empty_like(x_dbl)
+        results.append((projection_gradients(ddelta, weight, x_dbl, dstates, dx_dbl).sum(1), dx_dbl))
     (dweight, dx_dbl), again = results
     assert torch.equal(dweight, again[0])
     assert torch.equal(dx_dbl, again[1])
-    assert (dx_dbl[..., rank:] == 1).all()
     rounding = {BF16: 2.5e-3, FP16: 3e-4, FP32: 2e-6}[dtype]
-    assert relative(dx_dbl[..., :rank], ddelta.double() @ weight.double()) < rounding
-    assert relative(dweight, ddelta.double().transpose(1, 2) @ low.double()) < 2e-6
+    dlow, states = dx_dbl[:, 0].split([rank, 32], -1)
+    assert relative(dlow, ddelta[:, 0].double() @ weight.double()) < rounding
+    assert relative(states, dstates[:, :, 0].double().sum(0)) < rounding
+    assert relative(dweight, ddelta[:, 0].double().transpose(1, 2) @ x_dbl[:, 0, :, :rank].double()) < 2e-6
 
 
 def test_scan_without_gradients_is_the_same() -> None:

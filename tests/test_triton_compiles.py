@@ -21,24 +21,34 @@ from vimfast_kernels.conv import device as conv  # noqa: E402
 from vimfast_kernels.norm import device as norm  # noqa: E402
 from vimfast_kernels.product import device as product  # noqa: E402
 from vimfast_kernels.product import launch  # noqa: E402
+from vimfast_kernels.scan import device_backward as scan  # noqa: E402
 from vimfast_kernels.update import device as update  # noqa: E402
 from vimfast_kernels.update import launch as update_launch  # noqa: E402
 
 F32, BF16 = "*fp32", "*bf16"
 SIZES = {"C": 192, "D": 384, "N": 16, "RANK": 12, "PAD": 16, "WIDTH": 4, "BLOCK": packing.BLOCK}
 PARTS = {"IN_PARTS": 32, "OUT_PARTS": 32, "PARTS": 16, "STEP_PARTS": 132}
-PARTS |= {"IN_ROWS": 32, "OUT_ROWS": 32, "ROWS": 16, "STEP_ROWS": 256}
+PARTS |= {
+    "IN_ROWS": 32,
+    "OUT_ROWS": 32,
+    "ROWS": 16,
+    "STEP_ROWS": 256,
+    "SCAN_ROWS": packing.SCAN_SUM,
+    "NORM_ROWS": packing.NORM_SUM,
+}
 TILES = {"LONG": packing.LONG_SUM, "TILE": packing.TILE}
-STRIDES = ("x_batch", "x_time", "out_dir")
-NUMBERS = dict.fromkeys(("rows", "length", "conv_rows", "norm_rows", *STRIDES), "i32") | dict.fromkeys(
-    ("rate", "kept", "eps"), "fp32"
+STEP = {"ROWS": 32, "CHANNELS": 64}
+NUMBERS = (
+    dict.fromkeys(("batches", "batch_programs", "db_row", "dc_row", "x_batch", "x_time", "out_dir"), "i32")
+    | dict.fromkeys(("rows", "length", "conv_rows", "norm_rows", "scan_rows"), "i32")
+    | dict.fromkeys(("rate", "kept", "eps"), "fp32")
 )
 STRIDES = dict.fromkeys(("a_stride", "a_batch", "c_stride", "c_batch"), "i32")
 NORM = {"C": 192, "CENTER": True, "ROWS": 4, "COLUMNS": 256}
 WAY = Direction(*[F32] * 7)
 WEIGHTS = MixerWeights(F32, None, WAY, WAY, F32, None)
 PACKED = Packed(BF16, None, BF16, None, BF16, BF16, *[F32] * 6)
-PIECES = Pieces(F32, None, F32, None, *[F32] * 8)
+PIECES = Pieces(F32, None, F32, None, *[F32] * 6)
 # Every pointer that is not named is to fp32.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "pack": (block.pack_weights, {"raw": WEIGHTS, "packed": PACKED, **SIZES}),
@@ -46,11 +56,28 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         block.write_all_gradients,
         {"pieces": PIECES, "grads": WEIGHTS, "norm_bias": None, **SIZES, **PARTS, **TILES},
     ),
-    "gradients of time steps": (
+    "gradients of projections": (
         steps.step_gradients,
         {
-            **dict.fromkeys(("ddelta_ptr", "low_ptr", "weight_ptr", "dlow_ptr"), BF16),
-            **dict(zip(("D", "RANK", "COLUMNS", "STRIDE", "ROWS", "CHANNELS"), (384, 16, 16, 48, 64, 64), strict=True)),
+            **dict.fromkeys(("ddelta_ptr", "low_ptr", "weight_ptr", "dx_dbl_ptr"), BF16),
+            "D": 384,
+            "RANK": 16,
+            "COLUMNS": 16,
+            "STATES": 32,
+            "PARTIALS": 6,
+            **STEP,
+        },
+    ),
+    "sums of partial gradients": (
+        scan.sum_partials,
+        {
+            **dict.fromkeys(("db_ptr", "dc_ptr"), BF16),
+            "D": 384,
+            "N": 16,
+            "PARTIALS": 6,
+            "ROWS": 64,
+            "COLUMNS": 32,
+            "BATCHES": 128,
         },
     ),
     "norm": (norm.norm_forward, {"x_ptr": BF16, "bias_ptr": None, "out_ptr": BF16, **NORM}),

@@ -118,19 +118,36 @@ def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
     return wrong + relative(got.A, -torch.exp(both(lambda way: way.A_log, torch.float64)))
 
 
-def gradients_of_steps(rows: int, d: int, rank: int, parts: int) -> float:
-    """Of time steps, to their factors and weights."""
+def gradients_of_projections(rows: int, d: int, rank: int, parts: int, partials: int) -> float:
+    """Of time steps, to their factors and weights, and the sums of B's and C's."""
     ddelta, x_dbl = torch.randn(2, rows, d), torch.randn(2, rows, rank + 32)
-    weight, pieces, dx_dbl = torch.randn(2, d, rank), torch.empty(2, parts, d, rank), torch.ones(2, rows, rank + 32)
+    weight, pieces, dx_dbl = torch.randn(2, d, rank), torch.empty(2, parts, d, rank), torch.empty(2, rows, rank + 32)
+    dstates = torch.randn(partials, 2, rows, 32)
     step_gradients[(parts, 2)](
-        ddelta, x_dbl, weight, dx_dbl, pieces, rows, D=d, RANK=rank, COLUMNS=max(16, triton.next_power_of_2(rank)),
-        STRIDE=rank + 32, ROWS=32, CHANNELS=64,
+        ddelta, x_dbl, weight, dstates, dx_dbl, pieces, rows, D=d, RANK=rank,
+        COLUMNS=max(16, triton.next_power_of_2(rank)), STATES=32, PARTIALS=partials, ROWS=32, CHANNELS=64,
     )  # fmt: skip
-    low, dlow, rest = x_dbl[..., :rank].double(), dx_dbl[..., :rank], dx_dbl[..., rank:]
-    dweight = relative(pieces.sum(1), ddelta.double().transpose(1, 2) @ low)
-    return max(
-        dweight, relative(dlow, ddelta.double() @ weight.double()), relative(rest, torch.ones(rest.shape).double())
-    )
+    exact = torch.cat([ddelta.double() @ weight.double(), dstates.double().sum(0)], -1)
+    if not partials:
+        assert dx_dbl[..., rank:].isnan().all()
+        dx_dbl[..., rank:] = 0
+    dweight = ddelta.double().transpose(1, 2) @ x_dbl[..., :rank].double()
+    return max(relative(pieces.sum(1), dweight), relative(dx_dbl, exact))
+
+
+def sums_of_partials(blocks: int, b: int, length: int, d: int, n: int) -> float:
+    """Of the scan's backward programs: dB and dC in rows of a larger array, and the gradients of parameters."""
+    dstates, dparameters = torch.randn(blocks, 2, b, length, 2 * n), torch.randn(2, b, d * (n + 2))
+    rows, grads = torch.empty(2, b, length, 2 * n + 8), (torch.empty(2, d, n), torch.empty(2, d), torch.empty(2, d))
+    dB, dC = rows[..., 8:].chunk(2, -1)
+    scan_launch.sum_partials(dstates, dB, dC, dparameters, grads)
+    alone = torch.empty_like(rows)
+    scan_launch.sum_partials(dstates, *alone[..., 8:].chunk(2, -1))
+    assert torch.equal(alone[..., 8:], rows[..., 8:])
+    assert rows[..., :8].isnan().all()
+    exact = dparameters.double().sum(1).split([d * n, d, d], -1)
+    errors = [relative(x.flatten(1), y) for x, y in zip(grads, exact, strict=True)]
+    return max(relative(rows[..., 8:], dstates.double().sum(0)), *errors)
 
 
 def split_product(batches: int, m: int, n: int, k: int, turned: bool, add: bool, bias: bool = False) -> float:
@@ -171,14 +188,18 @@ def forward_by_reference(inputs, save, out=None):  # type: ignore[no-untyped-def
     return (result if out is None else out.copy_(result)), y, states
 
 
-def backward_by_reference(dout, inputs, y, _, dB, dC, dz, out):  # type: ignore[no-untyped-def]
+def backward_by_reference(dout, inputs, y, _, dz, out):  # type: ignore[no-untyped-def]
+    """In parts that add up without rounding: two blocks of channels, and one for each image."""
     out.copy_(inputs.scale * F.silu(inputs.z) * y)
     arguments = projected(inputs)
-    du, ddelta, dA, *others, dbias = reference.scan_backward(dout, reference.scan(*arguments)[1], *arguments)
-    dB.copy_(others[0])
-    dC.copy_(others[1])
-    dz.copy_(others[3])
-    return du, ddelta, dA, others[2], dbias
+    grads = reference.scan_backward(dout, reference.scan(*arguments)[1], *arguments)
+    du, ddelta, dA, dB, dC, dD, own_dz, dbias = grads
+    dz.copy_(own_dz)
+    dstates = torch.cat([dB, dC], -1)
+    share = torch.zeros(dout.shape[0], 1)
+    share[0] = 2
+    share[-1] -= 1
+    return du, ddelta, torch.stack([2 * dstates, -dstates]), share * torch.cat([dA.flatten(1), dD, dbias], -1)[:, None]
 
 
 def blocks(
@@ -234,7 +255,7 @@ def block_compiled() -> float:
 def main() -> None:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # every torch.empty is full of NaN
-    scan_launch.launch_forward, scan_launch.launch_backward = forward_by_reference, backward_by_reference
+    scan_launch.launch_forward, scan_launch.launch_backward_programs = forward_by_reference, backward_by_reference
     register(Backend("interpreted", ops={op: run for op, run in gluon.BACKEND.ops.items() if op != "scan"}))
     fp32, bf16 = torch.float32, torch.bfloat16
     errors = {
@@ -250,8 +271,6 @@ def main() -> None:
         "packing, cast": packing(fp32, bf16, 20, 48, 16, 5, 4, True, True),
         "packing, as it is": packing(fp32, fp32, 33, 80, 8, 8, 3, False, False),
         "packing, widened": packing(torch.float16, fp32, 24, 32, 16, 12, 4, True, False),
-        "gradients of time steps": gradients_of_steps(77, 96, 16, 2),
-        "gradients of few time steps": gradients_of_steps(5, 48, 40, 3),
         "block": compare(*blocks(*USUAL)),
         "block, layer norm, 3 taps": compare(*blocks(3, 3, 33, False, True, False, 64, 8, 12, 3, True, False)),
         "block of a width without kernels": compare(*blocks(2, 5, 10, True, True, True, 20, 8, 3, 4, True, False)),
@@ -264,6 +283,11 @@ def main() -> None:
         "product with a bias": split_product(1, 130, 192, 40, True, False, bias=True),
         "product of few": split_product(1, 3, 12, 17, False, False),
         "special values": split_special_values(),
+        "gradients of projections": gradients_of_projections(77, 96, 16, 2, 2),
+        "gradients of few projections": gradients_of_projections(5, 48, 40, 3, 1),
+        "gradients of projections, states summed before": gradients_of_projections(33, 32, 8, 2, 0),
+        "sums of partial gradients": sums_of_partials(6, 3, 7, 48, 16),
+        "sums of few partial gradients": sums_of_partials(1, 1, 1, 16, 8),
     }
     print(json.dumps(errors))
 

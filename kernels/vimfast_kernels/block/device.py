@@ -9,12 +9,18 @@ import triton.language as tl
 
 
 @triton.jit
+def _inside(block, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    return (block >= 0) & (block * COLUMNS < SIZE)
+
+
+@triton.jit
 def _copy(block, src, dst, offset, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """The block-th BLOCK entries of dst[offset:] = src [SIZE]; returns the number of the block after the array."""
     if dst is not None:
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        mask = (at >= 0) & (at < SIZE)
-        tl.store(dst + offset + at, tl.load(src + at, mask=mask).to(dst.dtype.element_ty), mask=mask)
+        if _inside(block, SIZE, BLOCK):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            mask = at < SIZE
+            tl.store(dst + offset + at, tl.load(src + at, mask=mask).to(dst.dtype.element_ty), mask=mask)
         block -= tl.cdiv(SIZE, BLOCK)
     return block
 
@@ -35,61 +41,66 @@ def pack_weights(
         block = _copy(block, own.conv_weight, packed.conv_weight, k * D * WIDTH, D * WIDTH, BLOCK)
         block = _copy(block, own.conv_bias, packed.conv_bias, k * D, D, BLOCK)
 
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        mask = (at >= 0) & (at < WIDTH * D)
-        taps = tl.load(own.conv_weight + at % D * WIDTH + at // D, mask=mask, other=0.0)
-        tl.store(packed.taps + k * WIDTH * D + at, taps.to(tl.float32), mask=mask)
+        if _inside(block, WIDTH * D, BLOCK):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            mask = at < WIDTH * D
+            taps = tl.load(own.conv_weight + at % D * WIDTH + at // D, mask=mask, other=0.0)
+            tl.store(packed.taps + k * WIDTH * D + at, taps.to(tl.float32), mask=mask)
         block -= tl.cdiv(WIDTH * D, BLOCK)
 
         block = _copy(block, own.dt_bias, packed.dt_bias, k * D, D, BLOCK)
         block = _copy(block, own.D, packed.D, k * D, D, BLOCK)
 
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        mask = (at >= 0) & (at < D * N)
-        rates = tl.load(own.A_log + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(packed.A + k * D * N + at, -tl.exp(rates), mask=mask)
+        if _inside(block, D * N, BLOCK):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            mask = at < D * N
+            rates = tl.load(own.A_log + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(packed.A + k * D * N + at, -tl.exp(rates), mask=mask)
         block -= tl.cdiv(D * N, BLOCK)
 
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        mask = (at >= 0) & (at < (PAD + 2 * N) * D)
-        source = tl.where(at < PAD * D, at, at - (PAD - RANK) * D)
-        there = mask & ((at < RANK * D) | (at >= PAD * D))
-        v = tl.load(own.x_weight + source, mask=there, other=0.0)
-        tl.store(packed.x_weight + k * (PAD + 2 * N) * D + at, v.to(packed.x_weight.dtype.element_ty), mask=mask)
+        if _inside(block, (PAD + 2 * N) * D, BLOCK):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            mask = at < (PAD + 2 * N) * D
+            source = tl.where(at < PAD * D, at, at - (PAD - RANK) * D)
+            there = mask & ((at < RANK * D) | (at >= PAD * D))
+            v = tl.load(own.x_weight + source, mask=there, other=0.0)
+            tl.store(packed.x_weight + k * (PAD + 2 * N) * D + at, v.to(packed.x_weight.dtype.element_ty), mask=mask)
         block -= tl.cdiv((PAD + 2 * N) * D, BLOCK)
 
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        mask = (at >= 0) & (at < D * PAD)
-        there = mask & (at % PAD < RANK)
-        v = tl.load(own.dt_weight + at // PAD * RANK + at % PAD, mask=there, other=0.0)
-        tl.store(packed.dt_weight + k * D * PAD + at, v.to(packed.dt_weight.dtype.element_ty), mask=mask)
+        if _inside(block, D * PAD, BLOCK):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            mask = at < D * PAD
+            there = mask & (at % PAD < RANK)
+            v = tl.load(own.dt_weight + at // PAD * RANK + at % PAD, mask=there, other=0.0)
+            tl.store(packed.dt_weight + k * D * PAD + at, v.to(packed.dt_weight.dtype.element_ty), mask=mask)
         block -= tl.cdiv(D * PAD, BLOCK)
 
 
 @triton.jit
-def _sum_rows(src, source, dst, target, mask, count, stride, ROWS: tl.constexpr):
-    """dst[target] = sum over i < count of src[i * stride + source], in a fixed order."""
+def _sum_rows(src, source, dst, target, mask, count, stride, ROWS: tl.constexpr, factor=None):
+    """dst[target] = sum over i < count of src[i * stride + source], in a fixed order, times factor[target]."""
     total = tl.zeros((ROWS, source.shape[0]), tl.float32)
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)
         at = row[:, None] * stride + source[None, :]
         total += tl.load(src + at, mask=(row < count)[:, None] & mask[None, :], other=0.0)
-    tl.store(dst + target, tl.sum(total, 0).to(dst.dtype.element_ty), mask=mask)
+    total = tl.sum(total, 0)
+    if factor is not None:
+        total *= tl.load(factor + target, mask=mask, other=0.0)
+    tl.store(dst + target, total.to(dst.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _inside(block, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    return (block >= 0) & (block * COLUMNS < SIZE)
-
-
-@triton.jit
-def _add(block, src, offset, dst, count, stride, SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """`_copy` of the sum over the first dimension of src[:, offset : offset + SIZE], src [count, stride]."""
+def _add(
+    block, src, offset, dst, count, stride, SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, factor=None
+):  # fmt: skip
+    """`_copy` of the sum over the first dimension of src[:, offset : offset + SIZE], src [count, stride], times
+    factor [SIZE]."""
     if dst is not None:
         COLUMNS: tl.constexpr = TILE // ROWS
         if _inside(block, SIZE, COLUMNS):
             column = block * COLUMNS + tl.arange(0, COLUMNS)
-            _sum_rows(src, offset + column, dst, column, column < SIZE, count, stride, ROWS)
+            _sum_rows(src, offset + column, dst, column, column < SIZE, count, stride, ROWS, factor)
         block -= tl.cdiv(SIZE, COLUMNS)
     return block
 
@@ -115,11 +126,12 @@ def _add_states(
     """`_add` of direction k of src [2, COUNT, PAD + 2 N, D] into dst [RANK + 2 N, D]: without the padding."""
     if dst is not None:
         COLUMNS: tl.constexpr = TILE // ROWS
-        SIZE: tl.constexpr = (RANK + 2 * N) * D
+        SIZE: tl.constexpr = (PAD + 2 * N) * D
         if _inside(block, SIZE, COLUMNS):
             at = block * COLUMNS + tl.arange(0, COLUMNS)
-            source = tl.where(at < RANK * D, at, at + (PAD - RANK) * D) + k * COUNT * (PAD + 2 * N) * D
-            _sum_rows(src, source, dst, at, at < SIZE, COUNT, (PAD + 2 * N) * D, ROWS)
+            target = tl.where(at < PAD * D, at, at - (PAD - RANK) * D)
+            mask = (at < RANK * D) | ((at >= PAD * D) & (at < SIZE))
+            _sum_rows(src, k * COUNT * SIZE + at, dst, target, mask, COUNT, SIZE, ROWS)
         block -= tl.cdiv(SIZE, COLUMNS)
     return block
 
@@ -132,24 +144,26 @@ def _add_steps(
     """`_add` of direction k of src [2, COUNT, D, PAD] into dst [D, RANK]: without the padding."""
     if dst is not None:
         COLUMNS: tl.constexpr = TILE // ROWS
-        if _inside(block, D * RANK, COLUMNS):
+        SIZE: tl.constexpr = D * PAD
+        if _inside(block, SIZE, COLUMNS):
             at = block * COLUMNS + tl.arange(0, COLUMNS)
-            source = at // RANK * PAD + at % RANK + k * COUNT * D * PAD
-            _sum_rows(src, source, dst, at, at < D * RANK, COUNT, D * PAD, ROWS)
-        block -= tl.cdiv(D * RANK, COLUMNS)
+            mask = (at < SIZE) & (at % PAD < RANK)
+            _sum_rows(src, k * COUNT * SIZE + at, dst, at // PAD * RANK + at % PAD, mask, COUNT, SIZE, ROWS)
+        block -= tl.cdiv(SIZE, COLUMNS)
     return block
 
 
-@triton.jit(do_not_specialize=["conv_rows", "norm_rows"])
+@triton.jit(do_not_specialize=["conv_rows", "norm_rows", "scan_rows"])
 def write_all_gradients(
-    pieces, grads, norm_weight, norm_bias, conv_rows, norm_rows, C: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
-    RANK: tl.constexpr, PAD: tl.constexpr, WIDTH: tl.constexpr, IN_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
-    PARTS: tl.constexpr, STEP_PARTS: tl.constexpr, IN_ROWS: tl.constexpr, OUT_ROWS: tl.constexpr, ROWS: tl.constexpr,
-    STEP_ROWS: tl.constexpr, LONG: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    pieces, grads, norm_weight, norm_bias, conv_rows, norm_rows, scan_rows,
+    C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, PAD: tl.constexpr, WIDTH: tl.constexpr,
+    IN_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr, PARTS: tl.constexpr, STEP_PARTS: tl.constexpr,
+    IN_ROWS: tl.constexpr, OUT_ROWS: tl.constexpr, ROWS: tl.constexpr, STEP_ROWS: tl.constexpr, SCAN_ROWS: tl.constexpr,
+    NORM_ROWS: tl.constexpr, LONG: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    block = _add(block, pieces.norm, 0, norm_weight, norm_rows, 2 * C, C, LONG, TILE)
-    block = _add(block, pieces.norm, C, norm_bias, norm_rows, 2 * C, C, LONG, TILE)
+    block = _add(block, pieces.norm, 0, norm_weight, norm_rows, 2 * C, C, NORM_ROWS, TILE)
+    block = _add(block, pieces.norm, C, norm_bias, norm_rows, 2 * C, C, NORM_ROWS, TILE)
     for k in tl.static_range(2):
         own = grads.back if k else grads.forth
         block = _add_taps(block, pieces.conv, k, own.conv_weight, conv_rows, D, WIDTH, LONG, TILE)
@@ -157,15 +171,11 @@ def write_all_gradients(
         block = _add(block, pieces.conv, bias_at, own.conv_bias, conv_rows, 2 * (WIDTH + 1) * D, D, LONG, TILE)
         block = _add_states(block, pieces.x_weight, k, own.x_weight, PARTS, D, N, RANK, PAD, ROWS, TILE)
         block = _add_steps(block, pieces.dt_weight, k, own.dt_weight, STEP_PARTS, D, RANK, PAD, STEP_ROWS, TILE)
-        block = _copy(block, pieces.dt_bias + k * D, own.dt_bias, 0, D, BLOCK)
-        block = _copy(block, pieces.D + k * D, own.D, 0, D, BLOCK)
-        if own.A_log is not None:
-            at = block * BLOCK + tl.arange(0, BLOCK)
-            mask = (at >= 0) & (at < D * N)
-            v = tl.load(pieces.dA + k * D * N + at, mask=mask, other=0.0)
-            v *= tl.load(pieces.A + k * D * N + at, mask=mask, other=0.0)  # dA / dA_log = A
-            tl.store(own.A_log + at, v.to(own.A_log.dtype.element_ty), mask=mask)
-            block -= tl.cdiv(D * N, BLOCK)
+        scan = pieces.scan + (k * scan_rows).to(tl.int64) * (D * (N + 2))
+        rates = pieces.A + k * D * N  # dA / dA_log = A
+        block = _add(block, scan, 0, own.A_log, scan_rows, D * (N + 2), D * N, SCAN_ROWS, TILE, rates)
+        block = _add(block, scan, D * N, own.D, scan_rows, D * (N + 2), D, SCAN_ROWS, TILE)
+        block = _add(block, scan, D * (N + 1), own.dt_bias, scan_rows, D * (N + 2), D, SCAN_ROWS, TILE)
     block = _add(block, pieces.in_weight, 0, grads.in_weight, IN_PARTS, 2 * D * C, 2 * D * C, IN_ROWS, TILE)
     block = _add(block, pieces.out_weight, 0, grads.out_weight, OUT_PARTS, C * D, C * D, OUT_ROWS, TILE)
     block = _copy(block, pieces.in_bias, grads.in_bias, 0, 2 * D, BLOCK)

@@ -1,4 +1,4 @@
-"""The kernel that takes the gradient of the time steps back through their projection, in Triton."""
+"""The kernel that takes the gradients of the time steps, B and C back to the rows that they come from, in Triton."""
 
 # Device functions are written in Triton's own dialect: no annotations beyond constexpr, no starred tuples.
 # ruff: noqa: RUF005
@@ -9,19 +9,33 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _load_partials(states_ptr, at, all_rows, inside, PARTIALS: tl.constexpr, STATES: tl.constexpr):
+    """Rows of each block's share of dB and dC."""
+    n = tl.arange(0, STATES)[None, :]
+    parts = ()
+    for i in tl.static_range(PARTIALS):
+        parts = parts + (tl.load(states_ptr + (i * all_rows + at) * STATES + n, mask=inside, other=0.0),)
+    return parts
+
+
 @triton.jit(do_not_specialize=["rows"])
 def step_gradients(
-    ddelta_ptr, low_ptr, weight_ptr, dlow_ptr, pieces_ptr, rows,
-    D: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    ddelta_ptr, low_ptr, weight_ptr, states_ptr, dx_dbl_ptr, pieces_ptr, rows,
+    D: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr, PARTIALS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dlow = ddelta weight, and this program's share of ddelta^T low, with ddelta [., rows, D] read once.
+    """dx_dbl = (ddelta weight | sum of the PARTIALS of states, if any), and this program's share of ddelta^T low, with
+    ddelta [., rows, D] read once.
 
-    low and dlow have rows STRIDE apart. COLUMNS is RANK up to a power of two.
+    Rows of low are RANK + STATES apart, as those of dx_dbl. COLUMNS is RANK up to a power of two.
     """
+    STRIDE: tl.constexpr = RANK + STATES
     part, direction = tl.program_id(0), tl.program_id(1)
     parts = tl.num_programs(0)
+    all_rows = tl.num_programs(1) * rows.to(tl.int64)
     k = tl.arange(0, COLUMNS)[None, :]
+    n = tl.arange(0, STATES)[None, :]
     totals = ()
     weights = ()
     for i in tl.static_range((D + CHANNELS - 1) // CHANNELS):
@@ -29,10 +43,16 @@ def step_gradients(
         weight = weight_ptr + (direction * D + channel)[:, None] * RANK + k
         weights = weights + (tl.load(weight, mask=(channel < D)[:, None] & (k < RANK), other=0.0),)
         totals = totals + (tl.zeros((CHANNELS, COLUMNS), tl.float32),)
+    row = part * ROWS + tl.arange(0, ROWS)[:, None]
+    at = (direction * rows + row).to(tl.int64)
+    ahead = _load_partials(states_ptr, at, all_rows, row < rows, PARTIALS, STATES)
     for start in tl.range(part * ROWS, rows, parts * ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         inside = row < rows
         at = (direction * rows + row).to(tl.int64)
+        partials = ahead  # loaded a turn early: the compiler only does so for what products read
+        after = parts * ROWS
+        ahead = _load_partials(states_ptr, at + after, all_rows, row + after < rows, PARTIALS, STATES)
         low = tl.load(low_ptr + at * STRIDE + k, mask=inside & (k < RANK), other=0.0)
         dlow = tl.zeros((ROWS, COLUMNS), tl.float32)
         sums = ()
@@ -42,7 +62,13 @@ def step_gradients(
             dlow = tl.dot(ddelta, weights[i], dlow)
             sums = sums + (tl.dot(tl.trans(ddelta), low, totals[i]),)
         totals = sums
-        tl.store(dlow_ptr + at * STRIDE + k, dlow.to(dlow_ptr.dtype.element_ty), mask=inside & (k < RANK))
+        element = dx_dbl_ptr.dtype.element_ty
+        tl.store(dx_dbl_ptr + at * STRIDE + k, dlow.to(element), mask=inside & (k < RANK))
+        if PARTIALS > 0:
+            dstates = partials[0]
+            for i in tl.static_range(1, PARTIALS):
+                dstates += partials[i]
+            tl.store(dx_dbl_ptr + at * STRIDE + RANK + n, dstates.to(element), mask=inside)
     for i in tl.static_range((D + CHANNELS - 1) // CHANNELS):
         channel = i * CHANNELS + tl.arange(0, CHANNELS)
         piece = pieces_ptr + ((direction * parts + part) * D + channel)[:, None] * RANK + k

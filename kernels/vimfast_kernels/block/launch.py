@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vimfast_kernels.block.device_steps import step_gradients as step_gradients_kernel
+from vimfast_kernels.block.device_steps import step_gradients
 from vimfast_kernels.block.packing import Packed, Pieces, empty_packed, pack, padded, unpack, write_gradients
 from vimfast_kernels.block.weights import MixerWeights, flatten, unflatten
 from vimfast_kernels.conv import launch as conv
@@ -22,8 +22,12 @@ from vimfast_kernels.tuning import multiprocessors
 
 REVERSE = [False, True]
 CHANNELS = 16  # d is a multiple of it
-STEP_ROWS = 64  # rows that a program of step_gradients works on at a time
-WIDEST_GRADIENT = 384 * 16  # entries of a gradient of dt_weight that such a program sums in registers
+# Programs of step_gradients, for gradients of dt_weight of at most so many entries, which each sums in registers.
+NARROW_STEPS = {"ROWS": 32, "CHANNELS": 64, "num_warps": 4, "num_stages": 3}
+NARROW_ENTRIES = 384 * 16
+WIDE_STEPS = {"ROWS": 16, "CHANNELS": 128, "num_warps": 8, "num_stages": 3}
+WIDE_ENTRIES = 768 * 32
+MOST_PARTIALS = 48  # of dB and dC that a thread of such a program loads at a time
 
 _DIRECTION = (
     "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0},"
@@ -132,22 +136,40 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=rest[-1])
 
 
-def step_gradients(ddelta: Tensor, weight: Tensor, low: Tensor, dlow: Tensor) -> Tensor:
-    """Writes dlow = ddelta weight [k, m, P] and returns pieces [k, parts, d, P], fp32, whose sum is ddelta^T low.
+def _step_program(ddelta: Tensor, columns: int) -> dict[str, int] | None:
+    """Shape and launch options of a program of step_gradients; None where products of cuBLAS are used instead."""
+    entries = ddelta.shape[-1] * columns
+    if ddelta.element_size() > 2 or entries > WIDE_ENTRIES:
+        return None
+    return NARROW_STEPS if entries <= NARROW_ENTRIES else WIDE_STEPS
 
-    Of ddelta [k, m, d], which is read once, weight [k, d, P] and low [k, m, P]; low and dlow are alike in memory.
+
+def projection_gradients(ddelta: Tensor, weight: Tensor, x_dbl: Tensor, dstates: Tensor, dx_dbl: Tensor) -> Tensor:
+    """Writes dx_dbl [k, b, L, P + 2 N] and returns pieces [k, parts, d, P], fp32, whose sum is ddelta^T x_dbl[..., :P].
+
+    dx_dbl's columns are ddelta weight, of ddelta [k, b, L, d] and weight [k, d, P], and the sum of dstates
+    [blocks, k, b, L, 2 N]. x_dbl and dx_dbl are contiguous; ddelta is read once.
     """
-    k, m, d = ddelta.shape
-    rank = weight.shape[2]
+    k, b, length, d = ddelta.shape
+    rows, rank, states = b * length, weight.shape[2], dstates.shape[4]
     columns = max(16, triton.next_power_of_2(rank))
-    if ddelta.element_size() > 2 or d * columns > WIDEST_GRADIENT:
+    program = _step_program(ddelta, columns)
+    partials = len(dstates)
+    if program is None or partials * states * program["ROWS"] > MOST_PARTIALS * 32 * program["num_warps"]:
+        partials = 0
+        dB, dC = dx_dbl[..., rank:].chunk(2, dim=-1)
+        scan.sum_partials(dstates, dB, dC)
+    if program is None:
+        ddelta = ddelta.view(k, rows, d)
+        low, dlow = (x.view(k, rows, -1)[..., :rank] for x in (x_dbl, dx_dbl))
         multiply(ddelta, weight, out=dlow)
         return sum_of_products(ddelta, low)
-    parts = min(multiprocessors(ddelta.device), triton.cdiv(m, STEP_ROWS))
+    at_once = 8 // program["num_warps"]  # on a multiprocessor, of both directions
+    parts = min(max(1, at_once * multiprocessors(ddelta.device) // k), triton.cdiv(rows, program["ROWS"]))
     pieces = torch.empty(k, parts, d, rank, device=ddelta.device)
-    step_gradients_kernel[(parts, k)](
-        ddelta, low, weight, dlow, pieces, m, D=d, RANK=rank, COLUMNS=columns, STRIDE=low.stride(1), ROWS=STEP_ROWS,
-        CHANNELS=64, num_warps=4, num_stages=1,
+    step_gradients[(parts, k)](
+        ddelta, x_dbl, weight, dstates, dx_dbl, pieces, rows,
+        D=d, RANK=rank, COLUMNS=columns, STATES=states, PARTIALS=partials, **program,
     )  # fmt: skip
     return pieces
 
@@ -171,28 +193,28 @@ def _block_grad(
     asked = unflatten(wanted[4:])
     w = unpack(weights, narrow, wide)
     b, length, _ = xz.shape
-    rows, d, pad = b * length, w.D.shape[1], w.dt_weight.shape[2]
+    rows, d = b * length, w.D.shape[1]
     x, z = xz[..., :d], xz[..., d:]
     # Recomputing two products and a convolution costs less than keeping four [b, L, d] arrays per layer.
     u = conv.launch_forward(x, w.taps.mT, w.conv_bias, REVERSE)
     dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
     dout = dout.contiguous()
-    du, ddelta, dA, dD, ddt_bias = scan.launch_backward(
-        _project(dout, w.out_weight), _scan_inputs(w, u, x_dbl, z, scale), y, states,
-        *_states(w, dx_dbl), dxz[..., d:], out=gated,
-    )  # fmt: skip
+    du, ddelta, dstates, dparameters = scan.launch_backward_programs(
+        _project(dout, w.out_weight), _scan_inputs(w, u, x_dbl, z, scale), y, states, dxz[..., d:], out=gated
+    )
+    ddt_weight = projection_gradients(ddelta, w.dt_weight, x_dbl, dstates, dx_dbl)
+    del ddelta, dstates
     dout = dout.view(1, rows, -1)
     dout_weight = None
     if asked.out_weight is not None:
         dout_weight = sum_of_products(dout, gated.view(1, rows, d))[0]
     del gated
-    ddelta, du, dflat = ddelta.view(2, rows, d), du.view(2, rows, d), dx_dbl.view(2, rows, -1)
-    ddt_weight = step_gradients(ddelta, w.dt_weight, x_dbl.view(2, rows, -1)[..., :pad], dflat[..., :pad])
+    du, dflat = du.view(2, rows, d), dx_dbl.view(2, rows, -1)
     dx_weight = sum_of_products(dflat, u.view(2, rows, d))
     dconv = conv.launch_backward_of_sum(
         du.view_as(u), dx_dbl, w.x_weight, x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d]
     )
-    del u, du, ddelta
+    del u, du
     dnormed = _project(dxz, w.in_weight)
     normed = None if asked.in_weight is None else torch.empty_like(dnormed)
     dnorm = norm.launch_backward(
@@ -211,9 +233,7 @@ def _block_grad(
         dt_weight=ddt_weight,
         conv=dconv,
         norm=dnorm,
-        dt_bias=ddt_bias,
-        dA=dA,
-        D=dD,
+        scan=dparameters,
         A=w.A,
     )
     write_gradients(pieces, weights, asked, wanted[2], wanted[3])

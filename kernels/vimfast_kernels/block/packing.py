@@ -17,6 +17,8 @@ ALIGN = 64  # entries: every piece of a buffer starts on a multiple
 BLOCK = 1024  # entries a program copies
 TILE = 4096  # entries a program adds up at a time
 LONG_SUM = 256  # rows of such a tile where there are hundreds to add
+NORM_SUM = 1024  # rows of such a tile where there may be a thousand: a second one waits for the first
+SCAN_SUM = 128  # rows of such a tile where there is one for each image
 
 
 class Packed(NamedTuple):
@@ -47,9 +49,7 @@ class Pieces(NamedTuple):
     dt_weight: Tensor  # [2, parts of its own, d, P]
     conv: Tensor  # [rows, 2, W + 1, d], taps and bias
     norm: Tensor  # [rows, 2, C], weight and bias
-    dt_bias: Tensor  # [2, d]
-    dA: Tensor  # [2, d, N]
-    D: Tensor  # [2, d]
+    scan: Tensor  # [2, rows, d (N + 2)], of A, D and the bias of the time steps
     A: Tensor  # [2, d, N], as it was
 
 
@@ -140,17 +140,19 @@ def write_gradients(
     def blocks(x: Tensor | None, columns: int) -> int:
         return 0 if x is None else triton.cdiv(x.numel(), columns)
 
-    grid = sum(blocks(x, TILE // LONG_SUM) for x in (norm_weight, norm_bias))
+    grid = sum(blocks(x, TILE // NORM_SUM) for x in (norm_weight, norm_bias))
     for own in (grads.forth, grads.back):
         grid += sum(blocks(x, TILE // LONG_SUM) for x in (own.conv_weight, own.conv_bias))
-        grid += blocks(own.x_weight, TILE // rows) + blocks(own.dt_weight, TILE // step_rows)
-        grid += sum(blocks(x, BLOCK) for x in (own.dt_bias, own.A_log, own.D))
+        grid += blocks(None if own.x_weight is None else pieces.x_weight[0, 0], TILE // rows)
+        grid += blocks(None if own.dt_weight is None else pieces.dt_weight[0, 0], TILE // step_rows)
+        grid += sum(blocks(x, TILE // SCAN_SUM) for x in (own.A_log, own.D, own.dt_bias))
     grid += blocks(grads.in_weight, TILE // in_rows) + blocks(grads.out_weight, TILE // out_rows)
     grid += blocks(grads.in_bias, BLOCK) + blocks(grads.out_bias, BLOCK)
     if grid:
         write_all_gradients[(grid,)](
-            pieces, grads, norm_weight, norm_bias, pieces.conv.shape[0], pieces.norm.shape[0], **_sizes(weights),
+            pieces, grads, norm_weight, norm_bias, pieces.conv.shape[0], pieces.norm.shape[0], pieces.scan.shape[1],
+            **_sizes(weights),
             IN_PARTS=parts[0], OUT_PARTS=parts[1], PARTS=parts[2], STEP_PARTS=parts[3],
             IN_ROWS=in_rows, OUT_ROWS=out_rows, ROWS=rows, STEP_ROWS=step_rows,
-            LONG=LONG_SUM, TILE=TILE, BLOCK=BLOCK,
+            SCAN_ROWS=SCAN_SUM, NORM_ROWS=NORM_SUM, LONG=LONG_SUM, TILE=TILE, BLOCK=BLOCK,
         )  # fmt: skip

@@ -521,26 +521,17 @@ def scan_backward(
 
 @triton.jit
 def _sum_blocks(
-    program, dbc_ptr, db_ptr, dc_ptr, length, batches, rows,
-    db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time,
-    N: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr,
+    program, dbc_ptr, db_ptr, dc_ptr, rows, db_row, dc_row, N: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """dB and dC of ROWS times: sums over the blocks of channels."""
-    row = program * ROWS + tl.arange(0, ROWS)
+    row = (program * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     n = tl.arange(0, 2 * N)[None, :]
-    inside = (row < rows)[:, None]
-    at = dbc_ptr + row.to(tl.int64)[:, None] * (2 * N) + n
+    inside = row < rows
     total = tl.zeros((ROWS, 2 * N), tl.float32)
     for i in tl.static_range(PARTIALS):
-        total += tl.load(at + i * rows.to(tl.int64) * (2 * N), mask=inside & (n < 2 * N), other=0.0)
-    line = row // length
-    direction = (line // batches).to(tl.int64)
-    batch = (line % batches).to(tl.int64)
-    time = (row % length).to(tl.int64)
-    db_off = direction * db_dir + batch * db_batch + time * db_time
-    dc_off = direction * dc_dir + batch * dc_batch + time * dc_time
-    tl.store(db_ptr + db_off[:, None] + n, total.to(db_ptr.dtype.element_ty), mask=inside & (n < N))
-    tl.store(dc_ptr + dc_off[:, None] + n - N, total.to(dc_ptr.dtype.element_ty), mask=inside & (n >= N))
+        total += tl.load(dbc_ptr + (i * rows.to(tl.int64) + row) * (2 * N) + n, mask=inside, other=0.0)
+    tl.store(db_ptr + row * db_row + n, total.to(db_ptr.dtype.element_ty), mask=inside & (n < N))
+    tl.store(dc_ptr + row * dc_row + n - N, total.to(dc_ptr.dtype.element_ty), mask=inside & (n >= N))
 
 
 @triton.jit
@@ -567,22 +558,15 @@ def _sum_batch(
     tl.store(dbias_ptr + direction * D + bias, total, mask=(bias >= 0) & (bias < D))
 
 
-@triton.jit(do_not_specialize=["length", "batches", "directions"])
+@triton.jit(do_not_specialize=["rows", "batches", "batch_programs"])
 def sum_partials(
-    dbc_ptr, dparam_ptr, db_ptr, dc_ptr, da_ptr, dskip_ptr, dbias_ptr,
-    length, batches, directions,
-    db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time,
+    dbc_ptr, db_ptr, dc_ptr, dparam_ptr, da_ptr, dskip_ptr, dbias_ptr, rows, batches, batch_programs, db_row, dc_row,
     D: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BATCHES: tl.constexpr,
 ):  # fmt: skip
-    """What the programs of the backward pass left in parts, in one launch."""
-    rows = directions * batches * length
-    row_programs = tl.cdiv(rows, ROWS)
+    """What the programs of the backward pass left, in one launch; the long sums, over the batch, come first."""
     program = tl.program_id(0)
-    if program < row_programs:
-        _sum_blocks(
-            program, dbc_ptr, db_ptr, dc_ptr, length, batches, rows,
-            db_dir, db_batch, db_time, dc_dir, dc_batch, dc_time, N, PARTIALS, ROWS,
-        )  # fmt: skip
-    else:
-        _sum_batch(program - row_programs, dparam_ptr, da_ptr, dskip_ptr, dbias_ptr, batches, D, N, COLUMNS, BATCHES)
+    if program >= batch_programs:
+        _sum_blocks(program - batch_programs, dbc_ptr, db_ptr, dc_ptr, rows, db_row, dc_row, N, PARTIALS, ROWS)
+    elif D > 0:
+        _sum_batch(program, dparam_ptr, da_ptr, dskip_ptr, dbias_ptr, batches, D, N, COLUMNS, BATCHES)

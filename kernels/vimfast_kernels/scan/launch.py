@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vimfast_kernels.flops import counted, scan_flops
 from vimfast_kernels.product.launch import multiply
-from vimfast_kernels.scan.device_backward import scan_backward, sum_partials
+from vimfast_kernels.scan.device_backward import scan_backward
+from vimfast_kernels.scan.device_backward import sum_partials as sum_partials_kernel
 from vimfast_kernels.scan.device_forward import scan_forward
 from vimfast_kernels.tuning import ScanForward, multiprocessors, tuning_of
 
@@ -41,6 +42,8 @@ BACKWARD_REGISTERS = 168  # in bf16: 12 warps reside on a multiprocessor
 # The kernels compute the time steps from a factor of up to so many columns, so that they never reach memory: weights of
 # 16-bit types, since fp32's tensor cores would round. More columns take shared memory that programs need to reside.
 WIDEST_RANK = 64
+# Of a program that sums partial results: over blocks of channels, or over the batch.
+SUM_ROWS, SUM_COLUMNS, SUM_BATCHES, SUM_WARPS = 64, 32, 128, 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -164,18 +167,17 @@ def launch_forward(
     return out, y, states
 
 
-def launch_backward(
+def launch_backward_programs(
     dout: Tensor,  # [b, L, d]
     inputs: Inputs,
     y: Tensor,
     states: Tensor,
-    dB: Tensor,  # [k, b, L, N], written
-    dC: Tensor,  # [k, b, L, N], written
     dz: Tensor | None,  # [b, L, d], written
     out: Tensor | None = None,  # [b, L, d], forward's output, written again; needs z
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(du, the gradient of the projected time steps [k, b, L, d], dA [k, d, N], dD, ddelta_bias [k, d]), the last three
-    fp32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(du, the gradient of the projected time steps [k, b, L, d], and in fp32, as the programs leave it: dB and dC
+    [blocks of channels, k, b, L, 2 N], to be summed over the blocks, and dA, dD, ddelta_bias [k, b, d (N + 2)], to be
+    summed over the batch)."""
     inputs = projected(inputs)
     u, delta, A, B, C, D, z, delta_bias, _, scale, dt_weight = inputs
     k, b, length, d = u.shape
@@ -183,23 +185,51 @@ def launch_backward(
     program = backward_program(u.dtype, N, k * b * length, u.device)
     blocks = triton.cdiv(d, program["BD"])
     du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
-    partial_bc = A.new_empty(blocks, k, b, length, 2 * N)
-    partial_params = A.new_empty(k, b, d * (N + 2))
-    dA, dD, dbias = A.new_empty(A.shape), A.new_empty(k, d), A.new_empty(k, d)
+    dstates, dparameters = A.new_empty(blocks, k, b, length, 2 * N), A.new_empty(k, b, d * (N + 2))
     gate = z is not None
     scan_backward[(blocks, b, k)](
         u, delta, u if dt_weight is None else dt_weight, B, C, z if gate else u, A, D, delta_bias, y, states, dout,
-        du, ddelta, dz if gate else du, du if out is None else out, partial_bc, partial_params, length, scale,
+        du, ddelta, dz if gate else du, du if out is None else out, dstates, dparameters, length, scale,
         *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *(_strides(z) if z is not None else (0, 0)),
         *_strides(dout), *(_strides(dz) if dz is not None else (0, 0)), *(_strides(out) if out is not None else (0, 0)),
         OUT=out is not None, **program, **_meta(inputs),
     )  # fmt: skip
-    rows, columns = 64, 128
-    grid = triton.cdiv(k * b * length, rows) + k * triton.cdiv(d * (N + 2), columns)
-    sum_partials[(grid,)](
-        partial_bc, partial_params, dB, dC, dA, dD, dbias, length, b, k, *_strides(dB), *_strides(dC),
-        D=d, N=N, PARTIALS=blocks, ROWS=rows, COLUMNS=columns, BATCHES=32,
+    return du, ddelta, dstates, dparameters
+
+
+def sum_partials(
+    dstates: Tensor,  # [blocks, k, b, L, 2 N]
+    dB: Tensor,  # [k, b, L, N], written; rows are evenly spaced
+    dC: Tensor,  # [k, b, L, N], written; rows are evenly spaced
+    dparameters: Tensor | None = None,  # [k, b, d (N + 2)]
+    sums: Sequence[Tensor] = (),  # dA [k, d, N], dD, ddelta_bias [k, d], written from dparameters
+) -> None:
+    """Adds up what the programs of the backward pass left, in one launch."""
+    blocks, k, b, length, columns = dstates.shape
+    rows, width = k * b * length, 0 if dparameters is None else dparameters.shape[2]
+    programs = k * triton.cdiv(width, SUM_COLUMNS)
+    sum_partials_kernel[(programs + triton.cdiv(rows, SUM_ROWS),)](
+        dstates, dB, dC, *((dparameters, *sums) if sums else (dstates,) * 4), rows, b, programs,
+        dB.stride(2), dC.stride(2), D=width // (columns // 2 + 2), N=columns // 2, PARTIALS=blocks, ROWS=SUM_ROWS,
+        COLUMNS=SUM_COLUMNS, BATCHES=SUM_BATCHES, num_warps=SUM_WARPS,
     )  # fmt: skip
+
+
+def launch_backward(
+    dout: Tensor,  # [b, L, d]
+    inputs: Inputs,
+    y: Tensor,
+    states: Tensor,
+    dB: Tensor,  # [k, b, L, N], written; rows are evenly spaced
+    dC: Tensor,  # [k, b, L, N], written; rows are evenly spaced
+    dz: Tensor | None,  # [b, L, d], written
+    out: Tensor | None = None,  # [b, L, d], forward's output, written again; needs z
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(du, the gradient of the projected time steps [k, b, L, d], dA [k, d, N], dD, ddelta_bias [k, d]), the last three
+    fp32."""
+    du, ddelta, dstates, dparameters = launch_backward_programs(dout, inputs, y, states, dz, out)
+    dA, dD, dbias = (torch.empty_like(x) for x in (inputs.A, inputs.D, inputs.delta_bias))
+    sum_partials(dstates, dB, dC, dparameters, (dA, dD, dbias))
     return du, ddelta, dA, dD, dbias
 
 
