@@ -287,14 +287,15 @@ def test_a_dry_run_tries_each_stage(
     monkeypatch.setattr(TrainStep, "time_replays", time_replays)
     monkeypatch.setattr("vimfast.train.build.captures", lambda *_: True)
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: entered[-1] * 2**30)
-    flags = ("--config", recipe, "--data-path", str(tree), "--dry-run")
+    flags = ("--config", recipe, "--data-path", str(tree), "--dry-run", "--eval-every", "7")
     build(load_config(list(flags)), World()).close()
     assert entered == [32, 40, 48, 32]
     out = " ".join(capsys.readouterr().out.split())
     assert "4 epochs, 24 steps; at least 0:19:03 of GPU time for the steps" in out
     assert "1 0 to 0 32 12 3" in out
     assert "32.0 0:00:03" in out
-    assert "2 1 to 2 40 6 in 2 12" in out
+    assert "2 1 to 2 40 2 x 3 12" in out
+    assert "to validate after the last epoch" in out
     assert "40.0 0:04:00" in out
     assert "48.0 0:15:00" in out
     most = 36

@@ -102,7 +102,9 @@ def _cache(cfg: Config) -> str:
 def _images(run: TrainingRun, cfg: Config) -> str:
     source, val_source = run.loader.source, run.evaluated.loader.source
     images = f"{counted(len(source), 'image')} of {len(source.classes)} classes in {cfg.data.data_path}"
-    when = f" after every {cfg.run.eval_every} epochs" if cfg.run.eval_every > 1 else ""
+    every = cfg.run.eval_every
+    often = f" after every {every} epochs" if every < run.epochs else " after the last epoch"
+    when = often if every > 1 else ""
     return f"{images}, at {cfg.model.size} pixels; {len(val_source):,} to validate{when}"
 
 
@@ -123,8 +125,8 @@ def stage_table(
         else:
             share = duration(work[stage] / here.work * here.accum_steps * seconds)
         epochs = f"{stage.epochs.start} to {stage.epochs[-1]}"
-        parts = f" in {stage.accum_steps}" if stage.accum_steps > 1 else ""
-        batch = f"{stage.global_batch:,}{parts}"
+        parts = stage.accum_steps
+        batch = f"{parts} x {stage.global_batch // parts:,}" if parts > 1 else f"{stage.global_batch:,}"
         memory = [f"{trials[stage].gib:.1f}"] if measured else []
         rows.append([number, epochs, stage.config.model.size, batch, f"{stage.updates:,}", changes, *memory, share])
     title = "stages; work is counted in pixels"
