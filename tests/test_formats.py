@@ -112,6 +112,13 @@ def test_the_onnx_model_is_standard_and_whole(exported: Exported) -> None:
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
 
 
+def test_nothing_is_said_about_constants_that_stay_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_onnx(small(32), example_images((3, 32, 32)), tmp_path / "model.onnx")  # so small that all are folded
+    assert not [record.getMessage() for record in caplog.records if "onnxscript" in record.name]
+
+
 def test_onnx_of_larger_images(tmp_path: Path) -> None:
     model, images = small(384), example_images((3, 384, 384))
     write_onnx(model, images, tmp_path / "model.onnx")

@@ -57,7 +57,10 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
                 verbose=False,
             )
             assert converted is not None
-            optimizer.fold_constants(converted.model)  # what is left are operators that all runtimes have
+            # What is left are operators that all runtimes have. Those with several outputs it cannot fold, and warns.
+            optimizer.fold_constants(
+                converted.model, should_fold=lambda node: None if len(node.outputs) == 1 else False
+            )
             optimizer.remove_unused_nodes(converted.model)
     except Exception as error:  # of private classes
         why = one_line(str(error).strip().partition("\n")[0])
