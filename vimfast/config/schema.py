@@ -294,7 +294,10 @@ class MixConfig:
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on", least=0, most=1)
     mixup_mode: MixMode = option("batch", "one draw for each batch, pair or element")
     mixup_group: int | None = option(
-        None, "images of a batch that are mixed among themselves, as if they were a batch; default: all of it", least=2
+        None,
+        "images of a batch that are mixed among themselves, as if they were a batch; what is left over at its end is a"
+        " smaller group; default: all of it",
+        least=2,
     )
     smoothing: float = option(0.1, "label smoothing", least=0, most=1)
     soft_targets: str = option(
