@@ -131,6 +131,15 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def poison_gpu() -> Iterator[None]:
+    """The same beside products of cuBLAS, which are deterministic only by a setting of the environment."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ImageNet-layout tree: 3 classes, 12 + 5 images each, of differing sizes. Do not write into it."""

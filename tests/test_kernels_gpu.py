@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from vimfast_kernels.conv.reference import conv_silu
 from vimfast_kernels.norm.reference import add_layer_norm, add_rms_norm
 from vimfast_kernels.scan import reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_gpu")]
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -33,15 +33,6 @@ from vimfast_kernels.tuning import CHOICES, DEFAULT  # noqa: E402
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Below these a difference is that of the order of a sum, not of precision.
 NOISE = {BF16: 2e-4, FP16: 5e-5, FP32: 2e-6}
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Every torch.empty is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def relative(x: Tensor, exact: Tensor) -> float:

@@ -1,4 +1,7 @@
-"""The convolution's backward kernel for gradients that are a sum with a product, made on the tensor cores, in Gluon."""
+"""The convolution's backward kernel for gradients that are a sum with a product, made on the tensor cores, in Gluon.
+
+The taps' arithmetic is that of `device.py`: functions of Gluon and of Triton cannot call each other.
+"""
 
 # Device functions are written in Gluon's own dialect, which knows no annotations beyond constexpr, nor starred tuples.
 # ruff: noqa: RET505, RUF005
