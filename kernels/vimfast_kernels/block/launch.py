@@ -209,11 +209,8 @@ def _block_grad(
     if asked.out_weight is not None:
         dout_weight = sum_of_products(dout, gated.view(1, rows, d))[0]
     del gated
-    du, dflat = du.view(2, rows, d), dx_dbl.view(2, rows, -1)
-    dx_weight = sum_of_products(dflat, u.view(2, rows, d))
-    dconv = conv.launch_backward_of_sum(
-        du.view_as(u), dx_dbl, w.x_weight, x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d]
-    )
+    dx_weight = sum_of_products(dx_dbl.view(2, rows, -1), u.view(2, rows, d))
+    dconv = conv.launch_backward_of_sum(du, dx_dbl, w.x_weight, x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])
     del u, du
     dnormed = _project(dxz, w.in_weight)
     normed = None if asked.in_weight is None else torch.empty_like(dnormed)
