@@ -18,13 +18,16 @@ from vimfast_kernels import tuning  # noqa: E402
 from vimfast_kernels.conv.device_backward import conv_backward_of_sum  # noqa: E402
 from vimfast_kernels.scan import launch  # noqa: E402
 
-FP32 = {"a_ptr", "skip_ptr", "bias_ptr", "dbc_ptr", "dparam_ptr", "taps_ptr", "partial_ptr"}
+FP32 = {"a_ptr", "skip_ptr", "bias_ptr", "dbc_ptr", "dscale_ptr", "dparam_ptr", "taps_ptr", "partial_ptr"}
 # The rank of the time steps, those of Tiny, Small and Base; 0: they are given.
 RANKS = {80: 24, 86: 0, 89: 16, 90: 16, 100: 48}
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one program may have
 
 
-def compiled(kernel: Any, arch: int, element: str, num_warps: int, **constants: Any) -> Any:
+def compiled(
+    kernel: Any, arch: int, element: str, num_warps: int, other: dict[str, str] | None = None, **constants: Any
+) -> Any:
+    """Pointers are to `element`, those of FP32 to fp32; but `other` has elements by name."""
     state = "bf16" if element == "bf16" else "fp32"
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -32,7 +35,8 @@ def compiled(kernel: Any, arch: int, element: str, num_warps: int, **constants: 
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            signature[name] = "*" + ("fp32" if name in FP32 else state if name == "state_ptr" else element)
+            usual = "fp32" if name in FP32 else state if name == "state_ptr" else element
+            signature[name] = "*" + (other or {}).get(name, usual)
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
         if name not in ("length", "scale", "sequences", "segment"):
@@ -85,7 +89,8 @@ def test_scan_compiles(arch: int, element: str, n: int, directions: int) -> None
         for choice in tuning.CHOICES[name] if n == 16 else tuning.CHOICES[name][:1]:
             program = shape_of(launch.backward_program, name, choice, dtype, n, sums)
             warps = program["WARPS"]
-            backward = compiled(launch.scan_backward, arch, element, warps, OUT=True, **program, **constants)
+            other = {"dbc_ptr": "fp16"} if program["PRODUCTS"] else {}
+            backward = compiled(launch.scan_backward, arch, element, warps, other, OUT=True, **program, **constants)
             assert 0 < backward.metadata.shared <= SHARED_MEMORY[arch] * 1024
             states_a_thread = program["BD"] // warps * n // 32
             assert backward.asm["ptx"].count("ex2.approx") >= 2 * program["UNROLL"] * states_a_thread

@@ -27,7 +27,13 @@ from vimfast_kernels.block.weights import unflatten  # noqa: E402
 from vimfast_kernels.conv.launch import causal_conv_silu, launch_backward_of_sum  # noqa: E402
 from vimfast_kernels.norm.launch import add_norm  # noqa: E402
 from vimfast_kernels.scan import launch as scan_launch  # noqa: E402
-from vimfast_kernels.scan.launch import Inputs, launch_backward, launch_forward, selective_scan  # noqa: E402
+from vimfast_kernels.scan.launch import (  # noqa: E402
+    Inputs,
+    StateGradients,
+    launch_backward,
+    launch_forward,
+    selective_scan,
+)
 from vimfast_kernels.tuning import CHOICES, DEFAULT  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -245,18 +251,45 @@ def test_gradients_of_projections(rows: int, d: int, rank: int, partials: int, d
     on = {"device": "cuda", "dtype": dtype}
     ddelta, weight = torch.randn(2, 1, rows, d, **on), torch.randn(2, d, rank, **on)
     x_dbl, dstates = torch.randn(2, 1, rows, rank + 32, **on), torch.randn(partials, 2, 1, rows, 32, device="cuda")
+    scales = None
+    exact = dstates.double()
+    if dtype == BF16:
+        dstates, scales = dstates.half(), 2.0 ** torch.randint(-20, 20, dstates.shape[:-1], device="cuda")
+        exact = dstates.double() * scales[..., None].double()
+    shares = StateGradients(dstates, scales)
     results = []
     for _ in range(2):
         dx_dbl = torch.empty_like(x_dbl)
-        results.append((projection_gradients(ddelta, weight, x_dbl, dstates, dx_dbl).sum(1), dx_dbl))
+        results.append((projection_gradients(ddelta, weight, x_dbl, shares, dx_dbl).sum(1), dx_dbl))
     (dweight, dx_dbl), again = results
     assert torch.equal(dweight, again[0])
     assert torch.equal(dx_dbl, again[1])
     rounding = {BF16: 2.5e-3, FP16: 3e-4, FP32: 2e-6}[dtype]
     dlow, states = dx_dbl[:, 0].split([rank, 32], -1)
     assert relative(dlow, ddelta[:, 0].double() @ weight.double()) < rounding
-    assert relative(states, dstates[:, :, 0].double().sum(0)) < rounding
+    assert relative(states, exact.sum(0)[:, 0]) < rounding
     assert relative(dweight, ddelta[:, 0].double().transpose(1, 2) @ x_dbl[:, 0, :, :rank].double()) < 2e-6
+
+
+@pytest.mark.parametrize("power", [-60, -20, 20, 60])
+def test_gradients_of_any_size_keep_their_bits(power: int) -> None:
+    """Sums of dB and dC travel as fp16, each row scaled by itself."""
+    inputs, grad = scan_inputs(2, 2, 197, 96, 16, BF16)
+    plain, scaled = (run(selective_scan, inputs, [g]) for g in (grad, grad * 2.0**power))
+    for a, b in zip(plain[1:], scaled[1:], strict=True):
+        assert torch.equal(a * 2.0**power, b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_of_states_stay_non_finite(value: float) -> None:
+    inputs, grad = scan_inputs(1, 1, 197, 96, 16, BF16)
+    grad[0, 100, 5] = value
+    grads = run(lambda *v: selective_scan(*v, reverse=[False]), inputs, [grad])
+    dB, dC = grads[4], grads[5]
+    assert not dC[0, 0, 100].isfinite().any()
+    assert not dB[0, 0, 60:101].isfinite().any()
+    assert dB[0, 0, 101:].isfinite().all()
+    assert dC[0, 0, 101:].isfinite().all()
 
 
 def test_scan_without_gradients_is_the_same() -> None:

@@ -63,6 +63,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
             "D": 384,
             "RANK": 16,
             "COLUMNS": 16,
+            "sums_ptr": "*fp16",
             "STATES": 32,
             "PARTIALS": 6,
             **STEP,
@@ -72,6 +73,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         scan.sum_partials,
         {
             **dict.fromkeys(("db_ptr", "dc_ptr"), BF16),
+            "dscale_ptr": None,
             "D": 384,
             "N": 16,
             "PARTIALS": 6,

@@ -22,6 +22,7 @@ from vimfast_kernels.norm.reference import add_layer_norm, add_rms_norm
 from vimfast_kernels.product.launch import multiply
 from vimfast_kernels.scan import launch as scan_launch
 from vimfast_kernels.scan import reference
+from vimfast_kernels.scan.launch import StateGradients
 
 Op = Callable[..., Any]
 A_LOGS = (7, 14)  # places in `flatten`
@@ -118,16 +119,25 @@ def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
     return wrong + relative(got.A, -torch.exp(both(lambda way: way.A_log, torch.float64)))
 
 
-def gradients_of_projections(rows: int, d: int, rank: int, parts: int, partials: int) -> float:
+def state_gradients(*shape: int, scaled: bool) -> tuple[StateGradients, Tensor]:
+    """(dB and dC of blocks of channels [blocks, ..., 2 n], their sums in float64)."""
+    sums = torch.randn(shape)
+    if not scaled:
+        return StateGradients(sums, None), sums.double().sum(0)
+    sums, scales = sums.half(), 2.0 ** torch.randint(-40, 40, shape[:-1])
+    return StateGradients(sums, scales), (sums.double() * scales[..., None].double()).sum(0)
+
+
+def gradients_of_projections(rows: int, d: int, rank: int, parts: int, partials: int, scaled: bool = False) -> float:
     """Of time steps, to their factors and weights, and the sums of B's and C's."""
     ddelta, x_dbl = torch.randn(2, rows, d), torch.randn(2, rows, rank + 32)
     weight, pieces, dx_dbl = torch.randn(2, d, rank), torch.empty(2, parts, d, rank), torch.empty(2, rows, rank + 32)
-    dstates = torch.randn(partials, 2, rows, 32)
+    dstates, exact_states = state_gradients(partials, 2, rows, 32, scaled=scaled)
     step_gradients[(parts, 2)](
-        ddelta, x_dbl, weight, dstates, dx_dbl, pieces, rows, D=d, RANK=rank,
+        ddelta, x_dbl, weight, *dstates, dx_dbl, pieces, rows, D=d, RANK=rank,
         COLUMNS=max(16, triton.next_power_of_2(rank)), STATES=32, PARTIALS=partials, ROWS=32, CHANNELS=64,
     )  # fmt: skip
-    exact = torch.cat([ddelta.double() @ weight.double(), dstates.double().sum(0)], -1)
+    exact = torch.cat([ddelta.double() @ weight.double(), exact_states], -1)
     if not partials:
         assert dx_dbl[..., rank:].isnan().all()
         dx_dbl[..., rank:] = 0
@@ -135,9 +145,10 @@ def gradients_of_projections(rows: int, d: int, rank: int, parts: int, partials:
     return max(relative(pieces.sum(1), dweight), relative(dx_dbl, exact))
 
 
-def sums_of_partials(blocks: int, b: int, length: int, d: int, n: int) -> float:
+def sums_of_partials(blocks: int, b: int, length: int, d: int, n: int, scaled: bool = False) -> float:
     """Of the scan's backward programs: dB and dC in rows of a larger array, and the gradients of parameters."""
-    dstates, dparameters = torch.randn(blocks, 2, b, length, 2 * n), torch.randn(2, b, d * (n + 2))
+    dstates, exact_states = state_gradients(blocks, 2, b, length, 2 * n, scaled=scaled)
+    dparameters = torch.randn(2, b, d * (n + 2))
     rows, grads = torch.empty(2, b, length, 2 * n + 8), (torch.empty(2, d, n), torch.empty(2, d), torch.empty(2, d))
     dB, dC = rows[..., 8:].chunk(2, -1)
     scan_launch.sum_partials(dstates, dB, dC, dparameters, grads)
@@ -147,7 +158,7 @@ def sums_of_partials(blocks: int, b: int, length: int, d: int, n: int) -> float:
     assert rows[..., :8].isnan().all()
     exact = dparameters.double().sum(1).split([d * n, d, d], -1)
     errors = [relative(x.flatten(1), y) for x, y in zip(grads, exact, strict=True)]
-    return max(relative(rows[..., 8:], dstates.double().sum(0)), *errors)
+    return max(relative(rows[..., 8:], exact_states), *errors)
 
 
 def split_product(batches: int, m: int, n: int, k: int, turned: bool, add: bool, bias: bool = False) -> float:
@@ -199,7 +210,8 @@ def backward_by_reference(dout, inputs, y, _, dz, out):  # type: ignore[no-untyp
     share = torch.zeros(dout.shape[0], 1)
     share[0] = 2
     share[-1] -= 1
-    return du, ddelta, torch.stack([2 * dstates, -dstates]), share * torch.cat([dA.flatten(1), dD, dbias], -1)[:, None]
+    partials = StateGradients(torch.stack([2 * dstates, -dstates]), None)
+    return du, ddelta, partials, share * torch.cat([dA.flatten(1), dD, dbias], -1)[:, None]
 
 
 def blocks(
@@ -284,9 +296,11 @@ def main() -> None:
         "product of few": split_product(1, 3, 12, 17, False, False),
         "special values": split_special_values(),
         "gradients of projections": gradients_of_projections(77, 96, 16, 2, 2),
+        "gradients of projections, scaled sums": gradients_of_projections(77, 96, 16, 2, 3, scaled=True),
         "gradients of few projections": gradients_of_projections(5, 48, 40, 3, 1),
         "gradients of projections, states summed before": gradients_of_projections(33, 32, 8, 2, 0),
         "sums of partial gradients": sums_of_partials(6, 3, 7, 48, 16),
+        "scaled sums of partial gradients": sums_of_partials(3, 3, 7, 48, 16, scaled=True),
         "sums of few partial gradients": sums_of_partials(1, 1, 1, 16, 8),
     }
     print(json.dumps(errors))

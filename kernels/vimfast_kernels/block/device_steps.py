@@ -8,25 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_partials(states_ptr, at, all_rows, inside, PARTIALS: tl.constexpr, STATES: tl.constexpr):
-    """Rows of each block's share of dB and dC."""
-    n = tl.arange(0, STATES)[None, :]
-    parts = ()
-    for i in tl.static_range(PARTIALS):
-        parts = parts + (tl.load(states_ptr + (i * all_rows + at) * STATES + n, mask=inside, other=0.0),)
-    return parts
+from vimfast_kernels.scan.device_backward import add_partials, load_partials
 
 
 @triton.jit(do_not_specialize=["rows"])
 def step_gradients(
-    ddelta_ptr, low_ptr, weight_ptr, states_ptr, dx_dbl_ptr, pieces_ptr, rows,
+    ddelta_ptr, low_ptr, weight_ptr, sums_ptr, scales_ptr, dx_dbl_ptr, pieces_ptr, rows,
     D: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr, PARTIALS: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx_dbl = (ddelta weight | sum of the PARTIALS of states, if any), and this program's share of ddelta^T low, with
-    ddelta [., rows, D] read once.
+    """dx_dbl = (ddelta weight | sum of the PARTIALS of dB and dC, if any), and this program's share of ddelta^T low,
+    with ddelta [., rows, D] read once.
 
     Rows of low are RANK + STATES apart, as those of dx_dbl. COLUMNS is RANK up to a power of two.
     """
@@ -43,16 +35,14 @@ def step_gradients(
         weight = weight_ptr + (direction * D + channel)[:, None] * RANK + k
         weights = weights + (tl.load(weight, mask=(channel < D)[:, None] & (k < RANK), other=0.0),)
         totals = totals + (tl.zeros((CHANNELS, COLUMNS), tl.float32),)
-    row = part * ROWS + tl.arange(0, ROWS)[:, None]
-    at = (direction * rows + row).to(tl.int64)
-    ahead = _load_partials(states_ptr, at, all_rows, row < rows, PARTIALS, STATES)
+    own = direction * rows + tl.arange(0, ROWS)
+    ahead = load_partials(sums_ptr, scales_ptr, own + part * ROWS, all_rows, STATES, PARTIALS)
     for start in tl.range(part * ROWS, rows, parts * ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         inside = row < rows
         at = (direction * rows + row).to(tl.int64)
         partials = ahead  # loaded a turn early: the compiler only does so for what products read
-        after = parts * ROWS
-        ahead = _load_partials(states_ptr, at + after, all_rows, row + after < rows, PARTIALS, STATES)
+        ahead = load_partials(sums_ptr, scales_ptr, own + start + parts * ROWS, all_rows, STATES, PARTIALS)
         low = tl.load(low_ptr + at * STRIDE + k, mask=inside & (k < RANK), other=0.0)
         dlow = tl.zeros((ROWS, COLUMNS), tl.float32)
         sums = ()
@@ -65,9 +55,7 @@ def step_gradients(
         element = dx_dbl_ptr.dtype.element_ty
         tl.store(dx_dbl_ptr + at * STRIDE + k, dlow.to(element), mask=inside & (k < RANK))
         if PARTIALS > 0:
-            dstates = partials[0]
-            for i in tl.static_range(1, PARTIALS):
-                dstates += partials[i]
+            dstates = add_partials(partials, PARTIALS)
             tl.store(dx_dbl_ptr + at * STRIDE + RANK + n, dstates.to(element), mask=inside)
     for i in tl.static_range((D + CHANNELS - 1) // CHANNELS):
         channel = i * CHANNELS + tl.arange(0, CHANNELS)

@@ -27,7 +27,7 @@ NARROW_STEPS = {"ROWS": 32, "CHANNELS": 64, "num_warps": 4, "num_stages": 3}
 NARROW_ENTRIES = 384 * 16
 WIDE_STEPS = {"ROWS": 16, "CHANNELS": 128, "num_warps": 8, "num_stages": 3}
 WIDE_ENTRIES = 768 * 32
-MOST_PARTIALS = 48  # of dB and dC that a thread of such a program loads at a time
+MOST_PARTIALS = 48  # 32-bit words of dB and dC that a thread of such a program loads at a time
 
 _DIRECTION = (
     "Tensor conv_weight{0}, Tensor? conv_bias{0}, Tensor x_weight{0}, Tensor dt_weight{0}, Tensor dt_bias{0},"
@@ -144,18 +144,21 @@ def _step_program(ddelta: Tensor, columns: int) -> dict[str, int] | None:
     return NARROW_STEPS if entries <= NARROW_ENTRIES else WIDE_STEPS
 
 
-def projection_gradients(ddelta: Tensor, weight: Tensor, x_dbl: Tensor, dstates: Tensor, dx_dbl: Tensor) -> Tensor:
+def projection_gradients(
+    ddelta: Tensor, weight: Tensor, x_dbl: Tensor, dstates: scan.StateGradients, dx_dbl: Tensor
+) -> Tensor:
     """Writes dx_dbl [k, b, L, P + 2 N] and returns pieces [k, parts, d, P], fp32, whose sum is ddelta^T x_dbl[..., :P].
 
-    dx_dbl's columns are ddelta weight, of ddelta [k, b, L, d] and weight [k, d, P], and the sum of dstates
-    [blocks, k, b, L, 2 N]. x_dbl and dx_dbl are contiguous; ddelta is read once.
+    dx_dbl's columns are ddelta weight, of ddelta [k, b, L, d] and weight [k, d, P], and the sum of dstates. x_dbl and
+    dx_dbl are contiguous; ddelta is read once.
     """
     k, b, length, d = ddelta.shape
-    rows, rank, states = b * length, weight.shape[2], dstates.shape[4]
+    rows, rank = b * length, weight.shape[2]
+    partials, *_, states = dstates.sums.shape
     columns = max(16, triton.next_power_of_2(rank))
     program = _step_program(ddelta, columns)
-    partials = len(dstates)
-    if program is None or partials * states * program["ROWS"] > MOST_PARTIALS * 32 * program["num_warps"]:
+    words = partials * states * dstates.sums.element_size() // 4
+    if program is None or words * program["ROWS"] > MOST_PARTIALS * 32 * program["num_warps"]:
         partials = 0
         dB, dC = dx_dbl[..., rank:].chunk(2, dim=-1)
         scan.sum_partials(dstates, dB, dC)
@@ -168,7 +171,7 @@ def projection_gradients(ddelta: Tensor, weight: Tensor, x_dbl: Tensor, dstates:
     parts = min(max(1, at_once * multiprocessors(ddelta.device) // k), triton.cdiv(rows, program["ROWS"]))
     pieces = torch.empty(k, parts, d, rank, device=ddelta.device)
     step_gradients[(parts, k)](
-        ddelta, x_dbl, weight, dstates, dx_dbl, pieces, rows,
+        ddelta, x_dbl, weight, *dstates, dx_dbl, pieces, rows,
         D=d, RANK=rank, COLUMNS=columns, STATES=states, PARTIALS=partials, **program,
     )  # fmt: skip
     return pieces

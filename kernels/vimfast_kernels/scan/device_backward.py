@@ -183,10 +183,24 @@ def _own(v, BD: gl.constexpr, WARPS: gl.constexpr, TWO_LANES: gl.constexpr):
         return v
 
 
+@gluon.jit
+def _to_half(v):
+    """(fp16 w, fp32 powers of two s [rows]) of fp32 v [rows, columns], with v = s w: a row's largest magnitude lies
+    between 2^14 and 2^15 in w.
+
+    s is normal, and so is 1 / s: below 2^-112, w is smaller. What is 2^29 times smaller than its row's largest loses
+    bits. NaN and infinities, as bits the largest of all, stay what they are.
+    """
+    largest = gl.max(v.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    exponent = gl.minimum(gl.maximum(largest & 0x7F800000, 15 << 23), 254 << 23) - (14 << 23)
+    inverse = ((254 << 23) - exponent).to(gl.float32, bitcast=True)
+    return (v * gl.expand_dims(inverse, 1)).to(gl.float16), exponent.to(gl.float32, bitcast=True)
+
+
 @gluon.jit(do_not_specialize=["length"])
 def scan_backward(
     x_ptr, dt_ptr, w_ptr, b_ptr, c_ptr, z_ptr, a_ptr, skip_ptr, bias_ptr, y_ptr, state_ptr, dout_ptr,
-    dx_ptr, ddt_ptr, dz_ptr, out_ptr, dbc_ptr, dparam_ptr,
+    dx_ptr, ddt_ptr, dz_ptr, out_ptr, dbc_ptr, dscale_ptr, dparam_ptr,
     length, scale,
     x_dir, x_batch, x_time, dt_dir, dt_batch, dt_time, b_dir, b_batch, b_time, c_dir, c_batch, c_time,
     z_batch, z_time, dout_batch, dout_time, dz_batch, dz_time, out_batch, out_time,
@@ -247,14 +261,15 @@ def scan_backward(
     GROUP: gl.constexpr = 4 if TENSOR_CORES else 1  # steps whose sums over channels are made together
     gl.static_assert(PRODUCTS or UNROLL % GROUP == 0)  # else sums would be lost
     SUM: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
-    SUM_ALL: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
-    SUM_SHAPE: gl.constexpr = [CHUNK // GROUP, WARPS, GROUP, N]
-    BY_WARP: gl.constexpr = [CHUNK // GROUP, GROUP, WARPS, WIDTH]
-    BY_WARP_X: gl.constexpr = [2 * CHUNK // GROUP, GROUP, WARPS, WIDTH]
+    SUM_ALL: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[4, 3, 2, 1, 0])
+    GROUPS: gl.constexpr = CHUNK // GROUP
+    BY_WARP: gl.constexpr = [GROUPS, GROUP, WARPS, WIDTH]
+    BY_WARP_X: gl.constexpr = [2 * GROUPS, GROUP, WARPS, WIDTH]
+    # dB's sums, then dC's; a warp takes whole groups of steps, a thread four states.
     SUM_TILE: gl.constexpr = gl.BlockedLayout(
-        [1, WARPS, 1, 4], [128 // N // GROUP, 1, GROUP, N // 4], [1, 1, 1, WARPS], [3, 2, 1, 0]
+        [1, 1, WARPS, 1, 4], [2, 64 // N // GROUP, 1, GROUP, N // 4], [1, WARPS, 1, 1, 1], [4, 0, 3, 1, 2]
     )
-    SUM_ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, WARPS], [1, 0])
+    SUM_ROWS: gl.constexpr = gl.BlockedLayout([1, 4], [64 // N, N // 2], [WARPS, 1], [1, 0])
     # The factors of the time steps, 16 columns at a time; no two of the eight rows read at once lie in the same banks.
     LOW: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 16, 2], [WARPS, 1, 1], [2, 1, 0])
     LOW_ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, order=[2, 1, 0])
@@ -318,7 +333,8 @@ def scan_backward(
     dz_base = dz_ptr + batch64 * dz_batch + tile_ch
     out_base = out_ptr + batch64 * out_batch + tile_ch
     # Partial sums of dB and dC, one row for each block of channels
-    dbc_base = dbc_ptr + (gl.program_id(0) * DIRS * gl.num_programs(1) + line) * length * (2 * N)
+    SCALED: gl.constexpr = dbc_ptr.dtype.element_ty == gl.float16
+    sums_at = (gl.program_id(0) * DIRS * gl.num_programs(1) + line) * length
     chunks = gl.cdiv(length, CHUNK)
     state_at = state_ptr + (line * chunks * D + first) * N
     # The gate's gradient needs the sum of both directions, which forward kept: each direction does its half.
@@ -340,8 +356,7 @@ def scan_backward(
     for i in gl.static_range(UNROLL):
         s_h = s_h + (gl.allocate_shared_memory(KEEP, [SLOTS[min(i, 1)], WARPS, CPT, LANE_ROWS, N], HISTORY),)
     s_kept = view_shared(s_h[0].index(CHUNK // UNROLL), HELD_TYPE, WORDS, HISTORY_WORDS)
-    s_db = gl.allocate_shared_memory(gl.float32, SUM_SHAPE, SUM)
-    s_dc = gl.allocate_shared_memory(gl.float32, SUM_SHAPE, SUM)
+    s_sums = gl.allocate_shared_memory(gl.float32, [2 * GROUPS, WARPS, GROUP, N], SUM)
     s_b2 = view_shared(s_b, gl.float32, [CHUNK, N], FLAT)
     s_c2 = view_shared(s_c, gl.float32, [CHUNK, N], FLAT)
     s_delta2 = view_shared(s_delta, gl.float32, [CHUNK, BD], FLAT)
@@ -427,18 +442,18 @@ def scan_backward(
                     if TENSOR_CORES:
                         sums = sums + (_sum_lanes(grad_c, CPT, N_LANES, SVEC, WARPS),)
                         if u1 % GROUP == GROUP - 1:
-                            s_dc.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS))
+                            s_sums.index(GROUPS + u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS))
                             sums = ()
                     else:
-                        s_dc.index(u).store(gl.reshape(gl.sum(grad_c, 0), [1, 1, N]))
+                        s_sums.index(GROUPS + u).store(gl.reshape(gl.sum(grad_c, 0), [1, 1, N]))
             if PRODUCTS or u0 < CHUNK // UNROLL - 1:
                 s_h[0].index(u0 + 1).store(_by_channel(h.to(KEEP), WARPS, LANE_ROWS, CPT, N))
         block_barrier()
         if PRODUCTS:
-            for i in gl.static_range(CHUNK // GROUP):
+            for i in gl.static_range(GROUPS):
                 left = view_shared(s_dy, gl.float32, BY_WARP, SUM).index(i).load(STEPS)
                 columns = _columns(left, CPT, ACC, SPLIT)
-                s_dc.index(i).store(_sum_history(s_h, columns, i * GROUP + 1, UNROLL, ACC, HISTORY_ROWS, N))
+                s_sums.index(GROUPS + i).store(_sum_history(s_h, columns, i * GROUP + 1, UNROLL, ACC, HISTORY_ROWS, N))
 
         if c > 0:  # the next chunk is on its way while the sweep goes back
             copy_async(s_kept, kept_base + (c - 1) * KEPT_CHUNK, mask=kept_mask)
@@ -479,10 +494,10 @@ def scan_backward(
                     if TENSOR_CORES:
                         sums = (_sum_lanes(grad_b, CPT, N_LANES, SVEC, WARPS),) + sums
                         if u1 % GROUP == GROUP - 1:
-                            s_db.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS))
+                            s_sums.index(u // GROUP).store(_sum_warps(sums, N_LANES, SVEC, WARPS))
                             sums = ()
                     else:
-                        s_db.index(u).store(gl.reshape(gl.sum(grad_b, 0), [1, 1, N]))
+                        s_sums.index(u).store(gl.reshape(gl.sum(grad_b, 0), [1, 1, N]))
                 g = gl.exp2(gl.expand_dims(delta, 1) * a) * gh
                 gu = g * _states(gl.permute(held, (0, 2, 1, 3)), STATE, BD, N)
                 da += gl.expand_dims(delta, 1) * gu
@@ -498,20 +513,24 @@ def scan_backward(
                 gl.store(dx_base + t * D, (delta1 * gb + dy1 * skip).to(ELEM), mask=mask)
                 gl.store(ddt_base + t * D, ddt.to(ELEM), mask=mask)
         if PRODUCTS:
-            for i in gl.static_range(CHUNK // GROUP):
+            for i in gl.static_range(GROUPS):
                 left = view_shared(s_delta, gl.float32, BY_WARP, SUM).index(i).load(STEPS)
-                right = view_shared(s_x, ELEM, BY_WARP_X, SUM).index(c % 2 * (CHUNK // GROUP) + i).load(STEPS)
+                right = view_shared(s_x, ELEM, BY_WARP_X, SUM).index(c % 2 * GROUPS + i).load(STEPS)
                 columns = _columns(left * right.to(gl.float32), CPT, ACC, SPLIT)
-                s_db.index(i).store(_sum_history(s_h, columns, i * GROUP, UNROLL, ACC, HISTORY_ROWS, N))
+                s_sums.index(i).store(_sum_history(s_h, columns, i * GROUP, UNROLL, ACC, HISTORY_ROWS, N))
         block_barrier()
 
         # dB and dC of the chunk
-        db_rows = gl.reshape(gl.sum(view_shared(s_db, gl.float32, SUM_SHAPE, SUM_ALL).load(SUM_TILE), 1), [CHUNK, N])
-        dc_rows = gl.reshape(gl.sum(view_shared(s_dc, gl.float32, SUM_SHAPE, SUM_ALL).load(SUM_TILE), 1), [CHUNK, N])
+        of_warps = view_shared(s_sums, gl.float32, [2, GROUPS, WARPS, GROUP, N], SUM_ALL).load(SUM_TILE)
+        sums = gl.reshape(gl.permute(gl.sum(of_warps, 2), (1, 2, 0, 3)), [CHUNK, 2 * N])
+        sums = gl.convert_layout(sums, SUM_ROWS, assert_trivial=True)
+        if SCALED:
+            sums, scales = _to_half(sums)
+            step = c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, SUM_ROWS))
+            gl.store(dscale_ptr + sums_at + time_of(step, walk, length), scales, mask=step < length)
         step = c * CHUNK + axis(0, 0, CHUNK, SUM_ROWS)
-        dbc_at = dbc_base + time_of(step, walk, length) * (2 * N) + axis(1, 0, N, SUM_ROWS)
-        gl.store(dbc_at, gl.convert_layout(db_rows, SUM_ROWS, assert_trivial=True), mask=step < length)
-        gl.store(dbc_at + N, gl.convert_layout(dc_rows, SUM_ROWS, assert_trivial=True), mask=step < length)
+        at = (sums_at + time_of(step, walk, length)) * (2 * N) + axis(1, 0, 2 * N, SUM_ROWS)
+        gl.store(dbc_ptr + at, sums, mask=step < length)
 
     param_at = dparam_ptr + line * (D * (N + 2))
     gl.store(param_at + state_off, da, mask=state_mask)
@@ -520,16 +539,44 @@ def scan_backward(
 
 
 @triton.jit
+def load_partials(sums_ptr, scales_ptr, row, rows, COLUMNS: tl.constexpr, PARTIALS: tl.constexpr):
+    """Some rows [R], zeros beyond the last, of each of the PARTIALS arrays [rows, COLUMNS] that blocks of channels
+    left: so many [R, COLUMNS], and where they are scaled as many scales [R] after them."""
+    row = row.to(tl.int64)
+    inside = row < rows
+    column = tl.arange(0, COLUMNS)[None, :]
+    sums, scales = (), ()
+    for i in tl.static_range(PARTIALS):
+        at = i * rows.to(tl.int64) + row
+        sums = sums + (tl.load(sums_ptr + at[:, None] * COLUMNS + column, mask=inside[:, None], other=0.0),)
+        if scales_ptr is not None:  # as [R, 1] each thread would load it once for each of its columns
+            scales = scales + (tl.load(scales_ptr + at, mask=inside, other=0.0),)
+    return sums + scales
+
+
+@triton.jit
+def add_partials(loaded, PARTIALS: tl.constexpr):
+    """Their sum, fp32 [R, COLUMNS], in the order of the blocks."""
+    total = None
+    for i in tl.static_range(PARTIALS):
+        share = loaded[i].to(tl.float32)
+        if len(loaded) > PARTIALS:
+            share *= loaded[PARTIALS + i][:, None]
+        total = share if i == 0 else total + share
+    return total
+
+
+@triton.jit
 def _sum_blocks(
-    program, dbc_ptr, db_ptr, dc_ptr, rows, db_row, dc_row, N: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr
+    program, dbc_ptr, dscale_ptr, db_ptr, dc_ptr, rows, db_row, dc_row,
+    N: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dB and dC of ROWS times: sums over the blocks of channels."""
-    row = (program * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = program * ROWS + tl.arange(0, ROWS)
+    total = add_partials(load_partials(dbc_ptr, dscale_ptr, row, rows, 2 * N, PARTIALS), PARTIALS)
+    row = row.to(tl.int64)[:, None]
     n = tl.arange(0, 2 * N)[None, :]
     inside = row < rows
-    total = tl.zeros((ROWS, 2 * N), tl.float32)
-    for i in tl.static_range(PARTIALS):
-        total += tl.load(dbc_ptr + (i * rows.to(tl.int64) + row) * (2 * N) + n, mask=inside, other=0.0)
     tl.store(db_ptr + row * db_row + n, total.to(db_ptr.dtype.element_ty), mask=inside & (n < N))
     tl.store(dc_ptr + row * dc_row + n - N, total.to(dc_ptr.dtype.element_ty), mask=inside & (n >= N))
 
@@ -560,13 +607,15 @@ def _sum_batch(
 
 @triton.jit(do_not_specialize=["rows", "batches", "batch_programs"])
 def sum_partials(
-    dbc_ptr, db_ptr, dc_ptr, dparam_ptr, da_ptr, dskip_ptr, dbias_ptr, rows, batches, batch_programs, db_row, dc_row,
+    dbc_ptr, dscale_ptr, db_ptr, dc_ptr, dparam_ptr, da_ptr, dskip_ptr, dbias_ptr, rows, batches, batch_programs,
+    db_row, dc_row,
     D: tl.constexpr, N: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BATCHES: tl.constexpr,
 ):  # fmt: skip
     """What the programs of the backward pass left, in one launch; the long sums, over the batch, come first."""
     program = tl.program_id(0)
     if program >= batch_programs:
-        _sum_blocks(program - batch_programs, dbc_ptr, db_ptr, dc_ptr, rows, db_row, dc_row, N, PARTIALS, ROWS)
+        block = program - batch_programs
+        _sum_blocks(block, dbc_ptr, dscale_ptr, db_ptr, dc_ptr, rows, db_row, dc_row, N, PARTIALS, ROWS)
     elif D > 0:
         _sum_batch(program, dparam_ptr, da_ptr, dskip_ptr, dbias_ptr, batches, D, N, COLUMNS, BATCHES)

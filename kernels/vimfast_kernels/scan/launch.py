@@ -63,6 +63,13 @@ class Inputs(NamedTuple):
     dt_weight: Tensor | None = None  # [k, d, P]: dt_weight delta_t takes the place of delta_t
 
 
+class StateGradients(NamedTuple):
+    """dB and dC as the programs of the backward pass leave them, to be summed over the blocks of channels."""
+
+    sums: Tensor  # [blocks, k, b, L, 2 N]: dB's N states, then dC's; fp32, or fp16 where there are
+    scales: Tensor | None  # [blocks, k, b, L], fp32 powers of two to multiply each row with
+
+
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides of all but the last dimension, 0 where it has one entry: its stride is arbitrary and never used."""
     return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True))
@@ -174,10 +181,9 @@ def launch_backward_programs(
     states: Tensor,
     dz: Tensor | None,  # [b, L, d], written
     out: Tensor | None = None,  # [b, L, d], forward's output, written again; needs z
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(du, the gradient of the projected time steps [k, b, L, d], and in fp32, as the programs leave it: dB and dC
-    [blocks of channels, k, b, L, 2 N], to be summed over the blocks, and dA, dD, ddelta_bias [k, b, d (N + 2)], to be
-    summed over the batch)."""
+) -> tuple[Tensor, Tensor, StateGradients, Tensor]:
+    """(du, the gradient of the projected time steps [k, b, L, d], and as the programs leave it: dB and dC, and dA, dD,
+    ddelta_bias [k, b, d (N + 2)] in fp32, to be summed over the batch)."""
     inputs = projected(inputs)
     u, delta, A, B, C, D, z, delta_bias, _, scale, dt_weight = inputs
     k, b, length, d = u.shape
@@ -185,11 +191,14 @@ def launch_backward_programs(
     program = backward_program(u.dtype, N, k * b * length, u.device)
     blocks = triton.cdiv(d, program["BD"])
     du, ddelta = u.new_empty(u.shape), u.new_empty(u.shape)
-    dstates, dparameters = A.new_empty(blocks, k, b, length, 2 * N), A.new_empty(k, b, d * (N + 2))
+    scaled = program["PRODUCTS"]
+    sums = A.new_empty(blocks, k, b, length, 2 * N, dtype=torch.float16 if scaled else torch.float32)
+    dstates = StateGradients(sums, A.new_empty(blocks, k, b, length) if scaled else None)
+    dparameters = A.new_empty(k, b, d * (N + 2))
     gate = z is not None
     scan_backward[(blocks, b, k)](
         u, delta, u if dt_weight is None else dt_weight, B, C, z if gate else u, A, D, delta_bias, y, states, dout,
-        du, ddelta, dz if gate else du, du if out is None else out, dstates, dparameters, length, scale,
+        du, ddelta, dz if gate else du, du if out is None else out, *dstates, dparameters, length, scale,
         *_strides(u), *_strides(delta), *_strides(B), *_strides(C), *(_strides(z) if z is not None else (0, 0)),
         *_strides(dout), *(_strides(dz) if dz is not None else (0, 0)), *(_strides(out) if out is not None else (0, 0)),
         OUT=out is not None, **program, **_meta(inputs),
@@ -198,18 +207,18 @@ def launch_backward_programs(
 
 
 def sum_partials(
-    dstates: Tensor,  # [blocks, k, b, L, 2 N]
+    dstates: StateGradients,
     dB: Tensor,  # [k, b, L, N], written; rows are evenly spaced
     dC: Tensor,  # [k, b, L, N], written; rows are evenly spaced
     dparameters: Tensor | None = None,  # [k, b, d (N + 2)]
     sums: Sequence[Tensor] = (),  # dA [k, d, N], dD, ddelta_bias [k, d], written from dparameters
 ) -> None:
     """Adds up what the programs of the backward pass left, in one launch."""
-    blocks, k, b, length, columns = dstates.shape
+    blocks, k, b, length, columns = dstates.sums.shape
     rows, width = k * b * length, 0 if dparameters is None else dparameters.shape[2]
     programs = k * triton.cdiv(width, SUM_COLUMNS)
     sum_partials_kernel[(programs + triton.cdiv(rows, SUM_ROWS),)](
-        dstates, dB, dC, *((dparameters, *sums) if sums else (dstates,) * 4), rows, b, programs,
+        *dstates, dB, dC, *((dparameters, *sums) if sums else (dB,) * 4), rows, b, programs,
         dB.stride(2), dC.stride(2), D=width // (columns // 2 + 2), N=columns // 2, PARTIALS=blocks, ROWS=SUM_ROWS,
         COLUMNS=SUM_COLUMNS, BATCHES=SUM_BATCHES, num_warps=SUM_WARPS,
     )  # fmt: skip
