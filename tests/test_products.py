@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from vimfast_kernels.product import launch
-from vimfast_kernels.product.launch import splits
+from vimfast_kernels.product.launch import parts_of, splits
+from vimfast_kernels.tuning import DEFAULT
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +55,26 @@ def test_not_where_the_user_allows_tf32() -> None:
         assert not splits(x)
         refuse()
         assert splits(x)
+
+
+@pytest.mark.parametrize(
+    ("weight", "parts", "of_fp32"),
+    [
+        ((768, 192), 8, 32),  # Tiny's in_proj, out_proj and both of x_proj: as measured
+        ((192, 384), 16, 32),
+        ((2 * 48, 384), 16, 32),
+        ((1536, 384), 4, 16),  # Small's
+        ((384, 768), 8, 32),
+        ((2 * 56, 768), 8, 32),
+        ((3072, 768), 2, 8),  # Base's
+        ((768, 1536), 4, 16),
+        ((2 * 80, 1536), 8, 32),
+        ((8192, 4096), 1, 2),
+        ((1, 1), 16, 32),
+    ],
+)
+def test_larger_gradients_are_split_into_fewer_products(weight: tuple[int, int], parts: int, of_fp32: int) -> None:
+    """What is left to be summed grows with the weight, and a larger product fills the GPU by itself."""
+    entries = weight[0] * weight[1]
+    assert parts_of(entries, DEFAULT.products) == parts
+    assert parts_of(entries, DEFAULT.products_fp32) == of_fp32

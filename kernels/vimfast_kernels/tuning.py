@@ -58,10 +58,14 @@ class Norm(NamedTuple):
 
 
 class Products(NamedTuple):
-    """A weight's gradient is split over the rows into several products, to fill the GPU."""
+    """A weight's gradient is split over the rows into several products, to fill the GPU, whose results are summed.
 
-    parts: int
-    small: int  # parts of a gradient with fewer than 2^17 entries
+    A program's share of the rows takes a time that falls as 1 / parts, and what the products leave takes one that grows
+    as parts * entries. The sum of both is smallest at a number of parts that is inverse to the square root of entries.
+    """
+
+    side: int  # parts times the side of a square weight
+    most: int  # parts
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "conv_forward": tuple(ConvForward(*v) for v in ((128, 8, 2), (64, 16, 1), (64, 8, 1), (128, 8, 1))),
     "conv_backward": tuple(ConvBackward(*v) for v in ((64, 8, 2), (64, 8, 1), (64, 8, 4), (32, 8, 2))),
     "norm": tuple(Norm(*v) for v in ((1024, 2, 8), (512, 2, 16), (1024, 4, 8), (2048, 4, 8))),
-    "products": tuple(Products(*v) for v in ((8, 16), (8, 8), (4, 8), (16, 16), (32, 32))),
-    "products_fp32": tuple(Products(*v) for v in ((32, 32), (8, 8), (16, 16))),
+    "products": tuple(Products(*v) for v in ((3200, 16), (3200, 8), (1600, 8), (6400, 16), (12800, 32))),
+    "products_fp32": tuple(Products(*v) for v in ((12800, 32), (3200, 8), (6400, 16))),
 }
 DEFAULT = Tuning(**{name: choices[0] for name, choices in CHOICES.items()})
 MEASURED = ((9, 0),)  # compute capabilities whose choices come first

@@ -15,13 +15,12 @@ import triton
 from torch import Tensor
 
 from vimfast_kernels.product.device import product, split
-from vimfast_kernels.tuning import tuning_of
+from vimfast_kernels.tuning import Products, tuning_of
 
 # Compute capabilities on which this was measured. It takes tensor cores that multiply tf32 eight times as fast as the
 # CUDA cores do fp32; on GeForce cards it is twice at most, and three products are slower than one.
 MEASURED = ((9, 0),)
 SHORTEST = 16  # terms of a sum: in shorter ones the terms left out would count, and there is little to gain
-SMALL_GRADIENT = 2**17  # entries of a weight's gradient, below which it is split into more products
 SPLIT = 32  # rows and columns of weights that a program splits
 
 
@@ -101,12 +100,17 @@ def _torchs(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None, add: 
     return torch.bmm(a, w, out=out) if a.dim() == 3 else torch.mm(a, w, out=out)
 
 
+def parts_of(entries: int, choice: Products) -> int:
+    """Into how many products a gradient of so many entries is split: the nearest power of two."""
+    return int(min(choice.most, 2 ** max(0, round(math.log2(choice.side / math.sqrt(entries))))))
+
+
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     """Pieces [k, parts, p, q], fp32, whose sum is a^T b [k, p, q] of a [k, m, p] and b [k, m, q]."""
     k, m, p = a.shape
     tuning = tuning_of(a.device)
     choice = tuning.products_fp32 if a.dtype == torch.float32 else tuning.products
-    parts = math.gcd(m, choice.small if k * p * b.shape[2] < SMALL_GRADIENT else choice.parts)
+    parts = math.gcd(m, parts_of(k * p * b.shape[2], choice))
     a, b = a.view(k * parts, m // parts, p).transpose(1, 2), b.view(k * parts, m // parts, -1)
     pieces = torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
     return pieces.view(k, parts, p, -1)
