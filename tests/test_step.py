@@ -61,7 +61,7 @@ class StandIn:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What TrainStep and Forward capture, without a GPU."""
 
-    def record(step: TrainStep, inputs: tuple[Tensor, Tensor], side: object) -> dict[bool, StandIn]:
+    def record(step: TrainStep, inputs: tuple[Tensor, Tensor]) -> dict[bool, StandIn]:
         found = {}
         for last in [True] if step.accum_steps == 1 else [False, True]:
             found[last] = StandIn(step, lambda last=last: step._forward_backward(*inputs, last))
@@ -69,7 +69,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             step._zero_gradients()
         return found
 
-    def record_forward(forward: Forward, images: Tensor, side: object) -> _Captured:
+    def record_forward(forward: Forward, images: Tensor) -> _Captured:
         own = torch.full_like(images, float("nan"))  # a capture computes nothing
         logits = forward._launch(own)
 
@@ -82,8 +82,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     StandIn.made.clear()
     monkeypatch.setattr(TrainStep, "_record", record)
     monkeypatch.setattr(Forward, "_record", record_forward)
-    for user in ("step", "forward"):
-        monkeypatch.setattr(f"vimfast.train.{user}.side_stream", lambda device: MagicMock())
+    monkeypatch.setattr("vimfast.train.graphs.side_stream", lambda device: MagicMock())
     monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: MagicMock())
     monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: torch.get_rng_state())
@@ -189,10 +188,10 @@ def test_a_run_captures_each_size_where_it_comes(
 
     whole = TrainStep._record
 
-    def fails(step: TrainStep, inputs: tuple[Tensor, Tensor], side: object) -> object:
+    def fails(step: TrainStep, inputs: tuple[Tensor, Tensor]) -> object:
         if len(inputs[0][0, 0]) == 48:
             raise RuntimeError("not permitted")
-        return whole(step, inputs, side)
+        return whole(step, inputs)
 
     monkeypatch.setattr(TrainStep, "_record", fails)
     assert same(launched, train(*flags, stage=stage, hooks=lambda run: [Captures(run)]).model.state_dict())

@@ -16,6 +16,7 @@ from vimfast.config import EmaConfig, OptimConfig
 from vimfast.image_size import ImageSize
 from vimfast.models import create_model
 from vimfast.models.registry import MODELS
+from vimfast.train.graphs import aside, record
 from vimfast.train.optim import build_ema, build_optimizer
 from vimfast.train.step import TrainStep
 
@@ -84,15 +85,9 @@ def inference(subject: Subject, device: torch.device) -> tuple[Run, Run]:
 
     def capture() -> None:
         nonlocal graph
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
+        with aside(device):
             forward()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded, stream=side):
-            forward()
-        graph = recorded
+        graph, _ = record(forward, device)
 
     return run, capture
 

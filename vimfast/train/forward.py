@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vimfast.models.grey import Grey
-from vimfast.train.graphs import Lead, Pool, side_stream
+from vimfast.train.graphs import Lead, Pool, aside, record
 
 
 class _Captured(NamedTuple):
@@ -90,24 +90,21 @@ class Forward:
 
     def _capture(self, images: Tensor) -> None:
         """Where that fails, all batches are launched. Other threads may use the GPU meanwhile."""
-        side = side_stream(images.device)
-        side.wait_stream(torch.cuda.current_stream(images.device))
         try:
-            with torch.cuda.stream(side):
+            with aside(images.device):
                 self._launch(images)  # libraries make their handles, kernels are compiled
-            self._captured = self._record(images, side)
+            self._captured = self._record(images)
         except RuntimeError as error:  # of memory too: what is launched may need less, or says so itself
             self._batch = None
             why = " ".join(str(error).split())
             self._warn(f"evaluation cannot be a CUDA graph ({why[:200]}); --no-cuda-graph avoids this warning")
-        finally:
-            torch.cuda.current_stream(images.device).wait_stream(side)
 
-    def _record(self, images: Tensor, side: torch.cuda.Stream) -> _Captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+    def _record(self, images: Tensor) -> _Captured:
+        def work() -> tuple[Tensor, list[Tensor]]:
             own = torch.empty_like(images)  # in the graph's memory, as all that it leaves
-            logits = self._launch(own)
+            return own, self._launch(own)
+
+        graph, (own, logits) = record(work, images.device, pool=self._pool)
         return _Captured(own, graph, logits)
 
 

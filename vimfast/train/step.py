@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vimfast.train.gradients import GradientSum
-from vimfast.train.graphs import Lead, Pool, side_stream
+from vimfast.train.graphs import Lead, Pool, aside, record
 from vimfast.train.update import Buffers, Health, Update
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # (images, logits, targets) -> scalar
@@ -103,38 +104,37 @@ class TrainStep:
         self._update.prepare()
         random_state = torch.cuda.get_rng_state(images.device)
         self._buffers.keep()
-        side = side_stream(images.device)
-        side.wait_stream(torch.cuda.current_stream(images.device))
         try:
-            with torch.cuda.stream(side):
+            with aside(images.device):
                 for _ in range(WARM_UP):
                     self._clear_gradients()
                     self._forward_backward(*inputs, True)
             torch.cuda.synchronize(images.device)
             self._clear_gradients()
             torch.cuda.empty_cache()  # what warming up took is free for the graph's own pool
-            graphs = self._record(inputs, side)
+            graphs = self._record(inputs)
         except BaseException:
             torch.cuda.synchronize(images.device)
             self._drop_gradients()
             raise
         finally:
-            torch.cuda.current_stream(images.device).wait_stream(side)
             torch.cuda.set_rng_state(random_state, images.device)
             self._buffers.restore()
         self._in_place = _Captured(inputs, graphs, [p.grad for p in self._parameters])
         self._captured[_shape(*inputs)] = self._in_place
 
-    def _record(self, inputs: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> dict[bool, torch.cuda.CUDAGraph]:
+    def _record(self, inputs: tuple[Tensor, Tensor]) -> dict[bool, torch.cuda.CUDAGraph]:
         """The graphs share their memory with all others: they run one after another, and what one leaves, its
         gradients, is used before the next runs."""
+
+        def compute(last: bool) -> Tensor:
+            return self._loss.copy_(self._forward_backward(*inputs, last))
+
         graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         pool = self.pool
         for last in [True] if self.accum_steps == 1 else [False, True]:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                self._loss.copy_(self._forward_backward(*inputs, last))
-            graphs[last], pool = graph, graph.pool()
+            graphs[last], _ = record(functools.partial(compute, last), self._loss.device, pool=pool)
+            pool = graphs[last].pool()
         return graphs
 
     @property
