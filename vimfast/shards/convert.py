@@ -56,7 +56,7 @@ from vimfast.shards.plan import ShardPlan
 from vimfast.shards.stored import Mirror, list_store, mirrored, store_at
 from vimfast.shards.tree import FileList, is_folder, scan_split
 from vimfast.shards.workers import Engine, Processes, report, verify_shards, write_shards
-from vimfast.shards.writer import estimate_bytes, join_rows, read_record, record_path
+from vimfast.shards.writer import estimate_bytes, join_rows, read_record, record_path, unwritable
 from vimfast.stores import is_url, open_store
 
 _IMAGENET = 1_000  # classes
@@ -107,9 +107,7 @@ def _explained(plans: Sequence[ShardPlan], out: Path, mirror: Mirror | None) -> 
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_what_is_kept(plans, out, mirror)) from None
     except OSError as error:
-        raise UserError(
-            f"{error.filename or out} cannot be written ({error.strerror})", "fix that and run again, it resumes"
-        ) from None
+        raise unwritable(error, error.filename or out) from None
 
 
 def _convert(

@@ -54,6 +54,7 @@ from vimfast.shards.writer import (
     read_record,
     read_sources,
     record_path,
+    unwritable,
     write_record,
 )
 
@@ -102,9 +103,7 @@ def index_tars(
             manifest = _index(tars, classes, out, workers, skip_bad)
             write_manifest(out, manifest)
         except OSError as error:
-            raise UserError(
-                f"{error.filename or out} cannot be written ({error.strerror})", "fix that and run again, it resumes"
-            ) from None
+            raise unwritable(error, error.filename or out) from None
     counts = ", ".join(
         f"{counted(entry.samples, f'{split} image')} in {counted(len(entry.shards), 'tar')}"
         for split, entry in manifest.splits.items()

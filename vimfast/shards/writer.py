@@ -128,10 +128,13 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[str], Non
     except _Unwritten:
         pass
     except OSError as error:
-        raise UserError(
-            f"{tar_path} cannot be written ({error.strerror})", "fix that and run again, it resumes"
-        ) from None
+        raise unwritable(error, tar_path) from None
     return record
+
+
+def unwritable(error: OSError, path: Path | str) -> UserError:
+    """What a conversion that cannot write says: what it has written serves the next."""
+    return UserError(f"{path} cannot be written ({error.strerror})", "fix that and run again, it resumes")
 
 
 def dali_index(lines: list[str]) -> bytes:
