@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vimfast import dist
-from vimfast.errors import UserError, duration, lacks_memory
+from vimfast.errors import UserError, counted, duration, lacks_memory
 
 
 @pytest.mark.parametrize(("fix", "sentence"), [("use 1", "it is 0; a; use 1"), (None, "it is 0; a")])
@@ -18,6 +18,11 @@ def test_a_problem_and_its_fix(fix: str | None, sentence: str) -> None:
     error = UserError("it is 0; a", fix)
     for each in (error, pickle.loads(pickle.dumps(error))):
         assert (each.problem, each.fix, str(each)) == ("it is 0; a", fix, sentence)
+
+
+def test_one_is_singular() -> None:
+    said = [counted(number, what) for number in (1, 2000) for what in ("train epoch", "class", "batch")]
+    assert said == ["1 train epoch", "1 class", "1 batch", "2,000 train epochs", "2,000 classes", "2,000 batches"]
 
 
 def test_a_question_ends_its_own_sentence() -> None:

@@ -93,6 +93,7 @@ def test_names_of_any_bytes_and_links(tmp_path: Path) -> None:
         (["train/list.txt"], r"train is empty"),
         (["train/train/n1/a.jpg"], r"holds another train/ .*move it up"),
         (["train/train/n1/a.jpg", "train/val/n1/a.jpg"], r"holds another train/"),
+        (["train/n1/a.tar"], r"no images in the 1 class folder of .*unpack"),
         (["train/n1/a.tar", "train/n2/b.txt"], r"no images in the 2 class folders .*unpack"),
         (["inner/train/n1/a.jpg"], r"did you mean .*inner\?"),
     ],

@@ -42,8 +42,9 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def counted(number: int, what: str) -> str:
-    """``1 image``, ``2,000 images``: for nouns whose plural ends in s, of things or of a kind ("train image")."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
+    """``1 image``, ``2,000 classes``: for nouns whose plural ends in s, of things or of a kind ("train image")."""
+    ending = "es" if what.endswith(("s", "tch")) else "s"
+    return f"{number:,} {what}{ending * (number != 1)}"
 
 
 def in_bytes(count: int) -> str:

@@ -35,7 +35,7 @@ from vimfast.data.files import FilesSource
 from vimfast.data.loader import Loader, LoaderSettings
 from vimfast.data.order import Order
 from vimfast.data.views import Evaluation
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 from vimfast.image_size import ImageSize, SizeLike
 from vimfast.models import create_model
 from vimfast.models.grey import GREY_MEAN, GREY_STD, Grey
@@ -371,7 +371,8 @@ def _class_names(told: Description, outputs: int, origin: str) -> list[str]:
     """The checkpoint's, or those that a model of so many outputs usually has."""
     if told.classes and len(told.classes) != outputs:
         raise UserError(
-            f"{origin} names {len(told.classes)} classes for a model of {outputs} outputs", "use another checkpoint"
+            f"{origin} names {counted(len(told.classes), 'class')} for a model of {counted(outputs, 'output')}",
+            "use another checkpoint",
         )
     if told.classes:
         return list(told.classes)

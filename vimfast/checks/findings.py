@@ -306,7 +306,7 @@ class ClassCheck:
         found, expected = len(self.counts[split]), IMAGENET_CLASSES if is_imagenet else self.expected
         if expected is None or found == expected:
             return
-        what = f"has {found:,} classes, {'ImageNet-1k has' if is_imagenet else '--classes says'} {expected:,}"
+        what = f"has {counted(found, 'class')}, {'ImageNet-1k has' if is_imagenet else '--classes says'} {expected:,}"
         fix = self.fix if found < expected else "move away the folders that are not classes"
         yield self._error(split, "", what, f"{fix}, or pass --classes {found} if that is what you have")
 

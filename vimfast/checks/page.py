@@ -16,7 +16,7 @@ import numpy as np
 from vimfast import __version__
 from vimfast.checks.findings import Finding, Kind, Report
 from vimfast.class_names import english_names
-from vimfast.errors import in_bytes, printable
+from vimfast.errors import counted, in_bytes, printable
 from vimfast.files import atomic_write
 from vimfast.image_size import ImageSize, SizeLike
 from vimfast.pages import Bar, BarChart, render, thumbnail
@@ -142,7 +142,7 @@ def _class_chart(split: str, held: np.ndarray) -> BarChart:
     """How many classes there are of each size; int64 [K]."""
     edges = _edges(int(held.min()), int(held.max()))
     bars = [
-        Bar(left, right, count, f"{_span(left, right - 1)} images: {count:,} classes")
+        Bar(left, right, count, f"{_span(left, right - 1)} images: {counted(count, 'class')}")
         for (left, right), count in _counted(held, edges)
     ]
     return BarChart(f"Classes of {split}, by their images", "images in the class", bars, _middles(bars))
@@ -235,7 +235,12 @@ class SplitPage:
         edges = _edges(int(short.min()), int(np.quantile(short, _TAIL, method="lower")))
         more = " or more" if int(short.max()) >= edges[-1] else ""
         bars = [
-            Bar(left, right, count, f"{_span(left, right - 1)}{more * (right == edges[-1])} pixels: {count:,} images")
+            Bar(
+                left,
+                right,
+                count,
+                f"{_span(left, right - 1)}{more * (right == edges[-1])} pixels: {counted(count, 'image')}",
+            )
             for (left, right), count in _counted(np.minimum(short, edges[-1] - 1), edges)
         ]
         title = f"Images of {self.name}, by their short side"
@@ -251,7 +256,7 @@ class SplitPage:
         most = np.log2(_WIDEST)
         edges = np.linspace(-most, most, _BINS + 2)  # an odd number of bins: squares are in the middle of one
         bars = [
-            Bar(left, right, count, f"{2**left:.2f} to {2**right:.2f}: {count:,} images")
+            Bar(left, right, count, f"{2**left:.2f} to {2**right:.2f}: {counted(count, 'image')}")
             for (left, right), count in _counted(np.clip(ratio, -most, most), edges.tolist())
         ]
         named = ((1, 3), (1, 2), (3, 4), (4, 3), (2, 1), (3, 1))

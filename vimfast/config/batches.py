@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from vimfast.config.choices import AUTO
 from vimfast.config.schema import Config
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 
 
 class Batches(NamedTuple):
@@ -32,7 +32,7 @@ def plan_batches(config: Config, world: int) -> Batches:
         return Batches(most, accum)
     own, rest = divmod(wanted, world)
     if rest or own == 0 or own % accum:
-        parts = f"{world} GPUs" + (f" x {accum} accumulation steps" if accum > 1 else "")
+        parts = counted(world, "GPU") + (f" x {accum} accumulation steps" if accum > 1 else "")
         unit = world * accum
         raise UserError(
             f"--global-batch-size {wanted} cannot be shared out to {parts}; give a multiple of {unit},"

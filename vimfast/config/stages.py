@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vimfast.config.choices import AUTO
 from vimfast.config.schema import Config, Kind, StageConfig, kinds
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 
 MAY_CHANGE = (
     *("input_size", "drop_path", "batch_size", "accum_steps", "global_batch_size", "lr", "repeated_aug"),
@@ -78,7 +78,7 @@ def _spans(stages: Sequence[StageConfig], epochs: int) -> list[range]:
             end = epochs
         if round(end) <= ends[-1]:
             raise UserError(
-                f"stage {number} has none of the {epochs} epochs (--epochs)",
+                f"stage {number} has none of the {counted(epochs, 'epoch')} (--epochs)",
                 "give it more, or train without stages: --stages '[]'",
             )
         ends.append(round(end))

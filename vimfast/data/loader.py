@@ -446,7 +446,7 @@ def _check_fills_a_step(view: View) -> None:
     fix = f"lower --batch-size to at most {per_rank}"
     if not per_rank:
         count = processes or order.samples
-        fix = f"use at most {count} process{'es' * (count > 1)}{'' if processes else ' and --batch-size 1'}"
+        fix = f"use at most {counted(count, 'process')}{'' if processes else ' and --batch-size 1'}"
     raise UserError(
         f"{order.samples} training images do not fill one step of {order.world} x {order.batch_size}; {fix}"
     )

@@ -203,7 +203,8 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
     others = Counter(file_kind(name) for name in rest if not is_image_name(name))
     files = replace(_list(folder, folders, known, others), loose=flat)
     if not len(files):
-        raise UserError(f"no images in the {len(folders)} class folders of {folder}", "unpack the class archives there")
+        where = f"{counted(len(folders), 'class folder')} of {folder}"
+        raise UserError(f"no images in the {where}", "unpack the class archives there")
     return files
 
 

@@ -16,7 +16,7 @@ from vimfast.data.relabelling import numbered, open_mapped
 from vimfast.data.source import Source
 from vimfast.data.views import Evaluation, Stage, Stages, crop_view
 from vimfast.dist import World
-from vimfast.errors import UserError
+from vimfast.errors import UserError, counted
 from vimfast.image_size import ImageSize
 from vimfast.train.continuity import check_classes, check_every_class
 from vimfast.train.report import Reporter
@@ -154,7 +154,7 @@ def _training_order(cfg: Config, source: Source, batches: Batches, world: World,
                 f"an update takes {wanted:,} images (--global-batch-size) and an epoch has {images:,}",
                 f"give --global-batch-size {images} or less",
             )
-        count = f"{order.steps} batch{'es' * (order.steps != 1)}"
+        count = counted(order.steps, "batch")
         raise UserError(f"--accum-steps {accum} is more than the {count} of an epoch", "lower it")
     limit = cfg.run.steps_per_epoch
     return replace(order, limit=accum * (updates if limit is None else min(limit, updates)))

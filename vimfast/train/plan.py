@@ -59,7 +59,7 @@ def plan_evaluation(run: EvaluationRun, cfg: Config) -> list[tuple[str, str]]:
         ("evaluates on", f"{images}, at {cfg.model.size} pixels{limit}"),
         ("cache", _cache(cfg)),
         ("decodes by", _decoding(loader)),
-        ("batch", f"{run.world.size} process{'es' * (run.world.size != 1)} x {counted(batch, 'image')}"),
+        ("batch", f"{counted(run.world.size, 'process')} x {counted(batch, 'image')}"),
         ("memory", _memory(run.world.device)),
     ]
     return [(what, how) for what, how in rows if how]
@@ -159,7 +159,7 @@ def _augmentation(cfg: Config, final_size: ImageSize) -> str:
 
 
 def _batch(run: TrainingRun) -> str:
-    factors = [f"{run.world.size} process{'es' * (run.world.size != 1)}", counted(run.loader.order.batch_size, "image")]
+    factors = [counted(run.world.size, "process"), counted(run.loader.order.batch_size, "image")]
     factors += [f"{run.accum_steps} batches"] if run.accum_steps > 1 else []
     return f"{counted(run.global_batch, 'image')} an update: {' x '.join(factors)}"
 
