@@ -73,28 +73,30 @@ def test_shipped_recipes_load(path: Path) -> None:
     [
         (["--lrr", "1"], ["--lrr", "--lr"]),
         (["--lr", "fast"], ["--lr", "fast"]),
-        (["--batch-size", "0"], ["batch_size", "0", ">= 1"]),
+        (["--batch-size", "0"], ["--batch-size is 0; it must be >= 1"]),
+        (["--mixup-group", "1"], ["--mixup-group is 1; it must be >= 2, or left out"]),
+        (["--clip-grad", "0"], ["--clip-grad is 0.0", "drop it for no clipping"]),
         (["--mixup-mode", "bach"], ["bach", "batch"]),
-        (["--scan-backend", "gluno"], ["scan_backend", "did you mean 'gluon'", *backend_names()]),
+        (["--scan-backend", "gluno"], ["--scan-backend", "did you mean 'gluon'", *backend_names()]),
         (["--model-kwargs", "depth"], ["name=value", "depth"]),
         (["--data", "x"], ["--data", "unknown flag"]),  # no abbreviations
         (["--aa", "augmix-m5"], ["--aa is 'augmix-m5'", "write rand-m9-mstd0.5-inc1"]),
         (["--aa", "rand-m9-tweight"], ["tweight", "3a, 3aw, weights"]),
         (["--aa", "rand-n99-tweights"], ["99 of 15 operations", "lower n"]),
-        (["--train-interpolation", "cubic"], ["train_interpolation", "did you mean 'bicubic'", "bilinear, random"]),
+        (["--train-interpolation", "cubic"], ["--train-interpolation", "did you mean 'bicubic'", "bilinear, random"]),
         (["--decoder", "gpu"], ["decoder", "auto, hardware, cuda, cpu"]),
         (["--scale", "0.5", "0.1"], ["(0.5, 0.1)", "MIN <= MAX"]),
         (["--ratio", "0", "1"], ["(0.0, 1.0)", "above 0"]),
         (["--eval-crop-ratio", "1.5"], ["1.5", "at most 1"]),
-        (["--cutmix-minmax", "0.8", "0.2"], ["cutmix_minmax", "MIN <= MAX"]),
-        (["--reprob", "25"], ["reprob is 25", "<= 1"]),
-        (["--lr", "nan"], ["lr is nan", "a finite number"]),
-        (["--warmup-lr", "inf"], ["warmup_lr is inf", "a finite number"]),
-        (["--ratio", "nan", "1"], ["ratio is nan", "a finite number"]),
-        (["--hflip", "3"], ["hflip is 3", "<= 1"]),
-        (["--drop-path", "2"], ["drop_path is 2", "<= 1"]),
+        (["--cutmix-minmax", "0.8", "0.2"], ["--cutmix-minmax is", "MIN <= MAX"]),
+        (["--reprob", "25"], ["--reprob is 25", "<= 1"]),
+        (["--lr", "nan"], ["--lr is nan", "a finite number"]),
+        (["--warmup-lr", "inf"], ["--warmup-lr is inf", "a finite number"]),
+        (["--ratio", "nan", "1"], ["--ratio is nan", "a finite number"]),
+        (["--hflip", "3"], ["--hflip is 3", "<= 1"]),
+        (["--drop-path", "2"], ["--drop-path is 2", "<= 1"]),
         (["--opt", "adammw"], ["--opt 'adammw'", "did you mean 'adamw'"]),
-        (["--sched", "cosin"], ["sched is 'cosin'", "did you mean 'cosine'", "tanh"]),
+        (["--sched", "cosin"], ["--sched is 'cosin'", "did you mean 'cosine'", "tanh"]),
         (["--sched", "plateau"], ["--sched plateau", "try cosine or step"]),
         (["--data", "x"], ["unknown flag --data; did you mean '--data-path'?"]),
         (["--data-dir", "x"], ["unknown flag --data-dir; did you mean '--data-path'?"]),
@@ -129,6 +131,7 @@ def test_wrong_flags_say_the_fix(argv: list[str], words: list[str]) -> None:
         ("# nothing\n", ["sets nothing", "drop --config"]),
         ("batch_sise: 8\n", ["unknown setting batch_sise", "did you mean 'batch_size'"]),
         ("data_dir: x\nworkers: 4\njsd_loss: false\n", ["data_dir (data_path here), workers (num_workers", "jsd_loss"]),
+        ("batch_size: 0\n", ["r.yaml: batch_size is 0; it must be >= 1"]),
         ("lr: fast\n", ["optim.lr is 'fast'", "of type float"]),
         ("a: [", ["r.yaml, line 1, column 5: expected the node content, but found '<stream end>'; correct the YAML"]),
         ("model:\n  model_kwargs: {depth: 4\nrun: {}\n", ["r.yaml, line 3, column 4: expected ',' or '}'"]),
@@ -211,7 +214,7 @@ def test_a_recipe_goes_by_name_and_any_file_by_its_path(tmp_path: Path, monkeypa
 
 def test_gradients_are_not_clipped_to_nothing() -> None:
     for norm in ("0", "-1"):
-        with pytest.raises(UserError, match=r"clip_grad is .*; it must be above 0"):
+        with pytest.raises(UserError, match=r"--clip-grad is .*; it must be above 0"):
             load_config(["--clip-grad", norm])
 
 

@@ -82,7 +82,7 @@ def test_a_model_of_one_channel(
         theirs = model(torch.stack([transform(Image.open(path).convert("L")) for path in paths])).softmax(1)
     torch.testing.assert_close(got, theirs, atol=5e-3, rtol=0)
     torch.testing.assert_close(probabilities(load_classifier(tmp_path / "out", device="cpu"), paths), got)
-    assert "in_chans is 2; it must be 3, or 1 for grey images" in refused(*flags, "--in-chans", "2")
+    assert "--in-chans is 2; it must be 3, or 1 for grey images" in refused(*flags, "--in-chans", "2")
 
 
 def probabilities(classifier: object, paths: list[Path]) -> Tensor:

@@ -98,7 +98,7 @@ def test_each_layer_has_its_share_of_the_rate(sched: Any) -> None:
     decays = {name for name, p in model.named_parameters() if groups.get(id(p), {}).get("weight_decay") == 0.1}
     assert "layers.2.mixer.in_proj.weight" in decays
     assert not {name for name in decays if name.endswith((".bias", "norm.weight"))}
-    with pytest.raises(UserError, match="layer_decay is 0"):
+    with pytest.raises(UserError, match="--layer-decay is 0"):
         load_config(["--layer-decay", "0"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -12,8 +13,11 @@ from vimfast.config.stages import staged
 from vimfast.errors import UserError, did_you_mean
 
 
-def check(config: Config) -> None:
+def check(config: Config, called: Callable[[str], str]) -> None:
     """Whether every value is in its range and one of its choices.
+
+    Args:
+        called: from the name of a setting to what its user gave it as, such as ``--batch-size``.
 
     Raises:
         UserError: one is not.
@@ -23,43 +27,44 @@ def check(config: Config) -> None:
         raise UserError(
             "--sched plateau follows past accuracies, which a resumed run does not have", "try cosine or step"
         )
-    _check_settings(config)
+    _check_settings(config, called)
     for number, stage in enumerate(staged(config), 1):
         if stage.config is not config:
             try:
-                _check_settings(stage.config)
+                _check_settings(stage.config, lambda name: name)  # only what the stage itself has can be wrong
             except UserError as error:
                 raise UserError(f"stage {number}: {error.problem}", error.fix) from None
     _check_optimizer(config.optim.opt)
-    if config.optim.clip_grad is not None and not config.optim.clip_grad > 0:
-        raise UserError(f"clip_grad is {config.optim.clip_grad}", "it must be above 0; drop it for no clipping")
+    clip = config.optim.clip_grad
+    if clip is not None and not clip > 0:
+        raise UserError(f"{called('clip_grad')} is {clip}", "it must be above 0; drop it for no clipping")
     config.data.cache_bytes  # noqa: B018  # raises
     if config.model.in_chans not in (1, 3):
-        raise UserError(f"in_chans is {config.model.in_chans}", "it must be 3, or 1 for grey images")
+        raise UserError(f"{called('in_chans')} is {config.model.in_chans}", "it must be 3, or 1 for grey images")
     if config.optim.layer_decay == 0:
-        raise UserError("layer_decay is 0", "it must be above 0; --freeze-layers keeps layers as they are")
+        raise UserError(f"{called('layer_decay')} is 0", "it must be above 0; --freeze-layers keeps layers as they are")
     if config.optim.on_divergence == "rollback" and not (config.run.output_dir or config.run.eval):
         raise UserError("--on-divergence rollback returns to a checkpoint, and there is no --output_dir", "add one")
 
 
-def _check_settings(config: Config) -> None:
+def _check_settings(config: Config, called: Callable[[str], str]) -> None:
     """What a stage may be wrong about."""
     for section in fields(Config):
         part = getattr(config, section.name)
         of = kinds(type(part))
         for f in fields(part):
-            value = getattr(part, f.name)
+            value, name = getattr(part, f.name), called(f.name)
             if value is None or of[f.name].base is StageConfig or value in of[f.name].words:
                 continue
-            _check_finite(f.name, value)
-            _check_range(f.name, value, f.metadata["least"], f.metadata["most"])
+            _check_finite(name, value)
+            _check_range(name, value, f.metadata["least"], f.metadata["most"], of[f.name].optional)
             choices = of[f.name].choices
             if f.metadata["choices"] is not None and value != f.default:
                 choices = f.metadata["choices"]()
             if choices and value not in choices:
                 hint = did_you_mean(value, choices)
-                raise UserError(f"{f.name} is {value!r}{hint}", f"it must be one of {', '.join(choices)}")
-    _check_augmentation(config)
+                raise UserError(f"{name} is {value!r}{hint}", f"it must be one of {', '.join(choices)}")
+    _check_augmentation(config, called)
 
 
 def _check_finite(name: str, value: Any) -> None:
@@ -68,11 +73,11 @@ def _check_finite(name: str, value: Any) -> None:
             raise UserError(f"{name} is {number}", "it must be a finite number")
 
 
-def _check_range(name: str, value: Any, least: float | None, most: float | None) -> None:
+def _check_range(name: str, value: Any, least: float | None, most: float | None, optional: bool) -> None:
     if isinstance(value, tuple) and least is not None:
         value = min(value)
     if least is not None and value < least:
-        raise UserError(f"{name} is {value}", f"it must be >= {least}")
+        raise UserError(f"{name} is {value}", f"it must be >= {least}{', or left out' * optional}")
     if most is not None and value > most:
         raise UserError(f"{name} is {value}", f"it must be <= {most}")
 
@@ -90,7 +95,7 @@ def _check_optimizer(name: str) -> None:
         )
 
 
-def _check_augmentation(config: Config) -> None:
+def _check_augmentation(config: Config, called: Callable[[str], str]) -> None:
     """Build what checks its own arguments and is cheap to build."""
     from vimfast.augment.crops import CentreCrop, RandomResizedCrop  # here, for --help needs no numpy
     from vimfast.augment.randaugment import policy
@@ -101,4 +106,4 @@ def _check_augmentation(config: Config) -> None:
     if not augment.three_augment:  # which stands for itself
         policy(augment.aa, data.train_interpolation)
     if box is not None and not 0 <= box[0] <= box[1] <= 1:
-        raise UserError(f"cutmix_minmax is {box[0]} {box[1]}", "it must be MIN <= MAX, from 0 to 1")
+        raise UserError(f"{called('cutmix_minmax')} is {box[0]} {box[1]}", "it must be MIN <= MAX, from 0 to 1")

@@ -49,17 +49,28 @@ def resolve(given: dict[str, Any]) -> Config:
     for section in fields(Config):
         part = getattr(config, section.name)
         for name in given.keys() & {f.name for f in fields(part)}:
-            origins[name] = f"--{name.replace('_', '-')}"
+            origins[name] = _flag(name)
             stages = kinds(type(part))[name].base is StageConfig
             setattr(part, name, _stages(given[name], origins[name]) if stages else given[name])
         for f in fields(part):
             if f.metadata["path"]:
                 setattr(part, f.name, os.path.expanduser(getattr(part, f.name)))
-    check(config)
+    check(config, lambda name: _called(name, origins))
     if given.get(PRINT_CONFIG):
         print_out(annotated(config, origins))
         sys.exit(0)
     return config
+
+
+def _called(name: str, origins: Mapping[str, str]) -> str:
+    """A setting as its user has it: by its flag, or by its name in a recipe."""
+    flag = _flag(name)
+    origin = origins.get(name, flag)
+    return flag if origin == flag else f"{origin}: {name}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def annotated(config: Config, origins: Mapping[str, str]) -> str:
