@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vimfast.data.cache import CacheSettings
 from vimfast_kernels import tune, tuning
+from vimfast_kernels.cache import cache_folder
 from vimfast_kernels.tuning import CHOICES, DEFAULT, load, save, tuning_of
 
 OTHER = replace(DEFAULT, **{name: choices[-1] for name, choices in CHOICES.items()})
@@ -85,6 +87,15 @@ def test_a_cache_that_cannot_be_written_ends_nothing(a_gpu: Path, monkeypatch: p
     monkeypatch.setattr(tune, "tune", lambda device, log: OTHER)
     with pytest.warns(UserWarning, match="XDG_CACHE_HOME to a writable folder"):
         tune.tune_once(0, lambda line: None)
+
+
+@pytest.mark.parametrize("home", ["", "a/relative/one", "~/cache"])
+def test_a_cache_folder_that_is_not_absolute_is_ignored(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert cache_folder() == Path("/home/somebody/.cache/vimfast")
+    assert CacheSettings().path == Path("/home/somebody/.cache")
+    assert CacheSettings("relative").path == Path("relative"), "a flag means what it says"
 
 
 def test_an_h200_was_measured_by_hand(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:

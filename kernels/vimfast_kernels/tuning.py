@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vimfast_kernels.cache import cache_folder
+
 
 class ScanForward(NamedTuple):
     """Of a program where the GPU has many to run, at state size 16."""
@@ -108,10 +110,9 @@ def cache_file(device: int) -> Path:
     """Where this GPU's choices are saved: one file for each GPU, torch, Triton and text of the kernels."""
     import triton
 
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device))
     versions = f"torch-{torch.__version__.split('+')[0]}-triton-{triton.__version__}"
-    return home / "vimfast" / f"kernels-{name}-{versions}-{kernels_name()}.json"
+    return cache_folder() / f"kernels-{name}-{versions}-{kernels_name()}.json"
 
 
 @functools.cache

@@ -33,7 +33,8 @@ class CacheSettings:
     """Where the shards of a store are kept on this machine.
 
     Args:
-        folder: on a disk of this machine; empty: ``$XDG_CACHE_HOME``, or ``~/.cache``.
+        folder: on a disk of this machine; empty: ``$XDG_CACHE_HOME``, or ``~/.cache`` where that is not set or, as its
+            specification says, is a relative path.
         size: the most bytes of files there; None: as much as the data takes; 0: nothing is kept, and images are read
             from the store one by one.
     """
@@ -44,7 +45,8 @@ class CacheSettings:
     @property
     def path(self) -> Path:
         """The folder."""
-        return Path(self.folder or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        home = os.environ.get("XDG_CACHE_HOME", "")
+        return Path(self.folder or (home if os.path.isabs(home) else "~/.cache")).expanduser()
 
 
 class NoRoom(Exception):

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from vimfast_kernels.cache import cache_folder
+
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -24,7 +26,7 @@ def kept(names: tuple[str, ...], compiled: Callable[[], bytes]) -> bytes:
     """
     key = hashlib.sha256("\0".join(names).encode()).digest()
     try:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vimfast" / "llvm" / f"{key.hex()}.o"
+        path = cache_folder() / "llvm" / f"{key.hex()}.o"
     except RuntimeError:  # this user has no home
         return compiled()
     with suppress(OSError):
