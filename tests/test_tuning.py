@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import vimfast_kernels
 from vimfast.data.cache import CacheSettings
 from vimfast_kernels import tune, tuning
 from vimfast_kernels.cache import cache_folder
@@ -96,6 +100,17 @@ def test_a_cache_folder_that_is_not_absolute_is_ignored(home: str, monkeypatch: 
     assert cache_folder() == Path("/home/somebody/.cache/vimfast")
     assert CacheSettings().path == Path("/home/somebody/.cache")
     assert CacheSettings("relative").path == Path("relative"), "a flag means what it says"
+
+
+def test_without_torch_the_command_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    path = os.pathsep.join([str(tmp_path), str(Path(vimfast_kernels.__file__).parents[1])])
+    words = [sys.executable, "-m", "vimfast_kernels.tune"]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "vimfast_kernels needs torch, which cannot be imported (No module named" in done.stderr
+    assert "pip install torch" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_h200_was_measured_by_hand(a_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,13 @@ One package per op, with its public function, its plain-torch reference and the 
 :mod:`vimfast_kernels.backends` chooses between backends, which are registered here.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except (ImportError, OSError) as error:  # a library that torch itself loads is an OSError
+    # It has this package's name, so that `python -m vimfast_kernels.tune` ends in one line and no traceback.
+    message = f"vimfast_kernels needs torch, which cannot be imported ({error}); pip install torch"
+    raise ImportError(message, name=__name__) from error
+
 from vimfast_kernels import gluon, llvm, mamba, portable, reference
 from vimfast_kernels.backends import Backend, backend_names, check_backend, explain, register, report, serving
 from vimfast_kernels.block import bidirectional_block, bidirectional_mixer

@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -176,6 +177,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: tuning needs a CUDA device and there is none here")
+    if find_spec("triton") is None:
+        sys.exit("error: tuning needs triton, which is not installed; pip install triton")
     device = torch.cuda.current_device()
     say: Log = functools.partial(print, flush=True)
     if args.again:

@@ -117,8 +117,11 @@ def _served(*tensors: Tensor | None) -> bool:
 def _missing() -> str | None:
     if find_spec("llvmlite") is None:
         return "needs the package llvmlite, which vimfast[cpu] installs"
-    from vimfast_kernels.llvm import machine
-
+    try:
+        from vimfast_kernels.llvm import machine
+    except (ImportError, OSError) as error:  # LLVM's own libraries are loaded by llvmlite
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        return f"needs llvmlite, which cannot be imported ({reason}): pip install --force-reinstall llvmlite"
     return machine.missing()
 
 
