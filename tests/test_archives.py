@@ -203,7 +203,7 @@ def test_without_scipy_nothing_is_looked_through_in_vain(
 
     def missing(name: str, *rest: Any, **options: Any) -> Any:
         if name.startswith("scipy"):
-            raise ImportError(name)
+            raise ModuleNotFoundError(name)
         return real(name, *rest, **options)
 
     root = Path(shutil.copytree(packed, tmp_path / "root"))

@@ -39,7 +39,7 @@ def test_without_ray_it_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def missing(name: str, *rest: Any, **options: Any) -> Any:
         if name.partition(".")[0] == "ray":
-            raise ImportError(name)
+            raise ModuleNotFoundError(name)
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import signal
@@ -16,7 +18,7 @@ from runs import call, command, environment
 import vimfast
 from vimfast import __version__
 from vimfast.__main__ import COMMANDS, usage
-from vimfast.cli import run_main
+from vimfast.cli import Parser, run_main
 from vimfast.errors import UserError
 
 
@@ -54,7 +56,7 @@ def test_a_reader_of_results_may_have_enough(tree: Path) -> None:
 
 _LOOK = """
 import os, sys
-from vimfast.cli import run_main
+from vimfast.cli import Parser, run_main
 from vimfast.errors import UserError
 from vimfast.commands.doctor import _print
 from vimfast.doctor import Line
@@ -167,3 +169,69 @@ def test_an_unknown_command_is_one_sentence() -> None:
 
 def test_it_fits_into_80_columns() -> None:
     assert max(map(len, usage().splitlines())) <= 80
+
+
+BROKEN = {
+    "an extension": "raise ImportError('libcudart.so.12: cannot open shared object file: No such file or directory')",
+    "a library": "import ctypes; ctypes.CDLL('libcudart.so.no')",
+    "an operator": "raise RuntimeError('operator torchvision::nms does not exist')",
+    "a part of it": "from broken_package import nothing",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_package_is_one_sentence(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the CUDA that it is built for is missing."""
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").touch()
+    (tmp_path / "broken_package" / "part.py").write_text(text)
+    info = tmp_path / "broken_distribution-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-distribution\nVersion: 1\n")
+    (info / "top_level.txt").write_text("broken_package\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_package", raising=False)
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: import_module("broken_package.part").x)
+    assert end.value.code == 2
+    fix = "pip install --force-reinstall broken-distribution, or see what vimfast doctor says of it"
+    said = rf"error: broken_package is installed and cannot be imported \((libcudart|operator|cannot im).*\); {fix}\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
+def test_an_error_of_a_package_in_use_is_not_one_of_its_import() -> None:
+    def fail() -> int:
+        return int(json.loads("no JSON"))
+
+    for wrong in (fail, lambda: import_module("vimfast.no_such_module"), lambda: exec("from vimfast import no_name")):
+        with pytest.raises((ValueError, ImportError)):
+            run_main(wrong)
+
+
+def full(buffered: bool) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open("/dev/full", "wb", -1 if buffered else 0), write_through=not buffered)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("does", ["print", "--help"])
+def test_a_full_stdout_is_one_sentence(
+    does: str, buffered: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with full(buffered) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as end:
+            run_main((lambda: print("x")) if does == "print" else lambda: Parser("x", "y").parse_args([does]))
+        assert end.value.code == 2
+    said = "error: stdout cannot be written (No space left on device); make room there, or send it elsewhere\n"
+    assert capsys.readouterr().err == said
+
+
+def test_another_full_disk_keeps_its_traceback() -> None:
+    def write() -> None:
+        with full(buffered=True) as file:
+            file.write("x")
+
+    with pytest.raises(OSError, match="No space left"):
+        run_main(write)

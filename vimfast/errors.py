@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import traceback
 from collections.abc import Iterable
+from importlib.metadata import packages_distributions
 
 _OWN = ("vimfast", "vimfast_kernels")
 _LITTLE_MEMORY = ("out of memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation", "can't allocate memory", "bad_alloc")
@@ -27,11 +30,45 @@ class UserError(Exception):
         return one_line(self.problem if self.fix is None else f"{self.problem}{link}{self.fix}")
 
 
-def missing_package(error: BaseException) -> UserError | None:
-    """What to say where a package is not installed; None: it is something else, such as a module of ours."""
-    if not isinstance(error, ModuleNotFoundError) or error.name is None or error.name.partition(".")[0] in _OWN:
-        return None
-    return UserError(str(error), "vimfast doctor says what is missing and how to install it")
+def unusable_package(error: BaseException) -> UserError | None:
+    """What to say where a package is not installed, or is installed and cannot be imported; None: the error is
+    something else, such as a module of ours that is not there."""
+    if isinstance(error, ImportError) and _top(error.name) in _OWN and error.__cause__ is not None:
+        return unusable_package(error.__cause__)
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and _top(error.name) not in _OWN:
+        return UserError(str(error), "vimfast doctor says what is missing and how to install it")
+    module = _not_imported(error)
+    return None if module is None else _broken(module, error)
+
+
+def _broken(module: str, error: BaseException) -> UserError:
+    package, found = _top(module), set(packages_distributions().get(_top(module), ()))
+    if len(found) > 1:  # have modules in "nvidia", say, of which one is nvidia.dali
+        package = ".".join(module.split(".")[:2])
+        found = {name for name in found if name.replace("-", "").startswith(package.replace(".", ""))}
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    again = f"pip install --force-reinstall {min(found)}, or see" if found else "see"
+    return UserError(
+        f"{package} is installed and cannot be imported ({reason})", f"{again} what vimfast doctor says of it"
+    )
+
+
+def _top(module: str | None) -> str:
+    return (module or "").partition(".")[0]
+
+
+def _not_imported(error: BaseException) -> str | None:
+    """The module of another package in whose import an error was raised, if it was."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    while own := [i for i, frame in enumerate(frames) if _top(frame.f_globals.get("__name__")) in _OWN]:
+        frames = frames[own[-1] + 1 :]
+    for frame in frames:
+        name = str(frame.f_globals.get("__name__"))
+        if frame.f_code.co_name == "<module>" and name != "__main__" and name not in sys.modules:
+            return name
+    if isinstance(error, ImportError) and _top(error.name) not in ("", *_OWN, *sys.stdlib_module_names):
+        return error.name  # a name that is not in it, or its machine code
+    return None
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from vimfast.errors import printable
+from vimfast.errors import UserError, printable
 
 
 def print_out(text: str) -> None:
@@ -37,6 +37,22 @@ def is_output_read() -> bool:
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return not any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def output_error(error: BaseException) -> UserError | None:
+    """What to say where stdout cannot be written, as on a full disk; nothing more is written to it. None: the error is
+    another's."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
+    try:
+        sys.stdout.flush()  # what could not be written is still in its buffer,
+        os.write(sys.stdout.fileno(), b"\n")  # unless it has none
+    except OSError as refused:
+        if refused.errno != error.errno:
+            return None
+        discard_output()
+        return UserError(f"stdout cannot be written ({error.strerror})", "make room there, or send it elsewhere")
+    return None
 
 
 def fit_terminal(text: str, stream: TextIO | None) -> str:

@@ -8,28 +8,23 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from vimfast.cli.reporting import discard_output, is_output_read, report_once
-from vimfast.errors import UserError, missing_package
+from vimfast.cli.reporting import discard_output, is_output_read, output_error, report_once
+from vimfast.errors import UserError, unusable_package
 
 
 def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sys.exit) -> None:
-    """Run an entry point: a ``UserError`` or a missing package becomes one line on stderr and exit status 2, Ctrl-C one
-    and 130; a reader of stdout that has read enough, such as ``head``, is no error: 141 and no line.
+    """Run an entry point: a ``UserError``, a package that is missing or broken, or a stdout that is full, becomes one
+    line on stderr and exit status 2, Ctrl-C one and 130; a reader of stdout that has read enough, such as ``head``, is
+    no error: 141 and no line.
 
     Anything else is a bug and keeps its traceback.
     """
     _open_closed_streams()
     try:
-        status = main() or 0
+        status = _status(main)
         print(end="", flush=True)  # while a reader that is gone can be told from a bug
     except UserError as error:
         report_once(f"error: {error}")
-        status = 2
-    except ModuleNotFoundError as error:
-        missing = missing_package(error)
-        if missing is None:
-            raise
-        report_once(f"error: {missing}")
         status = 2
     except BrokenPipeError:
         if is_output_read():
@@ -39,7 +34,22 @@ def run_main(main: Callable[[], int | None], end: Callable[[int], NoReturn] = sy
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         status = 130
+    except Exception as error:
+        known = unusable_package(error) or output_error(error)
+        if known is None:
+            raise
+        report_once(f"error: {known}")
+        status = 2
     end(status)
+
+
+def _status(main: Callable[[], int | None]) -> int:
+    """What it returns; where it exits, as after ``--help``, only once its output is written."""
+    try:
+        return main() or 0
+    except SystemExit:
+        print(end="", flush=True)
+        raise
 
 
 def _open_closed_streams() -> None:

@@ -291,7 +291,7 @@ def _verdicts(figures: list[Figure], args: argparse.Namespace) -> list[str]:
 def _check_plot(out: Path) -> None:
     try:
         import matplotlib
-    except ImportError:
+    except ModuleNotFoundError:
         raise UserError("--plot needs matplotlib, which is not installed", "pip install matplotlib") from None
     matplotlib.use("Agg")
     if not out.absolute().parent.is_dir():

@@ -274,7 +274,7 @@ def import_dali() -> SimpleNamespace:
     try:
         from nvidia.dali import backend, fn, types
         from nvidia.dali.pipeline import Pipeline
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise UserError(
             f"NVIDIA DALI cannot be imported ({error}); pip install 'vimfast[cuda13]', or 'vimfast[cuda12]' for a "
             "driver before CUDA 13 (both decode on a machine without a GPU too)"

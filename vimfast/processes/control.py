@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from vimfast import dist
 from vimfast.cli import backstop, exit_now, first_on_host
 from vimfast.dist import World
-from vimfast.errors import UserError, missing_package
+from vimfast.errors import UserError, unusable_package
 from vimfast.processes import farewell
 from vimfast.processes.hub import (
     COME_AGAIN,
@@ -365,7 +365,7 @@ class Control:
 
 def _described(error: BaseException) -> tuple[str, str]:
     """The kind of a failure, as the hub has it, and what it is, on one line."""
-    error = missing_package(error) or error
+    error = unusable_package(error) or error
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return "user", text

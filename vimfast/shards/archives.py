@@ -308,7 +308,7 @@ def _read_meta(data: bytes) -> dict[int, str]:
     """The class of each ILSVRC2012_ID, from MATLAB's table of classes."""
     try:
         from scipy.io import loadmat
-    except ImportError:
+    except ModuleNotFoundError:
         raise UserError(f"the devkit's {_META} is read by scipy, which is not installed", "pip install scipy") from None
     content: BinaryIO = io.BytesIO(data)
     try:

@@ -54,7 +54,7 @@ class RayCluster:
             os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
         try:
             import ray
-        except ImportError:
+        except ModuleNotFoundError:
             raise UserError("--engine ray needs Ray, which is not installed", "pip install 'vimfast[ray]'") from None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         if address is None:  # and not the cluster that somebody else may have started on this machine

@@ -40,7 +40,7 @@ def open_store(url: str, *, patience: float = PATIENCE) -> Store:
         raise UserError(f"{scheme}:// names no bucket", f"write it as {scheme}://bucket/folder")
     try:
         from vimfast.stores.objects import ObjectStore
-    except ImportError:
+    except ModuleNotFoundError:
         problem = f"{url} is read by the package obstore, which is not installed"
         raise UserError(problem, "pip install 'vimfast[remote]'") from None
     return ObjectStore(url, patience)
