@@ -17,6 +17,7 @@ from vimfast_kernels.device import LOG2E, axis, block_barrier, copy_async, view_
 STEPS = gl.constexpr(8)  # that are worked on at a time; the layouts below are made for 8
 SEQUENCES = gl.constexpr(4)  # sequences a program walks side by side: the threads that share a row of a product
 HELD_RANK = gl.constexpr(48)  # weights of up to so many rows are held in registers
+AT_ONCE = gl.constexpr(4)  # parts of 16 columns of the factors that lie in one array, as many as a power of two
 
 
 @gluon.jit
@@ -157,12 +158,12 @@ def _take(rows, first: gl.constexpr, count: gl.constexpr):
 @gluon.jit
 def _copy_block(
     buffers, stage, bases, times, ends, start, X_TIME: gl.constexpr, DOUT_TIME: gl.constexpr,
-    FACTOR_TIME: gl.constexpr, RANK: gl.constexpr, FIRST: gl.constexpr,
+    FACTOR_TIME: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """Starts copying what the block of times from `start` on needs besides what the block before it leaves; zeros for
     times that are not there."""
-    strides = (X_TIME, DOUT_TIME, FACTOR_TIME)
-    for i in gl.static_range(3 if RANK else 2):
+    strides = (X_TIME, DOUT_TIME, FACTOR_TIME, FACTOR_TIME)
+    for i in gl.static_range(len(buffers)):
         time = start + times[i]
         mask = (time >= 0) & (time < ends[i]) if FIRST else time < ends[i]
         copy_async(buffers[i].index(stage), bases[i] + time * strides[i], mask=mask)
@@ -178,17 +179,59 @@ def _later(k, K: gl.constexpr, BACK: gl.constexpr, HALO: gl.constexpr):
 
 
 @gluon.jit
+def _factor_array(
+    factor_ptr, i: gl.constexpr, batch, sequences, length, factor_dir, factor_batch,
+    K: gl.constexpr, BACK: gl.constexpr, HALO: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory for the i-th AT_ONCE parts of the factors' columns, [stage, direction and part, (time / 2,
+    sequence, time % 2), 16], and for `_copy_block` its view, addresses, times and ends."""
+    PARTS: gl.constexpr = (RANK + 15) // 16 - AT_ONCE * i
+    SLOTS: gl.constexpr = 1 if PARTS == 1 else 2 if PARTS == 2 else AT_ONCE
+    COLUMNS: gl.constexpr = SEQUENCES * STEPS
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [SLOTS, 16 // SLOTS, 2], [1, WARPS, 1], [2, 0, 1])
+    # The rows of a product's eight factors, 16 bytes each, lie in different banks.
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, order=[1, 0])
+    BLOCK: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, order=[2, 1, 0])
+    ELEM: gl.constexpr = factor_ptr.dtype.element_ty
+    array = gl.allocate_shared_memory(ELEM, [STAGES * K * SLOTS, COLUMNS, 16], ROWS)
+    column = axis(1, 0, COLUMNS, LAYOUT)
+    sequence = batch + column // 2 % SEQUENCES
+    part = axis(0, 0, K * SLOTS, LAYOUT)
+    direction = part // SLOTS
+    row = sequence.to(gl.int64) * factor_batch + direction.to(gl.int64) * factor_dir
+    rank = (AT_ONCE * i + part % SLOTS) * 16 + axis(2, 0, 16, LAYOUT)
+    base = factor_ptr + gl.multiple_of(row, [8, 8, 8]) + rank
+    time = column // (2 * SEQUENCES) * 2 + column % 2 + _later(direction, K, BACK, HALO)
+    end = gl.where((sequence < sequences) & (rank < RANK), length, 0)
+    return array, view_shared(array, ELEM, [STAGES, K * SLOTS, COLUMNS, 16], BLOCK), base, time, end
+
+
+@gluon.jit
+def _load_factors(
+    array, i: gl.constexpr, stage, k: gl.constexpr, ACC: gl.constexpr, RANK: gl.constexpr, K: gl.constexpr
+):
+    """Of direction k, from the i-th array: right-hand sides [16, times and sequences]."""
+    PARTS: gl.constexpr = (RANK + 15) // 16 - AT_ONCE * i
+    SLOTS: gl.constexpr = 1 if PARTS == 1 else 2 if PARTS == 2 else AT_ONCE
+    factors = ()
+    for j in gl.static_range(min(PARTS, SLOTS)):
+        part = array.index((stage * K + k) * SLOTS + j).permute((1, 0))
+        factors = factors + (part.load(gl.DotOperandLayout(1, ACC, 2)),)
+    return factors
+
+
+@gluon.jit
 def _dout(
-    s_dout, s_factor, weights, stage, k: gl.constexpr, ROW: gl.constexpr, PAIR: gl.constexpr, ACC: gl.constexpr,
-    RANK: gl.constexpr, SLOTS: gl.constexpr, K: gl.constexpr, CHANNELS: gl.constexpr,
+    s_dout, s_factors, weights, stage, k: gl.constexpr, ROW: gl.constexpr, PAIR: gl.constexpr, ACC: gl.constexpr,
+    RANK: gl.constexpr, K: gl.constexpr, CHANNELS: gl.constexpr,
 ):  # fmt: skip
     """The gradients of direction k at a block's times."""
     rows = _slots(s_dout, (stage * K + k) * STEPS, STEPS, ROW, PAIR)
     if RANK:
         factors = ()
-        for i in gl.static_range((RANK + 15) // 16):
-            part = s_factor.index((stage * K + k) * SLOTS + i).permute((1, 0))
-            factors = factors + (part.load(gl.DotOperandLayout(1, ACC, 2)),)
+        for i in gl.static_range(len(s_factors)):
+            factors = factors + _load_factors(s_factors[i], i, stage, k, ACC, RANK, K)
         rows = _add_product(rows, weights, factors, ROW, ACC, CHANNELS, RANK)
     return rows
 
@@ -206,20 +249,14 @@ def conv_backward_of_sum(
     HALO: gl.constexpr = WIDTH - 1
     WARPS: gl.constexpr = CHANNELS // 16
     ELEM: gl.constexpr = x_ptr.dtype.element_ty
-    COLUMNS: gl.constexpr = SEQUENCES * STEPS
-    SLOTS: gl.constexpr = 1 if RANK <= 16 else 2 if RANK <= 32 else 4 if RANK <= 64 else 8
     ROW: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [1, WARPS], [0, 1])
     PAIR: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, WARPS], [0, 1])
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
     COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [64 // CHANNELS, 4, CHANNELS // 8], [WARPS, 1, 1], [2, 1, 0])
-    COPY_FACTOR: gl.constexpr = gl.BlockedLayout([1, 1, 8], [SLOTS, 16 // SLOTS, 2], [1, WARPS, 1], [2, 0, 1])
-    # No two of the four rows that a warp reads at once, 32 bytes each, lie in the same banks; nor of the eight of a
-    # product's factors, 16 bytes each.
+    # No two of the four rows that a warp reads at once, 32 bytes each, lie in the same banks.
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(16, 64 // CHANNELS, CHANNELS // 16, order=[1, 0])
     BLOCK: gl.constexpr = gl.SwizzledSharedLayout(16, 64 // CHANNELS, CHANNELS // 16, order=[2, 1, 0])
     PAIRS: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // CHANNELS, CHANNELS // 16, order=[1, 0])
-    FACTORS: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, order=[1, 0])
-    FACTOR_BLOCK: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, order=[2, 1, 0])
 
     first = gl.program_id(2) * CHANNELS
     batch = gl.program_id(1) * SEQUENCES
@@ -234,38 +271,32 @@ def conv_backward_of_sum(
     if ELEM.is_bf16():
         s_x = view_shared(s_x, gl.int32, [STAGES * STEPS, SEQUENCES, CHANNELS // 2], PAIRS)
         s_dout = view_shared(s_dout, gl.int32, [STAGES * K * STEPS, SEQUENCES, CHANNELS // 2], PAIRS)
-    s_factor, factor_blocks = s_x, x_blocks
-    if RANK:
-        s_factor = gl.allocate_shared_memory(ELEM, [STAGES * K * SLOTS, COLUMNS, 16], FACTORS)
-        factor_blocks = view_shared(s_factor, ELEM, [STAGES, K * SLOTS, COLUMNS, 16], FACTOR_BLOCK)
-
     copy_batch = axis(1, batch, SEQUENCES, COPY)
     copy_channel = axis(2, first, CHANNELS, COPY)
     step = axis(0, 0, STEPS, COPY)
     row = axis(0, 0, K * STEPS, COPY)
-    column = axis(1, 0, COLUMNS, COPY_FACTOR)  # (time / 2, sequence, time % 2)
-    factor_of = batch + column // 2 % SEQUENCES
-    part = axis(0, 0, K * SLOTS, COPY_FACTOR)
-    direction = part // SLOTS
-    factor_row = factor_of.to(gl.int64) * factor_batch + direction.to(gl.int64) * factor_dir
-    rank = part % SLOTS * 16 + axis(2, 0, 16, COPY_FACTOR)
-    buffers = (x_blocks, dout_blocks, factor_blocks)
+    copy_end = gl.where(copy_batch < sequences, length, 0)
+    buffers = (x_blocks, dout_blocks)
     bases = (
         x_ptr + copy_batch.to(gl.int64) * x_batch + copy_channel,
         dout_ptr + copy_batch.to(gl.int64) * dout_batch + (row // STEPS).to(gl.int64) * dout_dir + copy_channel,
-        factor_ptr + gl.multiple_of(factor_row, [8, 8, 8]) + rank,
     )
-    times = (
-        step + HALO,
-        row % STEPS + _later(row // STEPS, K, BACK, HALO),
-        column // (2 * SEQUENCES) * 2 + column % 2 + _later(direction, K, BACK, HALO),
-    )
-    copy_end = gl.where(copy_batch < sequences, length, 0)
-    ends = (copy_end, copy_end, gl.where((factor_of < sequences) & (rank < RANK), length, 0))
+    times = (step + HALO, row % STEPS + _later(row // STEPS, K, BACK, HALO))
+    ends = (copy_end, copy_end)
+    s_factors = ()
+    for i in gl.static_range((RANK + 16 * AT_ONCE - 1) // (16 * AT_ONCE)):
+        array, blocks, base, time, end = _factor_array(
+            factor_ptr, i, batch, sequences, length, factor_dir, factor_batch, K, BACK, HALO, RANK, STAGES, WARPS
+        )
+        s_factors = s_factors + (array,)
+        buffers = buffers + (blocks,)
+        bases = bases + (base,)
+        times = times + (time,)
+        ends = ends + (end,)
     # Block -1 only leaves what block 0 shares with it. The next STAGES - 1 blocks are always on their way.
     for c in gl.static_range(STAGES):
         start = begin + (c - 1) * STEPS
-        _copy_block(buffers, c, bases, times, ends, start, X_TIME, DOUT_TIME, FACTOR_TIME, RANK, c == 0)
+        _copy_block(buffers, c, bases, times, ends, start, X_TIME, DOUT_TIME, FACTOR_TIME, c == 0)
         async_copy.commit_group()
     zero = gl.zeros([SEQUENCES, CHANNELS], gl.float32, ROW)
     zeros = ()
@@ -295,7 +326,7 @@ def conv_backward_of_sum(
     window = _slots(s_x, STEPS - 2 * HALO, 2 * HALO, ROW, PAIR)
     shared = ()
     for k in gl.static_range(K):
-        dout = _dout(s_dout, s_factor, products[k], 0, k, ROW, PAIR, ACC, RANK, SLOTS, K, CHANNELS)
+        dout = _dout(s_dout, s_factors, products[k], 0, k, ROW, PAIR, ACC, RANK, K, CHANNELS)
         shared = shared + (
             _gradients(
                 window, 0 if (BACK >> k) & 1 else HALO, HALO, taps[k], biases[k], dout, STEPS - HALO,
@@ -314,7 +345,7 @@ def conv_backward_of_sum(
         start = begin + c * STEPS
         if c + STAGES - 1 < blocks:
             later = start + (STAGES - 1) * STEPS
-            _copy_block(buffers, stage, bases, times, ends, later, X_TIME, DOUT_TIME, FACTOR_TIME, RANK, False)
+            _copy_block(buffers, stage, bases, times, ends, later, X_TIME, DOUT_TIME, FACTOR_TIME, False)
         async_copy.commit_group()
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         rows = window + _slots(s_x, stage * STEPS, STEPS, ROW, PAIR)
@@ -324,7 +355,7 @@ def conv_backward_of_sum(
         new_sums = ()
         new_shared = ()
         for k in gl.static_range(K):
-            dout = _dout(s_dout, s_factor, products[k], stage, k, ROW, PAIR, ACC, RANK, SLOTS, K, CHANNELS)
+            dout = _dout(s_dout, s_factors, products[k], stage, k, ROW, PAIR, ACC, RANK, K, CHANNELS)
             pre = shared[k] + _gradients(
                 rows, HALO if (BACK >> k) & 1 else 2 * HALO, STEPS, taps[k], biases[k], dout, 0,
                 WIDTH, (BACK >> k) & 1, PRECISE,

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from vimfast_kernels.conv.device import conv_backward, conv_forward
-from vimfast_kernels.conv.device_backward import HELD_RANK, SEQUENCES, STEPS, conv_backward_of_sum
+from vimfast_kernels.conv.device_backward import AT_ONCE, HELD_RANK, SEQUENCES, STEPS, conv_backward_of_sum
 from vimfast_kernels.flops import conv_flops, counted
 from vimfast_kernels.product.launch import multiply
 from vimfast_kernels.sums import sum_rows
@@ -85,7 +85,9 @@ def launch_backward(
 def _stages(x: Tensor, k: int, rank: int, channels: int) -> int:
     """As many as let RESIDENT programs share a multiprocessor's memory, and 2 at least."""
     parts = triton.cdiv(rank, 16)
-    row = (1 + k) * channels + k * 16 * triton.next_power_of_2(parts)
+    whole, rest = divmod(parts, AT_ONCE.value)
+    slots = whole * AT_ONCE.value + (triton.next_power_of_2(rest) if rest else 0)
+    row = (1 + k) * channels + k * 16 * slots
     stage = row * STEPS.value * SEQUENCES.value * x.element_size()
     weights = k * parts * 16 * channels * x.element_size() if rank > HELD_RANK.value else 0
     room = shared_memory(x.device) // RESIDENT - RESERVED - weights
