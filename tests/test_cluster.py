@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -85,6 +86,21 @@ def test_an_address_where_nobody_listens_is_named_at_once() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert refused(address) == f"no Ray cluster can be used at {address} (Connection refused)"
         assert refused(f"ray://{address}") == f"no Ray cluster can be used at ray://{address} (Connection refused)"
+
+
+def test_a_cluster_that_ray_remembers_and_that_has_ended_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took 42 s."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        monkeypatch.setattr("ray._private.services.find_gcs_addresses", list)  # another test's
+        assert re.fullmatch(r"no Ray cluster can be used at [\d.]+:\d+ \(Connection refused\)", refused("auto"))
 
 
 def test_an_address_that_stays_silent_is_named_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ class RayCluster:
             options |= {"num_cpus": self._workers, "include_dashboard": False}
         try:
             if address is not None:
+                address = _meant(address)
                 _expect_answer(address)
             ray.init(address=address or "local", **options)
         except (OSError, RuntimeError, ValueError) as error:
@@ -125,6 +126,20 @@ class RayCluster:
         import ray
 
         return self._workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _meant(address: str) -> str:
+    """The HOST:PORT that Ray means by ``auto``, of a cluster that may have ended since; any other address is itself.
+
+    Raises:
+        OSError: there is none.
+    """
+    if address == "auto":
+        with suppress(ImportError):  # of a Ray that has it elsewhere, which then looks by itself
+            from ray._private.services import canonicalize_bootstrap_address_or_die
+
+            return str(canonicalize_bootstrap_address_or_die(address))
+    return address
 
 
 def _expect_answer(address: str) -> None:
