@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import visible, write_image
-from object_servers import BUCKET, Proxy, Trouble, moto, s3
+from object_servers import BUCKET, Proxy, Trouble, moto, s3, wait_for
 
 from vimfast import prepare
 from vimfast.cli import run_main
 from vimfast.errors import UserError
+from vimfast.shards import convert as conversions
 from vimfast.shards import stored
 from vimfast.shards.convert import classes_without_images, convert
 from vimfast.shards.format import MANIFEST, ConversionOptions
@@ -83,6 +86,28 @@ def test_from_store_to_store_the_bytes_are_those_of_the_disk(
     assert not [request for request in s3.requests if request[0] in ("PUT", "POST", "DELETE")]
     assert not [request for request in s3.requests if ".JPEG" in request[1]], "images are not read again"
     assert list(classes_without_images(out)) == ["1 class has no images in val, such as b"]
+
+
+def test_a_long_listing_is_not_silent(
+    source: str, out: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of ImageNet's 1.3 million objects it takes minutes."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    listed = conversions.list_store
+
+    def slow(*arguments: Any) -> Any:
+        said = ""
+
+        def is_said() -> bool:
+            nonlocal said
+            said += capfd.readouterr().err
+            return f"listing {source}/{arguments[1]} ..." in said
+
+        wait_for(is_said)
+        return listed(*arguments)
+
+    monkeypatch.setattr(conversions, "list_store", slow)
+    assert len(conversions._plans_of_store(source, OPTIONS, Path(out), 1)) == 2
 
 
 def test_each_end_may_be_a_disk(

@@ -179,7 +179,9 @@ def _list_train(home: Home, workers: int) -> dict[str, _Found]:
     """The images of each class, from the tars in the archive, which are looked through by worker processes."""
     archive = ARCHIVES["train"]
     with home.open(archive, headers=True) as file:
-        inside = list(members(file, home.where(archive), DOWNLOAD_AGAIN))
+        found_in_tar = members(file, home.where(archive), DOWNLOAD_AGAIN)
+        # In a store, the header of each class is a request that waits for the one before: half a minute.
+        inside = list(_with_progress(found_in_tar, file.seek(0, os.SEEK_END), "training"))
     tars = [_Tar(*member) for member in inside if member[0].endswith(".tar")]
     if not tars:
         raise UserError(
@@ -232,7 +234,7 @@ def _list_val(home: Home, class_of: Callable[[int], str | None]) -> dict[str, _F
     """A header follows from the one before, so 50,000 requests would wait for each other: it is read as a whole."""
     where = home.where(ARCHIVES["val"])
     with home.open(ARCHIVES["val"], headers=False) as file:
-        images = _images(_with_progress(members(file, where, DOWNLOAD_AGAIN), file.seek(0, os.SEEK_END)))
+        images = _images(_with_progress(members(file, where, DOWNLOAD_AGAIN), file.seek(0, os.SEEK_END), "validation"))
     found: dict[str, _Found] = {}
     for name, offset, size in zip(images.names, images.offsets, images.sizes, strict=True):
         number = re.search(r"(\d{8})\.\w+$", name)
@@ -248,9 +250,11 @@ def _list_val(home: Home, class_of: Callable[[int], str | None]) -> dict[str, _F
     return found
 
 
-def _with_progress(found_in_tar: Iterable[tuple[str, int, int]], size: int) -> Iterator[tuple[str, int, int]]:
+def _with_progress(
+    found_in_tar: Iterable[tuple[str, int, int]], size: int, kind: str
+) -> Iterator[tuple[str, int, int]]:
     """The same; meanwhile it is shown how many of the archive's bytes have been passed."""
-    pace = Pace(size // _MB, "MB of the validation images' archive", unit="MB")
+    pace = Pace(size // _MB, f"MB of the {kind} images' archive", unit="MB")
     with progress(pace) as show:
         for member in found_in_tar:
             if (done := (member[1] + member[2]) // _MB) > pace.done:

@@ -22,6 +22,7 @@ import numpy as np
 
 from vimfast import __version__
 from vimfast.class_names import are_imagenets
+from vimfast.cli import LiveLine
 from vimfast.errors import UserError, counted
 from vimfast.files import TEMPORARY, write_bytes
 from vimfast.shards.archives import ARCHIVES, NOTE, has_archive, list_archive
@@ -195,7 +196,11 @@ def _plans_of_store(url: str, options: ConversionOptions, out: Path, workers: in
     lists = store_at(url).lists
     for split in SPLITS:
         classes = plans[0].files.classes if plans else None
-        files: FileList | None = list_store(url, split, classes) if lists else None
+        files: FileList | None = None
+        if lists:
+            with LiveLine() as live:  # a thousand objects a request
+                live.say(f"listing {url.rstrip('/')}/{split}")
+                files = list_store(url, split, classes)
         if files is None and has_archive(url, split):
             files = list_archive(url, split, classes, workers, out / STATE_FOLDER)
         if files is None:
