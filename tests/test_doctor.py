@@ -22,7 +22,7 @@ from runs import ROOT, call
 
 from vimfast.data.files import FilesSource
 from vimfast.data.source import BadImage
-from vimfast.doctor import backends
+from vimfast.doctor import backends, isolation, machine
 from vimfast.doctor.gpus import _describe, look_at_dali, look_at_gpus
 from vimfast.doctor.isolation import Failed, isolated
 from vimfast.doctor.machine import look_at_shared_memory
@@ -133,6 +133,36 @@ def test_what_fails_apart_is_a_sentence(function: Callable[[], Any], why: str) -
     with pytest.raises(Failed, match=f"^{why}$"):
         isolated(function, 1)
     assert time.monotonic() - begin < 10
+
+
+def test_time_without_a_core_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine torch was said to be broken, as its import took more than a minute."""
+    assert isolation._waited(os.getpid()) >= 0
+    monkeypatch.setattr(isolation, "_waited", lambda process: 60.0)
+    assert isolated(partial(time.sleep, 0.3), 0.1) is None
+
+
+@pytest.mark.parametrize(("idle", "state", "threads"), [(10, "yellow", 1), (90, "green", None)])
+def test_a_busy_machine_is_said_to_be(
+    idle: int, state: str, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of Vim-Tiny, which wait for each other, took longer than their five minutes there."""
+    stat = tmp_path / "stat"
+
+    def pass_time(seconds: float) -> None:
+        """100 ticks of each core, of which so many are idle or wait for a disk."""
+        core = f" {100 + 100 - idle} 0 0 {200 + idle - 5} 305 0 0 0 0 0"
+        stat.write_text(f"cpu 1 2 3\ncpu0{core}\ncpu1{core}\ncpu2 100 0 0 300 300 0 0 0 0 0\nintr 1\n")
+
+    stat.write_text("".join(f"cpu{core} 100 0 0 200 300 0 0 0 0 0\n" for core in range(3)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr("vimfast.doctor.machine.time.sleep", pass_time)
+    found = machine.idle_cores(stat)
+    assert found == pytest.approx(2 * idle / 100)
+    line = machine.look_at_load(found)
+    assert (line.state, machine.threads_for(found)) == (state, threads)
+    assert ("this machine is busy" in line.found) == (state == "yellow")
+    assert machine.idle_cores(tmp_path / "none") is None
 
 
 def test_a_backend_that_does_not_answer_may_only_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,9 @@ def main() -> None:
     from vimfast.run_report import write_page
 
     try:
-        say_written(write_page(folder))
+        written = write_page(folder)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written to ({error.strerror})", "fix its permissions, or the disk"
         ) from None
+    say_written(written)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 
 from vimfast.doctor.isolation import Failed, NoAnswer, isolated
 from vimfast.doctor.lines import Line
@@ -18,17 +20,24 @@ _AGAIN = "please report it with the output of vimfast doctor --json; --scan-back
 _BUSY = f"if other work keeps this machine busy, try again without it; else {_AGAIN}"
 
 
-def look_at_backends(usable: Usable, begin: Callable[[str], None] = lambda name: None) -> list[Line]:
+def look_at_backends(
+    usable: Usable, threads: int | None = None, begin: Callable[[str], None] = lambda name: None
+) -> list[Line]:
     """A line for each, on the first GPU if there is one.
 
     Args:
+        threads: of torch; None: as many as usual.
         begin: is told the name of the next one.
     """
     device = f"cuda:{usable.numbers[0]}" if usable.numbers else "cpu"
     lines = []
-    for name in isolated(_names, _SECONDS):
+    names = isolated(_names, _SECONDS)
+    with suppress(Failed):  # which is then said of each
+        isolated(_import_models, _SECONDS)
+        _import_models()  # once for all of them, since it works
+    for name in names:
         begin(name)
-        lines.append(_look(name, device, usable))
+        lines.append(_look(name, device, usable, threads))
     return lines
 
 
@@ -38,15 +47,20 @@ def _names() -> list[str]:
     return backends()
 
 
-def _train(name: str, device: str) -> Trial:
+def _import_models() -> None:
+    import_module("vimfast.doctor.trials")
+    import_module("vimfast.models")
+
+
+def _train(name: str, device: str, threads: int | None) -> Trial:
     from vimfast.doctor.trials import train_vim_tiny
 
-    return train_vim_tiny(name, device)
+    return train_vim_tiny(name, device, threads)
 
 
-def _look(name: str, device: str, usable: Usable) -> Line:
+def _look(name: str, device: str, usable: Usable, threads: int | None = None) -> Line:
     try:
-        trial = isolated(partial(_train, name, device), _SECONDS)
+        trial = isolated(partial(_train, name, device, threads), _SECONDS)
     except Failed as error:
         if name == _OPTIONAL:
             return Line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from vimfast.doctor.gpus import PART as GPUS
@@ -10,7 +11,15 @@ from vimfast.doctor.gpus import find_driver, look_at_dali, look_at_gpus
 from vimfast.doctor.isolation import describe
 from vimfast.doctor.lines import Line
 from vimfast.doctor.machine import PART as MACHINE
-from vimfast.doctor.machine import look_at_cores, look_at_memory, look_at_open_files, look_at_shared_memory
+from vimfast.doctor.machine import (
+    idle_cores,
+    look_at_cores,
+    look_at_load,
+    look_at_memory,
+    look_at_open_files,
+    look_at_shared_memory,
+    threads_for,
+)
 from vimfast.doctor.results import Driver, Torch, Usable
 from vimfast.doctor.software import PART as SOFTWARE
 from vimfast.doctor.software import (
@@ -49,9 +58,11 @@ class _Examination:
         self._torch = Torch()
         self._driver: Driver | None = None
         self._usable = Usable()
+        self._idle: float | None = None
 
     def all(self, data: Path | None) -> list[Line]:
         steps: list[tuple[str, str, Callable[[], Line | list[Line]]]] = [
+            (MACHINE, "other work", self._look_at_load),  # first: what is done here later is work too
             (SOFTWARE, "Python", look_at_python),
             (SOFTWARE, "torch", self._look_at_torch),
             (SOFTWARE, "packages", look_at_packages),
@@ -68,9 +79,14 @@ class _Examination:
             ("Vim-Tiny", "Vim-Tiny", lambda: self._look_at_backends(len(steps))),
         ]
         for number, (part, what, at) in enumerate(steps, 1):
-            self._report(what, number, len(steps))
+            self._say(what, number, len(steps))
             self._look(part, what, at)
+        self._found[MACHINE] = self._found.pop(MACHINE)  # the software is the first to be read of
         return [line for lines in self._found.values() for line in lines]
+
+    def _say(self, what: str, number: int, of: int) -> None:
+        busy = "" if threads_for(self._idle) is None else ", slowly, as this machine is busy"
+        self._report(f"{what}{busy}", number, of)
 
     @property
     def _gpus(self) -> int:
@@ -84,6 +100,10 @@ class _Examination:
             fix = "fix what is red above; if nothing is, report it with the output of vimfast doctor --json"
             lines = Line(part, what, "red", f"cannot be looked at ({describe(error)})", fix)
         self._found.setdefault(part, []).extend([lines] if isinstance(lines, Line) else lines)
+
+    def _look_at_load(self) -> Line:
+        self._idle = idle_cores()
+        return look_at_load(self._idle)
 
     def _look_at_torch(self) -> Line:
         line, self._torch = look_at_torch()
@@ -104,4 +124,5 @@ class _Examination:
     def _look_at_backends(self, number: int) -> list[Line]:
         from vimfast.doctor.backends import look_at_backends
 
-        return look_at_backends(self._usable, lambda name: self._report(f"Vim-Tiny on {name}", number, number))
+        begin = partial(self._say, number=number, of=number)
+        return look_at_backends(self._usable, threads_for(self._idle), lambda name: begin(f"Vim-Tiny on {name}"))

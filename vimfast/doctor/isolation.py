@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -30,6 +31,8 @@ class NoAnswer(Failed):
 def isolated(function: Callable[[], T], seconds: float) -> T:
     """What `function` returns, which must be picklable. Whatever it prints is lost.
 
+    Time in which it waits for a core to run on does not count: it is not stuck where this machine is busy.
+
     Call it before anything initializes CUDA or computes gradients: neither survives a fork.
 
     Raises:
@@ -45,7 +48,7 @@ def isolated(function: Callable[[], T], seconds: float) -> T:
     os.close(theirs)
     _lead_group(child)
     try:
-        answer = _read(ours, time.monotonic() + seconds)
+        answer = _read(ours, seconds, lambda: _waited(child))
         status = None if answer else _wait(child)
     except TimeoutError:
         raise NoAnswer(f"no answer within {seconds:.0f} s") from None
@@ -104,15 +107,21 @@ def _answer(function: Callable[[], Any], to: int) -> NoReturn:
         os._exit(0)
 
 
-def _read(descriptor: int, until: float) -> bytes:
+def _read(descriptor: int, seconds: float, waited: Callable[[], float]) -> bytes:
     """An answer; nothing if the process ends before it is whole.
 
+    Args:
+        waited: seconds that do not count.
+
     Raises:
-        TimeoutError: it does not come until then.
+        TimeoutError: it does not come within so many seconds.
     """
-    read, wanted = b"", _LENGTH.size
+    read, wanted, begin = b"", _LENGTH.size, time.monotonic()
     while len(read) < wanted:
-        if not select.select([descriptor], [], [], max(0.0, until - time.monotonic()))[0]:
+        left = begin + seconds + waited() - time.monotonic()
+        if not select.select([descriptor], [], [], max(0.0, left))[0]:
+            if begin + seconds + waited() > time.monotonic():
+                continue
             raise TimeoutError
         part = os.read(descriptor, 1 << 16)
         if not part:
@@ -121,6 +130,14 @@ def _read(descriptor: int, until: float) -> bytes:
         if len(read) >= _LENGTH.size:
             wanted = _LENGTH.size + _LENGTH.unpack_from(read)[0]
     return read[_LENGTH.size :]
+
+
+def _waited(process: int) -> float:
+    """Seconds that its main thread could have run and had no core; 0 where the system does not say."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _wait(child: int) -> int | None:

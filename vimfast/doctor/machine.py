@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from pathlib import Path
 
 from vimfast.doctor.lines import Line, State
+from vimfast.errors import counted
 from vimfast.limits import cpu_quota, memory
 
 PART = "machine"
 _CORES = 6  # for each GPU; fewer leave most of the decoding to the GPU
 _MEMORY = 4 << 30  # bytes, for each process of a run
 _SHARED = 1 << 30  # bytes, for NCCL
+_LOOK = 0.5  # seconds, in which other work is seen
+_BUSY = 0.5  # of the cores idle; where fewer are, times are others than those of this machine
 _FILES = 1024  # with fewer, ImageNet's 326 shards are not all kept open
 
 
@@ -29,6 +33,52 @@ def look_at_cores(gpus: int) -> Line:
         )
         return Line(PART, "cores", "yellow", f"{found}; few for {gpus} GPU{'s' * (gpus > 1)}", fix, figures)
     return Line(PART, "cores", "green", found, figures=figures)
+
+
+def idle_cores(stat: Path = Path("/proc/stat")) -> float | None:
+    """How many cores' time nobody uses, of those that this process may use; None: the system does not say."""
+    try:
+        before = _jiffies(stat)
+        time.sleep(_LOOK)
+        after = _jiffies(stat)
+    except (OSError, ValueError, LookupError):
+        return None
+    idle = 0.0
+    for core in os.sched_getaffinity(0) & after.keys() & before.keys():
+        total = sum(after[core]) - sum(before[core])
+        idle += (after[core][_IDLE] - before[core][_IDLE] + after[core][_IO] - before[core][_IO]) / max(total, 1)
+    return idle
+
+
+_IDLE, _IO = 3, 4  # idle, and idle while a disk is awaited
+
+
+def _jiffies(stat: Path) -> dict[int, list[int]]:
+    """Of each core, its time by what it did."""
+    lines = [line.split() for line in stat.read_text().splitlines()]
+    return {int(of[0][3:]): [int(t) for t in of[1:]] for of in lines if of[0].startswith("cpu") and of[0] != "cpu"}
+
+
+def threads_for(idle: float | None) -> int | None:
+    """On how many threads to compute where others compute too; None: on as many as usual.
+
+    Threads that wait for each other spin, and do little else where they share their cores.
+    """
+    return max(1, int(idle)) if idle is not None and idle < _BUSY * len(os.sched_getaffinity(0)) else None
+
+
+def look_at_load(idle: float | None) -> Line:
+    """Whether other work takes the cores, so that all that is done here takes longer."""
+    allowed = len(os.sched_getaffinity(0))
+    if idle is None:
+        return Line(PART, "other work", "green", "unknown: /proc/stat cannot be read")
+    found, figures = f"{idle:.1f} of {allowed} cores idle", {"idle": idle}
+    if (threads := threads_for(idle)) is None:
+        return Line(PART, "other work", "green", found, figures=figures)
+    found = f"this machine is busy, {found}: all takes longer, and Vim-Tiny is tried on {counted(threads, 'thread')}"
+    return Line(
+        PART, "other work", "yellow", found, "run it again without other work for this machine's times", figures
+    )
 
 
 def look_at_memory(gpus: int) -> Line:

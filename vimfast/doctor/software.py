@@ -91,6 +91,7 @@ def look_at_packages() -> list[Line]:
             again = f"pip install --force-reinstall '{package}>={oldest}'"
             lines.append(Line(PART, package, "red", f"cannot be imported ({reason})", again))
         else:
+            import_module(module)  # which works, and what is tried later need not do it again
             fine[package] = version or "unknown version"
     if fine:
         names = ", ".join(f"{package} {version}" for package, version in fine.items())

@@ -84,8 +84,14 @@ def backends() -> list[str]:
     return [name for name in backend_names() if name != AUTO]
 
 
-def train_vim_tiny(backend: str, name: str) -> Trial:
-    """Forward and backward of Vim-Tiny, and inference: what they are off by from the reference in float64."""
+def train_vim_tiny(backend: str, name: str, threads: int | None = None) -> Trial:
+    """Forward and backward of Vim-Tiny, and inference: what they are off by from the reference in float64.
+
+    Args:
+        threads: of this process from now on; None: as many as torch takes.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     from vimfast.models import create_model
     from vimfast_kernels.backends import REFERENCE, report
 
