@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -253,3 +254,14 @@ def test_a_large_set_is_measured_without_its_images(
     monkeypatch.setattr(sys, "argv", ["bench_large.py", str(tmp_path / "large"), "--images", "50000"])
     runpy.run_path(str(TOOLS / "bench_large.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith("50,000 images: open in 0.")
+
+
+def test_sanitizer_watches_every_kernel() -> None:
+    """Each that a `launch` module of the kernels starts, by the beginning of its name."""
+    watched = runpy.run_path(str(TOOLS / "sanitize.py"))["KERNELS"]
+    launches = (TOOLS.parent / "kernels" / "vimfast_kernels").glob("*/*.py")
+    started = {
+        name for path in launches for name in re.findall(r"^ +(\w+)\[[(g].*\]\(", path.read_text(), re.MULTILINE)
+    }
+    assert {"scan_backward", "conv_backward_of_sum", "norm_forward", "judge", "pack_weights"} <= started
+    assert [name for name in started if not name.startswith(watched)] == []
