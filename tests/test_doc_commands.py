@@ -72,11 +72,12 @@ NOT_RUN_CODE = {
     "docs/kernels.md": "my_scan is the reader's; tests/test_scan.py registers one",
     "docs/imagenet.md": "needs ImageNet's archives; the last test here makes some",
 }
-SMALL = (  # before a page's own flags, which win; processes become two
+SMALL = (  # before a page's own flags, which win
     *("--device", "cpu", "--num-workers", "1", "--input-size", "48", "--model-kwargs", "depth=1", "embed_dim=32"),
     *("--batch-size", "4", "--global-batch-size", "4", "--epochs", "1", "--warmup-epochs", "0"),
     *("--steps-per-epoch", "2", "--eval-steps", "1", "--log-every", "1", "--stages", "[]"),
 )
+INSTEAD = {"--processes": "2", "--epochs": "2", "--eval-every": "1"}  # of what a page gives
 WRITES = ("--out", "--output_dir", "--grid")
 ELSEWHERE = {  # flags on pages that are no program's of this repository
     *("--gpus", "--cpus-per-task", "--signal", "--requeue", "--open-mode", "--nodes", "--ntasks-per-node", "--time"),
@@ -258,7 +259,7 @@ def succeed(words: Sequence[str], folder: Path) -> None:
     """Run a subcommand on a model that is small and for an epoch that is short; assert that it did what it is for."""
     name, *rest = words
     if name == "train":
-        rest = [*SMALL, *("2" if before == "--processes" else word for before, word in pairwise(["", *rest]))]
+        rest = [*SMALL, *(INSTEAD.get(before, word) for before, word in pairwise(["", *rest]))]
     outputs = [folder / word for before, word in pairwise(rest) if before in WRITES]
     status, text = run(["vimfast", name, *rest], folder)
     assert status == 0, f"vimfast {' '.join([name, *rest])}\n{text}"
