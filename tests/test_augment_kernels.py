@@ -106,7 +106,7 @@ def test_kernels_give_pillows_pixels() -> None:
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     code = "from vimfast.augment import pixels_triton; pixels_triton.BLOCK = 1024; "
-    code += "import test_augment_kernels; test_augment_kernels.compare('cpu')"
+    code += "import quick_interpreter, test_augment_kernels; test_augment_kernels.compare('cpu')"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
 

@@ -125,7 +125,7 @@ def test_kernels_give_pillows_bytes() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     # Few programs, because each of them costs the interpreter much.
     code = "from vimfast.augment import resize_triton as r; r.STRIPS, r.ACROSS, r.DOWN = 2, *[(128, 32, 4)] * 2; "
-    code += "import test_resize; test_resize.compare_in_the_interpreter()"
+    code += "import quick_interpreter, test_resize; test_resize.compare_in_the_interpreter()"
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr[-3000:]
 
