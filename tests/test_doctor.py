@@ -27,7 +27,7 @@ from vimfast.doctor.gpus import _describe, look_at_dali, look_at_gpus
 from vimfast.doctor.isolation import Failed, isolated
 from vimfast.doctor.machine import look_at_shared_memory
 from vimfast.doctor.results import Driver, Gpu, Torch, Usable
-from vimfast.doctor.software import REQUIRED, _fits
+from vimfast.doctor.software import REQUIRED, _fits, look_at_packages
 from vimfast.doctor.storage import look_at_data
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions
@@ -137,32 +137,94 @@ def test_what_fails_apart_is_a_sentence(function: Callable[[], Any], why: str) -
 
 def test_time_without_a_core_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine torch was said to be broken, as its import took more than a minute."""
-    assert isolation._waited(os.getpid()) >= 0
     monkeypatch.setattr(isolation, "_waited", lambda process: 60.0)
     assert isolated(partial(time.sleep, 0.3), 0.1) is None
 
 
-@pytest.mark.parametrize(("idle", "state", "threads"), [(10, "yellow", 1), (90, "green", None)])
+@pytest.mark.parametrize(("text", "seconds"), [("2000000000 60500000000 7\n", 60.5), ("", 0.0), (None, 0.0)])
+def test_time_without_a_core_is_what_the_system_says(
+    text: str | None, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels without it have no such file, or an empty one."""
+    if text is not None:
+        (tmp_path / "schedstat").write_text(text)
+    monkeypatch.setattr(isolation, "Path", lambda path: tmp_path / Path(path).name)
+    assert isolation._waited(1) == seconds
+
+
+def test_what_a_package_prints_when_it_is_imported_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--json would not be JSON."""
+    write_module(tmp_path, "loud", "import sys\nprint('welcome')\nprint('deprecated', file=sys.stderr)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("vimfast.doctor.software.REQUIRED", (("loud", "loud", "1"),))
+    (line,) = look_at_packages()
+    assert (line.state, "loud" in sys.modules) == ("green", True)
+    assert capsys.readouterr() == ("", "")
+
+
+class Clock:
+    """/proc/stat of three cores, the first two of which this process may use, with 100 ticks of each between two looks;
+    `quota` of a container."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, quota: float | None = None) -> None:
+        self.stat, self.idle, self.first = folder / "stat", 0, 0
+        self._write(0)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+        monkeypatch.setattr("vimfast.doctor.machine.cpu_quota", lambda: quota)
+        monkeypatch.setattr("vimfast.doctor.machine.time.sleep", lambda seconds: self._write(self.ticks))
+
+    ticks = 100
+
+    def _write(self, ticks: int) -> None:
+        """Of which so many percent are idle or wait for a disk; the rest is a guest's, which is counted twice."""
+        idle = ticks * self.idle // 100
+        disk, busy = min(idle, 5), ticks - idle
+        core = f" {100 + busy} 0 0 {200 + idle - disk} {300 + disk} 0 0 0 {50 + busy} 0\n"
+        cores = "".join(f"cpu{number}{core}" for number in range(self.first, self.first + 2))
+        self.stat.write_text(f"cpu 1 2 3\n{cores}cpu9 100 0 0 {200 + ticks} 300 0 0 0 0 0\nintr 1\n")
+
+
+@pytest.mark.parametrize(
+    ("idle", "quota", "state", "threads", "found"),
+    [
+        (10, None, "yellow", 1, "0.2 of 2 cores idle: everything takes longer, and Vim-Tiny is tried on 1 thread"),
+        (60, None, "green", None, "1.2 of 2 cores idle"),
+        (60, 1.5, "green", None, "1.2 of 1.5 cores idle"),
+        (100, 0.5, "green", None, "0.5 of 0.5 cores idle"),
+    ],
+)
 def test_a_busy_machine_is_said_to_be(
-    idle: int, state: str, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    idle: int,
+    quota: float | None,
+    state: str,
+    threads: int | None,
+    found: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Threads of Vim-Tiny, which wait for each other, took longer than their five minutes there."""
-    stat = tmp_path / "stat"
+    clock = Clock(tmp_path, monkeypatch, quota)
+    clock.idle = idle
+    cores = machine.idle_cores(clock.stat)
+    line = machine.look_at_load(cores)
+    assert (line.state, line.found, machine.threads_for(cores)) == (state, found, threads)
 
-    def pass_time(seconds: float) -> None:
-        """100 ticks of each core, of which so many are idle or wait for a disk."""
-        core = f" {100 + 100 - idle} 0 0 {200 + idle - 5} 305 0 0 0 0 0"
-        stat.write_text(f"cpu 1 2 3\ncpu0{core}\ncpu1{core}\ncpu2 100 0 0 300 300 0 0 0 0 0\nintr 1\n")
 
-    stat.write_text("".join(f"cpu{core} 100 0 0 200 300 0 0 0 0 0\n" for core in range(3)))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr("vimfast.doctor.machine.time.sleep", pass_time)
-    found = machine.idle_cores(stat)
-    assert found == pytest.approx(2 * idle / 100)
-    line = machine.look_at_load(found)
-    assert (line.state, machine.threads_for(found)) == (state, threads)
-    assert ("this machine is busy" in line.found) == (state == "yellow")
+def test_a_machine_that_does_not_say_how_busy_it_is_is_not_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file; in some containers no time passes there, or the cores have other numbers than those of this process."""
     assert machine.idle_cores(tmp_path / "none") is None
+    still = Clock(tmp_path, monkeypatch)
+    still.ticks = 0
+    assert machine.idle_cores(still.stat) is None
+    renumbered = Clock(tmp_path, monkeypatch)
+    renumbered.first = 4
+    assert machine.idle_cores(renumbered.stat) is None
+    line = machine.look_at_load(None)
+    assert (line.state, machine.threads_for(None)) == ("green", None)
 
 
 def test_a_backend_that_does_not_answer_may_only_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:

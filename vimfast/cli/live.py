@@ -25,6 +25,7 @@ class LiveLine:
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
+        self._to = sys.stderr.fileno() if self._live else -1  # also where sys.stderr is another for a while
         self._what, self._since = "", time.monotonic()
         self._changed, self._over = threading.Event(), False
         self._thread = threading.Thread(target=self._tick, name="live line", daemon=True)
@@ -59,4 +60,4 @@ class LiveLine:
     def _write(self, text: str) -> None:
         columns = shutil.get_terminal_size().columns
         with suppress(OSError):
-            os.write(sys.stderr.fileno(), f"{_CLEAR}{text[: columns - 1]}".encode(errors="replace"))
+            os.write(self._to, f"{_CLEAR}{text[: columns - 1]}".encode(errors="replace"))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
 
-from vimfast.doctor.isolation import Failed, NoAnswer, isolated
+from vimfast.doctor.isolation import Failed, NoAnswer, import_here, isolated
 from vimfast.doctor.lines import Line
 from vimfast.doctor.results import Trial, Usable
 
 PART = "Vim-Tiny"
 _SECONDS = 300.0  # the first run on a GPU compiles its kernels
+_IMPORTED = ("vimfast.doctor.trials", "vimfast.models")  # by what is tried
 _OLDEST_GPU = (8, 0)  # that gluon serves
 _ALLOWED = {"fp32": 1e-4, "bf16": 0.1}  # largest error: tens of times what is usual
 _OPTIONAL = "mamba_ssm"  # used only where it is asked for
@@ -33,8 +33,8 @@ def look_at_backends(
     lines = []
     names = isolated(_names, _SECONDS)
     with suppress(Failed):  # which is then said of each
-        isolated(_import_models, _SECONDS)
-        _import_models()  # once for all of them, since it works
+        isolated(_import_all, _SECONDS)
+        _import_all()
     for name in names:
         begin(name)
         lines.append(_look(name, device, usable, threads))
@@ -47,9 +47,9 @@ def _names() -> list[str]:
     return backends()
 
 
-def _import_models() -> None:
-    import_module("vimfast.doctor.trials")
-    import_module("vimfast.models")
+def _import_all() -> None:
+    for module in _IMPORTED:
+        import_here(module)
 
 
 def _train(name: str, device: str, threads: int | None) -> Trial:

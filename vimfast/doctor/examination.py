@@ -58,11 +58,11 @@ class _Examination:
         self._torch = Torch()
         self._driver: Driver | None = None
         self._usable = Usable()
-        self._idle: float | None = None
+        self._idle = idle_cores()  # now, as what is done here is work too
 
     def all(self, data: Path | None) -> list[Line]:
+        self._idle = idle_cores()  # first, as what is done here is work too
         steps: list[tuple[str, str, Callable[[], Line | list[Line]]]] = [
-            (MACHINE, "other work", self._look_at_load),  # first: what is done here later is work too
             (SOFTWARE, "Python", look_at_python),
             (SOFTWARE, "torch", self._look_at_torch),
             (SOFTWARE, "packages", look_at_packages),
@@ -72,6 +72,7 @@ class _Examination:
             (SOFTWARE, "optional packages", look_at_optional),
             (GPUS, "DALI", lambda: look_at_dali(self._driver, self._torch, self._usable)),
             (MACHINE, "cores", lambda: look_at_cores(self._gpus)),
+            (MACHINE, "other work", lambda: look_at_load(self._idle)),
             (MACHINE, "memory", lambda: look_at_memory(self._gpus)),
             (MACHINE, "/dev/shm", lambda: look_at_shared_memory(self._gpus)),
             (MACHINE, "open files", look_at_open_files),
@@ -81,7 +82,6 @@ class _Examination:
         for number, (part, what, at) in enumerate(steps, 1):
             self._say(what, number, len(steps))
             self._look(part, what, at)
-        self._found[MACHINE] = self._found.pop(MACHINE)  # the software is the first to be read of
         return [line for lines in self._found.values() for line in lines]
 
     def _say(self, what: str, number: int, of: int) -> None:
@@ -100,10 +100,6 @@ class _Examination:
             fix = "fix what is red above; if nothing is, report it with the output of vimfast doctor --json"
             lines = Line(part, what, "red", f"cannot be looked at ({describe(error)})", fix)
         self._found.setdefault(part, []).extend([lines] if isinstance(lines, Line) else lines)
-
-    def _look_at_load(self) -> Line:
-        self._idle = idle_cores()
-        return look_at_load(self._idle)
 
     def _look_at_torch(self) -> Line:
         line, self._torch = look_at_torch()

@@ -10,7 +10,8 @@ import struct
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -66,6 +67,13 @@ def isolated(function: Callable[[], T], seconds: float) -> T:
     return result
 
 
+def import_here(module: str) -> None:
+    """Import what has been seen to import in a fork, so that later forks need not. Whatever it prints is lost, too."""
+    nowhere = open(os.devnull, "w")  # noqa: SIM115  # a logger that it makes may keep it
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        import_module(module)
+
+
 def _lead_group(process: int) -> None:
     """Give a process a group of its own, so that what it starts ends with it.
 
@@ -116,13 +124,11 @@ def _read(descriptor: int, seconds: float, waited: Callable[[], float]) -> bytes
     Raises:
         TimeoutError: it does not come within so many seconds.
     """
-    read, wanted, begin = b"", _LENGTH.size, time.monotonic()
+    read, wanted, until = b"", _LENGTH.size, time.monotonic() + seconds
     while len(read) < wanted:
-        left = begin + seconds + waited() - time.monotonic()
-        if not select.select([descriptor], [], [], max(0.0, left))[0]:
-            if begin + seconds + waited() > time.monotonic():
-                continue
-            raise TimeoutError
+        while not select.select([descriptor], [], [], max(0.0, until + waited() - time.monotonic()))[0]:
+            if until + waited() <= time.monotonic():
+                raise TimeoutError
         part = os.read(descriptor, 1 << 16)
         if not part:
             return b""
@@ -133,7 +139,10 @@ def _read(descriptor: int, seconds: float, waited: Callable[[], float]) -> bytes
 
 
 def _waited(process: int) -> float:
-    """Seconds that its main thread could have run and had no core; 0 where the system does not say."""
+    """Seconds that its main thread could have run and had no core; 0 where the system does not say.
+
+    /proc/PID/schedstat has nanoseconds on a core and nanoseconds of waiting for one.
+    """
     try:
         return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, ValueError, IndexError):

@@ -16,14 +16,15 @@ _CORES = 6  # for each GPU; fewer leave most of the decoding to the GPU
 _MEMORY = 4 << 30  # bytes, for each process of a run
 _SHARED = 1 << 30  # bytes, for NCCL
 _LOOK = 0.5  # seconds, in which other work is seen
-_BUSY = 0.5  # of the cores idle; where fewer are, times are others than those of this machine
+_BUSY = 0.5  # of the cores idle; where fewer are, times are not those of this machine alone
+_KINDS, _IDLE = 9, slice(3, 5)  # of a line of /proc/stat: without guests' time, counted twice; idle, also for a disk
 _FILES = 1024  # with fewer, ImageNet's 326 shards are not all kept open
 
 
 def look_at_cores(gpus: int) -> Line:
     """Those that the affinity of this process, or its container, allows."""
     allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
-    cores = allowed if quota is None else min(float(allowed), quota)
+    cores = _usable_cores()
     found = f"{allowed} of {os.cpu_count()}" + ("" if quota is None else f", {quota:g} cores' time in this container")
     figures = {"cores": cores, "allowed": allowed, "machine": os.cpu_count(), "quota": quota}
     if cores < _CORES * gpus:
@@ -35,8 +36,17 @@ def look_at_cores(gpus: int) -> Line:
     return Line(PART, "cores", "green", found, figures=figures)
 
 
+def _usable_cores() -> float:
+    """How many cores' time this process may use."""
+    allowed, quota = float(len(os.sched_getaffinity(0))), cpu_quota()
+    return allowed if quota is None else min(allowed, quota)
+
+
 def idle_cores(stat: Path = Path("/proc/stat")) -> float | None:
-    """How many cores' time nobody uses, of those that this process may use; None: the system does not say."""
+    """How many cores' time nobody uses, of those that this process may use; None: the system does not say.
+
+    Some containers have a /proc/stat in which no time passes, or in which the cores have other numbers.
+    """
     try:
         before = _jiffies(stat)
         time.sleep(_LOOK)
@@ -44,19 +54,19 @@ def idle_cores(stat: Path = Path("/proc/stat")) -> float | None:
     except (OSError, ValueError, LookupError):
         return None
     idle = 0.0
-    for core in os.sched_getaffinity(0) & after.keys() & before.keys():
-        total = sum(after[core]) - sum(before[core])
-        idle += (after[core][_IDLE] - before[core][_IDLE] + after[core][_IO] - before[core][_IO]) / max(total, 1)
-    return idle
-
-
-_IDLE, _IO = 3, 4  # idle, and idle while a disk is awaited
+    for core in os.sched_getaffinity(0):
+        passed = [then - earlier for then, earlier in zip(after.get(core, ()), before.get(core, ()), strict=False)]
+        if sum(passed) <= 0:
+            return None
+        idle += sum(passed[_IDLE]) / sum(passed)
+    return min(idle, _usable_cores())
 
 
 def _jiffies(stat: Path) -> dict[int, list[int]]:
     """Of each core, its time by what it did."""
     lines = [line.split() for line in stat.read_text().splitlines()]
-    return {int(of[0][3:]): [int(t) for t in of[1:]] for of in lines if of[0].startswith("cpu") and of[0] != "cpu"}
+    found = {of[0][3:]: of[1:_KINDS] for of in lines if of[0].startswith("cpu")}
+    return {int(core): [int(ticks) for ticks in times] for core, times in found.items() if core}
 
 
 def threads_for(idle: float | None) -> int | None:
@@ -64,21 +74,19 @@ def threads_for(idle: float | None) -> int | None:
 
     Threads that wait for each other spin, and do little else where they share their cores.
     """
-    return max(1, int(idle)) if idle is not None and idle < _BUSY * len(os.sched_getaffinity(0)) else None
+    return max(1, int(idle)) if idle is not None and idle < _BUSY * _usable_cores() else None
 
 
 def look_at_load(idle: float | None) -> Line:
     """Whether other work takes the cores, so that all that is done here takes longer."""
-    allowed = len(os.sched_getaffinity(0))
     if idle is None:
-        return Line(PART, "other work", "green", "unknown: /proc/stat cannot be read")
-    found, figures = f"{idle:.1f} of {allowed} cores idle", {"idle": idle}
+        return Line(PART, "other work", "green", "unknown: /proc/stat does not say how busy the cores are")
+    found, figures = f"{idle:.1f} of {_usable_cores():g} cores idle", {"idle": idle}
     if (threads := threads_for(idle)) is None:
         return Line(PART, "other work", "green", found, figures=figures)
-    found = f"this machine is busy, {found}: all takes longer, and Vim-Tiny is tried on {counted(threads, 'thread')}"
-    return Line(
-        PART, "other work", "yellow", found, "run it again without other work for this machine's times", figures
-    )
+    found = f"{found}: everything takes longer, and Vim-Tiny is tried on {counted(threads, 'thread')}"
+    fix = "for times of this machine alone, run it again without other work"
+    return Line(PART, "other work", "yellow", found, fix, figures)
 
 
 def look_at_memory(gpus: int) -> Line:

@@ -10,7 +10,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 
 from vimfast import __version__
-from vimfast.doctor.isolation import Failed, isolated
+from vimfast.doctor.isolation import Failed, import_here, isolated
 from vimfast.doctor.lines import Line, State
 from vimfast.doctor.results import Torch
 
@@ -56,7 +56,7 @@ def look_at_torch() -> tuple[Line, Torch]:
     """torch, which is then imported for all that comes after; of no version where it cannot be."""
     try:
         found = isolated(_ask_torch, _SECONDS)
-        import_module("torch")
+        import_here("torch")
     except Failed as error:
         fix = "pip install --force-reinstall torch"
         return Line(PART, "torch", "red", f"cannot be imported ({error})", fix), Torch()
@@ -91,7 +91,7 @@ def look_at_packages() -> list[Line]:
             again = f"pip install --force-reinstall '{package}>={oldest}'"
             lines.append(Line(PART, package, "red", f"cannot be imported ({reason})", again))
         else:
-            import_module(module)  # which works, and what is tried later need not do it again
+            import_here(module)
             fine[package] = version or "unknown version"
     if fine:
         names = ", ".join(f"{package} {version}" for package, version in fine.items())
