@@ -92,6 +92,7 @@ def test_a_cluster_that_ray_remembers_and_that_has_ended_is_named_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It took 42 s."""
+    pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()
@@ -101,6 +102,14 @@ def test_a_cluster_that_ray_remembers_and_that_has_ended_is_named_at_once(
         (tmp_path / "ray" / "ray_current_cluster").write_text(address)
         monkeypatch.setattr("ray._private.services.find_gcs_addresses", list)  # another test's
         assert re.fullmatch(r"no Ray cluster can be used at [\d.]+:\d+ \(Connection refused\)", refused("auto"))
+
+
+def test_no_cluster_to_be_found_is_said_without_advice_of_rays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", list)
+    assert refused("auto") == "no Ray cluster can be used at auto (Could not find any running Ray instance)"
 
 
 def test_an_address_that_stays_silent_is_named_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

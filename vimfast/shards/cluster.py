@@ -8,6 +8,7 @@ object store.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from vimfast.cli import LiveLine
 from vimfast.errors import UserError
 from vimfast.shards.workers import Pace, progress, tick_with
 
@@ -49,7 +51,7 @@ class RayCluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's worker processes run whatever Python it is that runs this one; `uv run` would build another.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        address = self._address or os.environ.get("RAY_ADDRESS")
+        address = self._address or os.environ.get("RAY_ADDRESS") or None
         if address is not None:  # Ray would try 20 times, 41 s each; it reads this when it is imported
             os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
         try:
@@ -60,13 +62,16 @@ class RayCluster:
         if address is None:  # and not the cluster that somebody else may have started on this machine
             options |= {"num_cpus": self._workers, "include_dashboard": False}
         try:
-            if address is not None:
-                address = _meant(address)
-                _expect_answer(address)
-            ray.init(address=address or "local", **options)
+            with LiveLine() as live:
+                live.say("starting Ray" if address is None else f"connecting to Ray at {address}")
+                if address is not None:
+                    address = _meant(address)
+                    _expect_answer(address)
+                ray.init(address=address or "local", **options)
         except (OSError, RuntimeError, ValueError) as error:
             where = address or "this machine"
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            # Its first sentence: those after it advise flags of Ray's own.
+            reason = re.split(r"\. |\n", str(error).strip())[0].rstrip(".:") or type(error).__name__
             raise UserError(
                 f"no Ray cluster can be used at {where} ({reason})",
                 "give the address that ray start --head printed, on a node of the cluster, and set RAY_AUTH_MODE=token "
