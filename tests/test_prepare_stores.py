@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import visible, write_image
-from object_servers import BUCKET, Proxy, Trouble, moto, s3, wait_for
+from object_servers import BUCKET, Proxy, Trouble, moto, s3
 
 from vimfast import prepare
 from vimfast.cli import run_main
 from vimfast.errors import UserError
 from vimfast.shards import convert as conversions
-from vimfast.shards import stored
+from vimfast.shards import stored, workers
 from vimfast.shards.convert import classes_without_images, convert
 from vimfast.shards.format import MANIFEST, ConversionOptions
 from vimfast.stores import open_store
@@ -88,26 +87,18 @@ def test_from_store_to_store_the_bytes_are_those_of_the_disk(
     assert list(classes_without_images(out)) == ["1 class has no images in val, such as b"]
 
 
-def test_a_long_listing_is_not_silent(
-    source: str, out: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_while_images_are_listed_it_is_said_how_many(
+    source: str, out: str, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of ImageNet's 1.3 million objects it takes minutes."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    listed = conversions.list_store
-
-    def slow(*arguments: Any) -> Any:
-        said = ""
-
-        def is_said() -> bool:
-            nonlocal said
-            said += capfd.readouterr().err
-            return f"listing {source}/{arguments[1]} ..." in said
-
-        wait_for(is_said)
-        return listed(*arguments)
-
-    monkeypatch.setattr(conversions, "list_store", slow)
-    assert len(conversions._plans_of_store(source, OPTIONS, Path(out), 1)) == 2
+    """Of ImageNet's 1.3 million objects it takes minutes, and of its folders on a network disk."""
+    monkeypatch.setattr(conversions, "_LISTED", 10)
+    monkeypatch.setattr(workers, "_SECONDS_BETWEEN_LINES", 0.0)
+    conversions._make_plans(source, OPTIONS, Path(out), 1)
+    said = re.findall(r"^(\d+) objects of train listed, [\d,]+ objects/s$", capsys.readouterr().err, re.MULTILINE)
+    assert said[:-1] == ["10", "20", "30"]
+    conversions._make_plans(images, OPTIONS, Path(out), 1)
+    line = r"^(\d) of 3 classes of train listed, [\d,]+ classes/s, [\d:]+ left$"
+    assert re.findall(line, capsys.readouterr().err, re.MULTILINE)[:3] == ["1", "2", "3"]
 
 
 def test_each_end_may_be_a_disk(

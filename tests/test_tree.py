@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,20 @@ def test_a_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
         for look in (scan_split, open_source):
             with pytest.raises(UserError, match=r"root.* cannot be read \(Permission denied\)"):
                 look(tmp_path / "root", "train")
+
+
+def test_an_error_ends_what_watches_the_listing(tmp_path: Path) -> None:
+    """Else a bar would still be drawn, and the cursor hidden, while the error is printed."""
+    ended = []
+
+    def watched(folders: Sequence[str]) -> Generator[str, None, None]:
+        try:
+            yield from folders
+        finally:
+            ended.append(True)
+
+    touch(tmp_path, "train/a/1.jpg")
+    (tmp_path / "train/a/again").symlink_to("..", target_is_directory=True)
+    with pytest.raises(UserError) as kept:
+        scan_split(tmp_path, "train", watched=watched)
+    assert (ended, "is a link to" in str(kept.value)) == ([True], True)

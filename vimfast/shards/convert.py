@@ -22,7 +22,6 @@ import numpy as np
 
 from vimfast import __version__
 from vimfast.class_names import are_imagenets
-from vimfast.cli import LiveLine
 from vimfast.errors import UserError, counted
 from vimfast.files import TEMPORARY, write_bytes
 from vimfast.shards.archives import ARCHIVES, NOTE, has_archive, list_archive
@@ -56,11 +55,12 @@ from vimfast.shards.format import (
 from vimfast.shards.plan import ShardPlan
 from vimfast.shards.stored import Mirror, list_store, mirrored, store_at
 from vimfast.shards.tree import FileList, is_folder, scan_split
-from vimfast.shards.workers import Engine, Processes, report, verify_shards, write_shards
+from vimfast.shards.workers import Engine, Pace, Processes, passing, report, verify_shards, write_shards
 from vimfast.shards.writer import estimate_bytes, join_rows, read_record, record_path, unwritable
 from vimfast.stores import is_url, open_store
 
 _IMAGENET = 1_000  # classes
+_LISTED = 1_000  # objects, which a store lists in one answer
 
 
 def convert(
@@ -196,11 +196,9 @@ def _plans_of_store(url: str, options: ConversionOptions, out: Path, workers: in
     lists = store_at(url).lists
     for split in SPLITS:
         classes = plans[0].files.classes if plans else None
-        files: FileList | None = None
-        if lists:
-            with LiveLine() as live:  # a thousand objects a request
-                live.say(f"listing {url.rstrip('/')}/{split}")
-                files = list_store(url, split, classes)
+        pace = Pace(None, f"objects of {split} listed", unit="objects")
+        watched = partial(passing, pace=pace, at_once=_LISTED)
+        files: FileList | None = list_store(url, split, classes, watched) if lists else None
         if files is None and has_archive(url, split):
             files = list_archive(url, split, classes, workers, out / STATE_FOLDER)
         if files is None:
@@ -232,7 +230,8 @@ def _list_images(root: Path, split: str, classes: list[str] | None, out: Path, w
     """From a folder, or where there is none from ImageNet's archive."""
     if not is_folder(root / split) and has_archive(root, split):
         return list_archive(root, split, classes, workers, out / STATE_FOLDER)
-    return scan_split(root, split, classes)
+    pace = partial(Pace, what=f"classes of {split} listed", unit="classes")
+    return scan_split(root, split, classes, lambda folders: passing(folders, pace(len(folders))))
 
 
 def classes_without_images(out: Path | str) -> Iterator[str]:

@@ -12,9 +12,9 @@ import os
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ from vimfast.shards.format import (
 )
 from vimfast.shards.origin import MOST_BYTES, Origin, missing_sources
 from vimfast.shards.plan import Part
-from vimfast.shards.tree import FileList, file_kind, is_image_name, pack_names
+from vimfast.shards.tree import FileList, file_kind, is_image_name, pack_names, unwatched
 from vimfast.shards.verify import Differs, verify_sources
 from vimfast.shards.writer import Record, read_record, record_path, write_shard
-from vimfast.stores import Missing, Store, open_store
+from vimfast.stores import Entry, Missing, Store, open_store
 
 _AHEAD = 32  # requests at a time of one worker: a store answers each only after some 30 ms
 
@@ -115,27 +115,34 @@ class StoreOrigin:
         return store_at(self._url).read(self._names[i])
 
 
-def list_store(url: str, split: str, classes: Sequence[str] | None) -> StoredFiles | None:
+def list_store(
+    url: str,
+    split: str,
+    classes: Sequence[str] | None,
+    watched: Callable[[Iterator[Entry]], Generator[Entry, None, None]] = unwatched,
+) -> StoredFiles | None:
     """The images of a split in a store, sorted and labelled as those of a folder; None where there are none.
 
     Args:
         classes: the training classes, if the split's own folder names are not to define them.
+        watched: its entries go through this, which may show how many.
 
     Raises:
         UserError: the store does not answer, or has a class that is not among them.
     """
     found: dict[str, list[tuple[str, int]]] = {}
     others, loose = Counter[str](), 0
-    for entry in store_at(url).entries(split):
-        name, slash, inside = entry.name.removeprefix(f"{split}/").partition("/")
-        if any(part.startswith(".") for part in (name, *inside.split("/"))):
-            continue
-        if slash and is_image_name(os.path.basename(inside)):
-            found.setdefault(name, []).append((inside, entry.bytes))
-        elif is_image_name(name) and not slash:
-            loose += 1
-        elif not entry.name.endswith("/"):  # which some tools write to stand for a folder
-            others[file_kind(entry.name)] += 1
+    with closing(watched(store_at(url).entries(split))) as entries:  # also where Ctrl-C ends it
+        for entry in entries:
+            name, slash, inside = entry.name.removeprefix(f"{split}/").partition("/")
+            if any(part.startswith(".") for part in (name, *inside.split("/"))):
+                continue
+            if slash and is_image_name(os.path.basename(inside)):
+                found.setdefault(name, []).append((inside, entry.bytes))
+            elif is_image_name(name) and not slash:
+                loose += 1
+            elif not entry.name.endswith("/"):  # which some tools write to stand for a folder
+                others[file_kind(entry.name)] += 1
     if not found:
         return None
     known = sorted(found) if classes is None else list(classes)

@@ -7,16 +7,19 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from vimfast.errors import UserError, counted
 from vimfast.shards.foreign import INDEX_SHARDS, first_shard
 from vimfast.shards.origin import FolderOrigin, Origin
+
+T = TypeVar("T")
 
 _SPLITS = ("train", "val")
 # The file name extensions of each format that is read (see jpeg.py).
@@ -113,7 +116,15 @@ def _unreadable(error: OSError) -> UserError:
     return UserError(f"{error.filename} cannot be read ({error.strerror})", "fix that and run again")
 
 
-def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> FileList:
+def unwatched(things: Iterable[T]) -> Generator[T, None, None]:
+    """The same."""
+    yield from things
+
+
+Watched = Callable[[Sequence[str]], Generator[str, None, None]]
+
+
+def scan_split(root: Path, split: str, classes: Sequence[str] | None = None, watched: Watched = unwatched) -> FileList:
     """List the images of `root`/`split`.
 
     Images may lie deeper than their class folder (``n01443537/images/x.JPEG``), as torchvision reads them too. Links
@@ -122,6 +133,7 @@ def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> 
     Args:
         classes: the training classes, if the split's own folder names are not to define them. A folder that is not
             among them is an error, a missing one is not.
+        watched: the names of its class folders go through this, which may show how many are listed.
 
     Raises:
         UserError: no such folder, no class folders, a doubled level, an unknown class, a link that may have led to a
@@ -130,7 +142,7 @@ def scan_split(root: Path, split: str, classes: Sequence[str] | None = None) -> 
     try:
         if not is_folder(root / split):
             raise _missing(root, split)
-        return _scan(root, split, classes)
+        return _scan(root, split, classes, watched)
     except OSError as error:  # no permission, a loop of links, a failing disk
         raise _unreadable(error) from None
 
@@ -179,7 +191,7 @@ def is_dead_link(path: str | Path) -> bool:
     return os.path.islink(path) and not os.path.exists(path)
 
 
-def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
+def _scan(root: Path, split: str, classes: Sequence[str] | None, watched: Watched) -> FileList:
     folder = root / split
     folders, rest = _class_folders(folder)
     flat = sum(map(is_image_name, rest))
@@ -201,22 +213,23 @@ def _scan(root: Path, split: str, classes: Sequence[str] | None) -> FileList:
             f"remove it, or add the class to {root / 'train'}",
         )
     others = Counter(file_kind(name) for name in rest if not is_image_name(name))
-    files = replace(_list(folder, folders, known, others), loose=flat)
+    files = replace(_list(folder, folders, watched, known, others), loose=flat)
     if not len(files):
         where = f"{counted(len(folders), 'class folder')} of {folder}"
         raise UserError(f"no images in the {where}", "unpack the class archives there")
     return files
 
 
-def _list(folder: Path, folders: list[str], classes: list[str], others: Counter[str]) -> FileList:
+def _list(folder: Path, folders: list[str], watched: Watched, classes: list[str], others: Counter[str]) -> FileList:
     """The arrays, grown class by class: at most one class's names are Python objects at a time."""
     places = {name: i for i, name in enumerate(classes)}
     blobs, lengths, counts = [], [], []
-    for name in folders:
-        encoded = [os.fsencode(inside) for inside in sorted(_images(folder / name, others))]
-        blobs.append(b"".join(encoded))
-        lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
-        counts.append(len(encoded))
+    with closing(watched(folders)) as names:  # also where an error or Ctrl-C ends it
+        for name in names:
+            encoded = [os.fsencode(inside) for inside in sorted(_images(folder / name, others))]
+            blobs.append(b"".join(encoded))
+            lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+            counts.append(len(encoded))
     labels = np.repeat(np.array([places[name] for name in folders], np.int32), counts)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
     return FileList(folder, classes, labels, np.frombuffer(b"".join(blobs), np.uint8), offsets, others)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -273,18 +273,27 @@ def _interrupts_held() -> Iterator[None]:
 
 
 class Pace:
-    """Progress, rate and time left. What was there already counts as progress but not towards the rate."""
+    """Progress, rate and time left. What was there already counts as progress but not towards the rate.
 
-    def __init__(self, total: int, what: str, found: int = 0, unit: str = "images") -> None:
+    Args:
+        total: None: not known.
+    """
+
+    def __init__(self, total: int | None, what: str, found: int = 0, unit: str = "images") -> None:
         self.total, self.what, self.found, self.unit, self.begin = total, what, found, unit, time.monotonic()
         self.done = 0
 
     def describe(self) -> tuple[int, str, str]:
-        """(images done, rate, time left)"""
+        """(images done, rate, time left, which is empty where the total is not known)"""
         done = self.found + self.done
         rate = self.done / max(1e-6, time.monotonic() - self.begin)
-        left = duration((self.total - done) / rate) if self.done else "-:--:--"
-        return done, f"{rate:,.0f} {self.unit}/s", f"{left} left"
+        left = duration((self.total - done) / rate) if self.done and self.total is not None else "-:--:--"
+        return done, f"{rate:,.0f} {self.unit}/s", "" if self.total is None else f"{left} left"
+
+    def __str__(self) -> str:
+        done, rate, left = self.describe()
+        of = "" if self.total is None else f" of {self.total:,}"
+        return f"{done:,}{of} {self.what}, {rate}{left and f', {left}'}"
 
 
 @contextmanager
@@ -298,8 +307,7 @@ def progress(pace: Pace) -> Iterator[Callable[[], None]]:
             nonlocal last
             if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                done, rate, left = pace.describe()
-                report(f"{done:,} of {pace.total:,} {pace.what}, {rate}, {left}")
+                report(str(pace))
 
         yield line
         return
@@ -313,3 +321,14 @@ def progress(pace: Pace) -> Iterator[Callable[[], None]]:
             bar.update(task, completed=done, rate=rate, left=left)
 
         yield draw
+
+
+def passing(things: Iterable[T], pace: Pace, at_once: int = 1) -> Generator[T, None, None]:
+    """The same; meanwhile it is shown how many have been passed, after each `at_once` of them."""
+    with progress(pace) as show:
+        for thing in things:
+            yield thing
+            pace.done += 1
+            if pace.done % at_once == 0:
+                show()
+        show()
