@@ -188,6 +188,8 @@ def test_what_is_no_run_folder_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no log\.txt; give the --output_dir of a run of at least one epoch"):
         write_page(tmp_path)
     (tmp_path / "log.txt").write_text("no JSON\n[1]\n")
+    with pytest.raises(UserError, match=r"log\.txt is a file; give the --output_dir of a run"):
+        write_page(tmp_path / "log.txt")
     with pytest.raises(UserError, match=r"log\.txt holds no epoch"):
         write_page(tmp_path)
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": null, "test_acc1": "<b>", "train_lr": 0.1}\n{"epo')

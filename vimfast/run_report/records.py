@@ -28,6 +28,8 @@ def read_records(folder: Path) -> list[Record]:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {LOG}", fix) from None
+    except NotADirectoryError:
+        raise UserError(f"{folder} is a file", fix) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})", "fix its permissions, or the disk") from None
     records: dict[int, Record] = {}
