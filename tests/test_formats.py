@@ -219,6 +219,17 @@ def test_files_of_an_earlier_export_do_not_stay(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
 
 
+def test_what_takes_long_is_named_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of Vim-Tiny takes a minute on a busy machine, in which a terminal showed nothing."""
+    model, said = small(48), []
+    monkeypatch.setattr("vimfast.cli.LiveLine.say", lambda self, what: said.append(what))
+    monkeypatch.setattr(exporting, "write_program", lambda *arguments: said.append("written"))
+    monkeypatch.setattr(exporting, "read_program", lambda path: said.append("read") or model)
+    run_export(save(model, 48, tmp_path / "run.pth"), tmp_path / "out", "--pt2")
+    path = tmp_path / "out" / "model.pt2"
+    assert said[-4:] == [f"writing {path}", "written", f"comparing {path} with the model", "read"]
+
+
 def test_a_file_that_computes_something_else_is_reported(tmp_path: Path) -> None:
     model, images = small(48), example_images((3, 48, 48))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import evaluation_crop
 from vimfast.checkpoint import HUB_WEIGHTS, Description, described, load_found, load_weights
-from vimfast.cli import fit_terminal
+from vimfast.cli import LiveLine, fit_terminal
 from vimfast.errors import UserError, printable
 from vimfast.formats import (
     TOLERANCE,
@@ -83,10 +83,10 @@ def export(
     images = example_images((told.options.get("in_chans", cfg["input_size"][0]), *size))
     _check(built, out / HUB_WEIGHTS, _read_weights, images)
     if pt2:
-        write_program(built, images, out / PROGRAM)
+        _write(write_program, built, images, out / PROGRAM)
         _check(built, out / PROGRAM, read_program, images)
     if onnx:
-        write_onnx(built, images, out / ONNX)
+        _write(write_onnx, built, images, out / ONNX)
         _check(built, out / ONNX, read_onnx, images)
 
 
@@ -98,9 +98,18 @@ def _read_weights(path: Path) -> nn.Module:
     return model.eval()
 
 
+def _write(write: Callable[[nn.Module, Tensor, Path], object], model: nn.Module, images: Tensor, path: Path) -> None:
+    """It is traced first, which takes long."""
+    with LiveLine() as live:
+        live.say(f"writing {path}")
+        write(model, images, path)
+
+
 def _check(model: nn.Module, path: Path, read: Callable[[Path], Callable[[Tensor], Tensor]], images: Tensor) -> None:
     """Say how far what was written is from the model."""
-    difference = largest_difference(model, read(path), images)
+    with LiveLine() as live:
+        live.say(f"comparing {path} with the model")
+        difference = largest_difference(model, read(path), images)
     if difference > TOLERANCE:
         raise UserError(
             f"{path} differs from the model by {difference:.1e}, more than {TOLERANCE:g}", "do not use it; report this"
