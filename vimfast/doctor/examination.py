@@ -58,7 +58,7 @@ class _Examination:
         self._torch = Torch()
         self._driver: Driver | None = None
         self._usable = Usable()
-        self._idle = idle_cores()  # now, as what is done here is work too
+        self._idle: float | None = None
 
     def all(self, data: Path | None) -> list[Line]:
         self._idle = idle_cores()  # first, as what is done here is work too
