@@ -24,7 +24,7 @@ from vimfast.data.files import FilesSource
 from vimfast.data.source import BadImage
 from vimfast.doctor import backends, isolation, machine
 from vimfast.doctor.gpus import _describe, look_at_dali, look_at_gpus
-from vimfast.doctor.isolation import Failed, isolated
+from vimfast.doctor.isolation import Failed, NoAnswer, isolated
 from vimfast.doctor.machine import look_at_shared_memory
 from vimfast.doctor.results import Driver, Gpu, Torch, Usable
 from vimfast.doctor.software import REQUIRED, _fits, look_at_packages
@@ -138,7 +138,9 @@ def test_what_fails_apart_is_a_sentence(function: Callable[[], Any], why: str) -
 def test_time_without_a_core_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine torch was said to be broken, as its import took more than a minute."""
     monkeypatch.setattr(isolation, "_waited", lambda process: 60.0)
-    assert isolated(partial(time.sleep, 0.3), 0.1) is None
+    assert isolated(partial(time.sleep, 2.2), 2) is None
+    with pytest.raises(NoAnswer, match=r"no answer within 0 s"):  # it computes and never ends
+        isolated(partial(time.sleep, 600), 0.1)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("2000000000 60500000000 7\n", 60.5), ("", 0.0), (None, 0.0)])

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 _LENGTH = struct.Struct("<Q")  # comes before an answer, as what a child has started may keep the pipe open after it
+_PATIENCE = 4  # times as long is waited on a machine that is busy: one that is stuck may compute, too
 _GRACE = 2.0  # seconds; a process that waits for a dead disk does not even end when it is killed
 
 
@@ -32,7 +33,8 @@ class NoAnswer(Failed):
 def isolated(function: Callable[[], T], seconds: float) -> T:
     """What `function` returns, which must be picklable. Whatever it prints is lost.
 
-    Time in which it waits for a core to run on does not count: it is not stuck where this machine is busy.
+    Time in which it waits for a core to run on does not count, up to three times as much: it is not stuck where this
+    machine is busy.
 
     Call it before anything initializes CUDA or computes gradients: neither survives a fork.
 
@@ -49,7 +51,7 @@ def isolated(function: Callable[[], T], seconds: float) -> T:
     os.close(theirs)
     _lead_group(child)
     try:
-        answer = _read(ours, seconds, lambda: _waited(child))
+        answer = _read(ours, seconds, lambda: min(_waited(child), (_PATIENCE - 1) * seconds))
         status = None if answer else _wait(child)
     except TimeoutError:
         raise NoAnswer(f"no answer within {seconds:.0f} s") from None
