@@ -21,7 +21,7 @@ _of_names: dict[str, Any] = {}
 
 
 def _np_dtype(tt_dtype: Any) -> Any:
-    """The interpreter makes its table anew for each operation."""
+    """The interpreter makes its table for each operation again."""
     scalar = tt_dtype.scalar
     if scalar.name not in _of_names:
         _of_names[scalar.name] = _listed(scalar)
@@ -34,7 +34,7 @@ _launch, _patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
 _patched: set[int] = set()  # modules whose functions have been called by the kernel that runs
 
 
-def _launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _launch_and_forget(self: Any, *args: Any, **kwargs: Any) -> Any:
     _patched.clear()
     return _launch(self, *args, **kwargs)
 
@@ -48,4 +48,4 @@ def _patch_once(fn: Any) -> Any:
     return _patch(fn)
 
 
-interpreter.GridExecutor.__call__, interpreter._patch_lang = _launch_afresh, _patch_once
+interpreter.GridExecutor.__call__, interpreter._patch_lang = _launch_and_forget, _patch_once
