@@ -1,8 +1,9 @@
 """Imported by what runs kernels in Triton's interpreter: it leaves out work that the interpreter does in vain.
 
-Values are the same to the bit, for what is left out has no part in them: half of the time goes into a check of integers
-for overflow whose result nobody looks at, as ``device_assert`` does nothing where ``debug`` is off; and much into
-listing the members of ``triton.language`` again for each call of a function by a kernel.
+Values are the same to the bit, for what is left out has no part in them: a check of integers for overflow whose result
+nobody looks at, as ``device_assert`` does nothing where ``debug`` is off; listing the members of ``triton.language``
+again for each call of a function by a kernel; a table of types for each operation. Together they take about half of the
+time. The names are private to Triton: where a version has others, this fails, and may be left out.
 """
 
 from __future__ import annotations
