@@ -83,7 +83,7 @@ def test_a_run_without_a_gpu_is_told_to_give_a_number(tree: Path, tmp_path: Path
 def test_other_words_are_refused(value: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"batch_size: {value}\n")
     for argv in (["--batch-size", value], ["--config", str(tmp_path / "recipe.yaml")]):
-        with pytest.raises(UserError, match=r"must be of type int or auto"):
+        with pytest.raises(UserError, match=r"must be an integer or auto"):
             load_config(argv)
 
 

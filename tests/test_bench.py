@@ -88,7 +88,7 @@ def test_what_it_refuses(run: Run, tmp_path: Path) -> None:
         (("--scan-backend", "fast"), "unknown scan backend 'fast'"),
         (("--model", "vim_tny"), "did you mean 'vim_tiny_patch16_224'"),
         (("--plot", str(tmp_path / "no" / "a.png")), "in a folder that does not exist"),
-        (("--batch-size", "0"), "must be >= 1"),
+        (("--batch-size", "0"), "--batch-size is 0; it must be >= 1"),
         ((str(tmp_path / "nowhere"),), "nowhere does not exist"),
     ):
         with pytest.raises(UserError, match=sentence):

@@ -49,12 +49,12 @@ def test_a_size_from_flags_and_files(words: list[str], value: object, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["0"], "must be >= 1, not 0"),
-        (["192", "0"], "must be >= 1, not 0"),
-        (["192.5"], "'192.5' is not a size"),
-        (["192xx256"], "'192xx256' is not a size"),
+        (["0"], "--input-size is 0; it must be >= 1"),
+        (["192", "0"], "--input-size is 0; it must be >= 1"),
+        (["192.5"], "--input-size is '192.5'; it must be an integer >= 1, or two"),
+        (["192xx256"], "--input-size is '192xx256'; it must be an integer >= 1, or two"),
         (["192", "256", "3"], "unrecognized arguments: 3"),
-        (["-192"], "'-192' is not a size"),
+        (["-192"], "--input-size is '-192'; it must be an integer >= 1, or two"),
     ],
 )
 def test_flags_that_are_no_size(words: list[str], sentence: str) -> None:

@@ -236,7 +236,7 @@ def test_a_failure_is_one_sentence_and_bad_input_is_not_tried_again(flags: tuple
     ("words", "sentence"),
     [
         ("--processes 0 --data-path x", "--processes is '0'; it must be an integer >= 1, or gpus"),
-        ("--max-restarts x", "'x' is not an integer"),
+        ("--max-restarts x", "--max-restarts is 'x'; it must be an integer >= 0"),
         ("--processes 2", "--data-path is missing"),
         ("--data-path x --output_dir y --max-restarts 2", "would not continue the run; add --resume auto"),
         ("--lrr 1", "unknown flag --lrr; did you mean '--lr'?"),

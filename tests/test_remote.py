@@ -344,7 +344,7 @@ def test_commands_that_take_a_url_and_that_do_not(
     show.main()
     assert (tmp_path / "samples.png").exists()
     monkeypatch.setattr(sys, "argv", ["check", URL])
-    with pytest.raises(UserError, match=f"'{URL}' is a URL, and must be a path on this machine"):
+    with pytest.raises(UserError, match=f"'{URL}'; it must be a path on this machine"):
         check_data.main()
 
 

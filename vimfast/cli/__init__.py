@@ -2,7 +2,7 @@
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
 from vimfast.cli.live import LiveLine
-from vimfast.cli.parser import SIZE, Parser, image_size, path, path_or_url, png, whole
+from vimfast.cli.parser import SIZE, Parser, image_size, path, path_or_url, png, unfit, whole
 from vimfast.cli.reporting import (
     first_on_host,
     fit_terminal,
@@ -34,6 +34,7 @@ __all__ = [
     "report_once",
     "run_main",
     "say_written",
+    "unfit",
     "was_reported",
     "whole",
     "wrapped",

@@ -56,6 +56,8 @@ class Parser(argparse.ArgumentParser):
         called = sys.argv[0] if sys.argv[0].startswith("vimfast ") else prog
         options = {"formatter_class": _OneSpelling, **options}
         super().__init__(called, description=description, allow_abbrev=False, **options)
+        self.register("type", int, whole())
+        self.register("type", float, number)
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         known = [flag for action in self._actions for flag in action.option_strings]
@@ -86,22 +88,33 @@ class Parser(argparse.ArgumentParser):
         return joined
 
     def error(self, message: str) -> NoReturn:
-        """argparse's complaint, with the first spelling of a flag that has several."""
+        """argparse's complaint, with the first spelling of a flag that has several; what `unfit` made says all."""
         message = re.sub(r"^argument (-[\w-]+)(/-[\w-]+)*: ", r"\1: ", message)
+        flag, separator, complaint = message.partition(f": {_UNFIT}")
+        if separator:
+            raise UserError(f"{flag.removeprefix('argument ')} is {complaint}")
         raise UserError(message, f"see {self.prog} --help")
+
+
+_UNFIT = "the value is "  # until the parser puts the flag in its place
+
+
+def unfit(value: object, wanted: str) -> argparse.ArgumentTypeError:
+    """What an argparse type raises, for ``--flag is VALUE; it must be WANTED``, as `vimfast.config` words it too."""
+    return argparse.ArgumentTypeError(f"{_UNFIT}{value!r}; it must be {wanted}")
 
 
 def path(text: str) -> Path:
     """An argparse type: a path, where ``~`` is the home folder also after ``--flag=``, which no shell expands."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is a URL, and must be a path on this machine")
+        raise unfit(text, "a path on this machine")
     return Path(os.path.expanduser(text))
 
 
 def png(text: str) -> Path:
     """An argparse type: a file to write an image to, of the one kind that is written."""
     if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .png, the kind of file that is written")
+        raise unfit(text, "a name that ends in .png, the kind of file that is written")
     return path(text)
 
 
@@ -117,24 +130,32 @@ def image_size(text: str) -> SizeLike:
     """An argparse type: the side of a square, or height and width (two words, which the parser joins), in pixels."""
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size (must be one number, or height and width)")
+        raise unfit(text, "an integer >= 1, or two, for height and width")
     height, width = int(sides[0]), int(sides[-1])
     if min(height, width) < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, not {min(height, width)}")
+        raise unfit(min(height, width), ">= 1")
     return ImageSize(height, width).plain
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer in this range."""
-    limits = f"must be >= {least}" if most is None else f"must be from {least} to {most}"
+def number(text: str) -> float:
+    """An argparse type: any number; :class:`Parser` takes it wherever the type is float."""
+    try:
+        return float(text)
+    except ValueError:
+        raise unfit(text, "a number") from None
+
+
+def whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer in this range; :class:`Parser` takes one without limits wherever the type is int."""
+    limits = "" if least is None else f">= {least}" if most is None else f"from {least} to {most}"
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer ({limits})") from None
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{limits}, not {value}")
+            raise unfit(text, f"an integer {limits}".rstrip()) from None
+        if (least is not None and value < least) or (most is not None and value > most):
+            raise unfit(value, limits)
         return value
 
     return parse

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from vimfast.cli import SIZE, Parser, image_size
+from vimfast.cli import SIZE, Parser, image_size, unfit
 from vimfast.config.compat import TIMM, add_flags
 from vimfast.config.recipes import recipes
 from vimfast.config.schema import Config, Kind, StageConfig, kinds
@@ -76,7 +76,7 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
         group.add_argument(*flags, dest=f.name, type=_yaml, help=text, metavar="YAML")
     elif kind.length != 1:
         several = {"nargs": kind.length or "+", "action": _AsTuple, "metavar": _LETTERS[kind.base]}
-        group.add_argument(*flags, dest=f.name, type=kind.base, help=text, **several)
+        group.add_argument(*flags, dest=f.name, type=_reader(kind), help=text, **several)
     else:
         metavar = "|".join(kind.choices) or ("PATH" if f.metadata["path"] else _LETTERS[kind.base])
         metavar = "|".join([metavar, *kind.words])
@@ -85,17 +85,13 @@ def _add_flag(group: Any, f: Field[Any], kind: Kind) -> None:
 
 
 def _reader(kind: Kind) -> Callable[[str], Any]:
-    if not kind.words:
-        return kind.base
-
     def read(text: str) -> Any:
         if text in kind.words:
             return text
         try:
             return kind.base(text)
         except ValueError:
-            words = " or ".join([f"of type {kind.base.__name__}", *kind.words])
-            raise argparse.ArgumentTypeError(f"{text!r} must be {words}") from None
+            raise unfit(text, kind.wanted) from None
 
     return read
 

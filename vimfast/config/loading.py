@@ -188,7 +188,7 @@ def _convert(value: Any, kind: Kind, where: str) -> Any:
         if kind.size:
             raise UserError(f"{where} is {value!r}", "it must be an integer, or [height, width]") from None
         several = f"a list of {kind.length} numbers" if kind.length else "a list of numbers"
-        wanted = " or ".join([f"of type {kind.base.__name__}", *kind.words]) if kind.length == 1 else several
+        wanted = kind.wanted if kind.length == 1 else several
         raise UserError(f"{where} is {value!r}", f"it must be {wanted}") from None
 
 

@@ -74,6 +74,9 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+_CALLED = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "settings by name"}
+
+
 class Kind(NamedTuple):
     """The values that a setting takes, as its annotation says."""
 
@@ -83,6 +86,13 @@ class Kind(NamedTuple):
     choices: tuple[str, ...] = ()
     words: tuple[str, ...] = ()  # that stand for a value of `base`
     size: bool = False  # one number, or two for height and width
+
+    @property
+    def wanted(self) -> str:
+        """What to say that a value must be, or each of several."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return " or ".join([_CALLED[self.base], *self.words])
 
     @classmethod
     def of(cls, annotation: Any) -> Kind:
