@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import re
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 
 from vimfast import dist
+from vimfast.data.cache import Cache
 from vimfast.errors import UserError, counted, duration, lacks_memory
+from vimfast.shards.convert import locked
+from vimfast.train.folder import RunFolder
 
 
 @pytest.mark.parametrize(("fix", "sentence"), [("use 1", "it is 0; a; use 1"), (None, "it is 0; a")])
@@ -23,6 +29,38 @@ def test_a_problem_and_its_fix(fix: str | None, sentence: str) -> None:
 def test_one_is_singular() -> None:
     said = [counted(number, what) for number in (1, 2000) for what in ("train epoch", "class", "batch")]
     assert said == ["1 train epoch", "1 class", "1 batch", "2,000 train epochs", "2,000 classes", "2,000 batches"]
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "make room there, or "),
+        (errno.EDQUOT, "make room there, or "),
+        (errno.EACCES, "fix its permissions, or "),
+        (errno.EPERM, "fix its permissions, or "),
+        (errno.EROFS, "mount it writable, or "),
+        (errno.ENOENT, ""),
+        (errno.ENOTDIR, ""),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_advised_on_by_its_error(
+    number: int, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of training, of conversions and of the cache."""
+
+    def refuse(self: Path, **_: bool) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    out = Path("/nowhere/out")
+    for make, other in (
+        (lambda: RunFolder(out, is_main=True), "choose another folder"),
+        (lambda: locked(out).__enter__(), "choose another folder"),
+        (lambda: Cache(out, None), "give a folder on a disk of this machine"),
+    ):
+        with pytest.raises(UserError) as error:
+            make()
+        assert str(error.value).endswith(f"({os.strerror(number)}); {fix}{other}")
 
 
 def test_a_question_ends_its_own_sentence() -> None:

@@ -751,7 +751,8 @@ def test_a_full_disk_is_reported_and_resumed_from(tree: Path, out: Path, tmp_pat
 def test_a_disk_that_is_full_at_once_is_reported(tree: Path, tmp_path: Path) -> None:
     """Before there are workers; it was a traceback."""
     said = run_short_of_room(100, tree, "--out", tmp_path / "out")
-    assert said.splitlines()[-1].startswith(f"error: {tmp_path / 'out'} cannot be written (File too large); fix that")
+    sentence = f"error: {tmp_path / 'out'} cannot be written (File too large); make room there and run again"
+    assert said.splitlines()[-1].startswith(sentence)
     assert visible(tmp_path / "out") == {}
     run(tree, "--out", tmp_path / "out")
 

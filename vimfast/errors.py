@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import sys
 import traceback
@@ -10,6 +11,12 @@ from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 
 _OWN = ("vimfast", "vimfast_kernels")
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "fix its permissions"),
+    errno.EROFS: "mount it writable",
+    errno.EIO: "check the disk",
+}
 _LITTLE_MEMORY = ("out of memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation", "can't allocate memory", "bad_alloc")
 
 
@@ -28,6 +35,15 @@ class UserError(Exception):
     def __str__(self) -> str:
         link = " " if self.problem.endswith("?") else "; "  # after "did you mean 'train'?"
         return one_line(self.problem if self.fix is None else f"{self.problem}{link}{self.fix}")
+
+
+def remedy(error: OSError, otherwise: str = "") -> str:
+    """What to do about a file or folder that cannot be made, written or read, by the system's error.
+
+    Args:
+        otherwise: what helps whatever the error is, such as another folder, and all that does under /proc.
+    """
+    return ", or ".join(filter(None, (_REMEDIES.get(error.errno or 0, ""), otherwise)))
 
 
 def unusable_package(error: BaseException) -> UserError | None:

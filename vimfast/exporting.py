@@ -14,7 +14,7 @@ from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import evaluation_crop
 from vimfast.checkpoint import HUB_WEIGHTS, Description, described, load_found, load_weights
 from vimfast.cli import LiveLine, fit_terminal
-from vimfast.errors import UserError, printable
+from vimfast.errors import UserError, printable, remedy
 from vimfast.formats import (
     TOLERANCE,
     example_images,
@@ -126,7 +126,7 @@ def _check_out(out: Path) -> None:
     except NotADirectoryError:
         raise UserError(f"--out {out} is a file", "give a folder") from None
     except OSError as error:
-        fix = "choose another folder, or fix its permissions"
+        fix = remedy(error, "choose another folder")
         raise UserError(f"--out {out} cannot be read ({error.strerror})", fix) from None
     raise UserError(
         f"--out {out} holds other files than an export's", "give a new folder, an empty one or an earlier export"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vimfast.checkpoint.checksum import ChecksumWriter, find_damage
 from vimfast.checkpoint.plain_values import READABLE
-from vimfast.errors import UserError
+from vimfast.errors import UserError, remedy
 from vimfast.files import atomic_write
 
 RAW, AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")  # the original's names and ours, then timm's
@@ -54,8 +54,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], before: Callable[[], None
             writer.finish()
     except OSError as error:
         before_it = "the checkpoint before it is untouched" if path.exists() else "there is none before it"
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = "make room" if is_full else "check its disk and permissions"
+        fix = remedy(error) or "check its disk"
         raise UserError(f"{path} cannot be written ({error.strerror})", f"{fix}; {before_it}") from None
 
 

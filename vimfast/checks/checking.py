@@ -18,7 +18,7 @@ from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
 from vimfast.cli import say_written, wrapped
 from vimfast.cli.styles import ADVICE, BAD, DOUBTFUL
-from vimfast.errors import UserError, counted, in_bytes, one_line
+from vimfast.errors import UserError, counted, in_bytes, one_line, remedy
 from vimfast.shards.format import is_shards_folder
 
 _LINES_PER_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
@@ -77,7 +77,7 @@ def _draw_samples(report: Report, args: argparse.Namespace) -> bool:
     except UserError as error:
         report.findings.append(Finding.of(error, args.splits[0], args.path))
     except OSError as error:
-        fix = "give --sample-grid a file name ending in .png in a folder that exists"
+        fix = remedy(error, "give --sample-grid a file name ending in .png in another folder, which must exist")
         report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", fix))
     return False
 
@@ -90,7 +90,7 @@ def _write_page(report: Report, args: argparse.Namespace) -> bool:
         write_page(report, args.html, args.input_size)
         return True
     except OSError as error:
-        fix = "give --html a file name ending in .html in a folder that exists"
+        fix = remedy(error, "give --html a file name ending in .html in another folder, which must exist")
         report.findings.append(Finding("error", "", str(args.html), f"not written: {error.strerror}", fix))
         return False
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from vimfast.errors import UserError, printable
+from vimfast.errors import UserError, printable, remedy
 
 
 def print_out(text: str) -> None:
@@ -51,7 +51,7 @@ def output_error(error: BaseException) -> UserError | None:
         if refused.errno != error.errno:
             return None
         discard_output()
-        return UserError(f"stdout cannot be written ({error.strerror})", "make room there, or send it elsewhere")
+        return UserError(f"stdout cannot be written ({error.strerror})", remedy(error, "send it elsewhere"))
     return None
 
 

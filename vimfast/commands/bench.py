@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimfast.cli import SIZE, LiveLine, Parser, image_size, path_or_url, png, say_written, whole
-from vimfast.errors import UserError, counted, lacks_memory
+from vimfast.errors import UserError, counted, lacks_memory, remedy
 from vimfast.image_size import ImageSize
 
 if TYPE_CHECKING:
@@ -337,4 +337,5 @@ def _plot(figures: list[Figure], where: str, out: Path) -> None:
     try:
         write_bytes(out, image.getvalue())
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror})", "give --plot a file in another folder") from None
+        fix = remedy(error, "give --plot a file in another folder, which must exist")
+        raise UserError(f"{out} cannot be written ({error.strerror})", fix) from None

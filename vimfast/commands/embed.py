@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vimfast.cli import Parser, path, say_written
 from vimfast.commands.predict import add_model_flags, check_order, loaded, warn, with_bar
-from vimfast.errors import UserError, printable
+from vimfast.errors import UserError, printable, remedy
 from vimfast.files import write_bytes
 
 if TYPE_CHECKING:
@@ -79,5 +79,6 @@ def save(found: Embeddings, out: Path) -> list[Path]:
         write_bytes(beside, table.getvalue().encode(errors="surrogateescape"))
         write_bytes(out, vectors.getvalue())
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror})", "give a file in a folder that exists") from None
+        fix = remedy(error, "give a file in another folder, which must exist")
+        raise UserError(f"{out} cannot be written ({error.strerror})", fix) from None
     return [out, beside]

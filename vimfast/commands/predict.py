@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from vimfast.cli import SIZE, LiveLine, Parser, fit_terminal, image_size, path, png, say_written, whole
-from vimfast.errors import UserError, printable
+from vimfast.errors import UserError, printable, remedy
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
 
@@ -214,6 +214,5 @@ def _save(sheet: Image.Image, out: Path) -> None:
         with atomic_write(out) as file:
             sheet.save(file, "PNG")
     except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror})", "give --grid a file in a folder that exists"
-        ) from None
+        fix = remedy(error, "give --grid a file in another folder, which must exist")
+        raise UserError(f"{out} cannot be written ({error.strerror})", fix) from None

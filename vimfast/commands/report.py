@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from vimfast.cli import Parser, path, say_written
-from vimfast.errors import UserError
+from vimfast.errors import UserError, remedy
 
 
 def parser() -> Parser:
@@ -32,6 +32,6 @@ def main() -> None:
         written = write_page(folder)
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written to ({error.strerror})", "fix its permissions, or the disk"
+            f"{folder} cannot be written to ({error.strerror})", remedy(error) or "check its disk"
         ) from None
     say_written(written)

@@ -12,7 +12,7 @@ from typing import Any
 from vimfast.cli import Parser, path_or_url, png, say_written, whole
 from vimfast.config import resolve
 from vimfast.config.flags import CONFIG, flag_parser
-from vimfast.errors import UserError
+from vimfast.errors import UserError, remedy
 from vimfast.files import atomic_write
 
 _OWN = ("data", "out", "split", "count")
@@ -45,6 +45,6 @@ def main() -> None:
         with atomic_write(own["out"]) as file:
             sheet.save(file, "PNG")
     except OSError as error:
-        fix = "give --out a file in a folder that exists"
+        fix = remedy(error, "give --out a file in another folder, which must exist")
         raise UserError(f"{own['out']} cannot be written ({error.strerror})", fix) from None
     say_written(own["out"])

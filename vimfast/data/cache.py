@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vimfast.errors import UserError
+from vimfast.errors import UserError, remedy
 
 _PART = ".part"
 _OWN = "vimfast-cache"  # in a folder that may hold other things: all in it may be evicted
@@ -105,9 +105,8 @@ class Cache:
             with self._alone():
                 pass
         except OSError as error:
-            raise UserError(
-                f"--cache-dir {folder} cannot be used ({error.strerror})", "give a folder on a disk of this machine"
-            ) from None
+            fix = remedy(error, "give a folder on a disk of this machine")
+            raise UserError(f"--cache-dir {folder} cannot be used ({error.strerror})", fix) from None
 
     def hold(self, name: str) -> Held | None:
         """The file of this name, kept from being evicted; None where there is none."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vimfast.errors import UserError, one_line
+from vimfast.errors import UserError, one_line, remedy
 from vimfast.files import write_bytes
 from vimfast.formats.program import record
 from vimfast_kernels.portable import recurrence_op, recurrences_as_one_op
@@ -70,7 +70,8 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     try:
         write_bytes(path, converted.model_proto.SerializeToString())
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+        fix = remedy(error, "choose another folder")
+        raise UserError(f"{path} cannot be written ({error.strerror})", fix) from None
 
 
 def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vimfast.errors import UserError, one_line
+from vimfast.errors import UserError, one_line, remedy
 from vimfast.files import atomic_write
 
 
@@ -49,7 +49,8 @@ def write_program(model: nn.Module, images: Tensor, path: Path) -> None:
         with atomic_write(path) as file:
             torch.export.save(program, file)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+        fix = remedy(error, "choose another folder")
+        raise UserError(f"{path} cannot be written ({error.strerror})", fix) from None
 
 
 def read_program(path: Path) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vimfast.errors import UserError
+from vimfast.errors import UserError, remedy
 from vimfast.files import write_bytes, write_text
 
 PREPROCESSING = (
@@ -87,4 +87,5 @@ def save_for_hub(
         write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
         write_text(folder / "config.json", text + "\n")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror})") from None
+        fix = remedy(error, "choose another folder")
+        raise UserError(f"{folder} cannot be written ({error.strerror})", fix) from None

@@ -22,7 +22,7 @@ import numpy as np
 
 from vimfast import __version__
 from vimfast.class_names import are_imagenets
-from vimfast.errors import UserError, counted
+from vimfast.errors import UserError, counted, remedy
 from vimfast.files import TEMPORARY, write_bytes
 from vimfast.shards.archives import ARCHIVES, NOTE, has_archive, list_archive
 from vimfast.shards.format import (
@@ -287,7 +287,7 @@ def locked(out: Path) -> Iterator[None]:
         file = open(out / STATE_FOLDER / "lock", "w")  # noqa: SIM115
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written to ({error.strerror})", "choose another folder, or fix its permissions"
+            f"{out} cannot be written to ({error.strerror})", remedy(error, "choose another folder")
         ) from None
     with file:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vimfast.errors import UserError
+from vimfast.errors import UserError, remedy
 from vimfast.files import read_file, write_bytes
 from vimfast.shards.convert import locked
 from vimfast.shards.format import (
@@ -64,7 +64,8 @@ def reindex(folder: Path, *, workers: int) -> str:
             for name in wrong:
                 write_bytes(folder / name, contents[name])
         except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror})", "fix that and run again") from None
+            fix = f"{remedy(error) or 'fix that'} and run again"
+            raise UserError(f"{folder} cannot be written to ({error.strerror})", fix) from None
     return f"{folder}: {f'wrote {_listed(wrong)}' if wrong else 'every index is what is in the tars'}"
 
 

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from vimfast.errors import UserError
+from vimfast.errors import UserError, remedy
 from vimfast.files import atomic_write, read_file
 from vimfast.shards import jpeg
 from vimfast.shards.format import (
@@ -134,7 +134,8 @@ def write_shard(part: Part, out: Path, skip_bad: bool, tick: Callable[[str], Non
 
 def unwritable(error: OSError, path: Path | str) -> UserError:
     """What a conversion that cannot write says: what it has written serves the next."""
-    return UserError(f"{path} cannot be written ({error.strerror})", "fix that and run again, it resumes")
+    fix = f"{remedy(error) or 'fix that'} and run again, it resumes"
+    return UserError(f"{path} cannot be written ({error.strerror})", fix)
 
 
 def dali_index(lines: list[str]) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import yaml
 
 from vimfast.config import Config
-from vimfast.errors import UserError
+from vimfast.errors import UserError, remedy
 
 RESOLVED_CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -132,7 +132,7 @@ def check_folder(path: Path) -> None:
 def unwritable(folder: Path, error: OSError) -> UserError:
     """Why a run folder cannot be written to, in a sentence."""
     return UserError(
-        f"--output_dir {folder} cannot be written to ({error.strerror})", "make room there, or choose another folder"
+        f"--output_dir {folder} cannot be written to ({error.strerror})", remedy(error, "choose another folder")
     )
 
 

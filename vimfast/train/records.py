@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vimfast.errors import remedy
 from vimfast.files import write_bytes
 
 DROPPED = "log.dropped.txt"
@@ -62,14 +64,14 @@ class RecordFile:
                 content = b"".join(self._pending)
                 try:
                     if file.write(content) < len(content):
-                        raise OSError("the disk is full")
+                        raise OSError(errno.ENOSPC, "the disk is full")
                     os.fsync(file.fileno())  # before the checkpoint that follows
                 except OSError:
                     with suppress(OSError):
                         file.truncate(size)  # no half line
                     raise
         except OSError as error:
-            self._warn(f"{self._path} cannot be written ({error.strerror or error}); {self._unwritten()}")
+            self._warn(f"{self._path} cannot be written ({error.strerror or error}); {self._unwritten(error)}")
             return
         self._pending.clear()
 
@@ -78,8 +80,9 @@ class RecordFile:
         if self._pending:
             self._warn(f"the run ends without {len(self._pending)} records of {self._path}; train.log may have them")
 
-    def _unwritten(self) -> str:
-        return f"{len(self._pending)} records wait for the next epoch's, and the run continues; make room there"
+    def _unwritten(self, error: OSError) -> str:
+        waiting = f"{len(self._pending)} records wait for the next epoch's, and the run continues"
+        return f"{waiting}; {remedy(error) or 'fix that'}"
 
 
 def _is_before(line: bytes, epoch: int) -> bool:
