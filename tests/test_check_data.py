@@ -727,6 +727,15 @@ def test_shards_without_validation(check: Check, tree: Path, tmp_path: Path) -> 
 # The screen and the sheet
 
 
+def test_the_size_of_shards_is_said_to_be_that_of_their_images(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their tars, of which a conversion gives the size, are larger."""
+    monkeypatch.setattr(sys, "argv", ["check_data", str(shards)])
+    check_data.main()
+    assert re.search(r"most per class +image bytes \n", capsys.readouterr().out)
+
+
 def test_the_table_caps_long_lists(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -388,6 +388,7 @@ def test_a_finished_folder_is_left_alone(tree: Path, out: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
     said = run(tree, "--out", out, "--shard-samples", 10)
     assert "is complete already: 36 train images" in said
+    assert said.endswith(f", {sum(tar.stat().st_size for tar in out.glob('*.tar')) / 1e6:.1f} MB of tars\n")
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
 
 

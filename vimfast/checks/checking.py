@@ -118,7 +118,7 @@ def _print(report: Report, console: Console) -> None:
         say(f"{report.path} ({report.kind})")  # a title would be broken at the table's width
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("split")
-        for title in ("classes", "images", "fewest per class", "most per class", "size"):
+        for title in ("classes", "images", "fewest per class", "most per class", "image bytes"):
             table.add_column(title, justify="right")
         for name, *numbers, size in report.splits:
             table.add_row(name, *(f"{number:,}" for number in numbers), in_bytes(size))

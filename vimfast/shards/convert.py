@@ -452,7 +452,7 @@ def _summarize(manifest: Manifest) -> str:
         notes = "".join(f", {count} {what}" for what, count in counts.items() if count)
         parts.append(f"{counted(entry.samples, f'{split} image')} in {counted(len(entry.shards), 'shard')}{notes}")
     total = sum(shard.bytes for entry in manifest.splits.values() for shard in entry.shards)
-    return f"{', '.join(parts)}, {_gigabytes(total)}"
+    return f"{', '.join(parts)}, {_gigabytes(total)} of tars"
 
 
 def _gigabytes(count: int) -> str:
