@@ -844,6 +844,7 @@ def test_the_page_has_what_the_json_has(check: Check, odd: Path, tmp_path: Path)
     small = [sum(min(Image.open(path).size) < 52 for path in of_split) for of_split in files]
     said = [figure for title, figure in tiles if title == "Smaller than the input"]
     assert said == [str(count) for count in small]
+    assert text.count("short side below 52 pixels, for training with --input-size 52</small>") == 2
 
 
 def test_bars_count_every_image_and_class(odd: Path) -> None:

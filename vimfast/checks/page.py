@@ -208,11 +208,12 @@ class SplitPage:
 
     @property
     def limit(self) -> str:
-        """What those are below."""
+        """What those are below, by a flag that not everybody gives."""
         height, width = self.input_size
         if height == width:
-            return f"short side below {height} pixels"
-        return f"below {height} pixels in height or {width} in width"
+            return f"short side below {height} pixels, for training with --input-size {height}"
+        what = f"below {height} pixels in height or {width} in width"
+        return f"{what}, for training with --input-size {height} {width}"
 
     @property
     def commonest(self) -> list[tuple[str, int]]:
