@@ -265,3 +265,20 @@ def test_sanitizer_watches_every_kernel() -> None:
     }
     assert {"scan_backward", "conv_backward_of_sum", "norm_forward", "judge", "_sum_rows"} <= started
     assert [name for name in started if not name.startswith(watched)] == []
+    assert [name for name in watched if not any(own.startswith(name) for own in started)] == []
+
+
+def test_the_sanitizer_lists_its_kernels_and_refuses_what_is_never_launched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A filter that matches nothing found nothing wrong."""
+    sanitize = runpy.run_path(str(TOOLS / "sanitize.py"))
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "--help"])
+    with pytest.raises(SystemExit):
+        sanitize["main"]()
+    assert set(sanitize["KERNELS"]) <= set(capsys.readouterr().out.split())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "--kernels", "split", "product"])
+    with pytest.raises(UserError, match=r"launches no split or product, which are for compute capability 9.0"):
+        sanitize["main"]()

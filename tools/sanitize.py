@@ -28,7 +28,7 @@ from vimfast_kernels.block.launch import REVERSE, projection_gradients
 from vimfast_kernels.block.packing import Pieces, pack, padded, unpack, write_gradients
 from vimfast_kernels.conv import launch as conv
 from vimfast_kernels.norm import launch as norm
-from vimfast_kernels.product.launch import multiply, splits
+from vimfast_kernels.product.launch import MEASURED, multiply, splits
 from vimfast_kernels.scan import launch as scan
 from vimfast_kernels.sums import sum_rows
 from vimfast_kernels.update.launch import BLOCK, FusedAdamW
@@ -39,6 +39,7 @@ KERNELS = (
     "norm_backward", "pack_weights", "write_all_gradients", "split", "product", "_sum_rows", "sum_squares", "judge",
     "adamw",
 )  # fmt: skip
+OF_TENSOR_CORES = "split", "product"  # which few GPUs launch
 TOOLS = ("memcheck", "racecheck", "synccheck")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda:0")
@@ -204,7 +205,8 @@ def launch() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS, help="of compute-sanitizer")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, metavar="KERNEL", help="to watch")
+    text = f"to watch [all]: {' '.join(KERNELS)}"
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, metavar="KERNEL", help=text)
     parser.add_argument("--launch", action="store_true", help="only launch the kernels, with nothing watching")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -212,6 +214,10 @@ def main() -> None:
     if args.launch:
         launch()
         return
+    if torch.cuda.get_device_capability() not in MEASURED and set(args.kernels) <= set(OF_TENSOR_CORES):
+        raise UserError(  # before a tool watches nothing, and finds nothing
+            f"this GPU launches no {' or '.join(args.kernels)}, which are for compute capability 9.0", "name others too"
+        )
     if (sanitizer := shutil.which("compute-sanitizer")) is None:
         raise UserError("compute-sanitizer is not on the PATH; add the bin folder of a CUDA toolkit to it")
     watched = ["--kernel-name", f"regex=^({'|'.join(args.kernels)})"]
