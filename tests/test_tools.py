@@ -211,6 +211,24 @@ def test_how_soon_a_recipe_is_how_good(tree: Path, tmp_path: Path) -> None:
     assert (mean([1.0, 3.0], 1), mean([1.0, None], 0), mean([None], 0)) == ("2.0 ± 1.4", "1 (1 of 2)", "-")
 
 
+def test_nothing_was_measured_below_its_floor() -> None:
+    """fp32 blocks were, by the rate of the GPU's fp32 cores, while their products run on its tensor cores."""
+    records = [TOOLS.parent / "docs" / name for name in ("bench_kernels.json", "bench_train.json")]
+    figures = [figure for record in records for figure in json.loads(record.read_text())["figures"]]
+    shares = [f[name] / f[name.replace("floor_", "")] for f in figures for name in f if name.endswith("floor_ms")]
+    assert len(shares) > 30
+    assert max(shares) < 1
+
+
+def test_fp32_products_are_as_fast_as_the_gpus_units_for_them() -> None:
+    from floors import H200, RTX_4090, scaled
+
+    assert scaled("half an H200", (9, 0), 66, 1.98e9, 4.1e12).fp32_products == pytest.approx(H200.fp32_products / 2)
+    assert H200.fp32_products == pytest.approx(494.7e12 / 3)
+    other = scaled(RTX_4090.name, (8, 9), 128, 2.52e9, RTX_4090.copy)
+    assert other.fp32_products == pytest.approx(RTX_4090.fp32_products, rel=0.01)
+
+
 def test_the_hours_of_a_recipe() -> None:
     """At half the floor of the other GPU; 3 epochs of 7.2 million images at 1,000/s are 6 hours."""
     from bench_stages import Measured, arithmetic, table

@@ -25,7 +25,7 @@ class Gpu:
     copy: float  # bytes moved by a large copy, read and written
     exponentials: float  # 16 a clock and multiprocessor
     products: float  # multiply-adds x 2 of dense matrix products, bf16
-    fp32_products: float  # the same in fp32 without TF32
+    fp32_products: float  # the same in fp32, by the fastest way that a block multiplies
 
     def seconds(self, ops: list[Op], fp32: bool = False) -> float:
         products = self.fp32_products if fp32 else self.products
@@ -40,13 +40,30 @@ class Op:
     flops: float = 0.0
 
 
-H200 = Gpu("NVIDIA H200", 4.1e12, 16 * 132 * 1.98e9, 790e12, 60e12)
+# Dense tf32 products of an H100 or H200 SXM by NVIDIA's data sheet; there a block takes three of them for one of fp32.
+FP32_OF_TF32 = 494.7e12 / 3
+
+
+def scaled(name: str, capability: tuple[int, int], multiprocessors: int, clock: float, copy: float) -> Gpu:
+    """A GPU by its multiprocessors and clock, products on tensor cores as the H200's scale.
+
+    Args:
+        clock: the highest, in cycles a second.
+        copy: bytes a second that a large copy moves, as measured.
+    """
+    share = multiprocessors / 132
+    cores = 2 * 128 * multiprocessors * clock  # a multiply-add a clock on each of at most 128
+    fp32 = share * FP32_OF_TF32 if capability == (9, 0) else cores
+    return Gpu(name, copy, 16 * multiprocessors * clock, share * 790e12, fp32)
+
+
+H200 = scaled("NVIDIA H200", (9, 0), 132, 1.98e9, 4.1e12)
 # Datasheet rates, with the share of the memory's that copies reach on the H200 (0.87).
 RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 0.87 * 1.008e12, 16 * 128 * 2.52e9, 165e12, 82e12)
 
 
 def this_gpu() -> Gpu:
-    """The GPU at hand: memory rate measured, the rest from its multiprocessors and clock, as the H200's scale."""
+    """The GPU at hand: memory rate measured, the rest from its multiprocessors and clock."""
     found = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     clock = 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
@@ -59,11 +76,8 @@ def this_gpu() -> Gpu:
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
-    share = found.multi_processor_count / 132
-    return Gpu(
-        found.name, 2 * a.numel() / sorted(times)[4], 16 * found.multi_processor_count * clock, share * 790e12,
-        share * 60e12,
-    )  # fmt: skip
+    capability, copy = (found.major, found.minor), 2 * a.numel() / sorted(times)[4]
+    return scaled(found.name, capability, found.multi_processor_count, clock, copy)
 
 
 def product(name: str, rows: int, inner: int, outer: int, size: int, count: int = 1) -> Op:
