@@ -58,6 +58,32 @@ def run(
     return [o.detach() for o in outs] + list(back)
 
 
+def outcomes(
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]],
+    plain: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(the kernel's, which are the same twice; plain torch's in the same dtype; in float64) of each output and
+    gradient."""
+    exact = run(plain, [None if x is None else x.double() for x in inputs], [g.double() for g in grads])
+    same = run(plain, inputs, grads)
+    ours = run(kernel, inputs, grads)
+    again = run(kernel, inputs, grads)
+    for i, (a, b, c) in enumerate(zip(ours, same, again, strict=True)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, c), f"output {i} differs from run to run"
+    return list(zip(ours, same, exact, strict=True))
+
+
+def within_bar(
+    found: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype, slack: dict[int, float] | None = None
+) -> None:
+    for i, (ours, same, exact) in enumerate(found):
+        error, bound = relative(ours, exact), 2 * relative(same, exact) + NOISE[dtype] + (slack or {}).get(i, 0.0)
+        assert error <= bound, f"output {i}: {error:.2e} > {bound:.2e}"
+
+
 def check(
     kernel: Callable[..., Tensor | tuple[Tensor, ...]],
     plain: Callable[..., Tensor | tuple[Tensor, ...]],
@@ -66,15 +92,7 @@ def check(
     dtype: torch.dtype,
     slack: dict[int, float] | None = None,
 ) -> None:
-    exact = run(plain, [None if x is None else x.double() for x in inputs], [g.double() for g in grads])
-    same = run(plain, inputs, grads)
-    ours = run(kernel, inputs, grads)
-    again = run(kernel, inputs, grads)
-    for i, (a, b, c, d) in enumerate(zip(ours, exact, same, again, strict=True)):
-        assert a.dtype == c.dtype
-        bound = 2 * relative(c, b) + NOISE[dtype] + (slack or {}).get(i, 0.0)
-        assert relative(a, b) <= bound, f"output {i}: {relative(a, b):.2e} > {bound:.2e}"
-        assert torch.equal(a, d), f"output {i} differs from run to run"
+    within_bar(outcomes(kernel, plain, inputs, grads), dtype, slack)
 
 
 def test_auto_runs_every_op_on_these_kernels() -> None:
@@ -412,9 +430,10 @@ def block_inputs(
     biases: bool = False,
     conv_bias: bool = True,
     rms: bool = True,
+    seed: int = 0,
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Inputs of `block`, its weights those of a trained model in size, and gradients of its results."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     c = shape[2]
     d, n = 2 * c, 16
     on = {"device": "cuda"}
@@ -442,13 +461,16 @@ def block(backend: str, amp: bool = False, **options: object) -> Callable[..., t
 
 
 def check_block(shape: tuple[int, int, int], amp: bool, dtype: torch.dtype = FP32, **options: object) -> None:
+    """Of eight inputs together: a block rounds its norm and weights in other places than plain torch, so the two err
+    independently, and for a single input either may be off by more than twice the other."""
     noise = torch.linspace(0.05, 0.95, shape[0], device="cuda") if options.pop("dropped", False) else None
-    inputs, grads = block_inputs(shape, dtype, **options)
     more = {"noise": noise, "drop_rate": 0.4, "rms": options.get("rms", True)}
+    ours, plain = block("gluon", amp, **more), block("reference", amp, **more)
+    draws = [outcomes(ours, plain, *block_inputs(shape, dtype, seed=i, **options)) for i in range(8)]
+    found = [tuple(map(torch.stack, zip(*of_output, strict=True))) for of_output in zip(*draws, strict=True)]
     # States kept for backward are bf16 where the products are; in fp32 the order of sums differs.
     slack = dict.fromkeys(range(1, 24), 2e-3 if amp else 2e-6)
-    precision = BF16 if amp else FP32
-    check(block("gluon", amp, **more), block("reference", amp, **more), inputs, grads, precision, slack)
+    within_bar(found, BF16 if amp else FP32, slack)
 
 
 @pytest.mark.parametrize("length", [1, 3, 17, 197])

@@ -47,14 +47,17 @@ STRIDES = dict.fromkeys(("a_stride", "a_batch", "c_stride", "c_batch"), "i32")
 NORM = {"C": 192, "CENTER": True, "ROWS": 4, "COLUMNS": 256}
 WAY = Direction(*[F32] * 7)
 WEIGHTS = MixerWeights(F32, None, WAY, WAY, F32, None)
-PACKED = Packed(BF16, None, BF16, None, BF16, BF16, *[F32] * 6)
+PACKED = Packed(BF16, BF16, None, BF16, None, BF16, BF16, *[F32] * 6)
 PIECES = Pieces(F32, None, F32, None, *[F32] * 6)
 # Every pointer that is not named is to fp32.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "pack": (block.pack_weights, {"raw": WEIGHTS, "packed": PACKED, **SIZES}),
+    "pack and normalize": (
+        block.pack_and_normalize,
+        {"raw": WEIGHTS, "packed": PACKED, "x_ptr": BF16, "normed_ptr": BF16, "BLOCKS": 500, **NORM, **SIZES},
+    ),
     "gradients": (
         block.write_all_gradients,
-        {"pieces": PIECES, "grads": WEIGHTS, "norm_bias": None, **SIZES, **PARTS, **TILES},
+        {"pieces": PIECES, "grads": WEIGHTS, "norm_bias": None, "dnorm_bias": None, **SIZES, **PARTS, **TILES},
     ),
     "gradients of projections": (
         steps.step_gradients,
@@ -83,7 +86,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "norm": (norm.norm_forward, {"x_ptr": BF16, "bias_ptr": None, "out_ptr": BF16, **NORM}),
-    "norm backward": (norm.norm_backward, {"dout_ptr": BF16, "dx_ptr": BF16, "again_ptr": BF16, **NORM}),
+    "norm backward": (
+        norm.norm_backward,
+        {"dout_ptr": BF16, "dx_ptr": BF16, "normed_ptr": None, "rstd_ptr": None, **NORM},
+    ),
+    "norm backward within a block": (
+        norm.norm_backward,
+        {"dout_ptr": BF16, "dx_ptr": BF16, "normed_ptr": BF16, "sum_ptr": None, **NORM},
+    ),
 }
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from vimfast_kernels import Backend, Direction, MixerWeights, bidirectional_block, gluon, register
 from vimfast_kernels.block.device_steps import step_gradients
-from vimfast_kernels.block.packing import pack, padded, unpack
+from vimfast_kernels.block.packing import pack_and_normalize_rows, padded, unpack
 from vimfast_kernels.block.weights import flatten, unflatten
 from vimfast_kernels.conv.launch import causal_conv_silu
 from vimfast_kernels.conv.reference import conv_silu
-from vimfast_kernels.norm.launch import add_norm
+from vimfast_kernels.norm.launch import Norm, add_norm
 from vimfast_kernels.norm.reference import add_layer_norm, add_rms_norm
 from vimfast_kernels.product.launch import multiply
 from vimfast_kernels.scan import launch as scan_launch
@@ -117,9 +117,13 @@ def packing(source: torch.dtype, target: torch.dtype, *sizes: Any) -> float:
     def both(piece: Callable[[Direction], Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.stack([piece(w.forth), piece(w.back)]).to(dtype)
 
-    got = unpack(w, *pack(w, target))
+    x, scale = torch.randn(1, 2, sizes[0]), (torch.arange(sizes[0]) % 3 - 1).to(source)
+    norm = Norm(scale, None, None, 0.0, 1e-5, rms=True)
+    narrow, wide, _ = pack_and_normalize_rows(w, norm, x, None, torch.empty_like(x), target)
+    got = unpack(w, narrow, wide)
+    outer = w.in_weight * scale, w.in_weight, w.in_bias, w.out_weight, w.out_bias
     want = [
-        *(None if x is None else x.to(target) for x in (w.in_weight, w.in_bias, w.out_weight, w.out_bias)),
+        *(None if x is None else x.to(target) for x in outer),
         both(lambda way: torch.cat([way.x_weight[:rank], zeros, way.x_weight[rank:]]), target),
         both(lambda way: F.pad(way.dt_weight, (0, pad - rank)), target),
         both(lambda way: way.conv_weight),

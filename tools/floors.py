@@ -103,8 +103,9 @@ def norm(tokens: int, dim: int, size: int) -> Op:
     return Op("norm", tokens * dim * (2 * size + 8))
 
 
-def norm_backward(tokens: int, dim: int, size: int) -> Op:
-    return Op("norm backward", tokens * dim * (2 * size + 12))
+def norm_backward(tokens: int, dim: int, size: int, kept: int = 4) -> Op:
+    """From rows of `kept` bytes an entry: the fp32 sum, or within a block that normalized."""
+    return Op("norm backward", tokens * dim * (2 * size + 8 + kept))
 
 
 def convolution(tokens: int, d: int, size: int) -> Op:
@@ -134,7 +135,7 @@ def layer(tokens: int, dim: int, size: int, training: bool) -> list[Op]:
     ]
     if training:
         ops += [
-            norm_backward(tokens, dim, size),
+            norm_backward(tokens, dim, size, kept=size),
             convolution_backward(tokens, d, size),
             scan_backward(tokens, d, size, delta=fp32),
             *(steps, *others),  # the gradient of the input

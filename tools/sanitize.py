@@ -25,9 +25,10 @@ from vimfast.cli import run_main
 from vimfast.errors import UserError
 from vimfast_kernels import Direction, MixerWeights
 from vimfast_kernels.block.launch import REVERSE, projection_gradients
-from vimfast_kernels.block.packing import Pieces, pack, padded, unpack, write_gradients
+from vimfast_kernels.block.packing import Pieces, pack_and_normalize_rows, padded, unpack, write_gradients
 from vimfast_kernels.conv import launch as conv
-from vimfast_kernels.norm import launch as norm
+from vimfast_kernels.norm import launch as norms
+from vimfast_kernels.norm.launch import Norm
 from vimfast_kernels.product.launch import MEASURED, multiply, splits
 from vimfast_kernels.scan import launch as scan
 from vimfast_kernels.sums import sum_rows
@@ -36,8 +37,8 @@ from vimfast_kernels.update.tensors import Counts, Judged, Moved, Options
 
 KERNELS = (
     "scan_forward", "scan_backward", "sum_partials", "conv_forward", "conv_backward", "step_gradients", "norm_forward",
-    "norm_backward", "pack_weights", "write_all_gradients", "split", "product", "_sum_rows", "sum_squares", "judge",
-    "adamw",
+    "norm_backward", "pack_and_normalize", "write_all_gradients", "split", "product", "_sum_rows", "sum_squares",
+    "judge", "adamw",
 )  # fmt: skip
 OF_TENSOR_CORES = "split", "product"  # which few GPUs launch
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -106,14 +107,13 @@ def launch_layer(layer: Layer) -> None:
     b, length, c, n, dtype = layer.batch, layer.length, layer.width, layer.states, layer.dtype
     d, columns = 2 * c, padded(layer.rank) + 2 * n
     weights = draw_weights(layer)
-    w = unpack(weights, *pack(weights, dtype))
-
-    noise, drop_rate, eps = torch.linspace(0.05, 0.95, b).to(DEVICE), 0.3, 1e-5
-    own = draw(c), None if layer.rms else draw(c)
-    normed, total = torch.empty(b, length, c, dtype=dtype, device=DEVICE), draw(b, length, c)
+    noise = torch.linspace(0.05, 0.95, b).to(DEVICE)
+    norm = Norm(draw(c), None if layer.rms else draw(c), noise, 0.3, 1e-5, layer.rms)
+    total = draw(b, length, c)
     incoming = draw(b, length, c, dtype=dtype)
-    norm.launch_forward(incoming, total, noise, *own, drop_rate, eps, layer.rms, normed, total)
-    xz = project(normed, w.in_weight.t()).contiguous()
+    narrow, wide, normed = pack_and_normalize_rows(weights, norm, incoming, total, total, dtype)
+    w = unpack(weights, narrow, wide)
+    xz = project(normed.rows, w.in_scaled.t()).contiguous()
     x, z = xz[..., :d], xz[..., d:]
     u = conv.launch_forward(x, w.taps.mT, w.conv_bias, REVERSE)
     x_dbl = torch.stack([project(u[k], w.x_weight[k].t()).cpu() for k in range(2)]).to(DEVICE)
@@ -140,17 +140,24 @@ def launch_layer(layer: Layer) -> None:
         dconv = conv.launch_backward_of_sum(du, dx_dbl, w.x_weight, x, *parameters)
     else:  # after a product of cuBLAS'
         dconv = conv.launch_backward(du, x, *parameters)
-    dx, dresidual = torch.empty_like(normed), torch.empty_like(total)
+    dx, dresidual = torch.empty_like(incoming), torch.empty_like(total)
     dnormed = project(dxz, w.in_weight).contiguous()
-    dnorm = norm.launch_backward(
-        dnormed, draw(b, length, c), total, noise, *own, drop_rate, eps, layer.rms, dx, dresidual, normed
-    )
+    dnorm = norms.launch_backward(dnormed, draw(b, length, c), normed, norm, dx, dresidual)
     pieces = Pieces(
         in_weight=draw(4, 2 * d, c), in_bias=draw(2 * d), out_weight=draw(8, c, d), out_bias=draw(c),
         x_weight=draw(2, 16, columns, d), dt_weight=ddt_weight, conv=dconv, norm=dnorm, scan=dparameters, A=w.A,
     )  # fmt: skip
-    gradients = (torch.empty_like(own[0]), None if own[1] is None else torch.empty_like(own[1]))
-    write_gradients(pieces, weights, draw_weights(layer), *gradients)
+    gradients = torch.empty_like(norm.weight), None if norm.bias is None else torch.empty_like(norm.bias)
+    write_gradients(pieces, weights, norm, draw_weights(layer), *gradients)
+
+
+def launch_norm(dtype: torch.dtype) -> None:
+    """By itself, as after the last layer."""
+    x, total = draw(3, 37, 72, dtype=dtype), draw(3, 37, 72)
+    for bias in (None, draw(72)):
+        norm = Norm(draw(72), bias, torch.linspace(0.05, 0.95, 3).to(DEVICE), 0.3, 1e-5, bias is None)
+        norms.launch_forward(x, total, norm, torch.empty_like(x), total)
+        sum_rows(norms.launch_backward(x, total, total, norm, torch.empty_like(x), torch.empty_like(total)))
 
 
 def launch_scan(dtype: torch.dtype) -> None:
@@ -193,9 +200,10 @@ def launch() -> None:
         print(layer, flush=True)
         launch_layer(layer)
     for dtype in (BF16, FP16, FP32):
-        print(f"scan and convolution by themselves, {dtype}", flush=True)
+        print(f"scan, convolution and norm by themselves, {dtype}", flush=True)
         launch_scan(dtype)
         launch_conv(dtype)
+        launch_norm(dtype)
     for dtype in (FP32, BF16):
         print(f"update, {dtype}", flush=True)
         launch_update(dtype)

@@ -86,8 +86,8 @@ def kernels() -> dict[str, Callable[[], Any]]:
         return lambda: scan.launch_backward(grad, inputs, y, states, dB, dC, dz, out)
 
     def run_norm() -> None:
-        norm.launch_forward(h, residual, None, weight, None, 0.0, 1e-5, True, normed, total)
-        norm.launch_backward(h, residual, total, None, weight, None, 0.0, 1e-5, True, normed, again)
+        norm.launch_forward(h, residual, options, normed, total)
+        norm.launch_backward(h, residual, norm.Normalized(normed, rstd), options, dx_of_norm, total)
 
     def products(dtype: torch.dtype) -> Callable[[], Any]:
         rows = BATCH * LENGTH
@@ -101,9 +101,10 @@ def kernels() -> dict[str, Callable[[], Any]]:
     x, dx = random(BATCH, LENGTH, 2 * CHANNELS)[..., :CHANNELS], random(BATCH, LENGTH, CHANNELS)
     dout, dense, tap_bias = random(2, BATCH, LENGTH, CHANNELS), random(2, CHANNELS, 4), random(2, CHANNELS)
     taps = dense.mT.contiguous().mT  # channels are neighbours, as within a block
-    h, normed = random(BATCH, LENGTH, CHANNELS // 2), random(BATCH, LENGTH, CHANNELS // 2)
-    residual, total, again = (random(*h.shape, dtype=torch.float32) for _ in range(3))
-    weight = random(CHANNELS // 2, dtype=torch.float32)
+    h, normed, dx_of_norm = (random(BATCH, LENGTH, CHANNELS // 2) for _ in range(3))
+    residual, total = (random(*h.shape, dtype=torch.float32) for _ in range(2))
+    rstd, weight = random(BATCH * LENGTH, dtype=torch.float32), random(CHANNELS // 2, dtype=torch.float32)
+    options = norm.Norm(weight, None, None, 0.0, 1e-5, rms=True)
     return {
         "scan_forward": scan_forward(torch.bfloat16),
         "scan_forward_fp32": scan_forward(torch.float32),

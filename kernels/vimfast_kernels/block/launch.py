@@ -11,11 +11,20 @@ import triton
 from torch import Tensor
 
 from vimfast_kernels.block.device_steps import step_gradients
-from vimfast_kernels.block.packing import Packed, Pieces, empty_packed, pack, padded, unpack, write_gradients
+from vimfast_kernels.block.packing import (
+    Packed,
+    Pieces,
+    empty_packed,
+    pack_and_normalize_rows,
+    padded,
+    unpack,
+    write_gradients,
+)
 from vimfast_kernels.block.weights import MixerWeights, flatten, unflatten
 from vimfast_kernels.conv import launch as conv
 from vimfast_kernels.flops import Shape, conv_flops, counted, scan_flops
-from vimfast_kernels.norm import launch as norm
+from vimfast_kernels.norm import launch as norms
+from vimfast_kernels.norm.launch import Norm, Normalized
 from vimfast_kernels.product.launch import multiply, sum_of_products
 from vimfast_kernels.scan import launch as scan
 from vimfast_kernels.tuning import multiprocessors
@@ -38,6 +47,7 @@ _WEIGHTS = (  # norm, then `flatten` of the mixer's
     f"{_DIRECTION.format('')}, {_DIRECTION.format('_b')}, Tensor out_weight, Tensor? out_bias"
 )
 _OPTIONS = "float drop_rate, float eps, bool rms, float scale"
+NORMS = 2  # of the weights that the ops take: those of the norm come first
 
 
 def _between(w: Packed, xz: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,50 +75,49 @@ def _scan_inputs(w: Packed, u: Tensor, x_dbl: Tensor, z: Tensor, scale: float) -
     return scan.Inputs(u, low, w.A, *_states(w, x_dbl), w.D, z, w.dt_bias, REVERSE, scale, w.dt_weight)
 
 
-def _normalize_and_project(
-    x: Tensor, residual: Tensor | None, noise: Tensor | None, total: Tensor, flat: Any, w: Packed, options: Any
-) -> Tensor:
-    """xz [b, L, 2 d]; writes the sum into total."""
-    drop_rate, eps, rms, _ = options
-    norm_weight, norm_bias = flat[:2]
-    normed = torch.empty_like(total, dtype=w.x_weight.dtype)
-    residual = None if residual is None else residual.contiguous()
-    norm.launch_forward(x.contiguous(), residual, noise, norm_weight, norm_bias, drop_rate, eps, rms, normed, total)
-    return _project(normed, w.in_weight.t(), w.in_bias)
+def _in_bias(weights: MixerWeights, w: Packed, norm: Norm) -> Tensor | None:
+    """Of in_proj's product with normalized rows [2 d]: its own, and what it makes of the norm's."""
+    if norm.bias is None:
+        return w.in_bias
+    total = torch.mv(weights.in_weight.float(), norm.bias.float())
+    return (total if weights.in_bias is None else total + weights.in_bias).to(w.in_weight.dtype)
 
 
 @torch.library.custom_op(
     "vimfast::block_gluon",
     mutates_args=(),
     schema=f"(Tensor x, Tensor? residual, Tensor? noise, {_WEIGHTS}, {_OPTIONS}, ScalarType dtype) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _block(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """(out, the new residual, and for backward: the packed weights' buffers, xz, x_dbl, the sum before the gate,
-    states)."""
+    """(out, the new residual, and for backward: that normalized and the inverse of each row's deviation, the packed
+    weights' buffers, xz, x_dbl, the sum before the gate, states)."""
     *flat, drop_rate, eps, rms, scale, dtype = rest
-    weights = unflatten(flat[2:])
-    narrow, wide = pack(weights, dtype)
-    w = unpack(weights, narrow, wide)
+    weights, norm = unflatten(flat[NORMS:]), Norm(flat[0], flat[1], noise, drop_rate, eps, rms)
     total = x.new_empty(x.shape, dtype=torch.float32)
-    xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
+    contiguous = x.contiguous(), _contiguous(residual)
+    narrow, wide, normed = pack_and_normalize_rows(weights, norm, *contiguous, total, dtype)
+    w = unpack(weights, narrow, wide)
+    xz = _project(normed.rows, w.in_scaled.t(), _in_bias(weights, w, norm))
     u, x_dbl = _between(w, xz)
     z = xz[..., w.D.shape[1] :]
     gated, y, states = scan.launch_forward(_scan_inputs(w, u, x_dbl, z, scale), save=True)
-    return _project(gated, w.out_weight.t(), w.out_bias), total, narrow, wide, xz, x_dbl, y, states
+    out = _project(gated, w.out_weight.t(), w.out_bias)
+    return out, total, *normed, narrow, wide, xz, x_dbl, y, states
 
 
 @_block.register_fake
 def _(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *flat, _, _, _, _, dtype = rest
-    weights = unflatten(flat[2:])
+    weights = unflatten(flat[NORMS:])
     b, length, _ = x.shape
     d, n = weights.forth.A_log.shape
     xz = x.new_empty(b, length, 2 * d, dtype=dtype)
     x_dbl = xz.new_empty(2, b, length, padded(weights.forth.dt_weight.shape[1]) + 2 * n)
     saved = scan.empty_saved(xz, 2, b, length, d, n, save=True, gate=True)
-    total = x.new_empty(x.shape, dtype=torch.float32)
-    return xz.new_empty(x.shape), total, *empty_packed(weights, dtype), xz, x_dbl, *saved
+    out, total = xz.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32)
+    rows = xz.new_empty(x.shape), total.new_empty(b * length)
+    return out, total, *rows, *empty_packed(weights, dtype), xz, x_dbl, *saved
 
 
 @torch.library.custom_op(
@@ -120,9 +129,12 @@ def _(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any) -> t
 def _block_inference(x: Tensor, residual: Tensor | None, total: Tensor, noise: Tensor | None, *rest: Any) -> Tensor:
     """out; the new residual goes into total, which may be the old one."""
     *flat, drop_rate, eps, rms, scale, dtype = rest
-    weights = unflatten(flat[2:])
-    w = unpack(weights, *pack(weights, dtype))
-    xz = _normalize_and_project(x, residual, noise, total, flat, w, (drop_rate, eps, rms, scale))
+    weights, norm = unflatten(flat[NORMS:]), Norm(flat[0], flat[1], noise, drop_rate, eps, rms)
+    contiguous = x.contiguous(), _contiguous(residual)
+    narrow, wide, normed = pack_and_normalize_rows(weights, norm, *contiguous, total, dtype)
+    w = unpack(weights, narrow, wide)
+    xz = _project(normed.rows, w.in_scaled.t(), _in_bias(weights, w, norm))
+    del normed
     u, x_dbl = _between(w, xz)
     x_half, z = xz.chunk(2, dim=-1)
     scan.launch_forward(_scan_inputs(w, u, x_dbl, z, scale), save=False, out=x_half)
@@ -180,25 +192,26 @@ def projection_gradients(
 @torch.library.custom_op(
     "vimfast::block_gluon_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor? dtotal, Tensor? noise, Tensor total, Tensor narrow, Tensor wide, Tensor xz,"
-    f" Tensor x_dbl, Tensor y, Tensor states, {_WEIGHTS}, {_OPTIONS}, ScalarType x_dtype, ScalarType? residual_dtype,"
-    " bool[] needed) -> Tensor[]",
+    schema="(Tensor dout, Tensor? dtotal, Tensor? noise, Tensor normed, Tensor rstd, Tensor narrow, Tensor wide,"
+    f" Tensor xz, Tensor x_dbl, Tensor y, Tensor states, {_WEIGHTS}, {_OPTIONS}, ScalarType x_dtype,"
+    " ScalarType? residual_dtype, bool[] needed) -> Tensor[]",
 )
 def _block_grad(
-    dout: Tensor, dtotal: Tensor | None, noise: Tensor | None, total: Tensor, narrow: Tensor, wide: Tensor, xz: Tensor,
-    x_dbl: Tensor, y: Tensor, states: Tensor, *rest: Any,
+    dout: Tensor, dtotal: Tensor | None, noise: Tensor | None, normed: Tensor, rstd: Tensor, narrow: Tensor,
+    wide: Tensor, xz: Tensor, x_dbl: Tensor, y: Tensor, states: Tensor, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, the residual and the weights, empty where none is needed."""
     *flat, drop_rate, eps, rms, scale, x_dtype, residual_dtype, needed = rest
-    weights = unflatten(flat[2:])
-    grads = _empty_gradients(total, flat, x_dtype, residual_dtype, needed)
-    wanted = [g if g.numel() else None for g in grads]
-    asked = unflatten(wanted[4:])
+    weights, norm = unflatten(flat[NORMS:]), Norm(flat[0], flat[1], noise, drop_rate, eps, rms)
+    grads = _empty_gradients(normed, flat, x_dtype, residual_dtype, needed)
+    dx = grads[0]
+    dresidual, dnorm_weight, dnorm_bias, *own = (g if g.numel() else None for g in grads[1:])
+    asked = unflatten(own)
     w = unpack(weights, narrow, wide)
     b, length, _ = xz.shape
     rows, d = b * length, w.D.shape[1]
     x, z = xz[..., :d], xz[..., d:]
-    # Recomputing two products and a convolution costs less than keeping four [b, L, d] arrays per layer.
+    # Recomputing the convolution and the time steps costs less than keeping four [b, L, d] arrays per layer.
     u = conv.launch_forward(x, w.taps.mT, w.conv_bias, REVERSE)
     dxz, dx_dbl, gated = torch.empty_like(xz), torch.empty_like(x_dbl), torch.empty_like(y)
     dout = dout.contiguous()
@@ -216,17 +229,16 @@ def _block_grad(
     dconv = conv.launch_backward_of_sum(du, dx_dbl, w.x_weight, x, w.conv_weight, w.conv_bias, REVERSE, dxz[..., :d])
     del u, du
     dnormed = _project(dxz, w.in_weight)
-    normed = None if asked.in_weight is None else torch.empty_like(dnormed)
-    dnorm = norm.launch_backward(
-        dnormed, None if dtotal is None else dtotal.contiguous(), total, noise, flat[0], flat[1], drop_rate, eps, rms,
-        grads[0], wanted[1], normed,
-    )  # fmt: skip
     din_weight = None
-    if normed is not None:
+    if asked.in_weight is not None:  # right after a product that reads dxz too
         din_weight = sum_of_products(dxz.view(1, rows, 2 * d), normed.view(1, rows, -1))[0]
+    dnorm = norms.launch_backward(dnormed, _contiguous(dtotal), Normalized(normed, rstd), norm, dx, dresidual)
+    din_bias = None
+    if asked.in_bias is not None or norm.bias is not None:
+        din_bias = dxz.sum((0, 1), dtype=torch.float32)
     pieces = Pieces(
         in_weight=din_weight,
-        in_bias=None if asked.in_bias is None else dxz.sum((0, 1), dtype=torch.float32),
+        in_bias=din_bias,
         out_weight=dout_weight,
         out_bias=None if asked.out_bias is None else dout.sum((0, 1), dtype=torch.float32),
         x_weight=dx_weight,
@@ -236,27 +248,31 @@ def _block_grad(
         scan=dparameters,
         A=w.A,
     )
-    write_gradients(pieces, weights, asked, wanted[2], wanted[3])
+    write_gradients(pieces, weights, norm, asked, dnorm_weight, dnorm_bias)
     return grads
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _empty_gradients(
-    total: Tensor,
+    normed: Tensor,
     flat: Sequence[Any],
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    dx = total.new_empty(total.shape, dtype=x_dtype)
-    dresidual = total.new_empty((0,) if residual_dtype is None else total.shape, dtype=residual_dtype)
-    own = [v.new_empty(v.shape) if need else total.new_empty(0) for v, need in zip(flat, needed, strict=True)]
+    dx = normed.new_empty(normed.shape, dtype=x_dtype)
+    dresidual = normed.new_empty((0,) if residual_dtype is None else normed.shape, dtype=residual_dtype)
+    own = [v.new_empty(v.shape) if need else normed.new_empty(0) for v, need in zip(flat, needed, strict=True)]
     return [dx, dresidual, *own]
 
 
 @_block_grad.register_fake
-def _(dout: Tensor, dtotal: Tensor | None, noise: Tensor | None, total: Tensor, *rest: Any) -> list[Tensor]:
-    *flat, _, _, _, _, x_dtype, residual_dtype, needed = rest[6:]
-    return _empty_gradients(total, flat, x_dtype, residual_dtype, needed)
+def _(dout: Tensor, dtotal: Tensor | None, noise: Tensor | None, normed: Tensor, *rest: Any) -> list[Tensor]:
+    *flat, _, _, _, _, x_dtype, residual_dtype, needed = rest[7:]
+    return _empty_gradients(normed, flat, x_dtype, residual_dtype, needed)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -264,16 +280,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *flat, drop_rate, eps, rms, scale, _ = rest
     residual_dtype = None if residual is None else residual.dtype
     ctx.options = drop_rate, eps, rms, scale, x.dtype, residual_dtype
-    ctx.save_for_backward(noise, *output[1:], *flat)
+    ctx.save_for_backward(noise, *output[2:], *flat)
     ctx.set_materialize_grads(False)  # otherwise zeros are written for outputs that are only saved
 
 
 def _backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    noise, total, narrow, *saved = ctx.saved_tensors
+    noise, normed, *saved = ctx.saved_tensors
     if dout is None:
-        dout = narrow.new_zeros(total.shape)
+        dout = torch.zeros_like(normed)
     needed = list(ctx.needs_input_grad[3:-5])
-    grads = _block_grad(dout, dtotal, noise, total, narrow, *saved, *ctx.options, needed)
+    grads = _block_grad(dout, dtotal, noise, normed, *saved, *ctx.options, needed)
     dx, dresidual, *others = (g if g.numel() else None for g in grads)
     return dx, dresidual, None, *others, None, None, None, None, None
 
@@ -283,7 +299,7 @@ _block.register_autograd(_backward, setup_context=_setup_context)
 
 def _flops(x: Shape, *flat: Any) -> int:
     """x [b, L, C] and the weights of norm and mixer: four products, the convolutions and the scans."""
-    weights = unflatten(flat[2:20])
+    weights = unflatten(flat[NORMS : NORMS + 18])
     b, length, width = x
     d, states = weights.forth.A_log
     rank = weights.forth.dt_weight[1]
@@ -294,8 +310,8 @@ def _flops(x: Shape, *flat: Any) -> int:
 
 counted(torch.ops.vimfast.block_gluon, lambda x, residual, noise, *flat: _flops(x, *flat))
 counted(torch.ops.vimfast.block_gluon_inference, lambda x, residual, total, noise, *flat: _flops(x, *flat))
-# Nine more tensors come before the weights.
-counted(torch.ops.vimfast.block_gluon_backward, lambda dout, *rest: _flops(dout, *rest[9:]), times=2)
+# Ten more tensors come before the weights.
+counted(torch.ops.vimfast.block_gluon_backward, lambda dout, *rest: _flops(dout, *rest[10:]), times=2)
 
 
 def bidirectional_block(
@@ -315,11 +331,11 @@ def bidirectional_block(
 ) -> tuple[Tensor, Tensor]:
     """`vimfast_kernels.bidirectional_block`, its products in ``dtype``, which is that of the output.
 
-    Saved for backward, besides the inputs: the new residual, xz, x_dbl, the sum before the gate, every 8th state; the
-    normalized x, the convolution, the time steps and the gated sum are recomputed. Raises ValueError for a d that is
+    Saved for backward, besides the inputs: the normalized x, xz, x_dbl, the sum before the gate, every 8th state; the
+    convolution, the time steps and the gated sum are recomputed. Raises ValueError for a d that is
     not a multiple of 16, and where `scan.selective_scan` and `norm.add_norm` do.
     """
-    norm.check(x, residual, noise, norm_weight)
+    norms.check(x, residual, noise, norm_weight)
     d, n = weights.forth.A_log.shape
     scan.check(dtype, n, x.shape[1])
     if d % CHANNELS or tuple(weights.in_weight.shape) != (2 * d, x.shape[2]):

@@ -1,4 +1,5 @@
-"""A mixer's weights to and from the form that its kernels read, in Triton: one launch for all of a layer's."""
+"""A mixer's weights to and from the form that its kernels read, in Triton: one launch for all of a layer's, in which
+the layer's rows are normalized too. The norm's weight goes into in_proj's: rows without it serve both passes."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from vimfast_kernels.block.device import pack_weights, write_all_gradients
+from vimfast_kernels.block.device import pack_and_normalize, write_all_gradients
 from vimfast_kernels.block.weights import MixerWeights
+from vimfast_kernels.norm.launch import Norm, Normalized, meta
 
 ALIGN = 64  # entries: every piece of a buffer starts on a multiple
 BLOCK = 1024  # entries a program copies
@@ -24,6 +26,7 @@ SCAN_SUM = 128  # rows of such a tile where there is one for each image
 class Packed(NamedTuple):
     """What the kernels and products of a layer read."""
 
+    in_scaled: Tensor  # [2 d, C]: in_weight times the norm's weight [C]
     in_weight: Tensor  # [2 d, C]
     in_bias: Tensor | None  # [2 d]
     out_weight: Tensor  # [C, d]
@@ -41,8 +44,8 @@ class Packed(NamedTuple):
 class Pieces(NamedTuple):
     """The gradients of a layer's weights as its backward pass leaves them, fp32; None for those not requested."""
 
-    in_weight: Tensor | None  # [parts, 2 d, C], still to be summed
-    in_bias: Tensor | None  # [2 d]
+    in_weight: Tensor | None  # [parts, 2 d, C], still to be summed: of rows without the norm's weight and bias
+    in_bias: Tensor | None  # [2 d]; there where the norm has a bias, too
     out_weight: Tensor | None  # [parts, C, d]
     out_bias: Tensor | None  # [C]
     x_weight: Tensor  # [2, parts, P + 2 N, d]
@@ -62,7 +65,7 @@ def _sizes(weights: MixerWeights) -> dict[str, int]:
     d, n = weights.forth.A_log.shape
     rank = weights.forth.dt_weight.shape[1]
     return {
-        "C": weights.out_weight.shape[0], "D": d, "N": n, "RANK": rank, "PAD": padded(rank),
+        "D": d, "N": n, "RANK": rank, "PAD": padded(rank),
         "WIDTH": weights.forth.conv_weight.shape[1],
     }  # fmt: skip
 
@@ -72,6 +75,7 @@ def _shapes(weights: MixerWeights, dtype: torch.dtype) -> tuple[dict[str, Sequen
     s = _sizes(weights)
     d, n = s["D"], s["N"]
     narrow: dict[str, Sequence[int]] = {"x_weight": (2, s["PAD"] + 2 * n, d), "dt_weight": (2, d, s["PAD"])}
+    narrow["in_scaled"] = weights.in_weight.shape
     for name in ("in_weight", "in_bias", "out_weight", "out_bias"):
         x = getattr(weights, name)
         if x is not None and x.dtype != dtype:
@@ -118,19 +122,36 @@ def unpack(weights: MixerWeights, narrow: Tensor, wide: Tensor) -> Packed:
     return found._replace(**{name: getattr(weights, name) for name in outer if getattr(found, name) is None})
 
 
-def pack(weights: MixerWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The two buffers of `empty_packed`, filled. Weights are contiguous."""
+def pack_and_normalize_rows(
+    weights: MixerWeights,
+    norm: Norm,
+    x: Tensor,  # [b, L, C]
+    residual: Tensor | None,  # [b, L, C]
+    total: Tensor,  # [b, L, C], fp32, written: keep * x + residual; may be the residual
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Normalized]:
+    """The two buffers of `empty_packed`, filled, and total normalized, in `dtype`. All tensors are contiguous."""
     narrow, wide = empty_packed(weights, dtype)
     packed = _views(weights, narrow, wide)
-    outer = [x for x in packed[:4] if x is not None]
-    blocks = sum(triton.cdiv(x.numel(), BLOCK) for x in outer)
-    blocks += sum(2 * triton.cdiv(x[0].numel(), BLOCK) for x in packed[4:] if x is not None)
-    pack_weights[(blocks,)](weights, packed, **_sizes(weights), BLOCK=BLOCK)
-    return narrow, wide
+    outer = [v for v in packed[:5] if v is not None]
+    blocks = sum(triton.cdiv(v.numel(), BLOCK) for v in outer)
+    blocks += sum(2 * triton.cdiv(v[0].numel(), BLOCK) for v in packed[5:] if v is not None)
+    normed = Normalized(torch.empty_like(total, dtype=dtype), total.new_empty(total[..., 0].numel()))
+    sizes = meta(x, norm)
+    pack_and_normalize[(blocks + triton.cdiv(sizes["rows"], sizes["ROWS"]),)](
+        weights, norm.weight, packed, x, residual, norm.noise, normed.rows, total, normed.rstd, **sizes,
+        **_sizes(weights), BLOCK=BLOCK, BLOCKS=blocks,
+    )  # fmt: skip
+    return narrow, wide, normed
 
 
 def write_gradients(
-    pieces: Pieces, weights: MixerWeights, grads: MixerWeights, norm_weight: Tensor | None, norm_bias: Tensor | None
+    pieces: Pieces,
+    weights: MixerWeights,
+    norm: Norm,
+    grads: MixerWeights,
+    dnorm_weight: Tensor | None,
+    dnorm_bias: Tensor | None,
 ) -> None:
     """Every gradient that is not None, contiguous and of its parameter's shape, from the pieces."""
     summed = pieces.in_weight, pieces.out_weight, pieces.x_weight[0], pieces.dt_weight[0]
@@ -140,7 +161,7 @@ def write_gradients(
     def blocks(x: Tensor | None, columns: int) -> int:
         return 0 if x is None else triton.cdiv(x.numel(), columns)
 
-    grid = sum(blocks(x, TILE // NORM_SUM) for x in (norm_weight, norm_bias))
+    grid = sum(blocks(x, TILE // NORM_SUM) for x in (dnorm_weight, dnorm_bias))
     for own in (grads.forth, grads.back):
         grid += sum(blocks(x, TILE // LONG_SUM) for x in (own.conv_weight, own.conv_bias))
         grid += blocks(None if own.x_weight is None else pieces.x_weight[0, 0], TILE // rows)
@@ -150,8 +171,8 @@ def write_gradients(
     grid += blocks(grads.in_bias, BLOCK) + blocks(grads.out_bias, BLOCK)
     if grid:
         write_all_gradients[(grid,)](
-            pieces, grads, norm_weight, norm_bias, pieces.conv.shape[0], pieces.norm.shape[0], pieces.scan.shape[1],
-            **_sizes(weights),
+            pieces, norm.weight, norm.bias, grads, dnorm_weight, dnorm_bias, pieces.conv.shape[0], pieces.norm.shape[0],
+            pieces.scan.shape[1], C=norm.weight.shape[0], **_sizes(weights),
             IN_PARTS=parts[0], OUT_PARTS=parts[1], PARTS=parts[2], STEP_PARTS=parts[3],
             IN_ROWS=in_rows, OUT_ROWS=out_rows, ROWS=rows, STEP_ROWS=step_rows,
             SCAN_ROWS=SCAN_SUM, NORM_ROWS=NORM_SUM, LONG=LONG_SUM, TILE=TILE, BLOCK=BLOCK,

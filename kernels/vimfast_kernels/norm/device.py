@@ -23,12 +23,13 @@ def _share(noise_ptr, sample, mask, rate, kept):
     return tl.where(noise < rate, 0.0, kept)[:, None]
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
-def norm_forward(
-    x_ptr, residual_ptr, noise_ptr, weight_ptr, bias_ptr, out_ptr, sum_ptr, rows, length, rate, kept, eps,
-    C: tl.constexpr, CENTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit
+def normalize_rows(
+    program, x_ptr, residual_ptr, noise_ptr, weight_ptr, bias_ptr, out_ptr, sum_ptr, rstd_ptr, rows, length, rate, kept,
+    eps, C: tl.constexpr, CENTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Adds and normalizes the program-th block of rows; without weight and bias where these are None."""
+    row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < C)[None, :]
     at = row.to(tl.int64)[:, None] * C + column[None, :]
@@ -39,20 +40,35 @@ def norm_forward(
         v += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(sum_ptr + at, v, mask=mask)
     v, rstd = _statistics(v, mask, C, eps, CENTER)
-    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-    v = v * rstd[:, None] * weight[None, :]
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    v *= rstd[:, None]
+    if weight_ptr is not None:
+        v *= tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         v += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + at, v.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
-def norm_backward(
-    dout_ptr, dsum_ptr, sum_ptr, noise_ptr, weight_ptr, bias_ptr, dx_ptr, dresidual_ptr, again_ptr, partial_ptr,
-    rows, length, rate, kept, eps,
+def norm_forward(
+    x_ptr, residual_ptr, noise_ptr, weight_ptr, bias_ptr, out_ptr, sum_ptr, rows, length, rate, kept, eps,
     C: tl.constexpr, CENTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # A program takes every num_programs-th block of rows and keeps its share of the weight's gradient.
+    normalize_rows(
+        tl.program_id(0), x_ptr, residual_ptr, noise_ptr, weight_ptr, bias_ptr, out_ptr, sum_ptr, None, rows, length,
+        rate, kept, eps, C, CENTER, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
+def norm_backward(
+    dout_ptr, dsum_ptr, sum_ptr, normed_ptr, rstd_ptr, noise_ptr, weight_ptr, bias_ptr, dx_ptr, dresidual_ptr,
+    partial_ptr, rows, length, rate, kept, eps,
+    C: tl.constexpr, CENTER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # From the sum, or from what `normalize_rows` left without weight and bias. A program takes every num_programs-th
+    # block of rows and keeps its share of the weight's gradient.
     column = tl.arange(0, COLUMNS)
     weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -61,18 +77,16 @@ def norm_backward(
         row = block * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (column < C)[None, :]
         at = row.to(tl.int64)[:, None] * C + column[None, :]
-        v = tl.load(sum_ptr + at, mask=mask, other=0.0)
+        v = tl.load((sum_ptr if rstd_ptr is None else normed_ptr) + at, mask=mask, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
         dv = tl.zeros((ROWS, COLUMNS), tl.float32)
         if dsum_ptr is not None:  # here and not after the sums over rows, which would mean waiting for it once more
             dv = tl.load(dsum_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        v, rstd = _statistics(v, mask, C, eps, CENTER)
-        v *= rstd[:, None]
-        if again_ptr is not None:
-            out = v * weight
-            if bias_ptr is not None:
-                out += tl.load(bias_ptr + column, mask=column < C, other=0.0).to(tl.float32)[None, :]
-            tl.store(again_ptr + at, out.to(again_ptr.dtype.element_ty), mask=mask)
+        if rstd_ptr is None:
+            v, rstd = _statistics(v, mask, C, eps, CENTER)
+            v *= rstd[:, None]
+        else:
+            rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         dweight += dout * v
         if bias_ptr is not None:
             dbias += dout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,13 +13,33 @@ from vimfast_kernels.sums import sum_rows
 from vimfast_kernels.tuning import multiprocessors, tuning_of
 
 
-def _meta(x: Tensor, drop_rate: float, eps: float, rms: bool) -> dict[str, Any]:
+class Norm(NamedTuple):
+    """What a norm is given besides its rows."""
+
+    weight: Tensor  # [c]
+    bias: Tensor | None  # [c]
+    noise: Tensor | None  # [b]
+    drop_rate: float
+    eps: float
+    rms: bool
+
+
+class Normalized(NamedTuple):
+    """Rows without the norm's weight and bias, and the inverse of each one's deviation."""
+
+    rows: Tensor  # [b, ..., c]
+    rstd: Tensor  # [b ...], fp32
+
+
+def meta(x: Tensor, norm: Norm) -> dict[str, Any]:
+    """Sizes, shapes of programs and launch options for rows x [b, ..., c]."""
     c = x.shape[-1]
     columns = triton.next_power_of_2(c)
     entries, warps, _ = tuning_of(x.device).norm
     return {
-        "rows": x.numel() // c, "length": x[0].numel() // c, "rate": drop_rate,
-        "kept": 1 / (1 - drop_rate) if drop_rate < 1 else 0.0, "eps": eps, "C": c, "CENTER": not rms,
+        "rows": x.numel() // c, "length": x[0].numel() // c, "rate": norm.drop_rate,
+        "kept": 1 / (1 - norm.drop_rate) if norm.drop_rate < 1 else 0.0, "eps": norm.eps, "C": c,
+        "CENTER": not norm.rms,
         "ROWS": max(1, min(16, entries // columns)), "COLUMNS": columns, "num_warps": warps,
     }  # fmt: skip
 
@@ -27,42 +47,32 @@ def _meta(x: Tensor, drop_rate: float, eps: float, rms: bool) -> dict[str, Any]:
 def launch_forward(
     x: Tensor,  # [b, ..., c], as all the tensors contiguous
     residual: Tensor | None,  # as x
-    noise: Tensor | None,  # [b]
-    weight: Tensor,  # [c]
-    bias: Tensor | None,  # [c]
-    drop_rate: float,
-    eps: float,
-    rms: bool,
+    norm: Norm,
     out: Tensor,  # as x, written
     total: Tensor,  # as x, written: keep * x + residual; may be the residual
 ) -> None:
-    meta = _meta(x, drop_rate, eps, rms)
-    grid = (triton.cdiv(meta["rows"], meta["ROWS"]),)
-    norm_forward[grid](x, residual, noise, weight, bias, out, total, **meta)
+    sizes = meta(x, norm)
+    grid = (triton.cdiv(sizes["rows"], sizes["ROWS"]),)
+    norm_forward[grid](x, residual, norm.noise, norm.weight, norm.bias, out, total, **sizes)
 
 
 def launch_backward(
     dout: Tensor,  # [b, ..., c], as all the tensors contiguous
     dtotal: Tensor | None,
-    total: Tensor,
-    noise: Tensor | None,  # [b]
-    weight: Tensor,
-    bias: Tensor | None,
-    drop_rate: float,
-    eps: float,
-    rms: bool,
+    of: Tensor | Normalized,  # forward's total, or that normalized
+    norm: Norm,
     dx: Tensor,  # as dout, written
     dresidual: Tensor | None,  # as dout, written
-    again: Tensor | None = None,  # as dout, written: what forward gave
 ) -> Tensor:
     """Gradients of weight and bias [rows, 2, c], to be summed over the rows; 0 for a bias that is None."""
-    meta = _meta(dout, drop_rate, eps, rms)
+    sizes = meta(dout, norm)
     most = tuning_of(dout.device).norm.programs * multiprocessors(dout.device)
-    programs = min(most, triton.cdiv(meta["rows"], meta["ROWS"]))
-    partial = total.new_empty(programs, 2, meta["C"])
+    programs = min(most, triton.cdiv(sizes["rows"], sizes["ROWS"]))
+    partial = dout.new_empty(programs, 2, sizes["C"], dtype=torch.float32)
+    total, normed, rstd = (None, *of) if isinstance(of, Normalized) else (of, None, None)
     norm_backward[(programs,)](
-        dout, dtotal, total, noise, weight, bias, dx, dresidual, again, partial, **meta
-    )  # fmt: skip
+        dout, dtotal, total, normed, rstd, norm.noise, norm.weight, norm.bias, dx, dresidual, partial, **sizes
+    )
     return partial
 
 
@@ -77,10 +87,8 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x = x.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
-    launch_forward(
-        x, _contiguous(residual), _contiguous(noise), weight.contiguous(), _contiguous(bias), drop_rate, eps, rms,
-        out, total,
-    )  # fmt: skip
+    norm = Norm(weight.contiguous(), _contiguous(bias), _contiguous(noise), drop_rate, eps, rms)
+    launch_forward(x, _contiguous(residual), norm, out, total)
     return out, total
 
 
@@ -98,10 +106,8 @@ def _norm_grad(
     dout = dout.contiguous()
     dx = torch.empty_like(dout)
     dresidual = None if residual_dtype is None else torch.empty_like(dout, dtype=residual_dtype)
-    partial = launch_backward(
-        dout, _contiguous(dtotal), total, _contiguous(noise), weight.contiguous(), _contiguous(bias), drop_rate, eps,
-        rms, dx, dresidual,
-    )  # fmt: skip
+    norm = Norm(weight.contiguous(), _contiguous(bias), _contiguous(noise), drop_rate, eps, rms)
+    partial = launch_backward(dout, _contiguous(dtotal), total, norm, dx, dresidual)
     dweight, dbias = sum_rows(partial).to(weight.dtype).unbind()
     return dx, dout.new_empty(0) if dresidual is None else dresidual, dweight.clone(), dbias.clone()
 
