@@ -114,7 +114,7 @@ def draw_loader(out: Path) -> None:
 def draw_kernels(out: Path) -> None:
     """Above, a block and its kernels; below, the scan of 64 channels of an image by two warps."""
     drawing = _page(530)
-    drawing.text(20, 34, "lane", "A block of Vision Mamba: three products and four launches")
+    drawing.text(20, 34, "lane", "A block of Vision Mamba: three products and three launches")
     parts = [
         (130, YELLOW, "add, norm", "norm"),
         (110, GREY, "in_proj", "product"),
@@ -141,7 +141,7 @@ def draw_kernels(out: Path) -> None:
     ):
         drawing.box(x, 156, 26, 16, fill, line, radius=4)
         drawing.text(x + 34, 169, "note", words)
-    drawing.text(478, 169, "note", "the fourth launch packs the weights; backward recomputes what is cheap")
+    drawing.text(478, 169, "note", "the first launch also packs the weights; backward recomputes what is cheap")
 
     drawing.text(20, 222, "lane", "The scan: both directions at once, meeting in the middle")
     drawing.text(
