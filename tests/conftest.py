@@ -19,9 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import WorkersInForks
 from hypothesis import settings
 from PIL import Image
 
+from vimfast.checks import findings
+from vimfast.shards import workers
 from vimfast.shards.convert import convert
 from vimfast.shards.format import MANIFEST, ConversionOptions
 
@@ -138,6 +141,15 @@ def poison_gpu() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers_in_forks() -> Iterator[None]:
+    """Of conversions and checks inside this process; a command's are the new interpreters that a user's are."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (workers, findings):
+            patch.setattr(module, "multiprocessing", WorkersInForks())
+        yield
 
 
 @pytest.fixture(scope="session")

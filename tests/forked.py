@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -148,6 +149,34 @@ def forking() -> Any:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()
     return context
+
+
+class WorkersInForks:
+    """In the place of ``multiprocessing`` where a module starts workers: they are forks of that process, too.
+
+    A new interpreter takes longer than most tests have work for it. Like one, a fork is given what it works on pickled,
+    and this process's environment and folder; it knows nothing of what a test has changed in this process.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(multiprocessing, name)
+
+    @staticmethod
+    def get_context(method: str) -> Any:
+        assert method == "spawn"
+        forking()
+        return _WorkersContext()
+
+
+class _WorkersContext(ForkServerContext):
+    def Process(self, *, target: Callable[..., object], args: tuple[Any, ...] = ()) -> Any:  # type: ignore[override]
+        return super().Process(target=_work, args=(dict(os.environ), target, args))
+
+
+def _work(env: dict[str, str], function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    function(*arguments)
 
 
 def _mark(mark: str) -> None:
