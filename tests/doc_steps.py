@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from forked import run_forked
+from forked import run_forked, run_text
 
 from vimfast.__main__ import main
 
@@ -67,13 +67,9 @@ def blocks(page: str, kind: str) -> list[str]:
 
 def run(what: str | list[str], folder: Path) -> tuple[int, str]:
     """Run Python, or the words of a ``vimfast`` command, in a folder; returns exit status and output."""
-    function, words = (_run_python, [what]) if isinstance(what, str) else (_run_words, what)
+    function, words = (run_text, [what]) if isinstance(what, str) else (_run_words, what)
     done = run_forked(function, *words, folder=folder, together=True)
     return done.returncode, done.stdout
-
-
-def _run_python(text: str) -> None:
-    exec(compile(text, "<page>", "exec"), {"__name__": "__main__"})
 
 
 def _run_words(*words: str) -> None:

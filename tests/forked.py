@@ -139,6 +139,12 @@ def run_in_forks(program: str, *flags: str) -> None:
     run_program(program, *flags)
 
 
+def run_text(text: str, *words: str) -> None:
+    """What ``python -c text words ...`` runs."""
+    sys.argv = ["-c", *words]
+    exec(compile(text, "<text>", "exec"), {"__name__": "__main__"})
+
+
 def forking() -> Any:
     """The context of multiprocessing whose processes are forks of the one that has everything imported."""
     context = multiprocessing.get_context("forkserver")

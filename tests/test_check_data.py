@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,9 @@ import numpy as np
 import pytest
 from browser import look, needs_browser
 from conftest import deep_folder, enlarged, forbidden, write_image
+from forked import run_forked, run_in_forks
 from PIL import Image
+from runs import call
 from timm.data import ImageNetInfo
 
 from vimfast import check_data
@@ -45,6 +46,12 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
+def prepare(*words: object) -> None:
+    """``vimfast prepare``."""
+    done = run_forked(run_in_forks, "vimfast.prepare", *map(str, words))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def root(tree: Path, tmp_path: Path) -> Path:
     """A tree to damage."""
@@ -54,8 +61,7 @@ def root(tree: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def healthy_shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("check") / "shards"
-    command = [sys.executable, "-m", "vimfast.prepare", str(tree), "--out", str(out), "--shard-samples", "12"]
-    subprocess.run(command, check=True, capture_output=True)
+    prepare(tree, "--out", out, "--shard-samples", 12)
     return out
 
 
@@ -704,8 +710,7 @@ def test_shards_with_a_class_too_few(check: Check, shards: Path) -> None:
 def test_leftovers_and_images_left_out_are_warnings(check: Check, root: Path, tmp_path: Path) -> None:
     (root / "train" / IMAGE).write_bytes(b"")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "vimfast.prepare", str(root), "--out", str(out), "--skip-bad"]
-    subprocess.run(command, check=True, capture_output=True)
+    prepare(root, "--out", out, "--skip-bad")
     (out / "train-000000.tar.tmp").write_bytes(b"")
     (out / "train-000099.tar").write_bytes(b"")
     status, report = check(out)
@@ -718,8 +723,7 @@ def test_leftovers_and_images_left_out_are_warnings(check: Check, root: Path, tm
 def test_shards_without_validation(check: Check, tree: Path, tmp_path: Path) -> None:
     shutil.copytree(tree / "train", tmp_path / "tree" / "train")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "vimfast.prepare", str(tmp_path / "tree"), "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
+    prepare(tmp_path / "tree", "--out", out)
     assert check(out)[0] == 1
     assert check(out, "--splits", "train")[0] == 0
 
@@ -766,11 +770,10 @@ def test_findings_beyond_a_limit_are_counted(
 
 
 def test_from_the_command_line(root: Path) -> None:
-    command = [sys.executable, "-m", "vimfast.check_data", str(root)]
-    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = call("vimfast.check_data", str(root), "--workers", "1")
+    assert done.stderr == ""
     assert "fit to train on" in done.stdout
-    done = subprocess.run([*command, "--clases", "3"], capture_output=True, text=True, check=False)
+    done = call("vimfast.check_data", str(root), "--clases", "3", ok=False)
     assert done.returncode != 0
     assert "did you mean '--classes'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import WatchedFork, run_text
 from runs import (
     PACED,
     STOPPED,
@@ -150,7 +151,7 @@ os._exit(launch.launch(rank, 2))
 
 
 def test_a_second_interrupt_ends_frozen_ranks() -> None:
-    with Watched([sys.executable, "-c", FROZEN], env=environment()) as run:
+    with WatchedFork(run_text, FROZEN, env={}) as run:
         for rank in (0, 1):
             run.wait_for(f"^rank {rank}$", TIMEOUT)
         run.process.send_signal(signal.SIGINT)
@@ -177,7 +178,7 @@ os._exit(launch.launch(rank, 2))
 
 
 def test_a_stall_is_the_status_though_the_frozen_rank_is_killed_first() -> None:
-    with Watched([sys.executable, "-c", KILLER], env=environment()) as run:
+    with WatchedFork(run_text, KILLER, env={}) as run:
         assert run.wait(TIMEOUT) == 4
         assert run.err == ""  # the rank that kills another has said why
 
@@ -196,7 +197,7 @@ os.kill(os.getpid(), signal.SIGTERM)  # it is no longer blocked, nor is a late a
 
 
 def test_a_rank_that_outlives_another_is_killed() -> None:
-    with Watched([sys.executable, "-c", STUBBORN], env=environment()) as run:
+    with WatchedFork(run_text, STUBBORN, env={}) as run:
         assert run.wait(TIMEOUT) == -signal.SIGTERM
         assert run.out == "status 3\n"
         assert run.err == "exit status 3; starting again (1 of 1)\n"
@@ -254,7 +255,6 @@ def test_wrong_flags_are_refused_before_anything_starts(words: str, sentence: st
 
 
 def test_it_refuses_to_start_under_torchrun(flags: tuple[str, ...], tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "vimfast", "train", "--processes", "2", *flags, str(tmp_path)]
-    with Watched(words, env={**environment(), "RANK": "0"}) as run:
+    with start("vimfast", "train", "--processes", "2", *flags, str(tmp_path), RANK="0") as run:
         assert run.wait(TIMEOUT) == 2
         assert "torchrun has started this one already; drop one of them" in run.err

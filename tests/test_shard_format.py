@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from vimfast.checks import checking
 from vimfast.checks.findings import CheckOptions
 from vimfast.data.source import open_source
 from vimfast.errors import UserError
+from vimfast.shards.convert import convert
 from vimfast.shards.format import (
     INDEX_DTYPE,
     MANIFEST,
@@ -197,8 +196,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def whole(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A folder of shards, by name."""
     out = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "vimfast.prepare", str(tree), "--out", str(out), "--shard-samples", "20"]
-    subprocess.run(command, check=True, capture_output=True)
+    convert(tree, out, ConversionOptions(shard_samples=20), workers=1)
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 

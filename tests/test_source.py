@@ -9,8 +9,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_image
+from forked import run_forked, run_in_forks, run_text
 from loaders import make_loader
 from PIL import Image
 from torchvision import transforms
@@ -35,8 +34,7 @@ from vimfast.shards.format import INDEX_DTYPE
 
 
 def prepare(root: Path, out: Path, *flags: str) -> Path:
-    command = [sys.executable, "-m", "vimfast.prepare", str(root), "--out", str(out), "--workers", "1", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_forked(run_in_forks, "vimfast.prepare", str(root), "--out", str(out), "--workers", "1", *flags)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -281,11 +279,7 @@ for _ in range(2):
 
 def in_a_process(code: str, *words: object) -> str:
     """What it prints."""
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "PYTHONPATH": path}
-    )
+    done = run_forked(run_text, code, *map(str, words))
     assert done.returncode == 0, (done.returncode, done.stderr)
     return done.stdout
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import RECIPE, ROOT, Stops, call, differences, records, refused, same, train
+from runs import RECIPE, ROOT, Stops, call, differences, records, refused, same, start, train
 
 from vimfast.augment.colours import IMAGENET_MEAN, IMAGENET_STD
 from vimfast.augment.recipe import Recipe
@@ -283,16 +282,14 @@ def test_a_run_outlasts_its_console(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_signal_saves_the_place(recipe: str, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(run), "--epochs", "5000")
-    command = [sys.executable, "-m", "vimfast.train", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with start("vimfast.train", *flags) as watched:
         while not (run / "log.txt").exists():
-            assert process.poll() is None
+            assert watched.process.poll() is None, watched.text
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert out.count("SIGTERM received: finishing the step, then saving") == 1
-    place = re.search(r"stopped at epoch (\d+), step (\d+)", out)
+        watched.process.send_signal(signal.SIGTERM)
+        assert watched.wait(60) == 143, watched.err
+    assert watched.out.count("SIGTERM received: finishing the step, then saving") == 1
+    place = re.search(r"stopped at epoch (\d+), step (\d+)", watched.out)
     state = load_checkpoint(run / "checkpoint.pth")
     assert place is not None
     assert (state["epoch"], state["step"]) == tuple(map(int, place.groups()))
