@@ -21,12 +21,16 @@ import pytest
 import torch
 from forked import WorkersInForks
 from hypothesis import settings
+from object_servers import moto, s3
 from PIL import Image
+from remote_shards import local, remote
 
 from vimfast.checks import findings
 from vimfast.shards import workers
 from vimfast.shards.convert import convert
 from vimfast.shards.format import MANIFEST, ConversionOptions
+
+__all__ = ["local", "moto", "remote", "s3"]  # fixtures; imported by a module of tests, one would be another there
 
 # A shell has background jobs ignore it, and every process that a test starts would too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -37,7 +37,7 @@ def small_shards(root: Path, images: int, in_shard: int) -> Path:
     return root / "shards"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_shards(tmp_path_factory.mktemp("remote"), IMAGES, IN_SHARD)
 

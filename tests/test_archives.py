@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import visible, write_image
 from object_server import Server
-from object_servers import BUCKET, Proxy, moto, s3
+from object_servers import BUCKET, Proxy
 from scipy.io import savemat
 
 from vimfast.errors import UserError
@@ -26,8 +26,6 @@ from vimfast.shards import archives, homes, stored, workers
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions, read_manifest
 from vimfast.stores import open_store
-
-__all__ = ["moto", "s3"]  # fixtures
 
 WNIDS = ("n01440764", "n01443537", "n02110341")
 IDS = {"n01440764": 3, "n01443537": 1, "n02110341": 2}  # ILSVRC2012_ID: not in the order of the names

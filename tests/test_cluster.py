@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import visible, write_image
-from object_servers import BUCKET, Proxy, moto, s3
+from object_servers import BUCKET, Proxy
 
 from vimfast.errors import UserError
 from vimfast.shards import cluster as clusters
@@ -26,8 +26,6 @@ from vimfast.shards.cluster import RayCluster
 from vimfast.shards.convert import convert
 from vimfast.shards.format import MANIFEST, ConversionOptions
 from vimfast.stores import open_store
-
-__all__ = ["moto", "s3"]  # fixtures
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ConversionOptions(resize=64, quality=90, shard_samples=10)

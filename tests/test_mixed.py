@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import yaml
 from conftest import write_image
-from object_servers import BUCKET, Proxy, moto, s3, wait_for
-from remote_shards import IMAGES, IN_SHARD, URL, assert_same, batches, local, remote, settings
+from object_servers import BUCKET, Proxy, wait_for
+from remote_shards import IMAGES, IN_SHARD, URL, assert_same, batches, settings
 from runs import RECIPE, Stops, differences, refused, train
 
 from vimfast.data.fetching import Timeline
@@ -21,8 +21,6 @@ from vimfast.errors import UserError
 from vimfast.shards.convert import convert
 from vimfast.shards.format import ConversionOptions
 from vimfast.stores import open_store
-
-__all__ = ["local", "moto", "remote", "s3"]  # fixtures
 
 
 @pytest.fixture(scope="module")

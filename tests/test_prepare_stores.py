@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import visible, write_image
-from object_servers import BUCKET, Proxy, Trouble, moto, s3
+from object_servers import BUCKET, Proxy, Trouble
 
 from vimfast import prepare
 from vimfast.cli import run_main
@@ -17,8 +17,6 @@ from vimfast.shards import stored, workers
 from vimfast.shards.convert import classes_without_images, convert
 from vimfast.shards.format import MANIFEST, ConversionOptions
 from vimfast.stores import open_store
-
-__all__ = ["moto", "s3"]  # fixtures
 
 OPTIONS = ConversionOptions(shard_samples=10)
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble, moto, s3, wait_for
-from remote_shards import IMAGES, IN_SHARD, URL, assert_same, batches, by_window, local, remote, settings, shard_bytes
+from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble, wait_for
+from remote_shards import IMAGES, IN_SHARD, URL, assert_same, batches, by_window, settings, shard_bytes
 from runs import TINY, Stops, differences, environment, refused, train
 
 from vimfast import check_data
@@ -30,8 +30,6 @@ from vimfast.data.fetching import Fetcher, Timeline
 from vimfast.data.order import Detour, Order
 from vimfast.data.source import Source, open_source
 from vimfast.errors import UserError
-
-__all__ = ["local", "moto", "remote", "s3"]  # fixtures
 
 WINDOW = ("--order", "window", "--order-window", "3")
 

@@ -14,16 +14,14 @@ import torch.distributed as dist
 import yaml
 from forked import WatchedFork
 from loaders import make_loader
-from object_servers import Proxy, Trouble, environment, moto, proxy_to, s3, wait_for
-from remote_shards import IMAGES, IN_SHARD, URL, by_window, local, remote, settings, shard_bytes
+from object_servers import Proxy, Trouble, environment, proxy_to, wait_for
+from remote_shards import IMAGES, IN_SHARD, URL, by_window, settings, shard_bytes
 from runs import PACED, TIMEOUT, TINY, differences, start
 
 from vimfast.checkpoint import load_checkpoint
 from vimfast.data.order import Order
 from vimfast.data.source import Source, open_source
 from vimfast.shards.format import shard_name
-
-__all__ = ["local", "moto", "remote", "s3"]  # fixtures
 
 TOGETHER, WINDOW = 4, 3  # images of a step of all ranks; shards
 STEPS = IMAGES // TOGETHER

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble, moto, s3
+from object_servers import BUCKET, EXPIRED, SLOW_DOWN, Proxy, Trouble
 
 from vimfast.errors import UserError
 from vimfast.stores import Entry, Missing, Store, is_url, open_object, open_store
-
-__all__ = ["moto", "s3"]  # fixtures
 
 CONTENT = bytes(range(256)) * 40
 
