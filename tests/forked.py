@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, reduction
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -161,7 +161,7 @@ class WorkersInForks:
     """In the place of ``multiprocessing`` where a module starts workers: they are forks of that process, too.
 
     A new interpreter takes longer than most tests have work for it. Like one, a fork is given what it works on pickled,
-    and this process's environment and folder; it knows nothing of what a test has changed in this process.
+    and this process's environment, folder and streams; it knows nothing of what a test has changed in this process.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -176,10 +176,22 @@ class WorkersInForks:
 
 class _WorkersContext(ForkServerContext):
     def Process(self, *, target: Callable[..., object], args: tuple[Any, ...] = ()) -> Any:  # type: ignore[override]
-        return super().Process(target=_work, args=(dict(os.environ), target, args))
+        return super().Process(target=_work, args=(dict(os.environ), _Streams(), target, args))
 
 
-def _work(env: dict[str, str], function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+class _Streams:
+    """1 and 2 of the process that starts another, which has a number of its own for each."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, ([reduction.DupFd(1), reduction.DupFd(2)],)
+
+
+def _work(env: dict[str, str], streams: list[Any], function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    assert "preloaded" in sys.modules, "the process that is forked could not import what it should"
+    for number, stream in enumerate(streams, 1):
+        file = stream.detach()
+        os.dup2(file, number)
+        os.close(file)
     os.environ.clear()
     os.environ.update(env)
     function(*arguments)
