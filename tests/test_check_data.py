@@ -770,7 +770,7 @@ def test_findings_beyond_a_limit_are_counted(
 
 
 def test_from_the_command_line(root: Path) -> None:
-    done = call("vimfast.check_data", str(root), "--workers", "1")
+    done = call("vimfast.check_data", str(root), "--workers", "1", fresh=True)
     assert done.stderr == ""
     assert "fit to train on" in done.stdout
     done = call("vimfast.check_data", str(root), "--clases", "3", ok=False)

@@ -282,7 +282,7 @@ def test_a_run_outlasts_its_console(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_signal_saves_the_place(recipe: str, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ("--config", recipe, "--data-path", str(shards), "--output_dir", str(run), "--epochs", "5000")
-    with start("vimfast.train", *flags) as watched:
+    with start("vimfast.train", *flags, fresh=True) as watched:  # with nothing imported, as a user's is
         while not (run / "log.txt").exists():
             assert watched.process.poll() is None, watched.text
             time.sleep(0.1)
