@@ -111,9 +111,14 @@ class Kind(NamedTuple):
         return cls(origin or kind, optional, words=words)
 
 
-def kinds(section: type) -> dict[str, Kind]:
+_KINDS: dict[type, Mapping[str, Kind]] = {}  # of sections that were asked for: each setting that is given asks again
+
+
+def kinds(section: type) -> Mapping[str, Kind]:
     """The kind of each field of a section."""
-    return {name: Kind.of(annotation) for name, annotation in typing.get_type_hints(section).items()}
+    if section not in _KINDS:
+        _KINDS[section] = {name: Kind.of(hint) for name, hint in typing.get_type_hints(section).items()}
+    return _KINDS[section]
 
 
 def _backend_names() -> tuple[str, ...]:
