@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import concurrent.futures.thread
 import copy
 import gc
 import multiprocessing
+import os
 import pickle
 import re
 import threading
@@ -18,9 +20,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_image
+from forked import run_forked
+from object_servers import wait_for
 
 import vimfast
 from vimfast import Loader, UserError, evaluation_loader, open_source, training_loader
+from vimfast.data.dropping import closer
+from vimfast.data.loader import LoaderSettings
 from vimfast.data.views import Batch
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +90,7 @@ def test_a_loop_that_ends_early_is_an_epoch_too(loader: Loader) -> None:
 
 def test_a_dropped_loader_takes_its_threads_along(tree: Path) -> None:
     """As in a notebook whose cells are run again and again."""
+    closer(os.getpid())  # which stays
     before = set(threading.enumerate())
     loader = open_training(tree)
     next(iter(loader))
@@ -92,10 +99,26 @@ def test_a_dropped_loader_takes_its_threads_along(tree: Path) -> None:
     seen = weakref.ref(loader)
     del loader
     gc.collect()
-    assert seen() is None
     for thread in began:
         thread.join(30)
         assert not thread.is_alive(), thread.name
+    wait_for(lambda: seen() is None)
+
+
+def drop_one_where_a_lock_is_held(tree: Path) -> None:
+    """Whoever starts a thread for a pool holds it, and a collection may run there."""
+    loader = open_training(tree, settings=LoaderSettings(threads=2))
+    next(iter(loader))
+    with concurrent.futures.thread._global_shutdown_lock, threading._active_limbo_lock:  # type: ignore[attr-defined]
+        del loader
+        gc.collect()
+    print("dropped")
+
+
+def test_a_loader_is_dropped_where_closing_it_would_wait(tree: Path) -> None:
+    """It waited for a lock that its own thread held, for ever."""
+    done = run_forked(drop_one_where_a_lock_is_held, tree, seconds=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "dropped\n", "")
 
 
 def test_a_loader_stays_in_its_process(loader: Loader) -> None:

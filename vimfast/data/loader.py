@@ -28,6 +28,7 @@ from vimfast.augment.threads import Threads
 from vimfast.config.choices import Decoder, OnBadImage
 from vimfast.data import decoding
 from vimfast.data.decoding import DecodeError, Graph, GraphSettings
+from vimfast.data.dropping import closer
 from vimfast.data.epochs import Epochs
 from vimfast.data.hardware import Decoding, Demand, choose_decoding, next_decoder
 from vimfast.data.order import Order
@@ -110,6 +111,7 @@ class Loader(Epochs):
         self.ready: torch.cuda.Event | None = None
         self._beginning: threading.Thread | None = None
         self.read_waits = 0.0  # seconds in which decoding had no bytes to begin on
+        self._closer = closer(self._process)  # last: whoever has it has all that is to be closed
 
     # Decoder
 
@@ -360,7 +362,7 @@ class Loader(Epochs):
             if os.getpid() != self._process:
                 _KEPT.append(self._graph)
             elif not sys.is_finalizing():
-                self.close()
+                self._closer.put(self)
 
 
 _KEPT: list[Graph | None] = []  # in a fork, whose threads they lack: ending them there would crash it
