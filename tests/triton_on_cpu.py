@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import quick_interpreter  # noqa: F401  # the same values in half of the time
+import quick_interpreter  # noqa: F401  # the same values in less than half of the time
 import torch
 import torch.nn.functional as F
 import triton

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-import quick_interpreter  # noqa: F401  # the same values in half of the time
+import quick_interpreter  # noqa: F401  # the same values in less than half of the time
 import torch
 import torch.nn.functional as F
 from adamw_float64 import BETAS, LARGEST, NOTHING, OPTIONS, SHAPES, Parameters
