@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -810,9 +811,6 @@ def test_the_sheet_of_few_images_and_unreadable_ones(check: Check, tmp_path: Pat
     assert status == 1
     assert not (tmp_path / "two.png").exists()
     assert any(str(tmp_path / "train" / "only" / "one.jpg") in f["what"] for f in report["findings"])
-    write_image(tmp_path / "train" / "only" / "one.jpg", 1)
-    status, report = check(tmp_path, "--sample-grid", tmp_path / "no" / "two.png")
-    assert only(report)["file"] == str(tmp_path / "no" / "two.png")
 
 
 # The page
@@ -876,9 +874,30 @@ def test_the_page_of_shards_and_of_nothing(check: Check, shards: Path, tmp_path:
     status, report = check(tmp_path / "none", "--html", target)
     assert (status, report["errors"]) == (1, 1)
     assert "is not a folder" in target.read_text() or "does not exist" in target.read_text()
-    status, report = check(shards, "--html", tmp_path / "none" / "page.html")
-    assert report["findings"][-1]["what"].startswith("not written: No such file")
-    assert report["errors"] == 2
+
+
+@pytest.mark.parametrize("flag", ["--html", "--sample-grid"])
+def test_what_cannot_be_written_is_refused_first(check: Check, shards: Path, tmp_path: Path, flag: str) -> None:
+    """It says nothing of the data, which may be fit."""
+    with pytest.raises(UserError, match=f"{flag} .* is in a folder that does not exist; give a file in one that does"):
+        check(shards, flag, tmp_path / "none" / "page.png")
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    with pytest.raises(UserError, match=rf"{flag} .* cannot be written \(Is a directory\)"):
+        check(shards, flag, folder)
+
+
+def test_a_page_that_fails_late_is_no_fault_of_the_data(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("vimfast.checks.page.write_page", full)
+    monkeypatch.setattr(sys, "argv", ["check_data", str(tree), "--html", str(tmp_path / "page.html")])
+    with pytest.raises(UserError, match=r"No space left on device.*; make room there, or give --html a file"):
+        check_data.main()
+    assert "\nfit to train on: 0 errors" in capsys.readouterr().out
 
 
 def test_where_a_page_is_stands_before_the_verdict(
@@ -892,9 +911,6 @@ def test_where_a_page_is_stands_before_the_verdict(
     monkeypatch.setattr(sys, "argv", [*words, "--json"])
     check_data.main()
     assert capsys.readouterr().err == f"{said}\n"
-    monkeypatch.setattr(sys, "argv", [*words[:-1], str(tmp_path / "no" / "page.html")])
-    check_data.main()
-    assert "written to" not in capsys.readouterr().out
 
 
 @needs_browser

@@ -304,8 +304,21 @@ def test_the_command(main: Callable[..., tuple[int, str, str]], run: Path, tree:
     assert (status, err) == (1, f"warning: {tmp_path / 'none.jpg'} does not exist\n")
     assert "best_checkpoint.pth, trained weights" in " ".join(out.split())  # the table may be narrower than a path
     assert out.count("%") == 3
-    with pytest.raises(UserError, match=r"no/grid.png cannot be written .*; give --grid a file in a folder"):
+    with pytest.raises(
+        UserError, match=r"no/grid.png is in a folder that does not exist; give a file in one that does"
+    ):
         main(run, images[0], "--grid", tmp_path / "no" / "grid.png")
+
+
+def test_images_that_are_not_there_are_said_before_a_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pth").touch()
+    with pytest.raises(UserError, match=r"a.jpg does not exist; give images, or folders of images"):
+        command.check_order(tmp_path / "checkpoint.pth", [tmp_path / "a.jpg"], "predict")
+    images = [tmp_path / "a.jpg", tmp_path / "b.jpg", tmp_path / "c"]
+    with pytest.raises(UserError, match=r"a.jpg does not exist, nor do the 2 others; give"):
+        command.check_order(tmp_path / "checkpoint.pth", images, "predict")
+    images[2].mkdir()
+    command.check_order(tmp_path / "checkpoint.pth", images, "predict")  # the others are a warning each
 
 
 def test_names_that_are_odd(main: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path) -> None:
@@ -331,6 +344,7 @@ def test_swapped_words_are_noticed(main: Callable[..., tuple[int, str, str]], tm
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
-    done = call("vimfast", "predict", str(tmp_path), "a.jpg", ok=False)
+    write_image(tmp_path / "a.jpg", 1)
+    done = call("vimfast", "predict", str(tmp_path), str(tmp_path / "a.jpg"), ok=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {tmp_path} is a folder without a checkpoint; give a run folder")

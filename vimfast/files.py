@@ -90,6 +90,7 @@ def atomic_write(
     Raises:
         OSError: the file cannot be written; `path` is as it was.
     """
+    _refuse_others(path)
     temporary = path.with_name(path.name + mark + TEMPORARY)
     try:
         with open(temporary, "wb", buffering=_BUFFER_BYTES) as file:
@@ -105,6 +106,30 @@ def atomic_write(
         raise
     if durable:
         _sync_folder(path.parent)
+
+
+def _refuse_others(path: Path) -> None:
+    """A device or a FIFO would be gone, with the file in its place."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # there is none, or what writes it says why
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EEXIST, f"not a regular file, but {_kind(mode)}", str(path))
+
+
+def try_to_write(path: Path) -> None:
+    """Look whether `path` can be written, by a file beside it that is made and removed.
+
+    Raises:
+        OSError: it cannot.
+    """
+    _refuse_others(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    beside.touch(exist_ok=False)
+    beside.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

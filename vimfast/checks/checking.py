@@ -16,9 +16,9 @@ from rich.text import Text
 from vimfast.checks.findings import CheckOptions, Finding, Findings, Report
 from vimfast.checks.folder import check_folder
 from vimfast.checks.shards import check_shards
-from vimfast.cli import say_written, wrapped
+from vimfast.cli import refuse_unwritable, say_written, wrapped, writing
 from vimfast.cli.styles import ADVICE, BAD, DOUBTFUL
-from vimfast.errors import UserError, counted, in_bytes, one_line, remedy
+from vimfast.errors import UserError, counted, in_bytes, one_line
 from vimfast.shards.format import is_shards_folder
 
 _LINES_PER_GROUP, _GROUPS = 5, 25  # findings on a screen; --json has all
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     Args:
         args: what ``vimfast.check_data`` has parsed.
     """
+    refuse_unwritable("--sample-grid", args.sample_grid)
+    refuse_unwritable("--html", args.html)
     options = CheckOptions(args.classes, tuple(args.splits), args.decode, args.workers)
     try:
         report = check(args.path, options)
@@ -50,11 +52,15 @@ def run(args: argparse.Namespace) -> int:
         fix = "fix its permissions, or the disk, and check again"
         finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", fix)
         report = Report(str(args.path), "nothing", findings=Findings([finding]))
-    written = []
-    if args.sample_grid is not None and report.kind != "nothing" and _draw_samples(report, args):
-        written.append(args.sample_grid)
-    if args.html is not None and _write_page(report, args):
-        written.append(args.html)
+    written, unwritten = [], []
+    try:
+        if args.sample_grid is not None and report.kind != "nothing" and _draw_samples(report, args):
+            written.append(args.sample_grid)
+        if args.html is not None:
+            _write_page(report, args)
+            written.append(args.html)
+    except UserError as error:  # which says nothing of the data
+        unwritten.append(error)
     console = Console(highlight=False, soft_wrap=True)
     if args.json:
         print(json.dumps(to_json(report), indent=1))
@@ -64,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         say_written(file, aside=args.json)
     if not args.json:
         _print_verdict(report, console)
+    if unwritten:
+        raise unwritten[0]
     return 0 if report.fit else 1
 
 
@@ -71,28 +79,20 @@ def _draw_samples(report: Report, args: argparse.Namespace) -> bool:
     """Draw the sheet, if it can be; data that the trainer's loader refuses is not fit."""
     from vimfast.checks.sample_grid import draw_sample_grid  # here, for it brings torch and DALI
 
-    try:
-        draw_sample_grid(args.path, args.splits[0], args.sample_grid, size=args.input_size, seed=args.seed)
-        return True
-    except UserError as error:
-        report.findings.append(Finding.of(error, args.splits[0], args.path))
-    except OSError as error:
-        fix = remedy(error, "give --sample-grid a file name ending in .png in another folder, which must exist")
-        report.findings.append(Finding("error", "", str(args.sample_grid), f"not written: {error.strerror}", fix))
+    with writing("--sample-grid", args.sample_grid):
+        try:
+            draw_sample_grid(args.path, args.splits[0], args.sample_grid, size=args.input_size, seed=args.seed)
+            return True
+        except UserError as error:
+            report.findings.append(Finding.of(error, args.splits[0], args.path))
     return False
 
 
-def _write_page(report: Report, args: argparse.Namespace) -> bool:
-    """Write the page, if it can be."""
+def _write_page(report: Report, args: argparse.Namespace) -> None:
     from vimfast.checks.page import write_page
 
-    try:
+    with writing("--html", args.html):
         write_page(report, args.html, args.input_size)
-        return True
-    except OSError as error:
-        fix = remedy(error, "give --html a file name ending in .html in another folder, which must exist")
-        report.findings.append(Finding("error", "", str(args.html), f"not written: {error.strerror}", fix))
-        return False
 
 
 def to_json(report: Report) -> dict[str, Any]:

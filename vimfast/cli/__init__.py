@@ -2,6 +2,7 @@
 
 from vimfast.cli.ending import backstop, end_process, end_with_parent, exit_now
 from vimfast.cli.live import LiveLine
+from vimfast.cli.outputs import refuse_unwritable, writing
 from vimfast.cli.parser import SIZE, Parser, image_size, path, path_or_url, png, unfit, whole
 from vimfast.cli.reporting import (
     first_on_host,
@@ -31,6 +32,7 @@ __all__ = [
     "path_or_url",
     "png",
     "print_out",
+    "refuse_unwritable",
     "report_once",
     "run_main",
     "say_written",
@@ -38,4 +40,5 @@ __all__ = [
     "was_reported",
     "whole",
     "wrapped",
+    "writing",
 ]

@@ -17,8 +17,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimfast.cli import SIZE, LiveLine, Parser, image_size, path_or_url, png, say_written, whole
-from vimfast.errors import UserError, counted, lacks_memory, remedy
+from vimfast.cli import (
+    SIZE,
+    LiveLine,
+    Parser,
+    image_size,
+    path_or_url,
+    png,
+    refuse_unwritable,
+    say_written,
+    whole,
+    writing,
+)
+from vimfast.errors import UserError, counted, lacks_memory
 from vimfast.image_size import ImageSize
 
 if TYPE_CHECKING:
@@ -294,8 +305,7 @@ def _check_plot(out: Path) -> None:
     except ModuleNotFoundError:
         raise UserError("--plot needs matplotlib, which is not installed", "pip install matplotlib") from None
     matplotlib.use("Agg")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--plot {out} is in a folder that does not exist", "give a file in one that does")
+    refuse_unwritable("--plot", out)
 
 
 def _short(name: str) -> str:
@@ -334,8 +344,5 @@ def _plot(figures: list[Figure], where: str, out: Path) -> None:
     image = BytesIO()
     figure.savefig(image, dpi=130)
     plt.close(figure)
-    try:
+    with writing("--plot", out):
         write_bytes(out, image.getvalue())
-    except OSError as error:
-        fix = remedy(error, "give --plot a file in another folder, which must exist")
-        raise UserError(f"{out} cannot be written ({error.strerror})", fix) from None

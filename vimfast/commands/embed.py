@@ -12,9 +12,9 @@ import io
 import sys
 from typing import TYPE_CHECKING
 
-from vimfast.cli import Parser, path, say_written
+from vimfast.cli import Parser, path, refuse_unwritable, say_written, writing
 from vimfast.commands.predict import add_model_flags, check_order, loaded, warn, with_bar
-from vimfast.errors import UserError, printable, remedy
+from vimfast.errors import UserError, printable
 from vimfast.files import write_bytes
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 def main() -> int:
     """Embed as the command line says; returns the exit status."""
     args = parser().parse_args(sys.argv[1:])
-    check_order(args.checkpoint, "embed")
+    check_order(args.checkpoint, args.images, "embed")
     if args.out.suffix != ".npy":
         raise UserError(f"--out is {args.out}", "give a file name ending in .npy; a .csv is written beside it")
+    refuse_unwritable("--out", args.out)
     from vimfast.inference import embed_files, find_images
 
     with loaded(args) as classifier:
@@ -75,10 +76,7 @@ def save(found: Embeddings, out: Path) -> list[Path]:
     rows.writerow(["image", "label"])
     rows.writerows((str(image), image.parent.name) for image in found.images)
     beside = out.with_suffix(".csv")
-    try:
+    with writing("--out", out):
         write_bytes(beside, table.getvalue().encode(errors="surrogateescape"))
         write_bytes(out, vectors.getvalue())
-    except OSError as error:
-        fix = remedy(error, "give a file in another folder, which must exist")
-        raise UserError(f"{out} cannot be written ({error.strerror})", fix) from None
     return [out, beside]

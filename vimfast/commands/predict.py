@@ -11,14 +11,26 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from vimfast.cli import SIZE, LiveLine, Parser, fit_terminal, image_size, path, png, say_written, whole
-from vimfast.errors import UserError, printable, remedy
+from vimfast.cli import (
+    SIZE,
+    LiveLine,
+    Parser,
+    fit_terminal,
+    image_size,
+    path,
+    png,
+    refuse_unwritable,
+    say_written,
+    whole,
+    writing,
+)
+from vimfast.errors import UserError, printable
 from vimfast.files import atomic_write
 from vimfast.sheet import Caption, Sheet, Tile
 
@@ -35,7 +47,8 @@ _ACROSS, _MOST, _BARS = 6, 48, 3  # images of a grid's row, of a grid, and class
 def main() -> int:
     """Predict as the command line says; returns the exit status."""
     args = parser().parse_args(sys.argv[1:])
-    check_order(args.checkpoint, "predict")
+    check_order(args.checkpoint, args.images, "predict")
+    refuse_unwritable("--grid", args.grid)
     with loaded(args) as classifier:
         predictions = _predict(classifier, args)
         if args.json:
@@ -109,7 +122,7 @@ def warn(sentence: str) -> None:
     print(fit_terminal(f"warning: {sentence}", sys.stderr), file=sys.stderr)
 
 
-def check_order(checkpoint: Path, command: str) -> None:
+def check_order(checkpoint: Path, images: Sequence[Path], command: str) -> None:
     """Before anything takes time; the words are easily swapped."""
     from vimfast.shards.tree import is_image_name
 
@@ -117,6 +130,9 @@ def check_order(checkpoint: Path, command: str) -> None:
         raise UserError(f"{checkpoint} does not exist", "give a run folder, a checkpoint or an exported folder")
     if is_image_name(checkpoint.name) and checkpoint.is_file():
         raise UserError(f"{checkpoint} is an image", f"the checkpoint comes first: vimfast {command} CKPT IMAGE")
+    if not any(image.exists() for image in images):
+        others = ["", ", nor does the other", f", nor do the {len(images) - 1:,} others"][min(len(images) - 1, 2)]
+        raise UserError(f"{images[0]} does not exist{others}", "give images, or folders of images")
 
 
 def _predict(classifier: Classifier, args: argparse.Namespace) -> Predictions:
@@ -210,9 +226,5 @@ def _captions(image: Seen) -> list[Caption]:
 
 
 def _save(sheet: Image.Image, out: Path) -> None:
-    try:
-        with atomic_write(out) as file:
-            sheet.save(file, "PNG")
-    except OSError as error:
-        fix = remedy(error, "give --grid a file in another folder, which must exist")
-        raise UserError(f"{out} cannot be written ({error.strerror})", fix) from None
+    with writing("--grid", out), atomic_write(out) as file:
+        sheet.save(file, "PNG")

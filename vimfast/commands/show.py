@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vimfast.cli import Parser, path_or_url, png, say_written, whole
+from vimfast.cli import Parser, path_or_url, png, refuse_unwritable, say_written, whole, writing
 from vimfast.config import resolve
 from vimfast.config.flags import CONFIG, flag_parser
-from vimfast.errors import UserError, remedy
 from vimfast.files import atomic_write
 
 _OWN = ("data", "out", "split", "count")
@@ -38,13 +37,10 @@ def main() -> None:
     given = vars(parser().parse_args(sys.argv[1:]))
     own = {name: given.pop(name) for name in _OWN}
     cfg = resolve({**given, "data_path": own["data"]})
+    refuse_unwritable("--out", own["out"])
     from vimfast.samples import draw_samples
 
     sheet = draw_samples(cfg, own["split"], own["count"], given.get(CONFIG, ""))
-    try:
-        with atomic_write(own["out"]) as file:
-            sheet.save(file, "PNG")
-    except OSError as error:
-        fix = remedy(error, "give --out a file in another folder, which must exist")
-        raise UserError(f"{own['out']} cannot be written ({error.strerror})", fix) from None
+    with writing("--out", own["out"]), atomic_write(own["out"]) as file:
+        sheet.save(file, "PNG")
     say_written(own["out"])
