@@ -206,7 +206,8 @@ def _check_image(data: bytes, extension: str | None, decode: bool) -> tuple[jpeg
     try:
         info = jpeg.inspect(data)
     except ValueError as error:
-        return None, [Flaw("error", f"not an image: {error}", _REPLACE)]
+        said = str(error)
+        return None, [Flaw("error", said if said.startswith("not an image") else f"not an image: {said}", _REPLACE)]
     complete = b"IEND" in data[-64:] if info.format == "png" else info.complete
     uncommon = info.format not in _KNOWN_BY_HEADER  # the header does not say whether it decodes
     if (decode or uncommon or not complete) and (why := _why_undecodable(data)):

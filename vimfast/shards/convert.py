@@ -222,8 +222,14 @@ def _report_images(files: FileList) -> None:
     report(f"{files.where}: {counted(len(files), 'image')} of {len(files.classes):,} classes")
     empty = np.flatnonzero(np.bincount(files.labels, minlength=len(files.classes)) == 0).tolist()
     if empty:
-        has = "has" if len(empty) == 1 else "have"
-        report(f"{files.where}: {len(empty):,} of them {has} no images, such as {files.classes[empty[0]]}")
+        report(_without_images(empty, files.classes, files.where))
+
+
+def _without_images(empty: Sequence[int], classes: Sequence[str], where: str) -> str:
+    first = classes[empty[0]]
+    if len(empty) == 1:
+        return f"class {first} has no images in {where}"
+    return f"{len(empty):,} classes have no images in {where}, such as {first}"
 
 
 def _list_images(root: Path, split: str, classes: list[str] | None, out: Path, workers: int) -> FileList:
@@ -247,8 +253,7 @@ def classes_without_images(out: Path | str) -> Iterator[str]:
         labels = read(split, entry.samples, entry.index_crc32)["label"]
         empty = np.flatnonzero(np.bincount(labels, minlength=len(manifest.classes)) == 0).tolist()
         if empty:
-            has = "class has" if len(empty) == 1 else "classes have"
-            yield f"{len(empty):,} {has} no images in {split}, such as {manifest.classes[empty[0]]}"
+            yield _without_images(empty, manifest.classes, split)
 
 
 def _report_others(plans: Sequence[ShardPlan]) -> None:
