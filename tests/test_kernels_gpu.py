@@ -522,6 +522,18 @@ def test_block_without_gradients(amp: bool) -> None:
         assert relative(a, c.double()) < (4e-3 if amp else 1e-6)
 
 
+def test_autocast_leaves_the_norms_bias_in_fp32() -> None:
+    """in_proj passes it on, in a sum here whose huge terms cancel, unless they are rounded first."""
+    (x, residual, weight, _, in_weight, *others), _ = block_inputs((1, 1, 32), FP32, biases=True)
+    in_weight -= in_weight.mean(1, keepdim=True)
+    run_block = block("gluon", True, rms=False)
+    want, got = (
+        run_block(0 * x, 0 * residual, weight, torch.full_like(weight, bias), in_weight, *others)[0]
+        for bias in (0.0, 1e3)
+    )
+    assert relative(got, want.double()) < 1e-2
+
+
 def test_block_with_frozen_weights() -> None:
     inputs, _ = block_inputs((2, 9, 32), FP32, biases=True)
     for frozen in (range(2, len(inputs), 2), range(3, len(inputs), 2)):

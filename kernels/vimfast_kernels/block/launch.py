@@ -79,7 +79,8 @@ def _in_bias(weights: MixerWeights, w: Packed, norm: Norm) -> Tensor | None:
     """Of in_proj's product with normalized rows [2 d]: its own, and what it makes of the norm's."""
     if norm.bias is None:
         return w.in_bias
-    total = torch.mv(weights.in_weight.float(), norm.bias.float())
+    # As a sum: autocast, which is on within an op too, would round the factors and the result of a matrix product.
+    total = (weights.in_weight.float() * norm.bias.float()).sum(1)
     return (total if weights.in_bias is None else total + weights.in_bias).to(w.in_weight.dtype)
 
 
@@ -234,7 +235,7 @@ def _block_grad(
         din_weight = sum_of_products(dxz.view(1, rows, 2 * d), normed.view(1, rows, -1))[0]
     dnorm = norms.launch_backward(dnormed, _contiguous(dtotal), Normalized(normed, rstd), norm, dx, dresidual)
     din_bias = None
-    if asked.in_bias is not None or norm.bias is not None:
+    if asked.in_bias is not None or (asked.in_weight is not None and norm.bias is not None):
         din_bias = dxz.sum((0, 1), dtype=torch.float32)
     pieces = Pieces(
         in_weight=din_weight,

@@ -45,7 +45,7 @@ class Pieces(NamedTuple):
     """The gradients of a layer's weights as its backward pass leaves them, fp32; None for those not requested."""
 
     in_weight: Tensor | None  # [parts, 2 d, C], still to be summed: of rows without the norm's weight and bias
-    in_bias: Tensor | None  # [2 d]; there where the norm has a bias, too
+    in_bias: Tensor | None  # [2 d]; for in_weight's, too, where the norm has a bias
     out_weight: Tensor | None  # [parts, C, d]
     out_bias: Tensor | None  # [C]
     x_weight: Tensor  # [2, parts, P + 2 N, d]
