@@ -34,7 +34,9 @@ SHIFT = 2**-20  # relative: far above the roundings of float64, and too small fo
 
 
 def relative(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+    """Infinite where there is a NaN, as in memory that nobody wrote: `max` would pass over a NaN."""
+    error = (x.double() - exact).norm() / exact.norm().clamp_min(1e-12)
+    return error.nan_to_num(nan=torch.inf, posinf=torch.inf).item()
 
 
 def results(function: Op, inputs: Sequence[Tensor | None], grads: Sequence[Tensor] | None = None) -> list[Tensor]:
