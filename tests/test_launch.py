@@ -117,10 +117,11 @@ def test_a_suspended_launcher_comes_back_to_its_run(flags: tuple[str, ...], tmp_
 
 
 def test_a_killed_rank_is_named_and_the_run_starts_again(flags: tuple[str, ...], tmp_path: Path) -> None:
-    extra = ("--resume", "auto", "--save-every", "1")
-    with train(*flags, str(tmp_path), *extra, RESTARTS="1", PAUSE="0.3") as run:
+    extra, killed = ("--resume", "auto", "--save-every", "1"), tmp_path / "killed"
+    with train(*flags, str(tmp_path / "run"), *extra, RESTARTS="1", PAUSE="0.1", HOLD=f"0/4 {killed}") as run:
         ranks = in_step(run)
         os.kill(ranks[1], signal.SIGKILL)
+        killed.touch()
         assert run.wait(TIMEOUT) == 0, run.text
         assert f"error: rank 1 (pid {ranks[1]} on " in run.text
         assert "exit status 3; starting again (1 of 1)" in run.err
