@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         fix = "fix its permissions, or the disk, and check again"
         finding = Finding("error", "", str(error.filename or args.path), f"cannot be read: {error.strerror}", fix)
         report = Report(str(args.path), "nothing", findings=Findings([finding]))
-    written, unwritten = [], []
+    written: list[Path] = []
+    unwritten: UserError | None = None
     try:
         if args.sample_grid is not None and report.kind != "nothing" and _draw_samples(report, args):
             written.append(args.sample_grid)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             _write_page(report, args)
             written.append(args.html)
     except UserError as error:  # which says nothing of the data
-        unwritten.append(error)
+        unwritten = error
     console = Console(highlight=False, soft_wrap=True)
     if args.json:
         print(json.dumps(to_json(report), indent=1))
@@ -70,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
         say_written(file, aside=args.json)
     if not args.json:
         _print_verdict(report, console)
-    if unwritten:
-        raise unwritten[0]
+    if unwritten is not None:
+        raise unwritten
     return 0 if report.fit else 1
 
 

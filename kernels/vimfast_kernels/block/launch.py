@@ -24,7 +24,7 @@ from vimfast_kernels.block.weights import MixerWeights, flatten, unflatten
 from vimfast_kernels.conv import launch as conv
 from vimfast_kernels.flops import Shape, conv_flops, counted, scan_flops
 from vimfast_kernels.norm import launch as norms
-from vimfast_kernels.norm.launch import Norm, Normalized
+from vimfast_kernels.norm.launch import Norm, Normalized, contiguous
 from vimfast_kernels.product.launch import multiply, sum_of_products
 from vimfast_kernels.scan import launch as scan
 from vimfast_kernels.tuning import multiprocessors
@@ -84,6 +84,15 @@ def _in_bias(weights: MixerWeights, w: Packed, norm: Norm) -> Tensor | None:
     return (total if weights.in_bias is None else total + weights.in_bias).to(w.in_weight.dtype)
 
 
+def _normalize_and_project(
+    x: Tensor, residual: Tensor | None, total: Tensor, weights: MixerWeights, norm: Norm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Normalized, Packed, Tensor]:
+    """(the packed weights' buffers, the normalized rows, the buffers' contents, xz [b, L, 2 d]); writes total."""
+    narrow, wide, normed = pack_and_normalize_rows(weights, norm, x.contiguous(), contiguous(residual), total, dtype)
+    w = unpack(weights, narrow, wide)
+    return narrow, wide, normed, w, _project(normed.rows, w.in_scaled.t(), _in_bias(weights, w, norm))
+
+
 @torch.library.custom_op(
     "vimfast::block_gluon",
     mutates_args=(),
@@ -96,10 +105,7 @@ def _block(x: Tensor, residual: Tensor | None, noise: Tensor | None, *rest: Any)
     *flat, drop_rate, eps, rms, scale, dtype = rest
     weights, norm = unflatten(flat[NORMS:]), Norm(flat[0], flat[1], noise, drop_rate, eps, rms)
     total = x.new_empty(x.shape, dtype=torch.float32)
-    contiguous = x.contiguous(), _contiguous(residual)
-    narrow, wide, normed = pack_and_normalize_rows(weights, norm, *contiguous, total, dtype)
-    w = unpack(weights, narrow, wide)
-    xz = _project(normed.rows, w.in_scaled.t(), _in_bias(weights, w, norm))
+    narrow, wide, normed, w, xz = _normalize_and_project(x, residual, total, weights, norm, dtype)
     u, x_dbl = _between(w, xz)
     z = xz[..., w.D.shape[1] :]
     gated, y, states = scan.launch_forward(_scan_inputs(w, u, x_dbl, z, scale), save=True)
@@ -131,11 +137,7 @@ def _block_inference(x: Tensor, residual: Tensor | None, total: Tensor, noise: T
     """out; the new residual goes into total, which may be the old one."""
     *flat, drop_rate, eps, rms, scale, dtype = rest
     weights, norm = unflatten(flat[NORMS:]), Norm(flat[0], flat[1], noise, drop_rate, eps, rms)
-    contiguous = x.contiguous(), _contiguous(residual)
-    narrow, wide, normed = pack_and_normalize_rows(weights, norm, *contiguous, total, dtype)
-    w = unpack(weights, narrow, wide)
-    xz = _project(normed.rows, w.in_scaled.t(), _in_bias(weights, w, norm))
-    del normed
+    w, xz = _normalize_and_project(x, residual, total, weights, norm, dtype)[-2:]  # the rows are freed
     u, x_dbl = _between(w, xz)
     x_half, z = xz.chunk(2, dim=-1)
     scan.launch_forward(_scan_inputs(w, u, x_dbl, z, scale), save=False, out=x_half)
@@ -233,7 +235,7 @@ def _block_grad(
     din_weight = None
     if asked.in_weight is not None:  # right after a product that reads dxz too
         din_weight = sum_of_products(dxz.view(1, rows, 2 * d), normed.view(1, rows, -1))[0]
-    dnorm = norms.launch_backward(dnormed, _contiguous(dtotal), Normalized(normed, rstd), norm, dx, dresidual)
+    dnorm = norms.launch_backward(dnormed, contiguous(dtotal), Normalized(normed, rstd), norm, dx, dresidual)
     din_bias = None
     if asked.in_bias is not None or (asked.in_weight is not None and norm.bias is not None):
         din_bias = dxz.sum((0, 1), dtype=torch.float32)
@@ -251,10 +253,6 @@ def _block_grad(
     )
     write_gradients(pieces, weights, norm, asked, dnorm_weight, dnorm_bias)
     return grads
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _empty_gradients(

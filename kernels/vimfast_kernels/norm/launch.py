@@ -76,7 +76,7 @@ def launch_backward(
     return partial
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
@@ -87,8 +87,8 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x = x.contiguous()
     out, total = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
-    norm = Norm(weight.contiguous(), _contiguous(bias), _contiguous(noise), drop_rate, eps, rms)
-    launch_forward(x, _contiguous(residual), norm, out, total)
+    norm = Norm(weight.contiguous(), contiguous(bias), contiguous(noise), drop_rate, eps, rms)
+    launch_forward(x, contiguous(residual), norm, out, total)
     return out, total
 
 
@@ -106,8 +106,8 @@ def _norm_grad(
     dout = dout.contiguous()
     dx = torch.empty_like(dout)
     dresidual = None if residual_dtype is None else torch.empty_like(dout, dtype=residual_dtype)
-    norm = Norm(weight.contiguous(), _contiguous(bias), _contiguous(noise), drop_rate, eps, rms)
-    partial = launch_backward(dout, _contiguous(dtotal), total, norm, dx, dresidual)
+    norm = Norm(weight.contiguous(), contiguous(bias), contiguous(noise), drop_rate, eps, rms)
+    partial = launch_backward(dout, contiguous(dtotal), total, norm, dx, dresidual)
     dweight, dbias = sum_rows(partial).to(weight.dtype).unbind()
     return dx, dout.new_empty(0) if dresidual is None else dresidual, dweight.clone(), dbias.clone()
 
